@@ -1,0 +1,174 @@
+"""How commands talk: results on stdout, progress and messages on stderr, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from dpo_keras.errors import InputError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Terminal:
+    """Where a command prints.
+
+    Args:
+        as_json: print the result as JSON, for programs.
+
+    Attributes:
+        out: for results, on stdout.
+        log: for progress and messages, on stderr.
+    """
+
+    def __init__(self, as_json: bool):
+        self.as_json = as_json
+        self.out = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self.log = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+
+    def result(self, content: Mapping[str, Any], *views: Any) -> None:
+        """Prints a command's result.
+
+        Args:
+            content: all of it, for `--json`.
+            *views: what people see instead: strings and rich tables.
+        """
+        if self.as_json:
+            json.dump(content, sys.stdout, indent=2, ensure_ascii=False, default=str)
+            sys.stdout.write("\n")
+            return
+        for view in views:
+            self.out.print(view, markup=False) if isinstance(view, str) else self.out.print(view)
+
+    def say(self, text: str) -> None:
+        """Prints a message for people on stderr.
+
+        Args:
+            text: printed as it is.
+        """
+        self.log.print(text, markup=False)
+
+    def fail(self, kind: str, problems: list[str]) -> None:
+        """Prints what went wrong: for people on stderr, with `--json` also on stdout.
+
+        Args:
+            kind: "input", "failed" or "interrupted".
+            problems: one sentence each.
+        """
+        for problem in problems:
+            self.log.print(f"[bold red]error:[/bold red] {_escaped(problem)}", soft_wrap=True)
+        if self.as_json:
+            self.result({"error": {"kind": kind, "problems": problems}})
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
+    """Runs a command's body and turns its errors into messages and exit codes.
+
+    Args:
+        as_json: see `Terminal`.
+        debug: print the traceback too.
+
+    Yields:
+        The terminal to print to.
+
+    Raises:
+        typer.Exit: 2 for an `InputError`, 130 on Ctrl-C, 1 for any other error.
+    """
+    terminal = Terminal(as_json)
+    try:
+        yield terminal
+        return
+    except (typer.Exit, typer.Abort):
+        raise
+    except InputError as error:
+        code, kind, problems = WRONG_INPUT, "input", error.problems
+    except KeyboardInterrupt:
+        code, kind, problems = INTERRUPTED, "interrupted", ["stopped from the keyboard."]
+    except Exception as error:
+        code, kind, problems = FAILED, "failed", [failure(error)]
+    if debug:
+        traceback.print_exc()
+    terminal.fail(kind, problems)
+    raise typer.Exit(code)
+
+
+def failure(error: Exception) -> str:
+    """Writes an unforeseen error as one sentence.
+
+    Args:
+        error: what was raised.
+
+    Example:
+        >>> failure(OSError(28, "No space left on device", "runs/a/checkpoints"))
+        'the disk is full: runs/a/checkpoints could not be written. Make room, then go on with
+         --resume.'
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = error.filename or "a file"
+        return (
+            f"the disk is full: {what} could not be written. Make room, then go on with --resume."
+        )
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    first = first if len(first) <= 400 else first[:397] + "..."
+    return f"{type(error).__name__}: {first} (--debug shows the traceback.)"
+
+
+def prepare_keras() -> None:
+    """Imports Keras on TensorFlow, without TensorFlow's start-up notices.
+
+    Raises:
+        InputError: if the environment asks for another backend.
+    """
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        raise InputError(
+            f"KERAS_BACKEND is {backend!r}; training and serving run on TensorFlow only. Unset it "
+            "or set it to tensorflow."
+        )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with _quiet_start():
+        import_module = importlib.import_module
+        import_module("tensorflow").config.list_physical_devices()
+        import_module("keras")
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Holds back what TensorFlow's C++ side prints before its log level is in force.
+
+    If the import fails, what it printed is the best explanation there is, and is shown.
+    """
+    if "tensorflow" in sys.modules or os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1"):
+        yield
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(original, held.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
