@@ -1,0 +1,36 @@
+"""Preference pairs become batches: templates, tokens, truncation, length buckets, `tf.data`.
+
+`tokenize_pairs` turns text into token ids once; `preference_dataset` deals them into batches of few
+static shapes. `collate` is the batch contract itself, in NumPy.
+"""
+
+from dpo_keras.batching.buckets import BucketPlan, EpochOrder, epoch_order, plan_buckets
+from dpo_keras.batching.collate import batch_from_strings, collate, collate_single
+from dpo_keras.batching.dataset import preference_dataset, steps_per_epoch
+from dpo_keras.batching.encoding import TextEncoder
+from dpo_keras.batching.pairs import TokenizedPairs
+from dpo_keras.batching.ragged import Ragged
+from dpo_keras.batching.report import DroppedPair, TokenizationReport
+from dpo_keras.batching.templates import ChatTemplate, available_templates, get_template
+from dpo_keras.batching.tokenization import tokenize_pairs
+
+__all__ = [
+    "BucketPlan",
+    "ChatTemplate",
+    "DroppedPair",
+    "EpochOrder",
+    "Ragged",
+    "TextEncoder",
+    "TokenizationReport",
+    "TokenizedPairs",
+    "available_templates",
+    "batch_from_strings",
+    "collate",
+    "collate_single",
+    "epoch_order",
+    "get_template",
+    "plan_buckets",
+    "preference_dataset",
+    "steps_per_epoch",
+    "tokenize_pairs",
+]

@@ -1,0 +1,220 @@
+"""From text to token ids, by the model's own tokenizer: start token, end token, boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_keras.batching.ragged import Ragged
+from dpo_keras.errors import InputError
+
+# Further tokens at which a family's own `generate` stops, without an attribute of the tokenizer.
+STOPS = {
+    "Gemma3Tokenizer": "<end_of_turn>",
+    "Gemma3nTokenizer": "<end_of_turn>",
+    "Gemma4Tokenizer": "<turn|>",
+    "Phi3Tokenizer": "<|end|>",
+}
+CHUNK = 4096  # texts handed to the tokenizer at a time: bounds the memory of its intermediate lists
+
+
+class TextEncoder:
+    r"""Tokenizes prompts and responses apart, so that joined they are what the model will see.
+
+    `prompt ids = [start] + tokenize(prompt)` and `response ids = tokenize(response) + [end]`, each
+    special token exactly once: none is added where the text already brought it (a template that
+    writes its own beginning of text, or its own end of turn).
+
+    * **Start token**: added where the KerasHub preprocessor adds it (`add_start_token`, and the
+      tokenizer has a `start_token_id`; Qwen, SmolLM3 and GPT-OSS have none).
+    * **End token**: `tokenizer.end_token_id`, whatever `add_end_token` says, because a response
+      without an end teaches the policy never to stop. The other tokens at which KerasHub's
+      `generate` stops (Llama 3's `<|eot_id|>`, Gemma 3's `<end_of_turn>`, Phi 3's `<|end|>`) count
+      as an end where the text ends with one, and are never added.
+    * **SentencePiece** tokenizers of the Llama and Mistral kind put a word boundary in front of any
+      text they are given (`add_dummy_prefix`). In front of a response that would be a space that
+      nobody wrote, so responses are tokenized behind an `anchor`, a line feed, whose ids are cut
+      off again. The line feed is a byte token there, which never merges. Where the vocabulary has
+      no such token the tokenizer's own habit stays.
+
+    Args:
+        preprocessor: a KerasHub `CausalLMPreprocessor`; or a KerasHub tokenizer; or any object with
+            `tokenize(list of str) -> rows of ids` (or that is called so), `end_token_id`,
+            `pad_token_id` and, optionally, `start_token_id`.
+
+    Attributes:
+        start: id of the start token, or None where none is added.
+        end: id of the end token that is added after each response.
+        ends: ids that count as an end when a response already ends with them.
+        pad: id that fills sequences up.
+        anchor: text put before each response while it is tokenized ("" for most tokenizers).
+        anchor_length: number of ids that the anchor stands for, cut off again.
+
+    Raises:
+        InputError: no tokenizer, no end or pad id, or a tokenizer set to pad its output.
+
+    Example:
+        >>> class Letters:
+        ...     start_token_id, end_token_id, pad_token_id = 1, 2, 0
+        ...     def tokenize(self, texts):
+        ...         return [[ord(letter) for letter in text] for text in texts]
+        >>> encoder = TextEncoder(Letters())
+        >>> encoder.prompts(["a "]).tolist(), encoder.responses(["b"]).tolist()
+        ([[1, 97, 32]], [[98, 2]])
+    """
+
+    def __init__(self, preprocessor: Any):
+        tokenizer = getattr(preprocessor, "tokenizer", None) or preprocessor
+        self.tokenizer = tokenizer
+        self._tokenize = getattr(tokenizer, "tokenize", None)
+        if self._tokenize is None:
+            self._tokenize = tokenizer if callable(tokenizer) else None
+        problems = []
+        if self._tokenize is None:
+            problems.append(
+                "preprocessor must be a KerasHub preprocessor or tokenizer, or have "
+                f"`tokenize(texts)`; got {type(preprocessor).__name__}."
+            )
+        for name in ("end_token_id", "pad_token_id"):
+            if getattr(tokenizer, name, None) is None:
+                problems.append(
+                    f"the tokenizer {type(tokenizer).__name__} has no `{name}`; set it to the id "
+                    "that the model uses (every response needs an end, every batch a pad)."
+                )
+        if getattr(tokenizer, "sequence_length", None):
+            problems.append(
+                "the tokenizer's `sequence_length` must be None, or it pads and cuts by itself; "
+                f"got {tokenizer.sequence_length}. The preprocessor's own sequence_length may stay."
+            )
+        for name in ("add_bos", "add_eos"):
+            if getattr(tokenizer, name, False):
+                problems.append(
+                    f"the tokenizer's `{name}` must be False: start and end tokens are added here, "
+                    "once; got True."
+                )
+        if problems:
+            raise InputError(problems)
+        start = getattr(tokenizer, "start_token_id", None)
+        self.start: int | None = start if getattr(preprocessor, "add_start_token", True) else None
+        self.end = int(tokenizer.end_token_id)
+        second = getattr(tokenizer, "end_token2_id", None)
+        third = self.token_id(STOPS.get(type(tokenizer).__name__, ""))
+        self.ends = frozenset({self.end, *(int(i) for i in (second, third) if i is not None)})
+        self.pad = int(tokenizer.pad_token_id)
+        self.anchor, self.anchor_length = self._find_anchor()
+
+    def prompts(self, texts: Sequence[str]) -> Ragged:
+        """Tokenizes prompts; each distinct text once.
+
+        Args:
+            texts: prompts.
+
+        Returns:
+            One row of ids per text, start token included.
+
+        Example:
+            >>> class Letters:
+            ...     start_token_id, end_token_id, pad_token_id = 1, 2, 0
+            ...     tokenize = staticmethod(lambda texts: [list(map(ord, t)) for t in texts])
+            >>> TextEncoder(Letters()).prompts(["ab", ""]).tolist()
+            [[1, 97, 98], [1]]
+        """
+        distinct = {text: None for text in texts}
+        number = {text: i for i, text in enumerate(distinct)}
+        rows = [self.with_start(ids) for ids in self.tokenize(distinct)]
+        return Ragged.from_lists(rows).take([number[text] for text in texts])
+
+    def responses(self, texts: Sequence[str]) -> Ragged:
+        """Tokenizes responses.
+
+        Args:
+            texts: responses.
+
+        Returns:
+            One row of ids per text, end token included.
+
+        Example:
+            >>> class Letters:
+            ...     end_token_id, pad_token_id = 2, 0
+            ...     tokenize = staticmethod(lambda texts: [list(map(ord, t)) for t in texts])
+            >>> TextEncoder(Letters()).responses(["ab", ""]).tolist()
+            [[97, 98, 2], [2]]
+        """
+        return Ragged.from_lists(
+            self.with_end(ids[self.anchor_length :])
+            for ids in self.tokenize(self.anchor + text for text in texts)
+        )
+
+    def with_start(self, ids: list[int]) -> list[int]:
+        """Puts the start token before ids, unless they begin with it."""
+        if self.start is None or (ids and ids[0] == self.start):
+            return ids
+        return [self.start, *ids]
+
+    def with_end(self, ids: list[int]) -> list[int]:
+        """Puts the end token after ids, unless they end with one."""
+        return ids if ids and ids[-1] in self.ends else [*ids, self.end]
+
+    def tokenize(self, texts: Iterable[str]) -> list[list[int]]:
+        """Tokenizes texts as they are: no start, no end, no anchor.
+
+        Args:
+            texts: any number of texts.
+
+        Returns:
+            A list of token ids per text.
+        """
+        texts = list(texts)
+        rows: list[list[int]] = []
+        for begin in range(0, len(texts), CHUNK):
+            rows.extend(_as_lists(self._tokenize(texts[begin : begin + CHUNK])))  # type: ignore[misc]
+        return rows
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Texts that the tokenizer takes for one special token wherever they stand."""
+        named = getattr(self.tokenizer, "special_tokens", None) or []
+        return list(
+            dict.fromkeys([*named, *(getattr(self.tokenizer, "unsplittable_tokens", None) or [])])
+        )
+
+    def token_id(self, text: str) -> int | None:
+        """Looks one token up.
+
+        Args:
+            text: the token's text.
+
+        Returns:
+            Its id, or None where the vocabulary has no such token.
+        """
+        lookup = getattr(self.tokenizer, "token_to_id", None)
+        back = getattr(self.tokenizer, "id_to_token", None)
+        if not text or lookup is None or back is None:
+            return None
+        try:
+            token = lookup(text)
+            # SentencePiece answers with the id of <unk> for whatever it does not know.
+            return int(token) if token is not None and back(token) == text else None
+        except (KeyError, ValueError):
+            return None
+
+    def _find_anchor(self) -> tuple[str, int]:
+        line_feed = self.token_id("<0x0A>")
+        if line_feed is None:
+            return "", 0
+        plain, alone, joined = self.tokenize(["a", "\n", "\na"])
+        if not alone or alone[-1] != line_feed or joined[: len(alone)] != alone:
+            return "", 0
+        if joined[len(alone) :] == plain:  # no boundary is put in front: nothing to avoid
+            return "", 0
+        return "\n", len(alone)
+
+
+def _as_lists(rows: Any) -> list[list[int]]:
+    if hasattr(rows, "to_list"):  # tf.RaggedTensor: the tokenizer's TensorFlow path
+        return rows.to_list()
+    if hasattr(rows, "numpy"):
+        rows = rows.numpy()
+    return [row if isinstance(row, list) else np.asarray(row).tolist() for row in rows]

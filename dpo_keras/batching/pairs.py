@@ -1,0 +1,174 @@
+"""Preference pairs as token ids in flat arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from dpo_keras.batching.ragged import Ragged
+from dpo_keras.batching.report import TokenizationReport
+from dpo_keras.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Pairs as token ids, ready to be batched in any order.
+
+    Args:
+        prompt: N rows; each begins with the start token where the model has one. The same ids
+            serve both responses.
+        chosen: N rows of response ids; each ends with the end token unless it was cut.
+        rejected: the same for the other response.
+        preference: float32 `[N]`, probability that chosen is better.
+        weight: float32 `[N]`, >= 0.
+        pad: id that fills sequences up.
+        reference: float32 `[N, 2]` log-probs of a reference model (chosen, rejected), or None.
+        group: int32 `[N]`, numbers into `group_names`, -1 without a group; or None.
+        margin: float32 `[N]`, or None.
+        group_names: the names that `group` numbers.
+        source: int64 `[N]`, each pair's place among the pairs that were given.
+        max_length: the limit that the pairs were cut to; buckets never reach beyond it.
+        report: what tokenization did.
+    """
+
+    prompt: Ragged
+    chosen: Ragged
+    rejected: Ragged
+    preference: np.ndarray
+    weight: np.ndarray
+    pad: int = 0
+    reference: np.ndarray | None = None
+    group: np.ndarray | None = None
+    margin: np.ndarray | None = None
+    group_names: tuple[str, ...] = ()
+    source: np.ndarray | None = None
+    max_length: int | None = None
+    report: TokenizationReport = field(default_factory=TokenizationReport)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.prompt)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of the longer of the two sequences (prompt + response), int64 `[N]`."""
+        return self.prompt.lengths + np.maximum(self.chosen.lengths, self.rejected.lengths)
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """Tokens of both responses together, int64 `[N]`: the slots that a pair needs."""
+        return self.chosen.lengths + self.rejected.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every token of every pair, in order.
+
+        Tokenizer, template and truncation all show in the tokens, so two sets of equal fingerprint
+        have the same log-probs under the same model: the key of a cache of reference log-probs.
+        Preferences and weights do not enter.
+        """
+        digest = hashlib.sha256(b"dpo_keras tokens 1")
+        for part in (self.prompt, self.chosen, self.rejected):
+            digest.update(np.ascontiguousarray(part.row_splits, "<i8").tobytes())
+            digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
+        return digest.hexdigest()
+
+    def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
+        """Returns the same pairs carrying reference log-probs into every batch.
+
+        Args:
+            reference: float `[N, 2]` log-probs (chosen, rejected), all finite.
+
+        Returns:
+            A copy that shares the tokens.
+
+        Raises:
+            InputError: wrong shape, or values that are not finite.
+        """
+        values = np.asarray(reference, np.float32)
+        if values.shape != (len(self), 2) or not np.isfinite(values).all():
+            raise InputError(
+                f"reference must be finite log-probs of shape ({len(self)}, 2), one row per "
+                f"tokenized pair; got shape {values.shape}, "
+                f"{int((~np.isfinite(values)).sum())} values not finite."
+            )
+        return replace(self, reference=values)
+
+    def take(self, rows: np.ndarray) -> TokenizedPairs:
+        """Returns some of the pairs, in the order given.
+
+        Args:
+            rows: int `[n]` row numbers.
+
+        Returns:
+            A new set of n pairs; the report stays that of the whole.
+        """
+        rows = np.asarray(rows, np.int64)
+
+        def pick(values: Any) -> Any:
+            return None if values is None else values[rows]
+
+        return replace(
+            self,
+            prompt=self.prompt.take(rows),
+            chosen=self.chosen.take(rows),
+            rejected=self.rejected.take(rows),
+            preference=self.preference[rows],
+            weight=self.weight[rows],
+            reference=pick(self.reference),
+            group=pick(self.group),
+            margin=pick(self.margin),
+            source=pick(self.source),
+        )
+
+
+def truncate(
+    prompt: Ragged, chosen: Ragged, rejected: Ragged, max_length: int, start: int | None = None
+) -> tuple[Ragged, Ragged, Ragged]:
+    """Cuts pairs to `max_length`: prompts from the left, then responses from the right.
+
+    Args:
+        prompt: N rows of prompt ids.
+        chosen: N rows of response ids.
+        rejected: N rows of response ids.
+        max_length: most tokens of prompt and response together.
+        start: id of the start token, kept at the front of a cut prompt that began with it.
+
+    Returns:
+        The three, cut; a prompt keeps at least one token besides its start token.
+
+    Example:
+        >>> rows = [[[1, 5, 6, 7]], [[8, 9, 2]], [[8, 2]]]
+        >>> cut = truncate(*(Ragged.from_lists(r) for r in rows), max_length=5, start=1)
+        >>> [part.tolist() for part in cut]
+        [[[1, 7]], [[8, 9, 2]], [[8, 2]]]
+    """
+    lengths = prompt.lengths
+    starts = np.zeros(len(prompt), np.int64)
+    if start is not None and len(prompt.flat_values):
+        first = prompt.flat_values[np.minimum(prompt.row_splits[:-1], len(prompt.flat_values) - 1)]
+        starts = ((lengths > 0) & (first == start)).astype(np.int64)
+    room = max_length - np.maximum(chosen.lengths, rejected.lengths)
+    kept = np.minimum(lengths, np.maximum(room, np.minimum(starts + 1, lengths)))
+    # The start token leads, the last kept - 1 tokens follow.
+    tail = prompt.slice(lengths - kept + starts, lengths)
+    if start is not None and starts.any():
+        splits = np.zeros(len(prompt) + 1, np.int64)
+        np.cumsum(kept, out=splits[1:])
+        flat = np.empty(int(splits[-1]), np.int32)
+        leads = splits[:-1][starts == 1]
+        mask = np.ones(len(flat), bool)
+        mask[leads] = False
+        flat[leads] = start
+        flat[mask] = tail.flat_values
+        tail = Ragged(flat, splits)
+    room = max_length - kept
+    zeros = np.zeros(len(prompt), np.int64)
+    return (
+        tail,
+        chosen.slice(zeros, np.minimum(chosen.lengths, room)),
+        rejected.slice(zeros, np.minimum(rejected.lengths, room)),
+    )
