@@ -1,0 +1,85 @@
+"""The steps of the method: scores -> probabilities -> log-likelihood ratio -> cross-entropy.
+
+A pair of scores S₀ (chosen) and S₁ (rejected) states a Bradley-Terry model of the preference:
+
+    P = softmax(S),   LLR = log P₀ - log P₁ = S₀ - S₁,   BCE = -y log P₀ - (1 - y) log P₁.
+
+Worked example:
+    >>> from keras import ops
+    >>> scores = ops.convert_to_tensor([[2.5, 1.5]])
+    >>> print(ops.convert_to_numpy(preference_probabilities(scores)).round(4))
+    [[0.7311 0.2689]]
+    >>> float(log_likelihood_ratio(scores)[0])
+    1.0
+    >>> round(float(binary_cross_entropy(ops.convert_to_tensor([1.0]), scores)[0]), 4)
+    0.3133
+"""
+
+from __future__ import annotations
+
+from keras import ops
+
+from dpo_keras.losses.numerics import Tensor, as_floating
+
+
+def preference_probabilities(scores: Tensor) -> Tensor:
+    """Give the probability that each of the two responses is the better one.
+
+    P = softmax(S), over the two columns (Bradley & Terry 1952; arXiv 2305.18290, eq. 1).
+
+    Args:
+        scores: `[B, 2]`, column 0 chosen, column 1 rejected; in nats.
+
+    Returns:
+        `[B, 2]`; each row sums to one.
+
+    Example:
+        >>> from keras import ops
+        >>> print(ops.convert_to_numpy(preference_probabilities([[2.5, 1.5]])).round(4))
+        [[0.7311 0.2689]]
+    """
+    return ops.softmax(as_floating(scores), axis=-1)
+
+
+def log_likelihood_ratio(scores: Tensor) -> Tensor:
+    """Give how much likelier the first response is to be the better one, in nats.
+
+    LLR = log P₀ - log P₁ = S₀ - S₁. It is taken from the scores: probabilities round to 0 and 1
+    from about 17 nats on in float32, and their logarithms with them.
+
+    Args:
+        scores: `[B, 2]`, column 0 chosen, column 1 rejected; in nats.
+
+    Returns:
+        `[B]`; positive where the first response is preferred.
+
+    Example:
+        >>> from keras import ops
+        >>> ops.convert_to_numpy(log_likelihood_ratio([[2.5, 1.5], [-1e4, 1e4]])).tolist()
+        [1.0, -20000.0]
+    """
+    scores = as_floating(scores)
+    return scores[..., 0] - scores[..., 1]
+
+
+def binary_cross_entropy(preference: Tensor, scores: Tensor) -> Tensor:
+    """Give the cross-entropy between the people's preference and the model's.
+
+    BCE = -y log σ(LLR) - (1 - y) log σ(-LLR) (arXiv 2305.18290, eq. 7, with a soft label y).
+
+    Args:
+        preference: `[B]`, y in [0, 1]: the probability that the first response is better.
+        scores: `[B, 2]`, column 0 chosen, column 1 rejected; in nats.
+
+    Returns:
+        `[B]`, in nats, never negative, finite for scores of any finite size.
+
+    Example:
+        >>> from keras import ops
+        >>> values = binary_cross_entropy([1.0, 0.5, 0.0], [[2.5, 1.5], [0.0, 0.0], [1e4, -1e4]])
+        >>> print(ops.convert_to_numpy(values).round(4))
+        [3.133e-01 6.931e-01 2.000e+04]
+    """
+    llr = log_likelihood_ratio(scores)
+    preference = as_floating(preference, llr.dtype)
+    return -preference * ops.log_sigmoid(llr) - (1.0 - preference) * ops.log_sigmoid(-llr)
