@@ -99,6 +99,11 @@ def _directory_problems(place: Path) -> list[str]:
             found,
         )
     if "model_type" in content:
+        if not content.get("architectures"):
+            return [
+                f"{place} looks like a Hugging Face checkpoint, but its config.json does not say "
+                'its "architectures", for instance ["GPT2LMHeadModel"]; add that.'
+            ]
         tokenizer = _TOKENIZER_FILES.get(content["model_type"], ())
         weights = ("model.safetensors", "model.safetensors.index.json")
         return _missing(
