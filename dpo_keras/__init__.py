@@ -1,0 +1,115 @@
+"""Direct Preference Optimization for TensorFlow and Keras.
+
+Preference pairs flow in one direction, and each stage is one subpackage:
+
+    preferences   pairs of responses and which one people prefer: read, validated, split
+    batching      tokens, templates, buckets -> tf.data batches
+    scoring       log pi(response | prompt) under the policy and under the reference
+    losses        S = beta (log pi - log pi_ref) -> softmax -> LLR -> cross-entropy + penalties
+    training      DPOModel: a keras.Model whose train_step takes that gradient
+    evaluation    held-out accuracy, calibration, samples before and after
+    serving       SavedModel: strings in, log-probs, preferences and text out
+
+The whole of it in ten lines:
+
+    pairs = dpo_keras.read_preferences("pairs.jsonl")
+    train, held_out = pairs.split(0.1, seed=0)
+    policy = keras_hub.models.CausalLM.from_preset("gemma3_1b")
+    policy.backbone.enable_lora(8)
+    dataset = dpo_keras.preference_dataset(train, policy.preprocessor, batch_size=16)
+    model = dpo_keras.DPOModel(policy, reference="auto")
+    model.compile(keras.optimizers.AdamW(5e-6), loss=dpo_keras.DPOLoss("sigmoid", beta=0.1))
+    model.fit(dataset, epochs=1)
+    model.evaluate(dpo_keras.preference_dataset(held_out, policy.preprocessor, shuffle=False))
+    dpo_keras.export(model, "saved_models/support/1")
+
+The method is that of Rafailov et al. (arXiv 2305.18290). Subpackages are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "InputError": "dpo_keras.errors",
+    "PreferencePair": "dpo_keras.preferences",
+    "Preferences": "dpo_keras.preferences",
+    "read_preferences": "dpo_keras.preferences",
+    "write_preferences": "dpo_keras.preferences",
+    "preference_dataset": "dpo_keras.batching",
+    "tokenize_pairs": "dpo_keras.batching",
+    "response_log_probs": "dpo_keras.scoring",
+    "cache_reference": "dpo_keras.scoring",
+    "DPOLoss": "dpo_keras.losses",
+    "DPOModel": "dpo_keras.training",
+    "SupervisedModel": "dpo_keras.training",
+    "generate_responses": "dpo_keras.training",
+    "strategy": "dpo_keras.training",
+    "export": "dpo_keras.serving",
+}
+_STAGES = {
+    "app",
+    "batching",
+    "errors",
+    "evaluation",
+    "losses",
+    "preferences",
+    "scoring",
+    "serving",
+    "training",
+}
+
+if TYPE_CHECKING:
+    from dpo_keras.batching import preference_dataset, tokenize_pairs
+    from dpo_keras.errors import InputError
+    from dpo_keras.losses import DPOLoss
+    from dpo_keras.preferences import (
+        PreferencePair,
+        Preferences,
+        read_preferences,
+        write_preferences,
+    )
+    from dpo_keras.scoring import cache_reference, response_log_probs
+    from dpo_keras.serving import export
+    from dpo_keras.training import (
+        DPOModel,
+        SupervisedModel,
+        callbacks,
+        generate_responses,
+        strategy,
+    )
+
+__all__ = [
+    "DPOLoss",
+    "DPOModel",
+    "InputError",
+    "PreferencePair",
+    "Preferences",
+    "SupervisedModel",
+    "cache_reference",
+    "callbacks",
+    "export",
+    "generate_responses",
+    "preference_dataset",
+    "read_preferences",
+    "response_log_probs",
+    "strategy",
+    "tokenize_pairs",
+    "write_preferences",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that reading preferences never waits for TensorFlow and losses run on any backend.
+    if name == "callbacks":
+        return importlib.import_module("dpo_keras.training.callbacks")
+    if name in _STAGES:
+        return importlib.import_module(f"dpo_keras.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dpo_keras' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(__all__) | _STAGES | {"__version__"})
