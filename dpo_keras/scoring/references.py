@@ -1,0 +1,285 @@
+"""What the policy is compared with: log pi_ref, five ways.
+
+A reference here is the same network with other weights, so it needs no second model: while the
+reference pass is traced, `keras.StatelessScope` puts the weights it should see in place of the
+policy's own. What is copied is only what training can change. After `enable_lora` that is a few
+adapters, and the reference is nearly free.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from dpo_keras.errors import InputError
+from dpo_keras.scoring.scorer import ResponseScorer
+
+Pairs = list[tuple[Any, Any]]
+
+
+class _Untracked:
+    """Holds variables that belong to another layer, out of sight of Keras' attribute tracking."""
+
+    def __init__(self, variables: list[Any]):
+        self.variables = variables
+
+
+def adapted_layers(policy: keras.Model) -> list[Any]:
+    """The layers of `policy` with LoRA switched on.
+
+    Example:
+        >>> adapted_layers(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
+        []
+    """
+    return [layer for layer in policy._flatten_layers() if getattr(layer, "lora_enabled", False)]
+
+
+def _adapter_variables(layers: list[Any]) -> list[Any]:
+    return [variable for layer in layers for variable in layer.weights if "lora_" in variable.name]
+
+
+def adapters_are_fresh(policy: keras.Model) -> bool:
+    """Whether every LoRA product is still zero, so that the adapted model is the base model."""
+    seconds = [v for v in _adapter_variables(adapted_layers(policy)) if v.name.endswith("_b")]
+    return bool(seconds) and all(not ops.convert_to_numpy(v).any() for v in seconds)
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class Reference(keras.layers.Layer):
+    """Base of all references.
+
+    Attributes:
+        mode: the name that `DPOModel(reference=…)` takes.
+        starts_as_policy: whether log-ratios must be 0 before the first update.
+    """
+
+    mode = "none"
+
+    def __init__(self, starts_as_policy: bool = False, **kwargs: Any):
+        super().__init__(trainable=False, **kwargs)
+        self.starts_as_policy = starts_as_policy
+        self.built = True
+
+    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+        """Reference log-probs `[rows * pairs, 2]` float32, or None where there is no reference."""
+        return None
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads; the policy that comes with it may have been trained since."""
+        super().load_own_variables(store)
+        self.starts_as_policy = False
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class FrozenCopy(Reference):
+    """The policy as it was when this was made: a copy of every trainable weight.
+
+    Args:
+        policy: the model to copy from, built.
+
+    Raises:
+        InputError: nothing in `policy` is trainable.
+    """
+
+    mode = "frozen_copy"
+
+    def __init__(self, policy: keras.Model, **kwargs: Any):
+        super().__init__(starts_as_policy=True, **kwargs)
+        self._copy(self._to_copy(policy))
+
+    def _to_copy(self, policy: keras.Model) -> list[Any]:
+        if not policy.trainable_variables:
+            raise InputError("policy has no trainable weights, so there is nothing to train.")
+        return list(policy.trainable_variables)
+
+    def _copy(self, sources: list[Any]) -> None:
+        self._sources = _Untracked(sources)
+        self.copies = []
+        for number, source in enumerate(sources):
+            copy = self.add_weight(
+                name=f"copy_{number}",
+                shape=source.shape,
+                dtype=source.dtype,
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            )
+            copy.assign(source.value)
+            self.copies.append(copy)
+
+    def weights_in_place(self) -> Pairs:
+        """Which of the policy's variables take which values during the reference pass."""
+        return [
+            (source, copy.value)
+            for source, copy in zip(self._sources.variables, self.copies, strict=True)
+        ]
+
+    def check(self, policy: keras.Model) -> None:
+        """Refuses a policy in which something is trainable that was not copied.
+
+        Args:
+            policy: the policy as it is about to be trained.
+
+        Raises:
+            InputError: naming the weights that would drift in both policy and reference.
+        """
+        known = {id(variable) for variable in self._sources.variables}
+        known |= {id(v) for v in _adapter_variables(adapted_layers(policy))}
+        moved = [v.path for v in policy.trainable_variables if id(v) not in known]
+        if moved:
+            raise InputError(
+                f"{len(moved)} weights became trainable after the reference was made (first: "
+                f"{moved[0]}), so the reference would change with the policy. Set `trainable` and "
+                "LoRA before DPOModel(policy, …)."
+            )
+
+    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+        """Reference log-probs under the copied weights."""
+        with keras.StatelessScope(state_mapping=self.weights_in_place()):
+            return ops.stop_gradient(scorer(batch)["logps"])
+
+    def update_from_policy(self, alpha: float = 1.0) -> None:
+        """Moves the reference toward the policy: ref <- alpha policy + (1 - alpha) ref.
+
+        Args:
+            alpha: in (0, 1]; 1 copies (arXiv 2404.09656, eq. 3 and 4).
+        """
+        for source, copy in zip(self._sources.variables, self.copies, strict=True):
+            copy.assign(alpha * ops.cast(source, copy.dtype) + (1.0 - alpha) * copy)
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class AdaptersOff(FrozenCopy):
+    """The base model under the adapters: LoRA switched off while the reference pass is traced.
+
+    KerasHub's `enable_lora` leaves the biases of adapted layers trainable. They are copied, so
+    that the reference is exact however far they move.
+
+    Args:
+        policy: a model with LoRA enabled.
+
+    Raises:
+        InputError: no layer of `policy` has LoRA.
+    """
+
+    mode = "adapters_off"
+
+    def __init__(self, policy: keras.Model, **kwargs: Any):
+        super().__init__(policy, **kwargs)
+        self.starts_as_policy = adapters_are_fresh(policy)
+
+    def _to_copy(self, policy: keras.Model) -> list[Any]:
+        layers = adapted_layers(policy)
+        if not layers:
+            raise InputError(
+                "reference='adapters_off' needs LoRA, and no layer of the policy has it. Call "
+                "policy.backbone.enable_lora(8) first, or use reference='frozen_copy'."
+            )
+        self._adapted = _Untracked(layers)
+        adapters = {id(variable) for variable in _adapter_variables(layers)}
+        return [v for v in policy.trainable_variables if id(v) not in adapters]
+
+    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+        """Reference log-probs without the adapters."""
+        # `lora_enabled` is a Python attribute: it selects what is traced, not what is run.
+        try:
+            for layer in self._adapted.variables:
+                layer.lora_enabled = False
+            return super().logps(scorer, batch)
+        finally:
+            for layer in self._adapted.variables:
+                layer.lora_enabled = True
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class Cached(Reference):
+    """Log-probs computed before training, which come with each batch."""
+
+    mode = "cached"
+
+    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+        """The batch's `reference` column."""
+        if "reference" not in batch:
+            raise InputError(
+                "reference='cached' needs batches with reference log-probs: make the dataset from "
+                "dpo_keras.cache_reference(policy, tokenized, …)."
+            )
+        return ops.cast(ops.reshape(batch["reference"], (-1, 2)), "float32")
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class OtherModel(Reference):
+    """A model of its own as the reference.
+
+    Args:
+        model: same inputs and same vocabulary as the policy.
+        policy: the policy, to compare with; None skips the check.
+
+    Raises:
+        InputError: the vocabularies differ.
+    """
+
+    mode = "model"
+
+    def __init__(self, model: keras.Model, policy: keras.Model | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        ours, theirs = (vocabulary_size(policy), vocabulary_size(model)) if policy else (None, None)
+        if ours != theirs and None not in (ours, theirs):
+            raise InputError(
+                f"reference has a vocabulary of {theirs} tokens and the policy one of {ours}: "
+                "log-probs of different tokens cannot be compared. Use a reference with the "
+                "policy's tokenizer."
+            )
+        self.model = model
+        self.model.trainable = False
+        self.scorer = ResponseScorer(model)
+
+    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+        """Reference log-probs under the other model."""
+        return ops.stop_gradient(self.scorer(batch)["logps"])
+
+
+REFERENCES: dict[str, type[Reference]] = {
+    reference.mode: reference for reference in (FrozenCopy, AdaptersOff, Cached, Reference)
+}
+
+
+def make_reference(policy: keras.Model, reference: str | keras.Model) -> Reference:
+    """The reference that `DPOModel(policy, reference=…)` means.
+
+    Args:
+        policy: a built model.
+        reference: `"frozen_copy"`, `"adapters_off"`, `"cached"`, `"none"`, `"auto"` (fresh
+            adapters: switched off; otherwise a frozen copy), or a model.
+
+    Returns:
+        The reference layer.
+
+    Raises:
+        InputError: an unknown name.
+
+    Example:
+        >>> policy = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        >>> make_reference(policy, "auto").mode
+        'frozen_copy'
+    """
+    if isinstance(reference, keras.Model):
+        return OtherModel(reference, policy)
+    if reference == "auto":
+        reference = "adapters_off" if adapters_are_fresh(policy) else "frozen_copy"
+    if reference not in REFERENCES:
+        names = ", ".join(["auto", *REFERENCES])
+        raise InputError(f"reference must be one of {names}, or a model; got {reference!r}.")
+    kind = REFERENCES[reference]
+    return kind(policy) if issubclass(kind, FrozenCopy) else kind()
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of logits of a model, where it can be told without running it.
+
+    Example:
+        >>> vocabulary_size(keras.Sequential([keras.Input((2,)), keras.layers.Dense(7)]))
+        7
+    """
+    shape = getattr(model, "output_shape", None)
+    return shape[-1] if isinstance(shape, tuple) else None

@@ -1,0 +1,162 @@
+"""From a batch to the log-probability of each response under a model."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from dpo_keras.errors import InputError
+from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
+
+_INPUTS = {"token_ids", "padding_mask"}
+
+
+def split_backbone_and_head(policy: Any) -> tuple[Any, LanguageModelHead] | None:
+    """A policy's backbone and its head, where logits are exactly head(backbone(inputs)).
+
+    Args:
+        policy: a Keras model. KerasHub's causal language models are functional models of two
+            steps, backbone and reversed embedding; anything beside those two steps (a scaling of
+            the logits, a quantized head) is not taken apart.
+
+    Returns:
+        `(backbone, head)`, or None where the plain path through full logits must be used.
+    """
+    backbone = getattr(policy, "backbone", None)
+    operations = getattr(policy, "operations", None)
+    if not isinstance(backbone, keras.Model) or operations is None:
+        return None
+    steps = [
+        operation
+        for operation in operations
+        if operation is not backbone and not isinstance(operation, keras.layers.InputLayer)
+    ]
+    if len(steps) != 1 or not LanguageModelHead.supports(steps[0]):
+        return None
+    return backbone, LanguageModelHead(steps[0])
+
+
+class ResponseScorer:
+    """Response log-probs under one model: log pi(y | x), summed over the response's tokens.
+
+    Where the model is a KerasHub causal language model, hidden states are gathered at the places
+    that predict response tokens and the head is applied to those alone, in chunks. Any other Keras
+    model from `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]` goes the
+    plain path: full logits, then the same gather.
+
+    Args:
+        policy: the model.
+        plain: True forces the plain path.
+        chunk: rows of logits at a time on the chunked path.
+
+    Raises:
+        InputError: the model takes other inputs than `token_ids` and `padding_mask`.
+
+    Example:
+        See `dpo_keras.response_log_probs`, which goes from strings to log-probs.
+    """
+
+    def __init__(self, policy: Any, plain: bool = False, chunk: int | None = None):
+        self.policy = policy
+        self.chunk = chunk
+        self.parts = None if plain else split_backbone_and_head(policy)
+        names = set(getattr(policy, "input_names", None) or _INPUTS)
+        if isinstance(getattr(policy, "input", None), dict):
+            names = set(policy.input)
+        if names != _INPUTS:
+            raise InputError(
+                "policy must map {'token_ids', 'padding_mask'} to logits; this "
+                f"{type(policy).__name__} takes {sorted(names)}. Wrap it in a keras.Model with "
+                "those two inputs."
+            )
+
+    def __call__(
+        self, batch: dict[str, Any], training: bool = False, statistics: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Scores every response of a batch.
+
+        Args:
+            batch: the batch contract: `token_ids`, `padding_mask` `[rows, sequences, length]`;
+                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`.
+            training: whether layers such as dropout are active.
+            statistics: extra per-token figures from `scoring.head.STATISTICS`.
+
+        Returns:
+            `logps` `[rows * pairs, 2]` float32, `lengths` `[rows * pairs, 2]` int32,
+            `token_logps` `[rows, slots]` float32 (0 in empty slots), and each statistic
+            `[rows, slots]`.
+        """
+        owner = batch["owner"]
+        pairs = batch["weight"].shape[1]
+        values = self._token_values(batch, training, statistics)
+        filled = owner >= 0
+        token_logps = ops.where(filled, values[..., 0], 0.0)
+        results = {
+            "logps": sum_by_owner(token_logps, owner, pairs),
+            "lengths": ops.cast(sum_by_owner(ops.ones_like(token_logps), owner, pairs), "int32"),
+            "token_logps": token_logps,
+        }
+        for column, name in enumerate(statistics, start=1):
+            results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
+        return results
+
+    def _token_values(
+        self, batch: dict[str, Any], training: bool, statistics: tuple[str, ...]
+    ) -> Any:
+        token_ids, padding_mask = batch["token_ids"], batch["padding_mask"]
+        rows, sequences, length = ops.shape(token_ids)
+        slots = ops.shape(batch["owner"])[1]
+        inputs = {
+            "token_ids": ops.reshape(token_ids, (rows * sequences, length)),
+            "padding_mask": ops.reshape(padding_mask, (rows * sequences, length)),
+        }
+        model = self.policy if self.parts is None else self.parts[0]
+        states = model(inputs, training=training)
+        if len(states.shape) != 3:
+            raise InputError(
+                "policy must return logits of shape [batch, length, vocabulary]; got "
+                f"{tuple(states.shape)}."
+            )
+        states = ops.reshape(states, (rows * sequences * length, states.shape[-1]))
+        first = ops.arange(rows, dtype="int32")[:, None] * (sequences * length)
+        places = ops.reshape(first + batch["source"], (rows * slots,))
+        targets = ops.reshape(batch["target"], (rows * slots,))
+        columns = 1 + len(statistics)
+        if self.parts is None:
+            values = log_probs_of(ops.take(states, places, axis=0), targets, statistics)
+            return ops.reshape(values, (rows, slots, columns))
+        # Filled slots first, so that chunks of nothing but empty slots are never computed.
+        filled = ops.cast(ops.reshape(batch["owner"], (rows * slots,)) >= 0, "int32")
+        count = ops.sum(filled)
+        place = ops.where(filled == 1, ops.cumsum(filled) - 1, count + ops.cumsum(1 - filled) - 1)
+        order = ops.argsort(place)
+        values = self.parts[1](
+            ops.take(states, ops.take(places, order), axis=0),
+            ops.take(targets, order),
+            count,
+            statistics,
+            self.chunk,
+        )
+        return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
+
+
+def sum_by_owner(values: Any, owner: Any, pairs: int) -> Any:
+    """Sums per-token values over each response.
+
+    Args:
+        values: `[rows, slots]`.
+        owner: `[rows, slots]` int32, 2 * (pair slot) + (0 chosen, 1 rejected); -1 for no one.
+        pairs: pair slots of a row.
+
+    Returns:
+        `[rows * pairs, 2]`.
+
+    Example:
+        >>> values, owner = ops.array([[1.0, 2.0, 4.0, 8.0]]), ops.array([[0, 1, 1, -1]])
+        >>> sums = sum_by_owner(values, owner, pairs=1)
+        >>> print(float(sums[0, 0]), float(sums[0, 1]))
+        1.0 6.0
+    """
+    belongs = owner[..., None] == ops.arange(2 * pairs, dtype="int32")
+    sums = ops.sum(ops.where(belongs, values[..., None], 0.0), axis=1)
+    return ops.reshape(sums, (-1, 2))
