@@ -1,0 +1,191 @@
+"""Keras callbacks of preference training. All of Keras' own work beside them."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from dpo_keras.errors import InputError
+from dpo_keras.training.checkpoints import RunCheckpoint
+from dpo_keras.training.generation import generate_responses
+
+__all__ = ["Progress", "RunCheckpoint", "RunLog", "SampleResponses", "StopOnNonFinite"]
+
+
+class SampleResponses(keras.callbacks.Callback):
+    """Answers a few prompts as training goes on, so that one can read what the numbers mean.
+
+    Args:
+        prompts: strings.
+        every: epochs between samples; they are also taken before training.
+        path: a JSONL file that each sample is appended to, or None.
+        show: called with each record, or None.
+        **options: as `dpo_keras.generate_responses`: `max_new_tokens`, `temperature`, `seed`, …
+
+    Attributes:
+        samples: records `{"epoch", "prompt", "response"}`; epoch 0 is before training.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        every: int = 1,
+        path: str | os.PathLike[str] | None = None,
+        show: Callable[[dict[str, Any]], None] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if every < 1:
+            raise InputError(f"every must be >= 1, got {every}.")
+        self.prompts = list(prompts)
+        self.every = every
+        self.path = None if path is None else pathlib.Path(path)
+        self.show = show
+        self.options = options
+        self.samples: list[dict[str, Any]] = []
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Samples the policy that training starts from."""
+        if not self.samples:
+            self._sample(0)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Samples the policy as it is now."""
+        if (epoch + 1) % self.every == 0:
+            self._sample(epoch + 1)
+
+    def _sample(self, epoch: int) -> None:
+        responses = generate_responses(self.model.policy, self.prompts, **self.options)
+        for prompt, response in zip(self.prompts, responses, strict=True):
+            record = {"epoch": epoch, "prompt": prompt, "response": response}
+            self.samples.append(record)
+            if self.path is not None:
+                _append(self.path, record)
+            if self.show is not None:
+                self.show(record)
+
+
+class RunLog(keras.callbacks.Callback):
+    """Appends a JSON line per step and per epoch to a file.
+
+    Step records hold that step's own values; epoch records the epoch's means, `val_` figures among
+    them. A resumed run appends; records of steps that it takes again are removed first, so that
+    each step stands in the file once.
+
+    Args:
+        path: the file.
+        start_step: optimizer steps taken before.
+        every: steps between step records.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], start_step: int = 0, every: int = 1):
+        super().__init__()
+        self.path = pathlib.Path(path)
+        self.step = start_step
+        self.every = every
+        if self.path.exists():
+            _rewrite(self.path, lambda record: record.get("step", 0) <= start_step)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the step's values."""
+        self.step += self.model.steps_per_execution
+        if self.step % self.every == 0:
+            hidden = {"tokens", "pairs", "at_reference"}
+            values = {k: float(v) for k, v in self.model.step_logs.items() if k not in hidden}
+            _append(self.path, {"step": self.step, **values})
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the epoch's means."""
+        values = {name: float(value) for name, value in (logs or {}).items()}
+        _append(self.path, {"epoch": epoch + 1, "step": self.step, **values})
+
+
+class Progress(keras.callbacks.Callback):
+    """Reports the steps done, pairs per second and tokens per second to a function.
+
+    Args:
+        show: called after each step with a dict: `step`, `steps` (in all, where known),
+            `pairs_per_second`, `tokens_per_second`, and the step's values.
+        start_step: steps taken before.
+        steps: steps in all.
+    """
+
+    def __init__(
+        self,
+        show: Callable[[dict[str, Any]], None],
+        start_step: int = 0,
+        steps: int | None = None,
+    ):
+        super().__init__()
+        self.show = show
+        self.step = start_step
+        self.steps = steps
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts the clock anew."""
+        self.clock: float | None = None
+        self.before = {"pairs": 0.0, "tokens": 0.0}
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Reports; speed counts from the second step, the first one being traced."""
+        import time
+
+        self.step += self.model.steps_per_execution
+        counts, now = self.model.counts(), time.perf_counter()
+        report: dict[str, Any] = {"step": self.step, "steps": self.steps}
+        if self.clock is None:
+            self.clock, self.before = now, counts
+        else:
+            seconds = max(now - self.clock, 1e-9)
+            for name, count in counts.items():
+                report[f"{name}_per_second"] = (count - self.before[name]) / seconds
+        self.show({**report, **{k: float(v) for k, v in (logs or {}).items()}})
+
+
+class StopOnNonFinite(keras.callbacks.Callback):
+    """Ends a run whose loss or gradient is no number any more, and says where it happened.
+
+    Raises:
+        RuntimeError: at the first step with a loss or gradient norm that is NaN or infinite.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Looks at the step's own loss and gradient norm."""
+        self.taken += self.model.steps_per_execution
+        values = {name: float(self.model.step_logs[name]) for name in ("loss", "grad_norm")}
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        # A loss scaler meets infinite gradients on its way to the right scale, and skips them.
+        if hasattr(self.model.optimizer, "dynamic_scale"):
+            wrong.pop("grad_norm", None)
+        if wrong:
+            named = " and ".join(f"{name} is {value}" for name, value in wrong.items())
+            raise RuntimeError(
+                f"{named} at step {self.taken} of this run. The last checkpoint is from before it. "
+                "Lower the learning rate, clip gradients (clip_norm), or use bfloat16 instead of "
+                "float16; `dpo-keras data inspect` finds pairs that do not fit."
+            )
+
+
+def _append(path: pathlib.Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _rewrite(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
+        except ValueError:  # the line that a killed run was writing
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,168 @@
+"""Checkpoints that are whole or not there."""
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import keras
+
+from dpo_keras.errors import InputError
+
+_WEIGHTS = "state.weights.h5"
+_META = "checkpoint.json"
+
+
+class RunCheckpoint(keras.callbacks.Callback):
+    """Saves weights, reference, adapters and optimizer, with the step they belong to.
+
+    A checkpoint is a directory `step-00000040/`. It is written under another name, flushed to
+    disk and renamed, and only then are older ones removed: whatever interrupts it (a kill, a full
+    disk), the last good checkpoint stays and a half-written one is never loaded.
+
+    Args:
+        directory: where checkpoints go.
+        every: steps between checkpoints; None: at the end of each epoch only.
+        keep: how many of the newest stay.
+        start_step: steps taken before.
+        save: False on workers that only take part (all but the chief).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | None = None,
+        keep: int = 2,
+        start_step: int = 0,
+        save: bool = True,
+    ):
+        super().__init__()
+        if keep < 1 or (every is not None and every < 1):
+            raise InputError(f"every and keep must be >= 1, got every={every}, keep={keep}.")
+        self.directory = pathlib.Path(directory)
+        self.every, self.keep, self.step, self.save = every, keep, start_step, save
+        self.saved: int | None = None
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves where `every` steps have gone by."""
+        before, self.step = self.step, self.step + self.model.steps_per_execution
+        if self.every is not None and before // self.every != self.step // self.every:
+            self._save()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves."""
+        self._save()
+
+    def _save(self) -> None:
+        if self.save and self.saved != self.step:
+            save_checkpoint(self.model, self.directory, self.step, keep=self.keep)
+            self.saved = self.step
+
+
+def save_checkpoint(
+    model: keras.Model, directory: str | os.PathLike[str], step: int, keep: int = 2
+) -> pathlib.Path:
+    """Writes one checkpoint, whole or not at all, and removes old ones.
+
+    Args:
+        model: a compiled model.
+        directory: where checkpoints go.
+        step: optimizer steps taken.
+        keep: how many of the newest stay.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        OSError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".partial-{step:08d}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        model.save_weights(partial / _WEIGHTS)
+        size = (partial / _WEIGHTS).stat().st_size
+        (partial / _META).write_text(json.dumps({"step": step, "bytes": size}), encoding="utf-8")
+        for name in (_WEIGHTS, _META):
+            _flush(partial / name)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except Exception as error:
+        kept = latest_checkpoint(directory)
+        last = "there is no earlier one" if kept is None else f"the last good one is {kept[1].name}"
+        raise OSError(
+            f"checkpoint at step {step} could not be written to {directory} ({error}); {last}. "
+            "Free some space and go on with --resume."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for _, old in _checkpoints(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> tuple[int, pathlib.Path] | None:
+    """The newest whole checkpoint.
+
+    Args:
+        directory: where checkpoints go.
+
+    Returns:
+        `(step, path)`, or None.
+
+    Example:
+        >>> latest_checkpoint("no/such/directory") is None
+        True
+    """
+    found = _checkpoints(pathlib.Path(directory))
+    return found[-1] if found else None
+
+
+def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
+    """Puts a model back to its newest checkpoint.
+
+    Args:
+        model: built and compiled as it was.
+        directory: where checkpoints are.
+
+    Returns:
+        The step it was taken at; 0 where there is none (the model stays as it is).
+
+    Raises:
+        InputError: the checkpoint does not fit the model.
+    """
+    found = latest_checkpoint(directory)
+    if found is None:
+        return 0
+    step, path = found
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    try:
+        model.load_weights(path / _WEIGHTS)
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"checkpoint {path} does not fit this model ({error}). Was the configuration changed?"
+        ) from error
+    return step
+
+
+def _checkpoints(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    found = []
+    for path in directory.glob("step-*"):
+        try:
+            meta = json.loads((path / _META).read_text(encoding="utf-8"))
+            if (path / _WEIGHTS).stat().st_size == meta["bytes"]:
+                found.append((int(meta["step"]), path))
+        except (OSError, ValueError, KeyError):
+            continue
+    return sorted(found)
+
+
+def _flush(path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

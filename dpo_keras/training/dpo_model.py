@@ -1,0 +1,278 @@
+"""Direct Preference Optimization as a `keras.Model`."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from dpo_keras.errors import InputError
+from dpo_keras.losses import (
+    DPOLoss,
+    kl_to_reference,
+    log_likelihood_ratio,
+    preference_probabilities,
+)
+from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
+from dpo_keras.training.adapters import AdapterState, adapter_config, restore_adapters
+from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
+from dpo_keras.training.start import StartsAtReference
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class DPOModel(PolicyTrainer):
+    r"""Trains a policy on preference pairs, against a reference.
+
+    For a prompt x with responses y_1 (chosen) and y_2 (rejected):
+
+        S(y)  = beta (log pi(y | x) - log pi_ref(y | x))       the score, an implicit reward
+        P     = softmax(S(y_1), S(y_2))
+        LLR   = log P(y_1) - log P(y_2) = S(y_1) - S(y_2)
+        loss  = -[p log P(y_1) + (1 - p) log P(y_2)] + penalties
+
+    with p the probability that people prefer y_1. Each step averages the loss over the weights of
+    all pairs in the global batch.
+
+    Args:
+        policy: a KerasHub causal language model (with LoRA or without), or any Keras model from
+            `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]`.
+        reference: `"auto"` (fresh LoRA adapters: the base model under them, at no cost; otherwise
+            a frozen copy), `"frozen_copy"`, `"adapters_off"`, `"cached"` (log-probs come with the
+            batches, see `dpo_keras.cache_reference`), `"none"` (for losses without reference), or
+            a model with the policy's vocabulary. It is state of this model: saved, loaded, and
+            never confused with the policy.
+        dropout: whether the policy's dropout is active in training. Off by default.
+
+    Raises:
+        InputError: a policy or a reference that cannot be used.
+
+    Example:
+        >>> import keras_hub, dpo_keras
+        >>> backbone = keras_hub.models.GPT2Backbone(
+        ...     vocabulary_size=64, num_layers=1, num_heads=2, hidden_dim=8,
+        ...     intermediate_dim=16, max_sequence_length=32)
+        >>> policy = keras_hub.models.GPT2CausalLM(backbone)
+        >>> model = DPOModel(policy, reference="auto")
+        >>> model.compile(optimizer="adam", loss=dpo_keras.DPOLoss("sigmoid", beta=0.1))
+        >>> model.reference.mode
+        'frozen_copy'
+
+    References:
+        Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, equation 7.
+    """
+
+    def __init__(
+        self,
+        policy: keras.Model,
+        reference: str | keras.Model = "auto",
+        dropout: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(policy, dropout=dropout, **kwargs)
+        self.reference: Reference = make_reference(policy, reference)
+        # The name puts it behind `policy` in the order in which Keras loads.
+        self.policy_adapters = AdapterState(policy) if adapter_config(policy) else None
+        self.preference_loss: DPOLoss | None = None
+
+    # -- log-probs -------------------------------------------------------------------------
+
+    def policy_logps(self, batch: Batch, training: bool = False) -> Any:
+        """Log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
+        return self.scorer(batch, training=training)["logps"]
+
+    def reference_logps(self, batch: Batch) -> Any:
+        """Log pi_ref(y | x) of each response, `[rows * pairs, 2]` float32; None without one."""
+        return self.reference.logps(self.scorer, batch)
+
+    def outputs(self, batch: Batch, training: bool = False) -> dict[str, Any]:
+        """What the loss is computed from, with the policy's entropy beside it.
+
+        Args:
+            batch: the batch contract of `dpo_keras.batching`.
+            training: True while gradients are taken.
+
+        Returns:
+            `policy`, `reference` `[N, 2]` float32 (no `reference` where there is none), `lengths`
+            `[N, 2]` int32, `entropy` scalar (mean over response tokens), and the batch's own
+            `margin`, `group` where present; N = rows * pairs.
+        """
+        reference = None
+        if self.preference_loss is None or self.preference_loss.needs_reference:
+            reference = self.reference_logps(batch)
+        scored = self.scorer(batch, training and self.dropout, statistics=("entropy",))
+        tokens = ops.maximum(ops.sum(ops.cast(batch["owner"] >= 0, "float32")), 1.0)
+        outputs = {
+            "policy": scored["logps"],
+            "lengths": scored["lengths"],
+            "entropy": ops.sum(scored["entropy"]) / tokens,
+        }
+        if reference is not None:
+            outputs["reference"] = reference
+        for name in ("margin", "group"):
+            if name in batch:
+                outputs[name] = ops.reshape(batch[name], (-1,))
+        return outputs
+
+    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
+        """Scores and preferences of a batch: what `predict` returns.
+
+        Returns:
+            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]`, `policy`, `reference`,
+            `lengths`.
+        """
+        outputs = self.outputs(batch, training)
+        scores = (self.preference_loss or DPOLoss()).scores(outputs)
+        del outputs["entropy"]
+        return {
+            "probabilities": preference_probabilities(scores),
+            "llr": log_likelihood_ratio(scores),
+            "scores": scores,
+            **outputs,
+        }
+
+    # -- the loss --------------------------------------------------------------------------
+
+    def compile(
+        self,
+        optimizer: Any = "adamw",
+        loss: Any = "sigmoid",
+        *,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Configures training.
+
+        Args:
+            optimizer: any Keras optimizer or its name.
+            loss: a `DPOLoss`, or the name of one with its defaults.
+            jit_compile: XLA; `"auto"` means False.
+            **kwargs: as `keras.Model.compile`: `steps_per_execution`, `run_eagerly`,
+                `auto_scale_loss`.
+
+        Raises:
+            InputError: a loss that is no DPOLoss, or needs a reference where there is none.
+        """
+        if isinstance(loss, str):
+            loss = DPOLoss(loss)
+        if not isinstance(loss, DPOLoss):
+            raise InputError(f"loss must be a dpo_keras.DPOLoss or its name, got {loss!r}.")
+        if loss.needs_reference and self.reference.mode == "none":
+            raise InputError(
+                f"loss {loss.loss_type!r} compares the policy with a reference, and this model "
+                "has reference='none'. Use reference='auto', or a loss without reference."
+            )
+        if isinstance(self.reference, FrozenCopy):
+            self.reference.check(self.policy)
+        self.preference_loss = loss
+        with self.distribute_strategy.scope():
+            # Held here, so that a loss's own variables are saved with the model.
+            self.objective_state = loss.state
+        super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
+
+    def hidden_names(self) -> list[str]:
+        """Names that are measured and not logged."""
+        assert self.preference_loss is not None
+        return ["at_reference"] if self.preference_loss.needs_reference else []
+
+    def metric_names(self) -> list[str]:
+        """The logged names, `loss` first."""
+        assert self.preference_loss is not None
+        names = ["loss", *self.preference_loss.term_names()]
+        names += ["reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward"]
+        names += ["chosen_logps", "rejected_logps"]
+        return [*names, *(["kl"] if self.preference_loss.needs_reference else []), "entropy"]
+
+    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
+        """The loss, its terms and the metrics over this replica's pairs."""
+        assert self.preference_loss is not None
+        outputs = self.outputs(batch, training)
+        preference = ops.reshape(batch["preference"], (-1,))
+        weight = ops.reshape(batch["weight"], (-1,))
+        terms = self.preference_loss.terms(preference, outputs)
+        loss = self.preference_loss.combine(
+            terms, weight, outputs, training=training, all_reduce=sum_over_replicas
+        )
+        values = {"loss": sum(terms.values()), **terms}
+        total = ops.sum(weight)
+        # A row that is padding may hold anything: 0 * inf must not reach the sum.
+        sums = {
+            name: (ops.sum(ops.where(weight > 0, weight * value, 0.0)), total)
+            for name, value in {**values, **self._diagnostics(outputs)}.items()
+        }
+        scores = self.preference_loss.scores(outputs)
+        margin = log_likelihood_ratio(scores)
+        decided = weight * ops.cast(preference != 0.5, "float32")
+        right = 0.5 * (1.0 + ops.sign(margin) * ops.sign(preference - 0.5))
+        sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
+        if self.preference_loss.needs_reference:
+            sums["at_reference"] = (self._sum_at_reference(preference, weight, outputs), total)
+        tokens = ops.sum(ops.cast(batch["owner"] >= 0, "float32"))
+        sums["entropy"] = (outputs["entropy"] * tokens, tokens)
+        return loss, sums
+
+    def _sum_at_reference(self, preference: Any, weight: Any, outputs: dict[str, Any]) -> Any:
+        """What the preference loss would be if the policy were its reference."""
+        assert self.preference_loss is not None
+        same = {**outputs, "reference": outputs["policy"]}
+        value = self.preference_loss.terms(preference, same)["preference_loss"]
+        return ops.stop_gradient(ops.sum(ops.where(weight > 0, weight * value, 0.0)))
+
+    def _diagnostics(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        assert self.preference_loss is not None
+        scores = self.preference_loss.scores(outputs)
+        found = {
+            "reward_margin": log_likelihood_ratio(scores),
+            "chosen_reward": scores[:, 0],
+            "rejected_reward": scores[:, 1],
+            "chosen_logps": outputs["policy"][:, 0],
+            "rejected_logps": outputs["policy"][:, 1],
+        }
+        if self.preference_loss.needs_reference:
+            found["kl"] = kl_to_reference(None, scores, outputs)
+        return found
+
+    def default_callbacks(self) -> list[keras.callbacks.Callback]:
+        """As every trainer's, and the check that the first loss is that of an equal reference."""
+        return [StartsAtReference(), *super().default_callbacks()]
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Policy, reference, adapters: all that a saved model is rebuilt from."""
+        reference: Any = self.reference.mode
+        if reference == "model":
+            reference = keras.saving.serialize_keras_object(self.reference.model)
+        return {
+            **super().get_config(),
+            "policy": keras.saving.serialize_keras_object(self.policy),
+            "reference": reference,
+            "adapters": adapter_config(self.policy),
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "DPOModel":
+        """Rebuilds the model that `get_config` describes, adapters enabled."""
+        config = dict(config)
+        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        restore_adapters(policy, config.pop("adapters", None))
+        reference = config.pop("reference")
+        if isinstance(reference, dict):
+            reference = keras.saving.deserialize_keras_object(reference, custom_objects)
+        return cls(policy, reference, **config)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Optimizer and loss, serialized."""
+        if not self.compiled:
+            return {}
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self.optimizer),
+            "loss": keras.saving.serialize_keras_object(self.preference_loss),
+            "jit_compile": self.jit_compile,
+            "steps_per_execution": self.steps_per_execution,
+        }
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles as the saved model was, the optimizer's state included."""
+        if config:
+            self.compile(**keras.saving.deserialize_keras_object(config))
+            self.optimizer.build(self.trainable_variables)

@@ -1,0 +1,271 @@
+"""The part that every recipe shares: one update of a policy's weights, on any number of replicas.
+
+`keras.Model.fit` stays in charge of epochs, callbacks and data. What is replaced is how a step
+runs under tf.distribute:
+
+* a step's loss is a sum over pairs divided by the *global* weight of pairs, so that 1 replica and
+  N replicas take the same step, however rows are spread;
+* gradients are summed over replicas before they are clipped, so that clipping sees the gradient of
+  the whole batch (Keras clips each replica's share);
+* metrics are read outside the replicas, which Keras' own step cannot do under
+  MultiWorkerMirroredStrategy (keras#20585).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from dpo_keras.errors import InputError
+from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.training.start import Throughput
+
+Batch = dict[str, Any]
+Sums = dict[str, tuple[Any, Any]]
+COUNTS = ("tokens", "pairs")
+
+
+class PolicyTrainer(keras.Model):
+    """A `keras.Model` that trains another model, its policy.
+
+    Subclasses say what the loss is, in `measure`. Everything that may be averaged is returned
+    as a weighted sum with its weight, since only sums can be added over replicas.
+
+    Args:
+        policy: a KerasHub causal language model, or any Keras model from
+            `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]`.
+        dropout: whether the policy's dropout is active while it trains. Off by default: noise in
+            log pi that log pi_ref does not have drowns the signal of the first steps.
+    """
+
+    def __init__(self, policy: keras.Model, dropout: bool = False, **kwargs: Any):
+        if not isinstance(policy, keras.Model):
+            raise InputError(
+                f"policy must be a keras.Model, got {type(policy).__name__}. Load one with "
+                "keras_hub.models.CausalLM.from_preset(…)."
+            )
+        super().__init__(**kwargs)
+        if not policy.built:
+            # A subclassed model has no weights to train or copy before its first call.
+            policy({key: tf.ones((1, 2), "int32") for key in ("token_ids", "padding_mask")})
+        self.policy = policy
+        self.dropout = dropout
+        self.scorer = ResponseScorer(policy)
+        self._totals: Any = None
+        self._total_names: list[str] = []
+        self.step_logs: dict[str, Any] = {}
+        self.train_function: Any = None
+        self.test_function: Any = None
+        self.built = True
+
+    # -- what subclasses give --------------------------------------------------------------
+
+    def metric_names(self) -> list[str]:
+        """Names that `measure` returns, in the order they are logged."""
+        raise NotImplementedError
+
+    def hidden_names(self) -> list[str]:
+        """Further names that `measure` returns, kept out of the logs."""
+        return []
+
+    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
+        """The loss to minimise and all that is logged, of this replica's rows.
+
+        Args:
+            batch: the batch contract.
+            training: whether gradients are taken.
+
+        Returns:
+            This replica's share of the loss (the replicas' shares add up to it), and
+            `{name: (weighted sum, weight)}`.
+        """
+        raise NotImplementedError
+
+    # -- one step --------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> Sums:
+        """One update; returns this replica's share of each metric: its sum and its weight."""
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss, sums = self.measure(batch, training=True)
+            loss = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(loss, variables)
+        used = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
+        if not used:
+            raise InputError("policy has no trainable weights that the loss depends on.")
+        gradients = sum_over_replicas([tf.convert_to_tensor(gradient) for gradient, _ in used])
+        scale = getattr(self.optimizer, "dynamic_scale", 1.0)
+        norm = tf.linalg.global_norm(gradients) / ops.cast(scale, "float32")
+        self.optimizer.apply(gradients, [variable for _, variable in used])
+        one = ops.ones_like(norm)
+        return {**sums, "grad_norm": (norm, one), **self._counts(batch)}
+
+    def test_step(self, batch: Batch) -> Sums:
+        """Metrics of one batch, nothing updated."""
+        return {**self.measure(batch, training=False)[1], **self._counts(batch)}
+
+    def _counts(self, batch: Batch) -> Sums:
+        real = ops.cast(ops.any(batch["weight"] > 0, axis=-1), "float32")[:, None, None]
+        tokens = ops.sum(real * ops.cast(batch["padding_mask"], "float32"))
+        pairs = ops.sum(ops.cast(batch["weight"] > 0, "float32"))
+        return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
+
+    # -- fit's machinery -------------------------------------------------------------------
+
+    def reset_metrics(self) -> None:
+        """Starts all averages anew; Keras calls it at the start of an epoch."""
+        self._totals = None
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Averages since the last reset, by name."""
+        if self._totals is None:
+            return {}
+        means = tf.unstack(tf.math.divide_no_nan(self._totals[:, 0], self._totals[:, 1]))
+        logs = zip(self._total_names, means, strict=True)
+        hidden = {*COUNTS, *self.hidden_names()}
+        return {name: mean for name, mean in logs if name not in hidden}
+
+    def counts(self) -> dict[str, float]:
+        """Tokens and pairs since the last reset."""
+        if self._totals is None:
+            return {name: 0.0 for name in COUNTS}
+        return {
+            name: float(total)
+            for name, total in zip(self._total_names, self._totals[:, 0], strict=True)
+            if name in COUNTS
+        }
+
+    def _flatten_metrics_in_order(self, logs: dict[str, Any]) -> Any:
+        return [logs[name] for name in self.metric_names() if name in logs]
+
+    def compile(
+        self,
+        optimizer: Any = "adamw",
+        loss: Any = None,
+        *,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.compile`; `jit_compile="auto"` means False.
+
+        Each bucket of lengths is another shape, and XLA compiles each shape anew: worth it for
+        long runs with few buckets, not as a default.
+        """
+        jit_compile = False if jit_compile == "auto" else jit_compile
+        super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
+        _sum_gradients_ourselves(self.optimizer)
+        self.train_function = self.test_function = self.predict_function = None
+
+    def default_callbacks(self) -> list[keras.callbacks.Callback]:
+        """Callbacks that every `fit` has, in front of the user's."""
+        return [Throughput()]
+
+    def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """As `keras.Model.fit`, on a dataset of dict batches.
+
+        `tokens_per_second` and `pairs_per_second` are added to the logs of each epoch.
+        """
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+            callbacks = [*self.default_callbacks(), *(c for c in given if c is not None)]
+        # Keras warns that it cannot shuffle a tf.data dataset, unless it is told not to.
+        return super().fit(*args, callbacks=callbacks, **{"shuffle": False, **kwargs})
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # Keras would average the first batch over replicas, which fails on integers and dicts
+        # (keras#20329) and costs a batch. The policy is built already.
+        return
+
+    def make_train_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that `fit` calls with an iterator."""
+        if self.train_function is None or force:
+            names = [*self.metric_names(), "grad_norm", *self.hidden_names(), *COUNTS]
+            self.train_function = self._step_function(self.train_step, names)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable[..., Any]:
+        """The function that `evaluate` calls with an iterator."""
+        if self.test_function is None or force:
+            names = [*self.metric_names(), *self.hidden_names(), *COUNTS]
+            self.test_function = self._step_function(self.test_step, names)
+        return self.test_function
+
+    def _step_function(
+        self, step: Callable[[Batch], Sums], names: list[str]
+    ) -> Callable[..., dict[str, Any]]:
+        strategy = self.distribute_strategy
+        if self.jit_compile and strategy.num_replicas_in_sync > 1:
+            raise InputError(
+                "jit_compile=True under a strategy of several replicas is broken in TensorFlow "
+                "(keras#17187). Use jit_compile=False."
+            )
+
+        def stacked_step(batch: Batch) -> Any:
+            sums = step(batch)
+            return tf.stack([tf.stack([ops.cast(v, "float32") for v in sums[n]]) for n in names])
+
+        def one_step(batch: Batch) -> Any:
+            shares = strategy.run(stacked_step, args=(batch,))
+            return strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None)
+
+        def next_step(iterator: Any) -> tuple[Any, Any, int]:
+            sums = one_step(iterator.get_next())
+            return sums, tf.cast(sums, "float64"), 1
+
+        def next_steps(iterator: Any) -> tuple[Any, Any, Any]:
+            def more(count: Any, batch: Any, *_: Any) -> Any:
+                return tf.logical_and(count < self.steps_per_execution, batch.has_value())
+
+            def body(count: Any, batch: Any, _: Any, totals: Any) -> Any:
+                sums = one_step(batch.get_value())
+                full = count + 1 >= self.steps_per_execution
+                following = tf.cond(full, lambda: batch, iterator.get_next_as_optional)
+                return count + 1, following, sums, totals + tf.cast(sums, "float64")
+
+            shape = (len(names), 2)
+            first = iterator.get_next_as_optional()
+            state = (tf.constant(0), first, tf.zeros(shape), tf.zeros(shape, "float64"))
+            count, _, sums, totals = tf.while_loop(more, body, state)
+            return sums, totals, count
+
+        several = self.steps_per_execution > 1 and not self.run_eagerly
+        from_iterator = next_steps if several else next_step
+        if not self.run_eagerly:
+            options = {"reduce_retracing": True, "autograph": False}
+            one_step = tf.function(one_step, jit_compile=self.jit_compile, **options)
+            from_iterator = tf.function(from_iterator, **options)
+
+        def function(iterator: Any) -> dict[str, Any]:
+            if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+                sums, totals, count = from_iterator(iterator)
+                if several and int(count) == 0:
+                    raise StopIteration
+            else:  # train_on_batch and test_on_batch wrap their dict as (x, y, sample_weight)
+                sums = one_step(next(iterator)[0])
+                totals = tf.cast(sums, "float64")
+            self._total_names = names
+            self._totals = totals if self._totals is None else self._totals + totals
+            means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
+            self.step_logs = dict(zip(names, means, strict=True))
+            return self.get_metrics_result()
+
+        return function
+
+
+def sum_over_replicas(values: Any) -> Any:
+    """Adds up tensors (one, or a list) over all replicas; outside a strategy they stay as is."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return values
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def _sum_gradients_ourselves(optimizer: Any) -> None:
+    """Keeps a Keras optimizer from summing gradients over replicas a second time.
+
+    Keras clips first and sums second. Summing first needs its own sum switched off, for which
+    there is no public way. The optimizer belongs to this model: Keras ties it to its variables.
+    """
+    getattr(optimizer, "inner_optimizer", optimizer)._all_reduce_sum_gradients = list

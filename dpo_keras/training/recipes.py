@@ -1,0 +1,268 @@
+"""Whole trainings from tokenized pairs: the supervised warm-up, and preference training.
+
+Both run `fit` over one stream of batches in which batch k is a pure function of the data, the seed
+and k. A stopped run therefore goes on exactly where its checkpoint is, in the middle of an epoch
+too, and ends with the weights that it would have had.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dpo_keras.batching import TokenizedPairs, preference_dataset, steps_per_epoch
+from dpo_keras.errors import InputError
+from dpo_keras.training.callbacks import Progress, RunCheckpoint, RunLog, StopOnNonFinite
+from dpo_keras.training.checkpoints import load_checkpoint
+from dpo_keras.training.dpo_model import DPOModel
+from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.supervised import SupervisedModel, supervised_dataset
+
+Report = Callable[[dict[str, Any]], None]
+Path = str | os.PathLike[str]
+
+
+def make_optimizer(
+    steps: int,
+    *,
+    learning_rate: float = 5e-6,
+    schedule: str = "constant",
+    warmup_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    gradient_accumulation: int = 1,
+) -> keras.optimizers.Optimizer:
+    """AdamW with the usual choices.
+
+    Args:
+        steps: calls of `train_step` in all; micro-batches count one each.
+        learning_rate: the highest it gets.
+        schedule: `"constant"`, or `"linear"` or `"cosine"` down to 0 at the last step.
+        warmup_fraction: share of the steps in which the rate rises from 0.
+        weight_decay: decoupled; not applied to biases and norms.
+        clip_norm: bound on the norm of the whole gradient, or None.
+        gradient_accumulation: micro-batches per update.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: an unknown schedule.
+
+    Example:
+        >>> optimizer = make_optimizer(100, learning_rate=1e-3, schedule="linear")
+        >>> round(float(optimizer.learning_rate), 6)
+        0.001
+    """
+    rising = int(round(steps * warmup_fraction))
+    falling = max(steps - rising, 1)
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+    rate: Any = SCHEDULES[schedule](learning_rate, falling)
+    if rising:
+        rate = _Rise(rate, learning_rate, rising)
+    optimizer = keras.optimizers.AdamW(
+        rate,
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm,
+        gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale", "norm"])
+    return optimizer
+
+
+SCHEDULES: dict[str, Callable[[float, int], Any]] = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
+    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
+}
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class _Rise(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise from 0, then another schedule."""
+
+    def __init__(self, then: Any, learning_rate: float, steps: int):
+        self.then, self.learning_rate, self.steps = then, learning_rate, steps
+
+    def __call__(self, step: Any) -> Any:
+        step = keras.ops.cast(step, "float32")
+        # The first step is not taken at rate 0: it would be a step for nothing.
+        rise = self.learning_rate * (step + 1.0) / self.steps
+        then = self.then(step - self.steps) if callable(self.then) else self.then
+        return keras.ops.where(step < self.steps, rise, then)
+
+    def get_config(self) -> dict[str, Any]:
+        then = self.then
+        if callable(then):
+            then = keras.saving.serialize_keras_object(then)
+        return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Rise":
+        then = config["then"]
+        if isinstance(then, dict):
+            then = keras.saving.deserialize_keras_object(then)
+        return cls(then, config["learning_rate"], config["steps"])
+
+
+def warm_up(
+    model: SupervisedModel,
+    tokenized: TokenizedPairs,
+    *,
+    epochs: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    buckets: int = 4,
+    **options: Any,
+) -> int:
+    """Supervised training on the chosen responses.
+
+    Args:
+        model: compiled.
+        tokenized: the pairs.
+        epochs: passes over them.
+        batch_size: responses per step.
+        seed: of the order.
+        buckets: lengths that batches come in.
+        **options: as `train_preferences`: `every`, `checkpoints`, `checkpoint_every`, `keep`,
+            `resume`, `log`, `progress`, `callbacks`, `verbose`.
+
+    Returns:
+        Steps taken in all, earlier runs included.
+    """
+
+    def stream(start: int) -> tf.data.Dataset:
+        return supervised_dataset(
+            preference_dataset(
+                tokenized,
+                batch_size=batch_size,
+                seed=seed,
+                buckets=buckets,
+                epochs=None,
+                start_step=start,
+            )
+        )
+
+    per_epoch = steps_per_epoch(tokenized, batch_size)
+    return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+
+
+def train_preferences(
+    model: DPOModel,
+    tokenized: TokenizedPairs,
+    *,
+    epochs: int = 1,
+    batch_size: int = 8,
+    seed: int = 0,
+    buckets: int = 4,
+    held_out: TokenizedPairs | None = None,
+    evaluation_batch_size: int | None = None,
+    **options: Any,
+) -> int:
+    """Preference training, with evaluation, checkpoints and resumption.
+
+    Args:
+        model: compiled.
+        tokenized: the training pairs.
+        epochs: passes over them.
+        batch_size: pairs per step, over all replicas.
+        seed: of the order.
+        buckets: lengths that batches come in.
+        held_out: pairs to evaluate on, or None.
+        evaluation_batch_size: pairs at a time in evaluation; `batch_size` by default.
+        **options: `every` (steps per Keras epoch, at the end of which evaluation, epoch logs and
+            a checkpoint come; by default one pass over the data), `checkpoints` (directory),
+            `checkpoint_every` (steps, besides), `keep` (how many), `resume` (go on from the newest
+            checkpoint), `save` (False on workers that are not chief), `log` (JSONL path),
+            `progress` (function, see `callbacks.Progress`), `callbacks`, `verbose`.
+
+    Returns:
+        Steps taken in all, earlier runs included.
+
+    Raises:
+        InputError: options that do not fit together.
+        RuntimeError: the loss is no number any more, or does not start where it must.
+    """
+
+    def stream(start: int) -> tf.data.Dataset:
+        return preference_dataset(
+            tokenized,
+            batch_size=batch_size,
+            seed=seed,
+            buckets=buckets,
+            epochs=None,
+            start_step=start,
+        )
+
+    if held_out is not None and len(held_out):
+        options["validation_data"] = preference_dataset(
+            held_out,
+            batch_size=evaluation_batch_size or batch_size,
+            shuffle=False,
+            buckets=buckets,
+        )
+    per_epoch = steps_per_epoch(tokenized, batch_size)
+    return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+
+
+def _fit(
+    model: PolicyTrainer,
+    stream: Callable[[int], tf.data.Dataset],
+    steps: int,
+    per_epoch: int,
+    *,
+    every: int | None = None,
+    checkpoints: Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: int = 2,
+    resume: bool = False,
+    save: bool = True,
+    log: Path | None = None,
+    progress: Report | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    validation_data: tf.data.Dataset | None = None,
+    verbose: int = 0,
+) -> int:
+    every = every or per_epoch
+    at_once = model.steps_per_execution
+    if every % at_once or steps % at_once:
+        raise InputError(
+            f"steps_per_execution ({at_once}) must divide the {steps} steps of the run and the "
+            f"{every} steps between evaluations."
+        )
+    position = 0
+    if checkpoints is not None and resume:
+        position = load_checkpoint(model, checkpoints)
+    elif checkpoints is not None and any(pathlib.Path(checkpoints).glob("step-*")):
+        raise InputError(
+            f"checkpoints directory {checkpoints} holds those of another run. Resume it, or give "
+            "another directory."
+        )
+    ours: list[keras.callbacks.Callback] = [StopOnNonFinite()]
+    if log is not None and save:
+        ours.append(RunLog(log, start_step=position))
+    if progress is not None:
+        ours.append(Progress(progress, start_step=position, steps=steps))
+    ours += callbacks
+    if checkpoints is not None:
+        ours.append(RunCheckpoint(checkpoints, checkpoint_every, keep, position, save))
+    model.stop_training = False
+    while position < steps and not model.stop_training:
+        number, offset = divmod(position, every)
+        rounds = 0 if offset else (steps - position) // every
+        taken = every if rounds else min(every - offset, steps - position)
+        model.fit(
+            stream(position),
+            steps_per_epoch=taken // at_once * at_once,
+            initial_epoch=number,
+            epochs=number + max(rounds, 1),
+            validation_data=validation_data,
+            callbacks=list(ours),
+            verbose=verbose,
+        )
+        position += taken * max(rounds, 1)
+    return int(model.optimizer.iterations)

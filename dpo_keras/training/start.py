@@ -1,0 +1,84 @@
+"""What every run has: the check that it begins where it must, and its speed."""
+
+import time
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class StartsAtReference(keras.callbacks.Callback):
+    """Refuses a run whose first loss is not that of a policy equal to its reference.
+
+    Before the first update the policy is its reference, so every log-ratio is 0 and the
+    preference loss is a known number: log 2 for `sigmoid`. A loss that starts elsewhere means that
+    policy and reference were not given the same tokens, masks or weights, and nothing learned from
+    it can be trusted (open-instruct#1900 trained from 6 log 2).
+    """
+
+    checked = False
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Looks at the first batch of a fresh run, and at no other."""
+        if self.checked:
+            return
+        self.checked = True
+        model = self.model
+        first_step = int(ops.convert_to_numpy(model.optimizer.iterations)) == 1
+        if not first_step or not model.reference.starts_as_policy or model.dropout:
+            return
+        if not model.preference_loss.needs_reference:
+            return
+        first = float(model.step_logs["preference_loss"])
+        expected = float(model.step_logs["at_reference"])
+        # Half precision leaves noise in long sums; it is some thousandths of a nat.
+        tolerance = 1e-4 if model.policy.compute_dtype == "float32" else 5e-2
+        if not np.isfinite(first):
+            raise RuntimeError(
+                f"The first preference loss is {first}. The model returns log-probs that are not "
+                "finite: check its weights and its dtype (float16 needs loss scaling)."
+            )
+        if abs(first - expected) > tolerance:
+            raise RuntimeError(
+                f"The first preference loss is {first:.6f}. With the policy equal to its reference "
+                f"it must be {expected:.6f}: policy and reference do not see the same tokens, "
+                "masks or weights. Check a cached reference, and a custom model's use of the mask."
+            )
+
+
+class Throughput(keras.callbacks.Callback):
+    """Adds `pairs_per_second` and `tokens_per_second` of each epoch to its logs.
+
+    Tokens are those the policy computes on, padding left out. Validation time is left out, the
+    tracing of the first step is not: an epoch's speed is what its user waited for.
+    """
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stops it, again and again, before validation can begin."""
+        self.stopped = time.perf_counter()
+        self.counts = self.model.counts
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Keeps what training counted: validation resets it."""
+        self._read()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds the figures; callbacks behind this one see them."""
+        self._read()
+        if logs is not None:
+            logs.update(self.rates)
+
+    def _read(self) -> None:
+        if self.counts is None:
+            return
+        seconds = max(self.stopped - self.started, 1e-9)
+        self.rates = {f"{name}_per_second": n / seconds for name, n in self.counts().items()}
+        self.counts = None
+
+    counts: Any = None
+    rates: dict[str, float] = {}

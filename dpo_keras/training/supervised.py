@@ -1,0 +1,94 @@
+"""Supervised fine-tuning on chosen responses: the usual step before preference training."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class SupervisedModel(PolicyTrainer):
+    """Trains a policy to give the chosen responses, by their tokens' mean negative log-likelihood.
+
+        loss = - sum_pairs w sum_t log pi(y_t | x, y_<t) / sum_pairs w |y|
+
+    The mean is over the response tokens of the whole global batch, so that accumulating
+    micro-batches and spreading rows over replicas change nothing (transformers#35856).
+
+    Args:
+        policy: as `DPOModel` takes.
+        dropout: whether the policy's dropout is active. On by default, as usual in fine-tuning.
+
+    Example:
+        >>> import keras_hub
+        >>> backbone = keras_hub.models.GPT2Backbone(
+        ...     vocabulary_size=64, num_layers=1, num_heads=2, hidden_dim=8,
+        ...     intermediate_dim=16, max_sequence_length=32)
+        >>> model = SupervisedModel(keras_hub.models.GPT2CausalLM(backbone))
+        >>> model.compile(optimizer="adam")
+
+    References:
+        The fine-tuning stage of Rafailov et al., arXiv 2305.18290, section 3.
+    """
+
+    def __init__(self, policy: keras.Model, dropout: bool = True, **kwargs: Any):
+        super().__init__(policy, dropout=dropout, **kwargs)
+
+    def metric_names(self) -> list[str]:
+        """`loss` (nats per token) and `chosen_logps` (nats per response)."""
+        return ["loss", "chosen_logps"]
+
+    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
+        """The loss and its sums over the chosen responses of this replica."""
+        scored = self.scorer(batch, training and self.dropout)
+        weight = ops.reshape(batch["weight"], (-1,))
+        logps = scored["logps"][:, 0]
+        tokens = ops.cast(scored["lengths"][:, 0], "float32")
+        total = ops.sum(ops.where(weight > 0, weight * logps, 0.0))
+        count = ops.sum(weight * tokens)
+        loss = -total / ops.maximum(sum_over_replicas(count), 1e-12)
+        return loss, {
+            "loss": (-total, count),
+            "chosen_logps": (ops.stop_gradient(total), ops.sum(weight)),
+        }
+
+    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
+        """Log-probs and lengths of the responses."""
+        scored = self.scorer(batch, training and self.dropout)
+        return {"policy": scored["logps"], "lengths": scored["lengths"]}
+
+    def get_config(self) -> dict[str, Any]:
+        """Policy and dropout."""
+        policy = keras.saving.serialize_keras_object(self.policy)
+        return {**super().get_config(), "policy": policy, "dropout": self.dropout}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "SupervisedModel":
+        """Rebuilds the model."""
+        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        return cls(policy, **config)
+
+
+def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
+    """The chosen responses of a preference dataset, alone.
+
+    Args:
+        preferences: from `dpo_keras.preference_dataset`.
+
+    Returns:
+        The same batches without the rejected sequences, so that nothing is computed for them.
+    """
+
+    def chosen(batch: Batch) -> Batch:
+        return {
+            **batch,
+            "token_ids": batch["token_ids"][:, :1],
+            "padding_mask": batch["padding_mask"][:, :1],
+            "owner": tf.where(batch["owner"] == 0, 0, -1),
+        }
+
+    options = preferences.options()
+    return preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
