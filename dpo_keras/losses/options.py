@@ -104,7 +104,7 @@ OPTIONS: dict[str, Option] = {
         lambda v: isinstance(v, bool),
     ),
     "wpo_max_weight": Option(
-        "Upper bound of a pair's WPO weight (1 in the authors' code).",
+        "Upper bound of a pair's WPO weight (TRL bounds it by 1).",
         "a number > 0",
         lambda v: is_number(v) and v > 0,
         ("wpo", True),
@@ -197,7 +197,12 @@ def _check_options(known: Sequence[str], options: dict[str, Any]) -> list[str]:
 
 
 def _check_penalties(known: Sequence[str], penalties: Sequence[tuple[Any, Any]]) -> list[str]:
-    problems = []
+    given = [penalty for penalty, _ in penalties]
+    problems = [
+        f"Penalty {penalty!r} is given {given.count(penalty)} times; add up its weights."
+        for position, penalty in enumerate(given)
+        if given.index(penalty) == position and given.count(penalty) > 1
+    ]
     for penalty, weight in penalties:
         if not callable(penalty) and not (isinstance(penalty, str) and penalty in PENALTIES):
             problems.append(
@@ -248,4 +253,45 @@ def check_arguments(
         *_check_label_smoothing(known, label_smoothing),
         *_check_options(known, options),
         *_check_penalties(known, penalties),
+    ]
+
+
+def check_loss_weights(loss_type: Any, loss_weights: Any) -> list[str]:
+    """Find every fault of `loss_weights`.
+
+    Example:
+        >>> check_loss_weights(["sigmoid", "sft"], [1.0])
+        ['loss_weights must have one weight for each of the 2 loss_type names, got 1.']
+    """
+    if loss_weights is None:
+        return []
+    if isinstance(loss_type, str):
+        return [f"loss_weights goes with a list of loss_type; got the single name {loss_type!r}."]
+    problems = []
+    if len(loss_weights) != len(loss_type):
+        problems.append(
+            f"loss_weights must have one weight for each of the {len(loss_type)} loss_type names, "
+            f"got {len(loss_weights)}."
+        )
+    problems += [
+        f"Every weight in loss_weights must be >= 0, got {weight!r}."
+        for weight in loss_weights
+        if not is_number(weight) or weight < 0
+    ]
+    return problems
+
+
+def check_reduction(reduction: Any) -> list[str]:
+    """Find the fault of a name that Keras does not reduce by.
+
+    Example:
+        >>> check_reduction("avg")
+        ["Unknown reduction 'avg'. Available: sum_over_batch_size, sum, mean, ..., None."]
+    """
+    names = ("sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", "none")
+    if reduction is None or reduction in names:
+        return []
+    return [
+        f"Unknown reduction {reduction!r}{nearest(reduction, names)} "
+        f"Available: {', '.join(names)}, None."
     ]

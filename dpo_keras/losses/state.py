@@ -25,10 +25,8 @@ class ObjectiveState(keras.layers.Layer):
 
     Example:
         >>> state = ObjectiveState(groups=4, reward_shift=False)
-        >>> tuple(state.group_log_weights.shape)
-        (4,)
-        >>> round(float(ops.sum(ops.exp(state.group_log_weights))), 6)
-        1.0
+        >>> print(ops.convert_to_numpy(state.group_weights))
+        [0.25 0.25 0.25 0.25]
     """
 
     def __init__(self, groups: int = 0, reward_shift: bool = False, name: str = "objective_state"):
@@ -51,6 +49,11 @@ class ObjectiveState(keras.layers.Layer):
                 shape=(), initializer="zeros", name="reward_shift", **shared
             )
         self.built = True
+
+    @property
+    def group_weights(self) -> Tensor:
+        """The groups' weights q `[G]`; they add up to one."""
+        return ops.exp(ops.convert_to_tensor(self.group_log_weights))
 
     def update_group_weights(self, group_losses: Tensor, present: Tensor, eta: float) -> None:
         """Move weight toward the groups that do worst: q_g <- q_g exp(η L_g), normalised.
