@@ -36,8 +36,9 @@ class TextEncoder:
     * **SentencePiece** tokenizers of the Llama and Mistral kind put a word boundary in front of any
       text they are given (`add_dummy_prefix`). In front of a response that would be a space that
       nobody wrote, so responses are tokenized behind an `anchor`, a line feed, whose ids are cut
-      off again. The line feed is a byte token there, which never merges. Where the vocabulary has
-      no such token the tokenizer's own habit stays.
+      off again. The line feed is a byte token there, which never merges. (A vocabulary that has
+      the line feed as an ordinary piece gets another control character.) Where the vocabulary has
+      no byte tokens the tokenizer's own habit stays.
 
     Args:
         preprocessor: a KerasHub `CausalLMPreprocessor`; or a KerasHub tokenizer; or any object with
@@ -201,15 +202,17 @@ class TextEncoder:
             return None
 
     def _find_anchor(self) -> tuple[str, int]:
-        line_feed = self.token_id("<0x0A>")
-        if line_feed is None:
-            return "", 0
-        plain, alone, joined = self.tokenize(["a", "\n", "\na"])
-        if not alone or alone[-1] != line_feed or joined[: len(alone)] != alone:
-            return "", 0
-        if joined[len(alone) :] == plain:  # no boundary is put in front: nothing to avoid
-            return "", 0
-        return "\n", len(alone)
+        # A byte token never merges with what follows, so its ids can be cut off cleanly.
+        for anchor in "\n\x02":
+            byte = self.token_id(f"<0x{ord(anchor):02X}>")
+            if byte is None:
+                continue
+            plain, alone, joined = self.tokenize(["a", anchor, anchor + "a"])
+            if not alone or alone[-1] != byte or joined[: len(alone)] != alone:
+                continue
+            # Nothing was put in front of the letter either way: there is nothing to avoid.
+            return ("", 0) if joined[len(alone) :] == plain else (anchor, len(alone))
+        return "", 0
 
 
 def _as_lists(rows: Any) -> list[list[int]]:
