@@ -146,7 +146,7 @@ def preference_dataset(
     def make(step: int) -> Batch:
         return _batch(tokenized, plan, order(int(step) // per_epoch), int(step) % per_epoch)
 
-    advances = shuffle and total is not None and start_step == 0
+    advances = total is not None and start_step == 0
     return _stream(make, _signature(tokenized, plan, batch_size), start_step, total, advances)
 
 

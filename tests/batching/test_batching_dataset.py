@@ -128,6 +128,7 @@ def test_starting_at_a_step_goes_on_as_if_never_stopped(tokens, start):
     rest = stream(start_step=start)
     assert_same(whole[start:], batches(rest))
     assert int(rest.cardinality()) == len(whole) - start
+    assert_same(whole[start:], batches(rest))  # and again: no epoch is skipped
 
 
 def test_an_endless_stream_can_be_taken_up_anywhere(tokens):
