@@ -189,7 +189,8 @@ def test_marks_that_are_no_tokens_are_spelled_out_and_said(gpt2, pair):
     assert text(encoder, tokens.chosen[0]) == "Hello!<|im_end|><|endoftext|>"
 
 
-SIMPLE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+TURN = "[{{ m.role }}] {{ m.content }}{{ eos_token }}"
+SIMPLE = "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}"
 
 
 def test_a_template_is_read_from_a_jinja_file(tmp_path, llama3, pair):
