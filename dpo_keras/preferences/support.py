@@ -1,0 +1,276 @@
+"""The bundled quickstart data: support-desk pairs whose ground truth is known.
+
+Each prompt tells three facts about a product and asks for one of them:
+
+    The lamp is red, costs 40 euros and arrives on Monday.
+    Question: What does it cost?
+    Reply:
+
+Each response is an opening, one statement and sometimes a last sentence, and has or lacks three
+virtues, independently of one another:
+
+    courteous        a polite opening, not a rude one
+    answers          the statement is about the fact that was asked for
+    invents_nothing  its value is the prompt's, and no promise is made that the prompt does not make
+
+A pair is two responses to one prompt; the chosen one has every virtue of the rejected one and at
+least one more (where each has a virtue that the other lacks, no pair is made: people would not
+agree). A response is *preferred* if it has all three.
+
+Why it is as it is: chosen responses are themselves of mixed quality (38 % have all three virtues),
+so supervised training on them makes a policy that is preferred about that often, and what
+preference training adds can be seen. Good and bad openings and last sentences come in equal
+lengths and equally often, so that length tells nothing. Every value belongs to one kind of fact
+and stands once in the prompt, so that a model of two or three small layers can learn to look it up.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TypeVar
+
+from dpo_keras.errors import InputError
+from dpo_keras.preferences.collection import Preferences
+from dpo_keras.preferences.report import ReadReport
+from dpo_keras.preferences.schema import PreferencePair
+from dpo_keras.preferences.support_language import (
+    HONEST_ENDINGS,
+    ITEMS,
+    PHRASES,
+    POLITE,
+    PROMISES,
+    REPLY,
+    RUDE,
+    STATEMENTS,
+    TOPICS,
+    parse_prompt,
+)
+
+T = TypeVar("T")
+
+
+# Sets of virtues (courteous, answers, invents_nothing) of a chosen response, with their shares.
+_CHOSEN_VIRTUES: tuple[tuple[float, tuple[bool, bool, bool]], ...] = (
+    (0.38, (True, True, True)),
+    (0.14, (True, True, False)),
+    (0.14, (True, False, True)),
+    (0.14, (False, True, True)),
+    (0.20 / 3, (True, False, False)),
+    (0.20 / 3, (False, True, False)),
+    (0.20 / 3, (False, False, True)),
+)
+_SECOND_PAIR = 0.15  # the share of prompts that are asked about twice
+_PROMISE = 0.4  # of the responses that invent, those that do it by a promise
+_ENDING = 0.6  # responses with a last sentence, whether they invent or not
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `judge` found in one response.
+
+    Attributes:
+        courteous: it has a polite sentence and no rude one.
+        answers: it states the fact that was asked for.
+        invents_nothing: it states something, every sentence of it is known, every value is the
+            prompt's and nothing is promised. An empty or unreadable response is given no credit.
+        parses: it is an opening, one statement and at most one last sentence, and nothing else.
+        preferred: all of the above.
+    """
+
+    courteous: bool
+    answers: bool
+    invents_nothing: bool
+    parses: bool
+
+    @property
+    def preferred(self) -> bool:
+        """Whether the response has all three virtues and the form of a reply."""
+        return self.parses and self.courteous and self.answers and self.invents_nothing
+
+    @property
+    def virtues(self) -> int:
+        """How many of the three virtues the response has."""
+        return self.courteous + self.answers + self.invents_nothing
+
+
+def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
+    """Generates support-desk preference pairs; the same arguments always give the same pairs.
+
+    `group` is the kind of fact asked for, so that group-robust training has something to hold.
+
+    Args:
+        count: number of pairs, >= 1. Prompts are distinct but for 15 % that come in two pairs.
+        seed: seed of the generator. The pairs of a smaller count begin those of a larger one.
+
+    Returns:
+        `Preferences` of `count` pairs with string prompts and responses.
+
+    Raises:
+        InputError: if count < 1.
+
+    Example:
+        >>> pairs = support_pairs(3)
+        >>> print(pairs[0].prompt)  # doctest: +ELLIPSIS
+        The ... Question: ...
+        Reply:
+        >>> judge(pairs[0].prompt, pairs[0].chosen).virtues > judge(
+        ...     pairs[0].prompt, pairs[0].rejected
+        ... ).virtues
+        True
+    """
+    if count < 1:
+        raise InputError(f"count must be >= 1, got {count!r}.")
+    pairs = tuple(_generate(count, seed))
+    return Preferences(pairs, ReadReport(sources=["builtin:support"], read=count, kept=count))
+
+
+def judge(prompt: str, response: str) -> Verdict:
+    r"""Judges any text as a reply to a support prompt, strictly by the facts in that prompt.
+
+    Args:
+        prompt: a prompt of `support_pairs`, or another of the same form.
+        response: any text; space around it does not count.
+
+    Returns:
+        A `Verdict`. Text that the grammar does not know is never preferred.
+
+    Raises:
+        InputError: if the prompt is not one of the support form.
+
+    Example:
+        >>> prompt = "The box is red, costs 20 euros and is made of oak.\n"
+        >>> prompt += "Question: What colour is it?\nReply:"
+        >>> judge(prompt, " Glad to help! The colour is red.").preferred
+        True
+        >>> judge(prompt, " Glad to help! The colour is pink.")
+        Verdict(courteous=True, answers=True, invents_nothing=False, parses=True)
+        >>> judge(prompt, " What a stupid question. It costs 20 euros.")
+        Verdict(courteous=False, answers=False, invents_nothing=True, parses=True)
+    """
+    facts, asked = parse_prompt(prompt)
+    text = response.strip()
+    # Whatever follows the last full stop counts as a sentence, so cut-off text is not forgiven.
+    sentences = [part.strip() for part in _SENTENCE.findall(text)]
+    stated = [STATEMENTS[s] for s in sentences if s in STATEMENTS]
+    known = all(s in STATEMENTS or s in PHRASES for s in sentences)
+    return Verdict(
+        courteous=any(s in POLITE for s in sentences) and not any(s in RUDE for s in sentences),
+        answers=any(topic == asked for topic, _ in stated),
+        invents_nothing=bool(stated)
+        and known
+        and all(facts.get(topic) == value for topic, value in stated)
+        and not any(s in PROMISES for s in sentences),
+        parses=REPLY.fullmatch(text) is not None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wording:
+    """How one pair is worded. Its two responses differ in their virtues and in nothing else."""
+
+    facts: dict[str, str]
+    topics: dict[bool, str]  # by whether the response answers
+    wrong: dict[str, str]  # values by topic
+    opening: int
+    statement: int
+    ending: int | None
+    by_promise: bool  # how a response of this wording invents
+
+    def response(self, courteous: bool, answers: bool, invents_nothing: bool) -> str:
+        """Returns the response that has exactly these virtues, after one space."""
+        topic = self.topics[answers]
+        promise = self.by_promise and not invents_nothing
+        values = self.facts if invents_nothing or promise else self.wrong
+        sentences = [
+            (POLITE if courteous else RUDE)[self.opening],
+            TOPICS[topic].statements[self.statement].format(values[topic]),
+        ]
+        if self.ending is not None:
+            sentences.append((PROMISES if promise else HONEST_ENDINGS)[self.ending])
+        return " " + " ".join(sentences)
+
+
+def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
+    # Only rng.random() is drawn from: Python promises its sequence, but not that of choice().
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    made = 0
+    while made < count:
+        facts, asked, prompt = _draw_prompt(rng)
+        if prompt in seen:
+            continue
+        seen.add(prompt)
+        responses: set[tuple[str, str]] = set()
+        for _ in range(2 if rng.random() < _SECOND_PAIR else 1):
+            wording = _draw_wording(rng, facts, asked)
+            virtues = _draw_chosen_virtues(rng)
+            chosen = wording.response(*virtues)
+            rejected = wording.response(*_pick(rng, _LESSER[virtues]))
+            if made == count or (chosen, rejected) in responses:
+                continue
+            responses.add((chosen, rejected))
+            yield PreferencePair(prompt, chosen, rejected, group=asked, id=f"support-{made}")
+            made += 1
+
+
+def _draw_prompt(rng: random.Random) -> tuple[dict[str, str], str, str]:
+    left = list(TOPICS)
+    facts: dict[str, str] = {}
+    for _ in range(3):
+        topic = left.pop(int(rng.random() * len(left)))
+        facts[topic] = _pick(rng, TOPICS[topic].values)
+    asked = _pick(rng, tuple(facts))
+    first, second, third = (TOPICS[topic].fact.format(value) for topic, value in facts.items())
+    question = _pick(rng, TOPICS[asked].questions)
+    return (
+        facts,
+        asked,
+        f"The {_pick(rng, ITEMS)} {first}, {second} and {third}.\nQuestion: {question}\nReply:",
+    )
+
+
+def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:
+    draw = rng.random()
+    for share, virtues in _CHOSEN_VIRTUES:
+        draw -= share
+        if draw < 0:
+            return virtues
+    return _CHOSEN_VIRTUES[-1][1]
+
+
+def _draw_wording(rng: random.Random, facts: dict[str, str], asked: str) -> _Wording:
+    aside = _pick(rng, tuple(topic for topic in facts if topic != asked))
+    ending = _pick(rng, range(len(PROMISES))) if rng.random() < _ENDING else None
+    return _Wording(
+        facts,
+        {True: asked, False: aside},
+        {
+            topic: _pick(rng, tuple(v for v in TOPICS[topic].values if v != facts[topic]))
+            for topic in (asked, aside)
+        },
+        _pick(rng, range(len(POLITE))),
+        _pick(rng, range(2)),
+        ending,
+        ending is not None and rng.random() < _PROMISE / _ENDING,
+    )
+
+
+def _pick(rng: random.Random, choices: Sequence[T]) -> T:
+    return choices[int(rng.random() * len(choices))]
+
+
+_BOTH = (False, True)
+_LESSER = {
+    virtues: tuple(
+        lesser
+        for lesser in product(_BOTH, _BOTH, _BOTH)
+        if lesser != virtues
+        and all(less <= more for less, more in zip(lesser, virtues, strict=True))
+    )
+    for _, virtues in _CHOSEN_VIRTUES
+}
+_SENTENCE = re.compile(r"[^.!]*[.!]|[^.!]+$")
