@@ -83,7 +83,7 @@ def _files_are_there(data: Data) -> Iterator[Fault]:
 
 
 def _model_is_there(model: Model) -> Iterator[Fault]:
-    from dpo_keras.app.models import source_problems
+    from dpo_keras.app.model_sources import source_problems
 
     if model.path is not None:
         for problem in source_problems(model.path):
@@ -91,7 +91,7 @@ def _model_is_there(model: Model) -> Iterator[Fault]:
 
 
 def _reference_is_there(reference: str) -> Iterator[Fault]:
-    from dpo_keras.app.models import source_problems
+    from dpo_keras.app.model_sources import source_problems
 
     if reference not in REFERENCES:
         for problem in source_problems(reference):
@@ -100,8 +100,19 @@ def _reference_is_there(reference: str) -> Iterator[Fault]:
             yield Fault(("reference",), f"must be one of {kinds}, or a model{hint} {problem}")
 
 
+def _template_is_one(data: Data) -> Iterator[Fault]:
+    from dpo_keras.batching.templates import get_template
+
+    try:
+        get_template(data.template)
+    except InputError as error:
+        for problem in error.problems:
+            yield Fault(("data", "template"), f": {problem}")
+
+
 OUTSIDE_RULES: tuple[tuple[tuple[str, ...], Any], ...] = (
     (("data",), _files_are_there),
+    (("data",), _template_is_one),
     (("model",), _model_is_there),
     (("reference",), _reference_is_there),
     (("loss",), _loss_is_one),

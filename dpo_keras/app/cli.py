@@ -80,15 +80,17 @@ def train(
 ) -> None:
     """Train a policy: warm-up, preference training, evaluation before and after, export."""
     with reporting(as_json, debug) as terminal:
-        from dpo_keras.app.config import build_config, config_document
+        from dpo_keras.app.config import build_config, config_document, given_text
 
         document = config_document(config, overrides or ())
+        given = given_text(config, overrides or ())
         prepare_keras()
         from dpo_keras.app import runs, views
+        from dpo_keras.app.terminal_progress import TerminalProgress
 
         settings = build_config(document, outside=True)
-        with views.TerminalProgress(terminal.log) as progress:
-            result = runs.train(settings, resume=resume, progress=progress)
+        with TerminalProgress(terminal.log) as progress:
+            result = runs.train(settings, resume=resume, given=given, progress=progress)
         terminal.result(result.as_dict(), *views.run_views(result))
 
 
@@ -129,7 +131,8 @@ def data_inspect(
 
         pairs = read_preferences(files, format=format, limit=limit)
         picture = audit(pairs)
-        terminal.result(picture.as_dict(), *views.audit_views(picture))
+        content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
+        terminal.result(content, *views.data_views(pairs, picture))
 
 
 @app.command()
@@ -146,8 +149,9 @@ def evaluate(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
+        from dpo_keras.app.terminal_progress import TerminalProgress
 
-        with views.TerminalProgress(terminal.log) as progress:
+        with TerminalProgress(terminal.log) as progress:
             result = runs.evaluate(run, file, limit=limit, progress=progress)
         terminal.result(result, *views.evaluation_views(result))
 
@@ -184,8 +188,9 @@ def generate(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
+        from dpo_keras.app.terminal_progress import TerminalProgress
 
-        with views.TerminalProgress(terminal.log) as progress:
+        with TerminalProgress(terminal.log) as progress:
             candidates = runs.generate(
                 config,
                 prompts,
@@ -218,8 +223,9 @@ def export(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
+        from dpo_keras.app.terminal_progress import TerminalProgress
 
-        with views.TerminalProgress(terminal.log) as progress:
+        with TerminalProgress(terminal.log) as progress:
             result = runs.export_run(run, path, max_new_tokens=max_new_tokens, progress=progress)
         terminal.result(result, *views.export_views(result))
 
@@ -230,10 +236,9 @@ def losses(as_json: AsJson = False, debug: Debug = False) -> None:
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import views
-        from dpo_keras.losses import available
 
-        table = available()
-        terminal.result({"losses": views.loss_rows(table)}, views.loss_table(table))
+        rows = views.loss_rows()
+        terminal.result({"losses": rows}, *views.loss_views(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

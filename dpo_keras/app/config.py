@@ -12,13 +12,14 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from dpo_keras.app.document import Document, read_document
 from dpo_keras.app.faults import Fault, faults_of, render
+from dpo_keras.app.rules import cross_faults
+from dpo_keras.app.section import Section
 from dpo_keras.app.sections import (
     Data,
     Evaluation,
     Export,
     Loss,
     Model,
-    Section,
     Training,
     Warmup,
 )
@@ -108,61 +109,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _lengths_fit(model: Model, data: Data) -> Iterator[Fault]:
-    if model.scratch is not None and data.max_length > model.scratch.max_sequence_length:
-        yield Fault(
-            ("data", "max_length"),
-            f"must be <= model.scratch.max_sequence_length ({model.scratch.max_sequence_length}), "
-            f"got {data.max_length}.",
-        )
-
-
-def _answers_fit(data: Data, evaluation: Evaluation) -> Iterator[Fault]:
-    if evaluation.max_new_tokens >= data.max_length:
-        yield Fault(
-            ("evaluation", "max_new_tokens"),
-            f"must be < data.max_length ({data.max_length}), for the prompt needs room too, got "
-            f"{evaluation.max_new_tokens}.",
-        )
-
-
-def _exported_answers_fit(data: Data, export: Export | None) -> Iterator[Fault]:
-    if export is not None and export.max_new_tokens >= data.max_length:
-        yield Fault(
-            ("export", "max_new_tokens"),
-            f"must be < data.max_length ({data.max_length}), for the prompt needs room too, got "
-            f"{export.max_new_tokens}.",
-        )
-
-
-def _adapters_need_lora(model: Model, reference: str) -> Iterator[Fault]:
-    if reference == "adapters_off" and model.lora_rank is None:
-        yield Fault(
-            ("reference",),
-            "can be adapters_off only with adapters; give model.lora_rank, or choose auto.",
-        )
-
-
-CROSS_RULES = (
-    (("model", "data"), _lengths_fit),
-    (("data", "evaluation"), _answers_fit),
-    (("data", "export"), _exported_answers_fit),
-    (("model", "reference"), _adapters_need_lora),
-)
-
-
-def cross_faults(parts: Mapping[str, Any], rules: Any = CROSS_RULES) -> Iterator[Fault]:
-    """Yields the faults of every rule whose sections are all there.
-
-    Args:
-        parts: the sections that are valid in themselves.
-        rules: pairs of (names of sections, function of those sections that yields faults).
-    """
-    for names, rule in rules:
-        if all(name in parts for name in names):
-            yield from rule(*(parts[name] for name in names))
 
 
 def _valid_parts(tree: Mapping[str, Any], failed: set[Any]) -> dict[str, Any]:
@@ -307,3 +253,14 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: must be UTF-8 text; byte {error.start} is not.") from error
     except OSError as error:
         raise InputError(f"{path}: can not be read: {error.strerror}.") from error
+
+
+def given_text(path: Path, overrides: Sequence[str]) -> str:
+    """Returns a configuration's text with the overrides it was run with, for the record.
+
+    Args:
+        path: the configuration's file.
+        overrides: as on the command line.
+    """
+    lines = [f"# override: {override}\n" for override in overrides]
+    return read_text(path).rstrip("\n") + "\n" + "".join(lines)

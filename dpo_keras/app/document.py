@@ -180,9 +180,18 @@ class _Reader:
                     f"it stands at {self.places[(*path, key)]} too."
                 )
                 continue
+            if ":" in key and key_node.style is None and _is_empty(value_node):
+                self.problems.append(
+                    f"{self.at(key_node)}: {key!r} must have a space after its colon."
+                )
+                continue
             self.places[(*path, key)] = self.at(key_node)
             tree[key] = self.value(value_node, (*path, key))
         return {**merged, **tree}
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value == ""
 
 
 def _scalar(node: yaml.ScalarNode) -> str | None:

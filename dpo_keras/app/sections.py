@@ -4,67 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpo_keras.app.document import guess_types
-from dpo_keras.app.faults import Fault, raise_faults
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path | float | int) else value
-
-
-def _one_or_all(values: list[Any] | None) -> Any:
-    return values[0] if values and len(values) == 1 else values
-
-
-OneOrMore = Annotated[
-    list[str],
-    Field(min_length=1),
-    BeforeValidator(_as_list),
-    PlainSerializer(_one_or_all, return_type=Any),
-]
-
-_SWITCH = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-AutoSwitch = Annotated[
-    Literal["auto", True, False],
-    BeforeValidator(lambda v: _SWITCH.get(v.lower(), v) if isinstance(v, str) else v),
-]
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Common habits: no unknown keys, finite numbers, immutable, rules over several keys.
-
-    A subclass yields its rules over several keys from `faults`.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True
-    )
-
-    def faults(self) -> Iterator[Fault]:
-        """Yields every broken rule that no single key's type can state."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Any:
-        raise_faults(self.faults())
-        return self
+from dpo_keras.app.faults import Fault
+from dpo_keras.app.section import (
+    AutoSwitch,
+    Count,
+    Fraction,
+    NotNegative,
+    OneOrMore,
+    Positive,
+    Section,
+)
 
 
 class Scratch(Section):
@@ -141,14 +95,15 @@ class Data(Section):
             `held_out_path` is given.
         held_out_path: files with the held-out pairs instead.
         split_by: what never stands on both sides of the split.
-        template: chat template for prompts given as messages; null picks plain text.
+        template: chat template, by name, or a Jinja file, or a Hugging Face checkpoint directory;
+            null takes prompts and responses as they are, which messages can not be.
         max_length: the longest prompt + response in tokens.
         overlength: what becomes of longer pairs.
         limit: read this many pairs at most.
     """
 
     path: OneOrMore | None = None
-    format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
+    format: Literal["auto", "jsonl", "json", "csv", "parquet"] = "auto"
     on_error: Literal["report", "fail"] = "report"
     held_out: Fraction | None = None
     held_out_path: OneOrMore | None = None
@@ -185,7 +140,7 @@ class Optimization(Section):
     """What any training needs.
 
     Args:
-        batch_size: pairs (texts in the warm-up) per optimizer step over all replicas.
+        batch_size: pairs (texts in the warm-up) per step, over all replicas.
         schedule: of the learning rate after its linear rise.
         warmup_fraction: share of the steps in which the learning rate rises from 0.
         clip_norm: bound on the norm of the whole gradient; null for none.
@@ -211,7 +166,7 @@ class Training(Optimization):
     """Preference training.
 
     Args:
-        gradient_accumulation: micro-batches of `batch_size` per optimizer update.
+        gradient_accumulation: steps per update of the weights.
         jit_compile: XLA; `auto` leaves it to Keras.
         steps_per_execution: steps run in one call, for small models.
         strategy: how replicas are made.
@@ -272,6 +227,15 @@ class Loss(BaseModel):
         }
 
 
+def _idle_top_p(temperature: float, top_p: float) -> Iterator[Fault]:
+    if top_p < 1 and temperature == 0:
+        yield Fault(
+            ("top_p",),
+            f"has no effect at temperature 0, which takes the likeliest token, got {top_p}; give a "
+            "temperature, or leave top_p.",
+        )
+
+
 class Evaluation(Section):
     """What is measured before and after the training.
 
@@ -290,8 +254,12 @@ class Evaluation(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_size: Count = 16
 
+    def faults(self) -> Iterator[Fault]:
+        """Sampling options need sampling."""
+        yield from _idle_top_p(self.temperature, self.top_p)
 
-Signature = Literal["serving_default", "score", "prefer", "generate"]
+
+Signature = Literal["score", "prefer", "generate"]
 
 
 class Export(Section):
@@ -299,8 +267,10 @@ class Export(Section):
 
     Args:
         path: `<name>/<version>/`; null takes the next version under `saved_models/<name>/`.
-        signatures: which of the signatures to write.
+        signatures: which to write; the first is `serving_default` too.
         max_new_tokens: the longest answer of the `generate` signature.
+        temperature: of the `generate` signature; 0 takes the likeliest token.
+        top_p: share of the probability that is sampled from.
     """
 
     path: str | None = None
@@ -308,6 +278,12 @@ class Export(Section):
         default_factory=lambda: list(get_args(Signature)), min_length=1
     )
     max_new_tokens: Count = 64
+    temperature: NotNegative = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def faults(self) -> Iterator[Fault]:
+        """Sampling options need sampling."""
+        yield from _idle_top_p(self.temperature, self.top_p)
 
 
 REFERENCES = ("auto", "frozen_copy", "adapters_off", "cached", "none")

@@ -56,6 +56,7 @@ def test_anchors_and_merges_work_and_own_keys_win():
         ("a: !!python/object:os.system x", 1, "tag"),
         ("a: &x [*x]", 1, "contains itself"),
         ("a: 1\n---\nb: 2", 2, "not YAML"),
+        ("a: 1\nb: {c:2, d: 3}", 2, "'c:2' must have a space after its colon"),
     ],
 )
 def test_what_can_not_be_read_is_said_with_its_line(text, line, words):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from app_tiny import SIZES, TEXTS, same_logits
 
-from dpo_keras.app import models
+from dpo_keras.app.model_sources import source_problems
 from dpo_keras.app.models import (
     check_length,
     check_same_vocabulary,
@@ -18,7 +18,6 @@ from dpo_keras.app.models import (
     load_policy,
     load_reference,
     save_policy,
-    source_problems,
 )
 from dpo_keras.app.scratch import FAMILIES, train_tokenizer
 from dpo_keras.app.sections import Model, Scratch
@@ -218,4 +217,4 @@ def test_sizes_that_do_not_divide_are_refused():
         Scratch(hidden_dim=10, num_heads=3)
     with pytest.raises(ValueError, match="even"):
         Scratch(family="llama", hidden_dim=12, num_heads=4)
-    assert models.source_problems("kaggle://x/y") == []
+    assert source_problems("kaggle://x/y") == []

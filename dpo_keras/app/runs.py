@@ -1,0 +1,196 @@
+"""What the commands do, as functions: train, evaluate, generate, export."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dpo_keras.app.afterwards import evaluate, export_run, export_trained
+from dpo_keras.app.candidates import generate
+from dpo_keras.app.measuring import Examiner, Measured
+from dpo_keras.app.models import check_length, load_policy, save_policy
+from dpo_keras.app.prepare import read_sides, texts_of, tokenize
+from dpo_keras.app.progress import Progress, Silent
+from dpo_keras.app.run_directory import RunDirectory, start_run, versions
+from dpo_keras.app.stages import Context, build_model, is_chief, train_policy, warm_up_policy
+from dpo_keras.errors import InputError
+
+if TYPE_CHECKING:
+    from dpo_keras.app.config import Config
+    from dpo_keras.batching import TokenizedPairs
+
+__all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
+
+
+@dataclass
+class RunResult:
+    """The outcome of a run; `result.json` holds the same.
+
+    Args:
+        directory: the run's directory.
+        steps: of preference training.
+        pairs: how many were trained on and held out, and how many were dropped.
+        before: `metrics`, `figures` (with 95 % intervals) on the held-out pairs and of the
+            `responses` before preference training; None without held-out pairs.
+        after: the same after it.
+        samples: some of the responses to held-out prompts side by side; `samples.jsonl` has all.
+        report: paths of the report's files, by kind.
+        findings: what the report warns about.
+        export: what was exported and what it answered; None without export.
+        seconds: of wall time, of the process that finished the run.
+    """
+
+    directory: str
+    steps: int
+    pairs: dict[str, int]
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    export: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    given: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Runs the main job: warm-up, preference training, evaluation before and after, export.
+
+    Args:
+        config: what to do.
+        resume: go on where this run was stopped; a run that is done returns its result, and one
+            that never began, begins.
+        given: the configuration as it was given, for the record.
+        progress: hears what happens; None: nobody.
+
+    Returns:
+        The outcome, which `result.json` in the run's directory holds too.
+
+    Raises:
+        InputError: if the configuration or the data are wrong, or a run is there already.
+        RuntimeError: if the loss is no number any more, or does not start where it must.
+    """
+    import keras
+
+    from dpo_keras.training import strategy
+
+    started = time.monotonic()
+    progress = progress or Silent()
+    # First of all: a strategy must be made before TensorFlow has set up its devices.
+    replicas = strategy(config.training.strategy)
+    run = start_run(config, resume, given, writes=is_chief())
+    if resume and run.finished:
+        progress.note(f"{run.path} is done already.")
+        return RunResult(**run.read("result.json"))
+    context = Context(config, run, resume, progress, replicas)
+    keras.utils.set_random_seed(config.seed)
+
+    progress.stage("Data")
+    sides = read_sides(config, progress)
+    progress.stage("Policy")
+    with replicas.scope():
+        policy = load_policy(config.model, texts_of(sides.train))
+    check_length(policy, config.data.max_length)
+    progress.note(f"{type(policy).__name__}, {policy.count_params():,} weights")
+    pairs = tokenize(config, sides.train, policy, "training", progress)
+    held_out = None
+    if sides.held_out is not None:
+        held_out = tokenize(config, sides.held_out, policy, "held-out", progress)
+    _check_same_data(run, pairs, held_out)
+
+    warm_up_policy(context, policy, pairs)
+    model, (pairs, held_out) = build_model(context, policy, pairs, held_out)
+    examiner = Examiner(context, model, held_out, sides.held_out)
+    before = examiner.measure("before")
+    steps = train_policy(context, model, pairs, held_out)
+    after = examiner.measure("after")
+
+    result = RunResult(
+        directory=str(run.path),
+        steps=steps,
+        pairs={
+            "train": len(pairs),
+            "held_out": 0 if held_out is None else len(held_out),
+            "dropped": sides.dropped
+            + sum(len(side.report.dropped) for side in (pairs, held_out) if side is not None),
+        },
+    )
+    if run.writes:
+        _save_policy(run, policy)
+        if before is not None and after is not None:
+            _report(context, examiner, before, after, result)
+        if config.export is not None:
+            result.export = export_trained(run, model, examiner.chosen, progress)
+    result.seconds = time.monotonic() - started
+    run.write("result.json", result.as_dict())
+    return result
+
+
+def _check_same_data(
+    run: RunDirectory, pairs: TokenizedPairs, held_out: TokenizedPairs | None
+) -> None:
+    """Refuses to go on with other tokens than the run began with: weights would not fit them."""
+    now = {
+        "train": pairs.fingerprint,
+        "held_out": None if held_out is None else held_out.fingerprint,
+    }
+    then = run.read("data.json")
+    if then is None:
+        run.write("data.json", now)
+    elif then != now:
+        changed = " and ".join(name for name in now if now[name] != then.get(name))
+        raise InputError(
+            f"data.path: the {changed} pairs are not those that {run.path} was started with; "
+            "restore the files, or start a new run with output=DIRECTORY."
+        )
+
+
+def _save_policy(run: RunDirectory, policy: Any) -> None:
+    partial = run.path / ".policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_policy(policy, partial)
+    shutil.rmtree(run.policy, ignore_errors=True)
+    os.replace(partial, run.policy)
+
+
+def _report(
+    context: Context, examiner: Examiner, before: Measured, after: Measured, result: RunResult
+) -> None:
+    """Writes the report and puts what it says into the result."""
+    from dpo_keras.evaluation import side_by_side, write_report
+
+    run, config = context.run, context.config
+    context.progress.stage("Report")
+    result.before, result.after = before.as_dict(), after.as_dict()
+    if after.samples is not None:
+        rows = side_by_side(before.samples, after.samples, len(after.samples))
+        run.write("samples.jsonl", rows)
+        result.samples = rows[: config.evaluation.samples_shown]
+    report = write_report(
+        run.path,
+        after.held_out,
+        before=before.held_out,
+        samples_before=before.samples,
+        samples_after=after.samples,
+        metrics_jsonl=run.path / "metrics.jsonl",
+        config_text=config.resolved(),
+        title=config.name,
+        details={"data": ", ".join(config.data.path or ()), **versions()},
+        samples_shown=config.evaluation.samples_shown,
+    )
+    result.report = {kind: str(path) for kind, path in report.paths.items()}
+    result.findings = [f"{finding.severity}: {finding.text}" for finding in report.findings]
+    for notice in report.notices:
+        context.progress.note(notice)
