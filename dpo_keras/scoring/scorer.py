@@ -60,14 +60,18 @@ class ResponseScorer:
         self.policy = policy
         self.chunk = chunk
         self.parts = None if plain else split_backbone_and_head(policy)
-        names = set(getattr(policy, "input_names", None) or _INPUTS)
-        if isinstance(getattr(policy, "input", None), dict):
-            names = set(policy.input)
-        if names != _INPUTS:
+        # A subclassed model shows its inputs only when it is called.
+        structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
+        if structure is not None and (not isinstance(structure, dict) or set(structure) != _INPUTS):
+            taken = (
+                sorted(structure)
+                if isinstance(structure, dict)
+                else [tensor.name for tensor in keras.tree.flatten(structure)]
+            )
             raise InputError(
-                "policy must map {'token_ids', 'padding_mask'} to logits; this "
-                f"{type(policy).__name__} takes {sorted(names)}. Wrap it in a keras.Model with "
-                "those two inputs."
+                "policy must take a dict of 'token_ids' and 'padding_mask' and return logits; this "
+                f"{type(policy).__name__} takes {taken}. Wrap it in a keras.Model with that dict "
+                "of inputs."
             )
 
     def __call__(

@@ -6,11 +6,35 @@ it trains. For preference training that loses the reference, which is the base m
 adapters (trl#6443 is the same fault elsewhere). So the state is written here, unmerged.
 """
 
+import inspect
 from typing import Any
 
 import keras
 
 from dpo_keras.scoring.references import adapted_layers
+
+
+def serialized_policy(policy: keras.Model) -> dict[str, Any]:
+    """A policy's configuration, ready to be part of another's.
+
+    KerasHub compiles its models when they are made, with an optimizer that nobody asked for and
+    that Keras then fails to restore; it is left out. A Llama backbone does not say in its
+    configuration that its embeddings are tied; it is said for it.
+
+    Args:
+        policy: any serializable model.
+
+    Returns:
+        What `keras.saving.deserialize_keras_object` takes.
+    """
+    config = keras.saving.serialize_keras_object(policy)
+    config.pop("compile_config", None)
+    backbone = getattr(policy, "backbone", None)
+    tied = getattr(getattr(backbone, "token_embedding", None), "tie_weights", None)
+    takes = inspect.signature(type(backbone).__init__).parameters
+    if tied is not None and "tie_word_embeddings" in takes:
+        config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
+    return config
 
 
 def adapter_config(policy: keras.Model) -> dict[str, Any] | None:
@@ -86,9 +110,16 @@ class AdapterState(keras.layers.Layer):
             variable.assign(store[key])
 
 
+_OWN = (
+    "_kernel",
+    "_embeddings",
+    "lora_kernel_a",
+    "lora_kernel_b",
+    "lora_embeddings_a",
+    "lora_embeddings_b",
+)
+
+
 def _own_weights(layer: Any) -> list[tuple[str, Any]]:
-    names = ("_kernel", "_embeddings", "lora_kernel_a", "lora_kernel_b")
-    names += ("lora_embeddings_a", "lora_embeddings_b")
-    return [
-        (name, getattr(layer, name)) for name in names if getattr(layer, name, None) is not None
-    ]
+    found = [(name, getattr(layer, name, None)) for name in _OWN]
+    return [(name, variable) for name, variable in found if variable is not None]

@@ -140,8 +140,6 @@ def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> in
     if found is None:
         return 0
     step, path = found
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
     try:
         model.load_weights(path / _WEIGHTS)
     except (ValueError, KeyError) as error:

@@ -13,7 +13,12 @@ from dpo_keras.losses import (
     preference_probabilities,
 )
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
-from dpo_keras.training.adapters import AdapterState, adapter_config, restore_adapters
+from dpo_keras.training.adapters import (
+    AdapterState,
+    adapter_config,
+    restore_adapters,
+    serialized_policy,
+)
 from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
 from dpo_keras.training.start import StartsAtReference
 
@@ -240,10 +245,10 @@ class DPOModel(PolicyTrainer):
         """Policy, reference, adapters: all that a saved model is rebuilt from."""
         reference: Any = self.reference.mode
         if reference == "model":
-            reference = keras.saving.serialize_keras_object(self.reference.model)
+            reference = serialized_policy(self.reference.model)
         return {
             **super().get_config(),
-            "policy": keras.saving.serialize_keras_object(self.policy),
+            "policy": serialized_policy(self.policy),
             "reference": reference,
             "adapters": adapter_config(self.policy),
             "dropout": self.dropout,
@@ -275,4 +280,3 @@ class DPOModel(PolicyTrainer):
         """Compiles as the saved model was, the optimizer's state included."""
         if config:
             self.compile(**keras.saving.deserialize_keras_object(config))
-            self.optimizer.build(self.trainable_variables)

@@ -9,7 +9,7 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching import TextEncoder
+from dpo_keras.batching import Ragged, TextEncoder
 from dpo_keras.errors import InputError
 
 # Compiled once per policy and setting; the function reads the weights as they are at its call.
@@ -18,7 +18,7 @@ _functions: Any = weakref.WeakKeyDictionary()
 
 def generate_responses(
     policy: keras.Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]] | Ragged,
     *,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -28,13 +28,15 @@ def generate_responses(
     max_length: int | None = None,
     preprocessor: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
-) -> list[str]:
+    return_ended: bool = False,
+) -> Any:
     """Samples one response to each prompt, tokenized exactly as for training.
 
     Args:
         policy: a KerasHub causal language model (its key-value cache is used), or any Keras model
             from `{"token_ids", "padding_mask"}` to logits.
-        prompts: N strings.
+        prompts: N strings, or N rows of token ids (`TokenizedPairs.prompt`: what a chat template
+            made of a conversation is exact only so).
         max_new_tokens: the longest response, in tokens.
         temperature: of sampling; 0 takes the likeliest token.
         top_p: share of the probability to sample from; 1 takes all.
@@ -44,9 +46,11 @@ def generate_responses(
             what the model's positions allow.
         preprocessor: by default `policy.preprocessor`.
         on_batch: called with (responses done, N).
+        return_ended: tell also which responses ended by themselves.
 
     Returns:
-        N strings, special tokens left out.
+        N strings, special tokens left out; with `return_ended`, those and N booleans, False where
+        a response was cut off at `max_new_tokens`.
 
     Raises:
         InputError: an argument out of range, or no preprocessor.
@@ -70,27 +74,32 @@ def generate_responses(
             f"max_new_tokens must leave room for a prompt in {limit} tokens, got {max_new_tokens}."
         )
     room = None if limit is None else limit - max_new_tokens
-    ids = [_cut(row, room, encoder.start) for row in encoder.prompts(prompts).tolist()]
+    rows = list(prompts)
+    encoded = encoder.prompts(rows).tolist() if all(isinstance(r, str) for r in rows) else rows
+    ids = [_cut([int(token) for token in row], room, encoder.start) for row in encoded]
     if not ids:
-        return []
+        return ([], []) if return_ended else []
     longest = max(len(row) for row in ids)
     length = -(-(longest + max_new_tokens) // 16) * 16
     length = length if limit is None else min(length, limit)
     run = _function(policy, encoder, temperature, top_p, seed)
     responses: list[str] = []
+    ended: list[bool] = []
     for start in range(0, len(ids), batch_size):
-        rows = ids[start : start + batch_size]
-        filled = rows + rows[-1:] * (batch_size - len(rows))
+        chunk = ids[start : start + batch_size]
+        filled = chunk + chunk[-1:] * (batch_size - len(chunk))
         token_ids, mask = _right_padded(filled, length, _filler(encoder))
-        found = run(token_ids, mask, max_new_tokens)[: len(rows)]
-        answers = [
-            _until_end(out[len(row) : len(row) + max_new_tokens], encoder.ends)
-            for row, out in zip(rows, found.tolist(), strict=True)
+        found = run(token_ids, mask, max_new_tokens)[: len(chunk)]
+        new = [
+            out[len(row) : len(row) + max_new_tokens]
+            for row, out in zip(chunk, found.tolist(), strict=True)
         ]
+        answers = [_until_end(ids, encoder.ends) for ids in new]
         responses += _texts(encoder, answers)
+        ended += [len(answer) < len(ids) for answer, ids in zip(answers, new, strict=True)]
         if on_batch is not None:
             on_batch(len(responses), len(ids))
-    return responses
+    return (responses, ended) if return_ended else responses
 
 
 def _longest(policy: keras.Model) -> int | None:

@@ -156,6 +156,9 @@ class PolicyTrainer(keras.Model):
         jit_compile = False if jit_compile == "auto" else jit_compile
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
         _sum_gradients_ourselves(self.optimizer)
+        with self.distribute_strategy.scope():
+            # Now, not in the first step: a model saved before it must load as well.
+            self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from dpo_keras.training.adapters import serialized_policy
 from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
 
 
@@ -62,7 +63,7 @@ class SupervisedModel(PolicyTrainer):
 
     def get_config(self) -> dict[str, Any]:
         """Policy and dropout."""
-        policy = keras.saving.serialize_keras_object(self.policy)
+        policy = serialized_policy(self.policy)
         return {**super().get_config(), "policy": policy, "dropout": self.dropout}
 
     @classmethod
@@ -83,11 +84,13 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def chosen(batch: Batch) -> Batch:
+        mine = batch["owner"] == 0
         return {
             **batch,
+            "source": tf.where(mine, batch["source"], 0),
             "token_ids": batch["token_ids"][:, :1],
             "padding_mask": batch["padding_mask"][:, :1],
-            "owner": tf.where(batch["owner"] == 0, 0, -1),
+            "owner": tf.where(mine, 0, -1),
         }
 
     options = preferences.options()

@@ -1,0 +1,143 @@
+"""References: what they hold, that they do not move, and what is refused."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny import Letters, gpt2, pairs
+
+from dpo_keras.batching import collate, tokenize_pairs
+from dpo_keras.errors import InputError
+from dpo_keras.scoring import ResponseScorer, cache_reference, make_reference, score_pairs
+
+
+@pytest.fixture(scope="module")
+def tokenized():
+    return tokenize_pairs(pairs(5), Letters(), max_length=64)
+
+
+@pytest.fixture(scope="module")
+def batch(tokenized):
+    return {k: tf.constant(v) for k, v in collate(tokenized, list(range(5)), 32, 24).items()}
+
+
+def move(policy):
+    for variable in policy.trainable_variables:
+        variable.assign_add(0.05 * keras.random.normal(variable.shape, seed=3))
+
+
+def with_lora():
+    policy = gpt2()
+    policy.backbone.enable_lora(2)
+    return policy
+
+
+@pytest.mark.parametrize("make", [gpt2, with_lora])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_stays_where_the_policy_was(make, compiled, batch):
+    policy = make()
+    reference, scorer = make_reference(policy, "auto"), ResponseScorer(policy)
+    run = tf.function(reference.logps) if compiled else reference.logps
+    start = scorer(batch)["logps"].numpy()
+    np.testing.assert_allclose(run(scorer, batch), start, atol=1e-6)
+    move(policy)
+    np.testing.assert_allclose(run(scorer, batch), start, atol=1e-6)
+    assert np.abs(scorer(batch)["logps"] - start).max() > 0.05
+
+
+def test_auto_is_free_under_fresh_adapters_and_a_copy_otherwise():
+    assert make_reference(gpt2(), "auto").mode == "frozen_copy"
+    policy = with_lora()
+    assert make_reference(policy, "auto").mode == "adapters_off"
+    copied = sum(int(np.prod(copy.shape)) for copy in make_reference(policy, "auto").copies)
+    assert copied == 2 * 2 * 32  # the query and value biases of two layers
+    move(policy)
+    # Adapters that were trained already: switched off they would not be what the policy is.
+    assert make_reference(policy, "auto").mode == "frozen_copy"
+
+
+def test_adapters_off_is_the_base_model_even_for_trained_adapters(batch):
+    policy = with_lora()
+    base = ResponseScorer(policy)(batch)["logps"].numpy()
+    for variable in policy.trainable_variables:
+        if "lora" in variable.name:
+            variable.assign_add(0.1 * keras.random.normal(variable.shape, seed=1))
+    reference = make_reference(policy, "adapters_off")
+    assert not reference.starts_as_policy
+    np.testing.assert_allclose(reference.logps(ResponseScorer(policy), batch), base, atol=1e-6)
+    assert all(layer.lora_enabled for layer in reference._adapted.variables)
+
+
+def test_a_copy_moves_toward_the_policy_by_alpha(batch):
+    policy = gpt2()
+    reference = make_reference(policy, "frozen_copy")
+    variable, copy = policy.trainable_variables[0], reference.copies[0]
+    before = copy.numpy()
+    move(policy)
+    reference.update_from_policy(0.25)
+    np.testing.assert_allclose(copy, 0.75 * before + 0.25 * variable.numpy(), atol=1e-6)
+    reference.update_from_policy()
+    np.testing.assert_allclose(copy, variable.numpy(), atol=1e-6)
+
+
+def test_weights_that_become_trainable_afterwards_are_refused():
+    policy = with_lora()
+    reference = make_reference(policy, "auto")
+    reference.check(policy)
+    policy.backbone.layers[-1].trainable = True
+    with pytest.raises(InputError, match="became trainable after the reference"):
+        reference.check(policy)
+
+
+def test_another_model_is_a_reference_of_its_own(batch):
+    policy, other = gpt2(0), gpt2(1)
+    reference = make_reference(policy, other)
+    expected = ResponseScorer(other)(batch)["logps"]
+    np.testing.assert_allclose(reference.logps(ResponseScorer(policy), batch), expected, atol=1e-6)
+    assert not reference.trainable_variables
+
+
+def test_a_reference_with_another_vocabulary_is_refused():
+    with pytest.raises(InputError, match="vocabulary of 41 tokens and the policy one of 97"):
+        make_reference(gpt2(), gpt2(vocabulary_size=41))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("frozen-copy", "reference must be one of auto"), ("adapters_off", "needs LoRA")],
+)
+def test_references_that_cannot_be_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        make_reference(gpt2(), name)
+
+
+def test_cached_log_probs_are_those_of_the_model_and_are_read_back(tokenized, tmp_path):
+    policy, path = gpt2(), tmp_path / "reference.npz"
+    cached = cache_reference(policy, tokenized, path)
+    np.testing.assert_allclose(cached.reference, score_pairs(policy, tokenized), atol=1e-6)
+    computed = []
+    again = cache_reference(gpt2(), tokenized, path, on_batch=lambda *_: computed.append(1))
+    np.testing.assert_array_equal(again.reference, cached.reference)
+    assert not computed
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
+
+
+def test_a_cache_of_other_weights_tokens_or_truncation_is_refused(tokenized, tmp_path):
+    path = tmp_path / "reference.npz"
+    cache_reference(gpt2(), tokenized, path)
+    with pytest.raises(InputError, match="weights"):
+        cache_reference(gpt2(seed=1), tokenized, path)
+    shorter = tokenize_pairs(pairs(5), Letters(), max_length=9)
+    with pytest.raises(InputError, match=r"tokens.*max_length: 64 there, 9 now"):
+        cache_reference(gpt2(), shorter, path)
+    with pytest.raises(InputError, match="template"):
+        cache_reference(gpt2(), tokenized, path, template="chatml")
+    path.write_bytes(b"not a cache")
+    with pytest.raises(InputError, match="cannot be read"):
+        cache_reference(gpt2(), tokenized, path)
+
+
+def test_cached_needs_batches_that_carry_log_probs(batch):
+    policy = gpt2()
+    with pytest.raises(InputError, match="cache_reference"):
+        make_reference(policy, "cached").logps(ResponseScorer(policy), batch)
