@@ -56,7 +56,8 @@ def read_preferences(
 
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet), several paths,
-            "builtin:support" (the bundled quickstart data), or an iterable of mappings.
+            "builtin:support" (the bundled quickstart data), or an iterable of mappings, such as
+            `tfds.as_numpy(dataset)` or a Hugging Face dataset.
         format: of the files: "auto" (by suffix), "jsonl", "json", "csv" or "parquet".
         on_error: "report" keeps the good records, with the bad in `.report`; "fail" raises if
             there is any bad one.
@@ -84,6 +85,8 @@ def read_preferences(
     reading = _Reading(limit)
     for name, records, cells in _sources(source, format, reading.unused):
         reading.add(name, records, cells)
+        if len(reading.pairs) == limit:
+            break
     return reading.finish(on_error)
 
 
@@ -103,8 +106,6 @@ class _Reading:
         parsed = 0
         lacking: Counter[str] = Counter()
         for line, record in records:
-            if self.limit is not None and len(self.pairs) >= self.limit:
-                break
             self.report.read += line is not None
             faults: tuple[Fault, ...] = ()
             if isinstance(record, Fault):
@@ -119,6 +120,8 @@ class _Reading:
                 self.pairs.append(pair)
                 self.places.append((source, line))
                 self.report.layouts[layout] += 1
+                if len(self.pairs) == self.limit:
+                    break
                 continue
             for fault in faults:
                 lacking[fault.field] += fault.rule == "missing column"
@@ -142,8 +145,8 @@ class _Reading:
             raise InvalidPreferences(headline, report)
         if report.problems and on_error == "fail":
             raise InvalidPreferences(
-                f"{names}: {report.dropped:,} of {report.read:,} records are bad "
-                "(on_error='report' keeps the others):",
+                f"{names}: {report.dropped:,} of {report.read:,} records are bad, by "
+                f"{len(report.problems):,} problems (on_error='report' keeps the good ones):",
                 report,
             )
         report.warnings += self._warnings()

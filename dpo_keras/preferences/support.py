@@ -2,7 +2,7 @@
 
 Each prompt tells three facts about a product and asks for one of them:
 
-    The lamp is red, costs 40 euros and arrives on Monday.
+    The lamp is red, costs 45 euros and arrives on Monday.
     Question: What does it cost?
     Reply:
 
@@ -20,8 +20,11 @@ agree). A response is *preferred* if it has all three.
 Why it is as it is: chosen responses are themselves of mixed quality (38 % have all three virtues),
 so supervised training on them makes a policy that is preferred about that often, and what
 preference training adds can be seen. Good and bad openings and last sentences come in equal
-lengths and equally often, so that length tells nothing. Every value belongs to one kind of fact
-and stands once in the prompt, so that a model of two or three small layers can learn to look it up.
+lengths and equally often, so that length tells nothing. The two responses are worded independently
+of one another: pairs that differ in a few words only make DPO lower the probability of both
+(arXiv 2402.13228, section 3), and a small policy then forgets how to write at all. Every value
+belongs to one kind of fact and stands once in the prompt, so that a model of two or three small
+layers can learn to look it up.
 """
 
 from __future__ import annotations
@@ -170,7 +173,7 @@ def judge(prompt: str, response: str) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Wording:
-    """How one pair is worded. Its two responses differ in their virtues and in nothing else."""
+    """How one response is worded, whatever its virtues."""
 
     facts: dict[str, str]
     topics: dict[bool, str]  # by whether the response answers
@@ -206,10 +209,10 @@ def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
         seen.add(prompt)
         responses: set[tuple[str, str]] = set()
         for _ in range(2 if rng.random() < _SECOND_PAIR else 1):
-            wording = _draw_wording(rng, facts, asked)
             virtues = _draw_chosen_virtues(rng)
-            chosen = wording.response(*virtues)
-            rejected = wording.response(*_pick(rng, _LESSER[virtues]))
+            chosen = _draw_wording(rng, facts, asked).response(*virtues)
+            lesser = _pick(rng, _LESSER[virtues])
+            rejected = _draw_wording(rng, facts, asked).response(*lesser)
             if made == count or (chosen, rejected) in responses:
                 continue
             responses.add((chosen, rejected))

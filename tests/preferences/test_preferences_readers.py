@@ -438,6 +438,9 @@ def test_limit_stops_after_so_many_good_records(tmp_path):
     records = [numbered(0), {"prompt": "p"}, numbered(1), numbered(2)]
     pairs = read_preferences(jsonl(tmp_path / "x.jsonl", records), limit=2)
     assert (len(pairs), pairs.report.read, pairs.report.dropped) == (2, 3, 1)
+    left = iter(records)
+    read_preferences(left, limit=2)
+    assert next(left) == numbered(2)
 
 
 # Arguments

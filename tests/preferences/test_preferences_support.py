@@ -85,7 +85,7 @@ def test_a_value_belongs_to_one_topic_and_stands_once_in_the_prompt(pairs):
 
 def test_the_same_seed_gives_the_same_pairs_everywhere():
     digest = hashlib.sha256(json.dumps([p.as_dict() for p in support_pairs(500)]).encode())
-    assert digest.hexdigest()[:16] == "b7bb6c769a03d8ff"
+    assert digest.hexdigest()[:16] == "09cb036b1420872a"
     assert support_pairs(50, seed=1) == support_pairs(50, seed=1)
     assert support_pairs(50, seed=1) != support_pairs(50, seed=2)
 
