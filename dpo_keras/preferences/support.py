@@ -22,7 +22,7 @@ so supervised training on them makes a policy that is preferred about that often
 preference training adds can be seen. Good and bad openings and last sentences come in equal
 lengths and equally often, so that length tells nothing. The two responses are worded independently
 of one another: pairs that differ in a few words only make DPO lower the probability of both
-(arXiv 2402.13228, section 3), and a small policy then forgets how to write at all. Every value
+(arXiv 2402.13228), and a small policy then forgets how to write at all. Every value
 belongs to one kind of fact and stands once in the prompt, so that a model of two or three small
 layers can learn to look it up.
 """
