@@ -1,0 +1,24 @@
+"""A trained policy as a SavedModel: strings in, log-probs, preferences and text out.
+
+`export` writes and verifies it. Inside: the tokenizer as TensorFlow ops (`graph_tokenizers`,
+`byte_pair`, `turns`), strings to batches (`graph_encoder`), generation (`decoding`), the
+signatures, the check in a process without Keras (`verification`, `standalone`, `comparison`), and
+warm-up requests.
+"""
+
+from dpo_keras.serving.comparison import EXAMPLES
+from dpo_keras.serving.export import SIGNATURES, export, next_version, version_path
+from dpo_keras.serving.report import ExportReport
+from dpo_keras.serving.verification import GraphFindings, inspect_graph, run_standalone
+
+__all__ = [
+    "EXAMPLES",
+    "SIGNATURES",
+    "ExportReport",
+    "GraphFindings",
+    "export",
+    "inspect_graph",
+    "next_version",
+    "run_standalone",
+    "version_path",
+]

@@ -1,0 +1,294 @@
+"""A trained model as a SavedModel for TensorFlow Serving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import tensorflow as tf
+
+import dpo_keras
+from dpo_keras.batching import ChatTemplate, get_template
+from dpo_keras.errors import InputError
+from dpo_keras.serving.comparison import EMPTY, EXAMPLES, Comparison, Examples, calls
+from dpo_keras.serving.graph_encoder import GraphEncoder, check_tokenization
+from dpo_keras.serving.report import ExportReport
+from dpo_keras.serving.signatures import INPUTS, Decoding, Server, missing_reference, trace
+from dpo_keras.serving.verification import check_graph, run_standalone
+from dpo_keras.serving.warmup import write_warmup_requests
+
+SIGNATURES = tuple(INPUTS)
+
+
+def export(
+    model: keras.Model,
+    path: str | Path,
+    *,
+    max_length: int | None = None,
+    max_new_tokens: int = 64,
+    signatures: Sequence[str] = SIGNATURES,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    template: str | Path | ChatTemplate | None = None,
+    preprocessor: Any = None,
+    examples: Examples = EXAMPLES,
+    verify: bool = True,
+    on_stage: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes a SavedModel whose signatures take strings and give strings and numbers.
+
+    | signature | inputs, string `[batch]` | outputs, `[batch]` |
+    |---|---|---|
+    | `score`, `serving_default` | `prompt`, `response` | `log_prob`, `reward`, `tokens` (int32) |
+    | `prefer` | `prompt`, `response_a`, `response_b` | `probability_a`, `probability_b`, `llr` |
+    | `generate` | `prompt` | `text` (string) |
+
+    With S = beta (log pi - log pi_ref) (or whatever score the model's loss compares):
+    `reward` = S(response), `llr` = S(a) - S(b), `probability_a` = sigmoid(llr). Where there is no
+    reference to compute from new texts (a policy alone, `reference="cached"` or `"none"` with a
+    loss that needs one), `reward` and `prefer` are left out, and the report says so.
+
+    The tokenizer is in the graph and gives the ids that `tokenize_pairs` gives in training. No
+    XLA, no Python. The model is verified in a fresh process that has TensorFlow and
+    tensorflow_text, but no Keras. It is written beside `path` and renamed at the end: a version
+    that a server can see is whole.
+
+    Args:
+        model: a compiled `DPOModel`, or a policy alone (a KerasHub causal language model, or any
+            Keras model from `{"token_ids", "padding_mask"}` to logits).
+        path: `<anywhere>/<name>/<version>`, version a whole number; without a number at the end,
+            the next free version in that directory.
+        max_length: most tokens of prompt and response together; longer prompts are cut from the
+            left. By default the preprocessor's `sequence_length`.
+        max_new_tokens: longest text of `generate`.
+        signatures: which to write.
+        temperature: of `generate`. 0 always takes the likeliest token; above 0 each request draws
+            afresh.
+        top_p: share of the probability that is sampled from, with a temperature.
+        template: the chat template that the model was trained with, as in `tokenize_pairs`: the
+            served prompt is then one user turn, the response one assistant turn.
+        preprocessor: by default the policy's own.
+        examples: `(prompt, response_a, response_b)` texts for verification and for the warm-up
+            requests.
+        verify: False skips the fresh process (the graph is inspected all the same).
+        on_stage: called with a few words before each stage.
+
+    Returns:
+        What was written and how it compared.
+
+    Raises:
+        InputError: an argument out of range, a tokenizer or template that cannot be served, or a
+            version that exists.
+        RuntimeError: the exported model fails or answers otherwise than the model in Python.
+        OSError: it could not be written; nothing is left at `path`.
+
+    Example:
+        >>> report = dpo_keras.export(model, "saved_models/support/1")  # doctest: +SKIP
+        >>> print(report.summary())                                     # doctest: +SKIP
+    """
+    began = time.monotonic()
+    stage = on_stage or (lambda name: None)
+    policy = getattr(model, "policy", model)
+    preprocessor = preprocessor or getattr(policy, "preprocessor", None)
+    max_length = max_length or getattr(preprocessor, "sequence_length", None) or 1024
+    decoding = Decoding(max_new_tokens, temperature, top_p)
+    names, notes = _signatures(model, signatures)
+    problems = _problems(policy, preprocessor, max_length, decoding, names)
+    if problems:
+        raise InputError(problems)
+    target = version_path(path)
+    chat = get_template(template)
+
+    stage("tokenizer")
+    encoder = GraphEncoder(preprocessor, max_length, chat)
+    check_tokenization(encoder, preprocessor, chat)
+    tokenizer = getattr(preprocessor, "tokenizer", None) or preprocessor
+    special = tuple(getattr(tokenizer, "special_token_ids", None) or ())
+    server = Server(model, encoder, decoding, special)
+
+    stage("tracing")
+    keeper, functions = trace(server, names)
+    given = {"serving_default": functions[names[0]], **functions}
+    with _staged(target) as partial:
+        stage("writing")
+        tf.saved_model.save(keeper, str(partial), signatures=given)
+        write_warmup_requests(partial, target.parent.name, calls(names, examples))
+        _write_settings(partial, encoder, decoding, chat, names)
+        check_graph(partial)
+        differences: dict[str, float] | None = None
+        custom: tuple[str, ...] | None = None
+        if verify:
+            stage("verifying")
+            found = run_standalone(partial, [*calls(names, examples), *calls(names, EMPTY)])
+            comparison = Comparison(server, preprocessor, chat)
+            differences = {}
+            for name, answers in zip(names, found["outputs"], strict=False):
+                differences |= comparison.check(name, answers, examples)
+            for name, answers in zip(names, found["outputs"][len(names) :], strict=True):
+                comparison.check_finite(name, answers)
+            custom = tuple(found["custom_operations"])
+        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    return ExportReport(
+        path=target,
+        signatures={
+            name: {"inputs": list(INPUTS[name]), "outputs": sorted(f.structured_outputs)}
+            for name, f in functions.items()
+        },
+        max_length=max_length,
+        differences=differences,
+        custom_operations=custom,
+        size_bytes=size,
+        seconds=time.monotonic() - began,
+        notes=tuple(notes),
+    )
+
+
+def next_version(path: str | Path) -> int:
+    """The version after the last one in a model's directory.
+
+    Args:
+        path: the directory that holds the versions; it need not exist.
+
+    Returns:
+        1 for a new model.
+
+    Example:
+        >>> next_version("saved_models/no_such_model")
+        1
+    """
+    folder = Path(path)
+    versions = [
+        int(entry.name)
+        for entry in (folder.iterdir() if folder.is_dir() else ())
+        if entry.is_dir() and entry.name.isdecimal()
+    ]
+    return max(versions, default=0) + 1
+
+
+def version_path(path: str | Path) -> Path:
+    """Where a version is to be written: `path` if it ends in a number, else its next version.
+
+    Args:
+        path: `<name>/<version>`, or `<name>`.
+
+    Returns:
+        The absolute path of a version that does not exist yet.
+
+    Raises:
+        InputError: the version exists, or something that is no directory is in the way.
+    """
+    given = Path(path).absolute()
+    if not given.name.isdecimal():
+        given = given / str(next_version(given))
+    if given.exists():
+        raise InputError(
+            f"path {given} exists already. Versions are never overwritten, because a server may be "
+            f"reading them; the next free one is {given.parent / str(next_version(given.parent))}."
+        )
+    for parent in given.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"path {given} cannot be made: {parent} is a file.")
+            break
+    return given
+
+
+def _signatures(model: Any, names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    unknown = [name for name in names if name not in INPUTS]
+    if unknown or not names:
+        raise InputError(f"signatures must be some of {', '.join(INPUTS)}, got {list(names)!r}.")
+    reason = missing_reference(model)
+    kept = tuple(name for name in INPUTS if name in names and not (reason and name == "prefer"))
+    notes = []
+    if reason and set(names) & {"score", "prefer"}:
+        notes.append(f"No `prefer` signature and no `reward` output: {reason}.")
+    if not kept:
+        raise InputError(f"signatures leave nothing to export: {reason}.")
+    return kept, notes
+
+
+def _problems(
+    policy: Any, preprocessor: Any, max_length: int, decoding: Decoding, names: Sequence[str]
+) -> list[str]:
+    problems = []
+    if not isinstance(policy, keras.Model):
+        problems.append(f"model must be a DPOModel or a keras.Model, got {type(policy).__name__}.")
+    if preprocessor is None:
+        problems.append(
+            "preprocessor is needed, because strings are tokenized in the graph, and the policy "
+            "has none attached."
+        )
+    limit = getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
+    if max_length < 4 or (limit is not None and max_length > limit):
+        most = "" if limit is None else f" and at most the model's {limit} positions"
+        problems.append(f"max_length must be at least 4{most}, got {max_length}.")
+    if decoding.max_new_tokens < 1:
+        problems.append(f"max_new_tokens must be >= 1, got {decoding.max_new_tokens}.")
+    elif "generate" in names and decoding.max_new_tokens > max_length - 2:
+        problems.append(
+            f"max_new_tokens must leave room for a prompt of 2 tokens within max_length="
+            f"{max_length}, got {decoding.max_new_tokens}."
+        )
+    if not 0 <= decoding.temperature < float("inf"):
+        problems.append(f"temperature must be >= 0, got {decoding.temperature}.")
+    if not 0 < decoding.top_p <= 1:
+        problems.append(f"top_p must be in (0, 1], got {decoding.top_p}.")
+    elif decoding.top_p < 1 and decoding.temperature == 0:
+        problems.append(
+            f"top_p={decoding.top_p} has no effect at temperature=0, which always takes the "
+            "likeliest token; give a temperature, or leave top_p."
+        )
+    return problems
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that becomes `target`, or vanishes."""
+    # Servers look only at names that are whole numbers.
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.rename(partial, target)
+        except (OSError, tf.errors.OpError) as error:
+            raise OSError(
+                f"the model could not be written to {target} ({error}); nothing was left there."
+            ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_settings(
+    partial: Path,
+    encoder: GraphEncoder,
+    decoding: Decoding,
+    template: ChatTemplate | None,
+    names: Sequence[str],
+) -> None:
+    """What was fixed at export, for whoever runs the server."""
+    settings = {
+        "signatures": list(names),
+        "max_length": encoder.max_length,
+        "max_new_tokens": decoding.max_new_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "template": template.name if template else None,
+        "versions": {
+            "dpo_keras": dpo_keras.__version__,
+            "keras": keras.__version__,
+            "keras_hub": keras_hub.__version__,
+            "tensorflow": tf.__version__,
+        },
+    }
+    file = partial / "assets.extra" / "dpo_keras.json"
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

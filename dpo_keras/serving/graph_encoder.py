@@ -1,0 +1,268 @@
+"""Strings to the batch contract inside a graph: what `dpo_keras.batching` does in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from dpo_keras.batching import ChatTemplate, TextEncoder, tokenize_pairs
+from dpo_keras.errors import InputError
+from dpo_keras.preferences import PreferencePair
+from dpo_keras.serving.graph_tokenizers import graph_tokenizer
+from dpo_keras.serving.turns import read_turns
+
+# One of each kind of trouble: case, digits, runs of spaces, line ends, scripts, NUL, specials.
+PROBES = (
+    "Hello, world! It's 12345 o'clock.",
+    "  two  spaces   and a tab\t\tend ",
+    "line\n\nbreaks \r\n and more\n",
+    "naïve café ½ 東京 你好 🙂 e\u0301",
+    "\u00a0odd\u2003spaces\u3000here",
+    "I'LL don'T 's (\"quoted\") $1,000.50 a_b-c",
+    "nul\x00inside",
+    "",
+)
+
+
+class GraphEncoder(tf.Module):
+    """Tokenizes prompts and responses as `tokenize_pairs` does, and lays them out as batches.
+
+    Args:
+        preprocessor: whatever `TextEncoder` takes.
+        max_length: most tokens of prompt and response together.
+        template: the chat template that training used, or None for text as it is.
+
+    Attributes:
+        ends: ids that count as a response's end token.
+        stops: ids at which generation stops: `ends`, and the template's own end of turn.
+
+    Raises:
+        InputError: the tokenizer or the template cannot run in a graph.
+    """
+
+    def __init__(self, preprocessor: Any, max_length: int, template: ChatTemplate | None = None):
+        super().__init__()
+        encoder = TextEncoder(preprocessor)
+        self.tokenizer = graph_tokenizer(encoder.tokenizer)
+        self.max_length = max_length
+        self.start, self.end, self.pad = encoder.start, encoder.end, encoder.pad
+        self.ends = sorted(encoder.ends)
+        self.stops = self.ends
+        self._anchor = (encoder.anchor, encoder.anchor_length)
+        self._turns = None
+        # With this template strings stay as they are.
+        if template is not None and template.name != "plain":
+            self._turns = read_turns(encoder, template)
+            self.stops = sorted({*self.ends, *self._turns[1].after[:1]})
+
+    def prompts(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Tokenizes prompts, start token included.
+
+        Args:
+            texts: string `[batch]`.
+
+        Returns:
+            int32 `[batch, (tokens)]`.
+        """
+        # String ops and lookup tables run on the CPU only.
+        with tf.device("CPU:0"):
+            texts = _valid(texts)
+            if self._turns is None:
+                ids = self.tokenizer.tokenize(texts)
+            else:
+                ids = self._turns[0].tokenize(texts, self.tokenizer, *self._anchor)
+        if self.start is None:
+            return ids
+        return tf.concat([rows_of(self.start, ~self._begins(ids)), ids], axis=1)
+
+    def responses(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Tokenizes responses, end token included.
+
+        Args:
+            texts: string `[batch]`.
+
+        Returns:
+            int32 `[batch, (tokens)]`.
+        """
+        with tf.device("CPU:0"):
+            texts = _valid(texts)
+            if self._turns is None:
+                anchor, length = self._anchor
+                ids = self.tokenizer.tokenize(tf.strings.join([anchor, texts]))[:, length:]
+            else:
+                ids = self._turns[1].tokenize(texts, self.tokenizer, *self._anchor)
+        count = ids.row_lengths()
+        last = _cut(ids, tf.maximum(count - 1, 0), count)
+        ended = tf.reduce_any(_among(last, self.ends), axis=1)
+        return tf.concat([ids, rows_of(self.end, ~ended)], axis=1)
+
+    def truncate_prompts(self, ids: tf.RaggedTensor, room: tf.Tensor) -> tf.RaggedTensor:
+        """Cuts prompts from the left, keeping the start token and at least one more.
+
+        Args:
+            ids: int32 `[batch, (tokens)]`.
+            room: int64 `[batch]`, tokens that may stay.
+
+        Returns:
+            int32 `[batch, (tokens)]`.
+        """
+        lengths = ids.row_lengths()
+        begins = tf.cast(self._begins(ids), tf.int64)
+        kept = tf.minimum(lengths, tf.maximum(room, tf.minimum(begins + 1, lengths)))
+        tail = _cut(ids, lengths - kept + begins, lengths)
+        return tf.concat([_cut(ids, tf.zeros_like(begins), begins), tail], axis=1)
+
+    def encode(
+        self, prompts: tf.Tensor, responses: Sequence[tf.Tensor]
+    ) -> tuple[tf.RaggedTensor, list[tf.RaggedTensor]]:
+        """Tokenizes and truncates to `max_length`: prompts from the left, then responses.
+
+        Args:
+            prompts: string `[batch]`.
+            responses: string `[batch]` each; the longest makes room for itself.
+
+        Returns:
+            Ids of the prompts and of each of the responses, int32 `[batch, (tokens)]`.
+        """
+        prompt = self.prompts(prompts)
+        parts = [self.responses(texts) for texts in responses]
+        longest = tf.reduce_max(tf.stack([part.row_lengths() for part in parts]), axis=0)
+        prompt = self.truncate_prompts(prompt, self.max_length - longest)
+        room = self.max_length - prompt.row_lengths()
+        return prompt, [_first(part, tf.minimum(part.row_lengths(), room)) for part in parts]
+
+    def batch(self, prompts: tf.Tensor, responses: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Tokenizes, truncates and lays out one row per prompt.
+
+        A response's first token counts only where something comes before it: an empty prompt under
+        a tokenizer without start token predicts nothing.
+
+        Args:
+            prompts: string `[batch]`.
+            responses: one or two string `[batch]`; number i is sequence i of the row.
+
+        Returns:
+            The batch contract of `dpo_keras.batching`, with `weight` 1.
+        """
+        prompt, parts = self.encode(prompts, responses)
+        before = prompt.row_lengths()
+        sequences = [tf.concat([prompt, part], axis=1) for part in parts]
+        used = tf.stack([sequence.row_lengths() for sequence in sequences], axis=1)
+        length = tf.maximum(tf.reduce_max(used), 1)
+        # One position at least, because attention that sees nothing gives NaN.
+        mask = tf.sequence_mask(tf.maximum(used, 1), length, tf.int32)
+        unpredicted = tf.cast(before == 0, tf.int64)
+        source, target, owner = [], [], []
+        for number, part in enumerate(parts):
+            scored = _cut(part, tf.minimum(unpredicted, part.row_lengths()), part.row_lengths())
+            count = scored.row_lengths()
+            # The token at position t is predicted by the hidden state at t - 1.
+            first = number * length + before + unpredicted - 1
+            source.append(tf.cast(tf.ragged.range(first, first + count), tf.int32))
+            target.append(scored)
+            owner.append(scored.with_values(tf.fill(tf.shape(scored.values), number)))
+        return {
+            "token_ids": tf.stack(
+                [_dense(sequence, self.pad, length) for sequence in sequences], axis=1
+            ),
+            "padding_mask": mask,
+            "source": _slots(source, 0),
+            "target": _slots(target, 0),
+            "owner": _slots(owner, -1),
+            "weight": tf.ones_like(used[:, :1], tf.float32),
+        }
+
+    def _begins(self, ids: tf.RaggedTensor) -> tf.Tensor:
+        """Whether each row begins with the start token."""
+        starts = [] if self.start is None else [self.start]
+        first = _first(ids, tf.minimum(ids.row_lengths(), 1))
+        return tf.reduce_any(_among(first, starts), axis=1)
+
+
+def check_tokenization(
+    graph: GraphEncoder,
+    preprocessor: Any,
+    template: ChatTemplate | None = None,
+    texts: Sequence[str] = PROBES,
+) -> None:
+    """Makes sure that the graph gives the ids that training saw.
+
+    Args:
+        graph: the encoder in the graph.
+        preprocessor: what `tokenize_pairs` is to be called with.
+        template: the same.
+        texts: what to try, as prompts and as responses.
+
+    Raises:
+        InputError: naming the first text that differs, and both lists of ids.
+    """
+    special = TextEncoder(preprocessor).special_tokens + list(template.markers if template else ())
+    texts = [*texts, *(f"a {token} b{token}" for token in special[:20])]
+    texts = [text for text in texts if text.strip()]
+    others = texts[1:] + texts[:1]
+    pairs = [PreferencePair(*row, "x") for row in zip(texts, others, strict=True)]
+    expected = tokenize_pairs(pairs, preprocessor, max_length=graph.max_length, template=template)
+    kept = range(len(pairs)) if expected.source is None else expected.source
+    kind = type(TextEncoder(preprocessor).tokenizer).__name__
+    try:
+        prompt, parts = tf.function(graph.encode, autograph=False)(
+            tf.constant(texts), [tf.constant(others), tf.fill([len(texts)], "x")]
+        )
+    except (ValueError, TypeError, tf.errors.OpError) as error:
+        raise InputError(
+            f"policy: its tokenizer ({kind}) cannot run in a graph: {str(error).splitlines()[0]}"
+        ) from error
+    columns = (
+        ("prompt", expected.prompt, prompt, texts),
+        ("response", expected.chosen, parts[0], others),
+    )
+    for name, python, found, given in columns:
+        for row, number in enumerate(kept):
+            ids = found[number].numpy().tolist()
+            if ids != python[row].tolist():
+                raise InputError(
+                    f"policy: its tokenizer ({kind}) gives other ids in a graph than in training, "
+                    "so the served model would not be the one that was trained. For the "
+                    f"{name} {given[number]!r}: {python[row].tolist()} in training, {ids} in the "
+                    "graph."
+                )
+
+
+def _valid(texts: tf.Tensor) -> tf.Tensor:
+    # A request may hold any bytes; patterns and tokenizers expect UTF-8.
+    return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8")
+
+
+def rows_of(token: int, wanted: tf.Tensor) -> tf.RaggedTensor:
+    """One token in each row where it is wanted, none in the others."""
+    count = tf.cast(wanted, tf.int64)
+    tokens = tf.repeat(tf.constant(token, tf.int32), tf.reduce_sum(count))
+    return tf.RaggedTensor.from_row_lengths(tokens, count)
+
+
+def _among(ids: tf.RaggedTensor, wanted: Sequence[int]) -> tf.RaggedTensor:
+    matches = ids.values[:, None] == tf.constant(list(wanted), tf.int32)[None, :]
+    return ids.with_values(tf.reduce_any(matches, axis=1))
+
+
+def _cut(ids: tf.RaggedTensor, starts: tf.Tensor, stops: tf.Tensor) -> tf.RaggedTensor:
+    """Row i becomes `ids[i, starts[i]:stops[i]]`."""
+    begins = ids.row_starts()
+    places = tf.ragged.range(begins + starts, begins + stops, row_splits_dtype=tf.int64)
+    return places.with_values(tf.gather(ids.values, places.values))
+
+
+def _first(ids: tf.RaggedTensor, count: tf.Tensor) -> tf.RaggedTensor:
+    return _cut(ids, tf.zeros_like(count), count)
+
+
+def _dense(ids: tf.RaggedTensor, fill: int, length: tf.Tensor) -> tf.Tensor:
+    return ids.to_tensor(fill, shape=tf.stack([tf.constant(-1, tf.int64), length]))
+
+
+def _slots(parts: Sequence[tf.RaggedTensor], fill: int) -> tf.Tensor:
+    # An empty slot behind all others: a batch of empty responses still has a slot.
+    dense = tf.concat(list(parts), axis=1).to_tensor(fill)
+    return tf.pad(dense, [[0, 0], [0, 1]], constant_values=fill)

@@ -1,0 +1,155 @@
+"""A chat template inside a graph: the fixed text and tokens around what a request says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from dpo_keras.batching import ChatTemplate, TextEncoder
+from dpo_keras.errors import InputError
+from dpo_keras.serving.word_patterns import literal, split_at
+
+# Private use: stands for the words of a message while the template is read.
+_PROMPT, _RESPONSE = "\ue000", "\ue001"
+# The noncharacter that `dpo_keras.batching` takes out of messages.
+_NONCHARACTER = "\ufdd0"
+# What str.strip(), and so Jinja's trim, takes off.
+_BLANK = r"[\t-\r\x{1c}-\x{1f} \x{85}\p{Z}]+"
+_CUT = b"\xff"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation as a template writes it, around words that are not known yet.
+
+    Args:
+        before: ids of what comes first.
+        prefix: text directly before the words, tokenized together with them.
+        suffix: text directly after them.
+        after: ids of what comes last.
+        exact: whether the words are tokenized behind the encoder's anchor.
+        trimmed: whether the template takes white space off the words' ends.
+        guards: patterns of special tokens, which words must not forge: group 1 is the first
+            character, group 2 the rest, and between the two the words are cut.
+    """
+
+    before: tuple[int, ...]
+    prefix: str
+    suffix: str
+    after: tuple[int, ...]
+    exact: bool
+    trimmed: bool
+    guards: tuple[str, ...]
+
+    def tokenize(
+        self, texts: tf.Tensor, tokenizer: Any, anchor: str, anchor_length: int
+    ) -> tf.RaggedTensor:
+        """Tokenizes the turn around each text.
+
+        Args:
+            texts: string `[batch]`, valid UTF-8.
+            tokenizer: a `GraphTokenizer`.
+            anchor: see `TextEncoder`.
+            anchor_length: ids of the anchor.
+
+        Returns:
+            int32 `[batch, (tokens)]`.
+        """
+        texts = tf.strings.regex_replace(texts, _NONCHARACTER, "")
+        for guard in self.guards:
+            texts = tf.strings.regex_replace(texts, guard, b"\\1" + _CUT + b"\\2")
+        if self.trimmed:
+            texts = tf.strings.regex_replace(texts, f"^{_BLANK}|{_BLANK}$", "")
+        pieces = split_at(tf.strings.join([self.prefix, texts, self.suffix]), _CUT)
+        place = tf.ragged.range(pieces.row_lengths()).values
+        anchored = tf.ones_like(place, tf.bool) if self.exact else place > 0
+        ids = tokenizer.tokenize(tf.strings.join([tf.where(anchored, anchor, ""), pieces.values]))
+        starts = ids.row_starts() + tf.where(anchored, tf.constant(anchor_length, tf.int64), 0)
+        places = tf.ragged.range(starts, ids.row_limits())
+        ids = places.with_values(tf.gather(ids.values, places.values))
+        ids = pieces.with_values(ids).merge_dims(1, 2)
+        rows = tf.shape(texts)[0]
+        around = [
+            tf.tile(tf.constant([fixed], tf.int32, shape=(1, len(fixed))), [rows, 1])
+            for fixed in (self.before, self.after)
+        ]
+        return tf.concat([around[0], ids, around[1]], axis=1)
+
+
+def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn]:
+    """Reads off a template what it writes around a prompt and around a response.
+
+    Args:
+        encoder: tokenizes.
+        template: as training used it.
+
+    Returns:
+        The user's turn (with what announces the answer) and the assistant's.
+
+    Raises:
+        InputError: the template does more with a message than put text around it.
+    """
+    special = [*template.markers, *encoder.special_tokens]
+    special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
+    ids = {text: token for text in special if (token := encoder.token_id(text)) is not None}
+    variables: dict[str, Any] = {
+        "bos_token": getattr(encoder.tokenizer, "start_token", None) or "",
+        "eos_token": getattr(encoder.tokenizer, "end_token", None) or "",
+    }
+
+    def render(prompt: str, response: str) -> tuple[str, str]:
+        messages = [{"role": "user", "content": prompt}]
+        asked = template.render(messages, add_generation_prompt=True, **variables)
+        messages.append({"role": "assistant", "content": response})
+        whole = template.render(messages, **variables)
+        if not whole.startswith(asked):
+            raise InputError(
+                f"template {template.name!r} cannot be served: the rendered conversation must "
+                "begin with the rendered prompt."
+            )
+        answer = whole[len(asked) :]
+        return asked, answer.rstrip() if answer.rstrip().endswith(tuple(special)) else answer
+
+    guards = tuple(
+        f"({literal(first)})({'|'.join(literal(s[1:]) for s in special if s[0] == first)})"
+        for first in dict.fromkeys(text[0] for text in special)
+    )
+    tight = render(_PROMPT, _RESPONSE)
+    loose = render(f" {_PROMPT} ", f" {_RESPONSE} ")
+    turns = []
+    for place, words in enumerate((_PROMPT, _RESPONSE)):
+        before, _, after = tight[place].partition(words)
+        trimmed = loose[place] == tight[place]
+        if words in after or not (trimmed or loose[place] == f"{before} {words} {after}"):
+            raise InputError(
+                f"template {template.name!r} cannot be served: it does more with a message than "
+                "put text around it. Render prompts before sending them, and export with "
+                "template=None."
+            )
+        front, prefix = _fixed(before, ids, encoder, first=place == 0)
+        back, suffix = _fixed(after, ids, encoder, last=True)
+        exact = place == 1 or bool(front)
+        turns.append(Turn(front, prefix, suffix, back, exact, trimmed, guards))
+    return turns[0], turns[1]
+
+
+def _fixed(
+    text: str, ids: dict[str, int], encoder: TextEncoder, first: bool = False, last: bool = False
+) -> tuple[tuple[int, ...], str]:
+    """Ids of text that never changes, and the plain text at its end that touches the words."""
+    pieces = [text]
+    if ids:
+        pieces = re.split("(" + "|".join(map(re.escape, ids)) + ")", text)
+    touching = pieces.pop(0) if last else pieces.pop()
+    found: list[int] = []
+    for number, piece in enumerate(piece for piece in pieces if piece):
+        if piece in ids:
+            found.append(ids[piece])
+        elif first and not number:
+            found += encoder.tokenize([piece])[0]
+        else:
+            found += encoder.tokenize([encoder.anchor + piece])[0][encoder.anchor_length :]
+    return tuple(found), touching

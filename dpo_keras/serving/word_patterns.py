@@ -1,0 +1,185 @@
+"""How a byte-pair tokenizer cuts text into words, rewritten for RE2, TensorFlow's own patterns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from dpo_keras.errors import InputError
+
+# RE2 knows only ASCII by \s; the tokenizers library follows Unicode's White_Space.
+_SPACE = r"\t-\r \x{85}\p{Z}"
+_SPACE_NO_NEWLINE = r"\t\x{0b}\f \x{85}\p{Z}"
+_LAST_SPACE = f"([{_SPACE_NO_NEWLINE}])([{_SPACE_NO_NEWLINE}][^{_SPACE}])"
+_LOOKAHEAD = r"\s+(?!\S)|"
+# No valid UTF-8 text holds this byte, so it can mark a cut without meeting one in the text.
+_CUT = b"\xff"
+
+
+@dataclass(frozen=True)
+class WordPattern:
+    r"""A pattern whose matches, and what lies between them, are words.
+
+    Args:
+        pattern: a regular expression of RE2.
+        guarded: whether the last of several spaces goes with the next word. That is what
+            `\s+(?!\S)` does in the patterns of most language models; RE2 has no lookahead, so the
+            text is cut there first.
+
+    Example:
+        >>> print(WordPattern.read({"Regex": r" ?\w+|\s+(?!\S)|\s+"}))
+        None
+        >>> pattern = WordPattern.read({"Regex": r"\s?\p{L}+|\s+(?!\S)|\s+"})
+        >>> pattern.split(tf.constant(["a   b"])).to_list()
+        [[b'a', b'  ', b' b']]
+    """
+
+    pattern: str
+    guarded: bool = False
+
+    @classmethod
+    def read(cls, pattern: dict[str, str]) -> WordPattern | None:
+        """Takes the `pattern` of a `Split` step of the tokenizers library.
+
+        Args:
+            pattern: `{"String": text}` or `{"Regex": expression}`.
+
+        Returns:
+            The pattern for RE2, or None where RE2 has no equal.
+        """
+        ((kind, text),) = pattern.items()
+        found = cls(literal(text)) if kind == "String" else cls(*_re2(text))
+        try:
+            tf.strings.regex_full_match("", found.pattern)
+        except tf.errors.InvalidArgumentError:
+            return None
+        return found
+
+    def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Cuts texts into words.
+
+        Args:
+            texts: string `[n]`, valid UTF-8.
+
+        Returns:
+            string `[n, (words)]`, none of them empty.
+        """
+        if self.guarded:
+            texts = tf.strings.regex_replace(texts, _LAST_SPACE, b"\\1" + _CUT + b"\\2")
+        return split(texts, self.pattern)
+
+
+def split(texts: tf.Tensor, pattern: str) -> tf.RaggedTensor:
+    """Cuts texts into the matches of a pattern and what lies between them.
+
+    Args:
+        texts: string `[n]`.
+        pattern: a regular expression of RE2.
+
+    Returns:
+        string `[n, (pieces)]`, none of them empty.
+
+    Example:
+        >>> split(tf.constant(["a1b"]), "[0-9]").to_list()
+        [[b'a', b'1', b'b']]
+    """
+    # Not tf_text.regex_split, which drops the rest of a text from its first NUL character on.
+    marked = tf.strings.regex_replace(texts, f"({pattern})", _CUT + b"\\1" + _CUT)
+    return split_at(marked, _CUT)
+
+
+def split_at(texts: tf.Tensor, separator: bytes) -> tf.RaggedTensor:
+    """Cuts texts at a separator, which goes, as do empty pieces.
+
+    Args:
+        texts: string `[n]`.
+        separator: bytes.
+
+    Returns:
+        string `[n, (pieces)]`.
+
+    Example:
+        >>> split_at(tf.constant(["a b", ""]), b" ").to_list()
+        [[b'a', b'b'], []]
+    """
+    pieces = tf.strings.split(texts, separator)
+    return tf.ragged.boolean_mask(pieces, pieces != "")
+
+
+def literal(text: str) -> str:
+    r"""Writes text as a pattern that matches just that text.
+
+    Example:
+        >>> print(literal("<|end|>"))
+        \<\|end\|\>
+    """
+    return re.sub(r"([^\w\s])", r"\\\1", text, flags=re.ASCII)
+
+
+def read_pre_tokenizer(specification: dict[str, Any]) -> tuple[list[WordPattern], bool]:
+    """Reads from a tokenizer's JSON how it cuts text, and refuses what has no equal in the graph.
+
+    Args:
+        specification: `json.loads(tokenizers.Tokenizer.to_str())`.
+
+    Returns:
+        The patterns, in order, and whether each word gets a space in front.
+
+    Raises:
+        InputError: not a plain byte-level BPE, or a pattern that RE2 cannot do.
+    """
+    problems = []
+    model = specification["model"]
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    used = [name for name in (*options, "byte_fallback", "ignore_merges") if model.get(name)]
+    if model["type"] != "BPE" or used:
+        problems.append(f"its model is {model['type']} with {', '.join(used) or 'no options'}")
+    if specification["normalizer"] is not None:
+        problems.append("it normalizes text")
+    for token in specification["added_tokens"]:
+        if any(token[name] for name in ("single_word", "lstrip", "rstrip", "normalized")):
+            problems.append(f"its added token {token['content']!r} has matching options")
+    steps = specification["pre_tokenizer"] or {"type": "none"}
+    patterns: list[WordPattern] = []
+    byte_level, prefix_space = False, False
+    for step in steps.get("pretokenizers", [steps]):
+        if step["type"] == "ByteLevel" and not step["use_regex"]:
+            byte_level, prefix_space = True, step["add_prefix_space"]
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            pattern = WordPattern.read(step["pattern"])
+            if pattern is None:
+                problems.append(f"RE2 has no equal of its word pattern {step['pattern']}")
+            else:
+                patterns.append(pattern)
+        else:
+            problems.append(f"its pre-tokenizer step {step['type']} is not known here")
+    if not byte_level:
+        problems.append("it is not byte-level")
+    if problems:
+        raise InputError(
+            "policy: its byte-pair tokenizer cannot be put into the graph: "
+            f"{'; '.join(problems)}. Export a policy with a SentencePiece or plain byte-level BPE "
+            "tokenizer."
+        )
+    return patterns, prefix_space
+
+
+def _re2(pattern: str) -> tuple[str, bool]:
+    guarded = _LOOKAHEAD in pattern
+    pattern = pattern.replace(_LOOKAHEAD, "")
+    written, inside, place = "", False, 0
+    while place < len(pattern):
+        step = pattern[place : place + 2] if pattern[place] == "\\" else pattern[place]
+        place += len(step)
+        inside = (inside or step == "[") and step != "]"
+        if step == r"\s":
+            step = _SPACE if inside else f"[{_SPACE}]"
+        elif step == r"\S" and not inside:
+            step = f"[^{_SPACE}]"
+        elif step in (r"\S", r"\w", r"\W", r"\d", r"\D", r"\b", r"\B"):
+            return "(?!)", False  # Unicode there, ASCII here: let RE2 refuse it
+        written += step
+    return written, guarded
