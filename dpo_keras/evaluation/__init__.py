@@ -1,0 +1,39 @@
+"""What a policy learned: held-out figures, calibration, samples before and after, a report.
+
+    evaluate_preferences   DPOModel, pairs -> HeldOut: accuracy, margins, calibration, by group
+    sample_and_judge       policy, prompts -> Samples: what it writes, judged and counted
+    change                 before, after -> the paired difference of a figure, with its interval
+    write_report           all of it, with the training curves -> report.md, .html, .json, plots
+
+A figure is a `Figure`: a value with its 95 % interval, or the reason why there is none.
+"""
+
+from dpo_keras.evaluation.calibration import Bin, Calibration, calibrate
+from dpo_keras.evaluation.comparison import change
+from dpo_keras.evaluation.content import most_wrong
+from dpo_keras.evaluation.figures import Figure
+from dpo_keras.evaluation.findings import Finding
+from dpo_keras.evaluation.held_out import evaluate_preferences
+from dpo_keras.evaluation.pair_figures import HeldOut
+from dpo_keras.evaluation.report import Report, write_report
+from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
+from dpo_keras.evaluation.training_log import TrainingLog, read_training_log
+
+__all__ = [
+    "Bin",
+    "Calibration",
+    "Figure",
+    "Finding",
+    "HeldOut",
+    "Report",
+    "Samples",
+    "TrainingLog",
+    "calibrate",
+    "change",
+    "evaluate_preferences",
+    "most_wrong",
+    "read_training_log",
+    "sample_and_judge",
+    "side_by_side",
+    "write_report",
+]

@@ -1,0 +1,204 @@
+"""Calibration: whether P(chosen) means what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_keras.evaluation.figures import Figure, mean, share, undefined
+
+BINS = 10
+_DRAWS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs of about the same confidence.
+
+    Attributes:
+        low: least confidence of the bin.
+        high: greatest.
+        confidence: mean confidence of its pairs.
+        agreement: how often people agree with what the model prefers, among its pairs.
+        weight: the bin's share of all weight.
+    """
+
+    low: float
+    high: float
+    confidence: Figure
+    agreement: Figure
+    weight: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The bin, ready for JSON."""
+        return {
+            "low": self.low,
+            "high": self.high,
+            "weight": self.weight,
+            "confidence": self.confidence.as_dict(),
+            "agreement": self.agreement.as_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How well the model's confidence agrees with people.
+
+    The order of two responses is arbitrary: (P, y) for one order is (1 - P, 1 - y) for the other.
+    So all is folded onto the response that the model prefers, and both orders give the same.
+
+    Attributes:
+        bins: the reliability curve, confidence in [0.5, 1].
+        expected_calibration_error: sum over bins of weight · |confidence - agreement|.
+        chance_level: what this error stays under in 95 % of samples of this size from a model that
+            is perfectly calibrated.
+        brier: mean (P - y)²; 0.25 for P = 0.5 and certain labels.
+        log_loss: mean -y log P - (1 - y) log(1 - P), in nats.
+        label_entropy: the least log loss that these labels allow; 0 where all are certain.
+        confidence: mean of max(P, 1 - P).
+        agreement: mean probability that people prefer what the model prefers; ties in P count half.
+        overconfidence: confidence - agreement; below 0 the model is right more often than it says.
+        note: what to mind in reading these figures, or "".
+    """
+
+    bins: tuple[Bin, ...]
+    expected_calibration_error: Figure
+    chance_level: Figure
+    brier: Figure
+    log_loss: Figure
+    label_entropy: Figure
+    confidence: Figure
+    agreement: Figure
+    overconfidence: Figure
+    note: str = ""
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """All figures by name."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name, value in fields.items() if isinstance(value, Figure)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        figures = {name: figure.as_dict() for name, figure in self.figures.items()}
+        return {**figures, "bins": [b.as_dict() for b in self.bins], "note": self.note}
+
+
+def calibrate(
+    llr: Any,
+    preference: Any,
+    weight: Any = None,
+    clusters: Any = None,
+    *,
+    bins: int = BINS,
+    note: str = "",
+) -> Calibration:
+    """Measures the calibration of P(chosen) = sigmoid(llr).
+
+    Args:
+        llr: `[N]` log-likelihood ratios, S(chosen) - S(rejected), in nats.
+        preference: `[N]` y in [0, 1], the probability that people prefer the chosen response.
+        weight: `[N]`, >= 0; equal by default.
+        clusters: `[N]` integers, equal where pairs depend on one another (one prompt).
+        bins: equal widths of confidence between 0.5 and 1.
+        note: kept with the result.
+
+    Returns:
+        The figures. Swapping a pair (-llr, 1 - y) changes none of them.
+
+    Example:
+        >>> import math
+        >>> found = calibrate([math.log(4)] * 10, [1.0] * 7 + [0.0] * 3)  # says 0.8, is 0.7
+        >>> round(found.expected_calibration_error.value, 6), round(found.overconfidence.value, 6)
+        (0.1, 0.1)
+        >>> round(found.brier.value, 6)  # 0.7 · 0.2² + 0.3 · 0.8²
+        0.22
+
+    References:
+        Naeini et al. (2015), AAAI (expected calibration error); Bröcker and Smith (2007), Weather
+        and Forecasting 22 (consistency resampling, here for `chance_level`).
+    """
+    llr = np.asarray(llr, np.float64)
+    # One kind of undefined is enough: what follows passes NaN on in silence, and `mean` names it.
+    llr = np.where(np.isfinite(llr), llr, np.nan)
+    label = np.asarray(preference, np.float64)
+    weight = np.ones(len(llr)) if weight is None else np.asarray(weight, np.float64)
+    clusters = np.arange(len(llr)) if clusters is None else np.asarray(clusters)
+    size = np.abs(llr)
+    confidence = 1 / (1 + np.exp(-size))
+    agreement = np.select([llr > 0, llr < 0, llr == 0], [label, 1 - label, 0.5], np.nan)
+    # -log P of the preferred and of the other response, exact however sure the model is.
+    sure, unsure = np.log1p(np.exp(-size)), size + np.log1p(np.exp(-size))
+    usable = (weight > 0) & np.isfinite(llr)
+    where = np.zeros(len(llr), np.int64)
+    where[usable] = np.minimum((confidence[usable] - 0.5) * 2 * bins, bins - 1).astype(np.int64)
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    total = max(float(weight[usable].sum()), 1e-300)
+    found = []
+    for number in range(bins):
+        rows = usable & (where == number)
+        inside = {
+            "absent": f"no pair has a confidence of {edges[number]:g} to {edges[number + 1]:g}"
+        }
+        found.append(
+            Bin(
+                float(edges[number]),
+                float(edges[number + 1]),
+                mean(confidence[rows], weight[rows], clusters[rows], **inside),
+                share(agreement[rows], weight[rows], clusters[rows], **inside),
+                float(weight[rows].sum()) / total,
+            )
+        )
+    gap = mean(confidence - agreement, weight, clusters)
+    if gap.value is None:
+        error = chance = undefined(gap.reason or "", gap.count)
+    else:
+        shares, gaps = weight[usable] / total, (confidence - agreement)[usable]
+        error = Figure(_binned(shares * gaps, where[usable], bins), count=gap.count)
+        chance = _chance_level(confidence, label, shares, where, usable, bins)
+    probability = np.where(llr > 0, confidence, 1 - confidence)
+    return Calibration(
+        bins=tuple(found),
+        expected_calibration_error=error,
+        chance_level=chance,
+        brier=mean((probability - label) ** 2, weight, clusters),
+        log_loss=mean(agreement * sure + (1 - agreement) * unsure, weight, clusters),
+        label_entropy=mean(_entropy(label), weight, clusters),
+        confidence=mean(confidence, weight, clusters),
+        agreement=share(agreement, weight, clusters),
+        overconfidence=gap,
+        note=note,
+    )
+
+
+def _binned(values: np.ndarray, where: np.ndarray, bins: int) -> float:
+    return float(np.abs(np.bincount(where, values, minlength=bins)).sum())
+
+
+def _chance_level(
+    confidence: np.ndarray,
+    label: np.ndarray,
+    shares: np.ndarray,
+    where: np.ndarray,
+    usable: np.ndarray,
+    bins: int,
+) -> Figure:
+    count = int(usable.sum())
+    if ((label[usable] != 0) & (label[usable] != 1)).any():
+        # How a vote share scatters depends on the number of voters, which nobody told.
+        return undefined("some preferences are soft", count)
+    random = np.random.default_rng(0)
+    confidence, where = confidence[usable], where[usable]
+    errors = [
+        _binned(shares * (confidence - (random.random(count) < confidence)), where, bins)
+        for _ in range(_DRAWS)
+    ]
+    return Figure(float(np.quantile(errors, 0.95)), count=count)
+
+
+def _entropy(label: np.ndarray) -> np.ndarray:
+    inside = np.clip(label, 1e-12, 1 - 1e-12)
+    value = -inside * np.log(inside) - (1 - inside) * np.log1p(-inside)
+    return np.where((label == 0) | (label == 1), 0.0, value)

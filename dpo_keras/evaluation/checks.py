@@ -1,0 +1,215 @@
+"""Checks of a training and of its held-out figures: known ways in which it goes wrong.
+
+Each speaks only where the data bear it out: where the 95 % interval lies on one side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_keras.evaluation.comparison import change, same_pairs
+from dpo_keras.evaluation.figures import Figure, mean, short
+from dpo_keras.evaluation.pair_figures import HeldOut
+from dpo_keras.evaluation.samples import Samples
+from dpo_keras.evaluation.training_log import TrainingLog
+
+LENGTH_GAP = 0.1  # difference in accuracy between longer and shorter that is worth a word
+OVERFIT = 0.02  # relative rise of the held-out loss above its lowest
+CERTAINTY_GAP = 0.05  # difference of confidence and agreement that is worth a word
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that checks look at; parts that were not measured are None."""
+
+    after: HeldOut
+    before: HeldOut | None = None
+    samples_before: Samples | None = None
+    samples_after: Samples | None = None
+    log: TrainingLog | None = None
+
+
+def above(figure: Figure, bound: float) -> bool:
+    """Whether the whole interval lies above a bound."""
+    return figure.low is not None and figure.low > bound
+
+
+def below(figure: Figure, bound: float) -> bool:
+    """Whether the whole interval lies below a bound."""
+    return figure.high is not None and figure.high < bound
+
+
+def chosen_logps_fell(measured: Measured) -> str | None:
+    """The chosen responses became less likely while the margin grew (trl#800)."""
+    fall, growth, since = _course_of_chosen(measured)
+    if fall is None or growth is None or not (below(fall, 0) and above(growth, 0)):
+        return None
+    assert fall.value is not None
+    has = {name for name in ("nll", "dpo_positive") if f"penalty/{name}" in measured.after.pairs}
+    remedy = (
+        f"raise the weight of the penalty {' and '.join(sorted(has))}"
+        if has
+        else "add the penalty `nll` (arXiv 2404.19733) or `dpo_positive` (arXiv 2402.13228), as in "
+        "`loss.penalties: {nll: 0.1}`"
+    )
+    return (
+        f"Chosen responses are less likely than {since}, by {short(-fall.value)} nats each, while "
+        "the reward margin grew: the policy learned more of what to avoid than of what to write, "
+        "and the probability goes to responses in neither column. Read the samples. "
+        f"If they got worse, {remedy}, or raise beta, or train for less (trl#800)."
+    )
+
+
+def _course_of_chosen(measured: Measured) -> tuple[Figure | None, Figure | None, str]:
+    after, before = measured.after, measured.before
+    fall: Figure | None
+    growth: Figure | None
+    if before is not None and same_pairs(before, after):
+        names = ("chosen_logps", "reward_margin")
+        fall, growth = (change(before, after, name) for name in names)
+        return fall, growth, "before the training"
+    if "chosen_reference_logps" in after.pairs:
+        ratio = after.pairs["chosen_logps"] - after.pairs["chosen_reference_logps"]
+        fall = mean(ratio, after.pairs["weight"], after.pairs["prompt"])
+        return fall, after.figures["reward_margin"], "under the reference"
+    if measured.log is not None:
+        fall, growth = (_trend(measured.log, name) for name in ("chosen_logps", "reward_margin"))
+        return fall, growth, "in the first steps"
+    return None, None, ""
+
+
+def _trend(log: TrainingLog, name: str) -> Figure | None:
+    """Mean of the last tenth of the steps less that of the first."""
+    values = log.curve(name)[1]
+    count = len(values) // 10
+    if count < 2:
+        return None
+    first, last = mean(values[:count], of="step"), mean(values[-count:], of="step")
+    if first.value is None or last.value is None or first.high is None or last.high is None:
+        return None
+    difference = last.value - first.value
+    reach = float(np.hypot(first.high - first.value, last.high - last.value))
+    return Figure(difference, difference - reach, difference + reach, len(values))
+
+
+def training_broke(measured: Measured) -> str | None:
+    """A loss or gradient that is no number, in the log or on the held-out pairs."""
+    step = measured.log.broken_step() if measured.log is not None else None
+    if step is not None:
+        return (
+            f"Loss or gradient norm is not finite at step {step}. Lower the learning rate, clip "
+            "gradients (clip_norm), or use bfloat16 instead of float16."
+        )
+    margin = measured.after.figures["reward_margin"]
+    if margin.value is None and margin.reason and "finite" in margin.reason:
+        return f"The policy is broken: {margin.reason}. Go back to an earlier checkpoint."
+    return None
+
+
+def accuracy_at_chance(measured: Measured) -> str | None:
+    """Held-out accuracy that guessing reaches too."""
+    accuracy = measured.after.figures["reward_accuracy"]
+    if accuracy.value is None or above(accuracy, 0.5):
+        return None
+    return (
+        f"Held-out reward accuracy, {accuracy}, cannot be told from guessing on these "
+        f"{accuracy.count:,} pairs. More pairs, more steps or a higher learning rate; "
+        "`dpo-keras data inspect` shows contradictions."
+    )
+
+
+def accuracy_fell(measured: Measured) -> str | None:
+    """Training made held-out accuracy worse."""
+    if measured.before is None:
+        return None
+    fall = change(measured.before, measured.after, "reward_accuracy")
+    if not below(fall, 0):
+        return None
+    return f"Held-out reward accuracy fell: {fall}. Train for less, or look for overfitting."
+
+
+def overfitting(measured: Measured) -> str | None:
+    """The held-out loss has been lower in the course of the training."""
+    steps, losses = measured.log.curve("val_loss") if measured.log else (None, None)
+    if steps is None or losses is None or len(losses) < 2 or not np.isfinite(losses).all():
+        return None
+    lowest = int(np.argmin(losses))
+    rise = float(losses[-1] - losses[lowest])
+    if rise <= OVERFIT * abs(float(losses[lowest])):
+        return None
+    return (
+        f"The held-out loss was lowest at step {int(steps[lowest]):,} ({short(losses[lowest])}) "
+        f"and rose to {short(losses[-1])}: the end of the training did not help. Train for fewer "
+        "epochs, or restore the best checkpoint."
+    )
+
+
+def length_bias(measured: Measured) -> str | None:
+    """Accuracy that depends on which response is longer."""
+    longer, shorter = (measured.after.by_length[f"chosen_{name}"] for name in ("longer", "shorter"))
+    if longer.value is None or shorter.value is None:
+        return None
+    apart = _apart(longer, shorter)
+    if not apart or abs(longer.value - shorter.value) < LENGTH_GAP:
+        return None
+    towards = "longer" if longer.value > shorter.value else "shorter"
+    return (
+        f"The policy leans towards {towards} responses: accuracy is {longer} where the preferred "
+        f"response is longer and {shorter} where it is shorter. Length-normalized objectives "
+        "(`sigmoid_norm`, `simpo`) or `ld_alpha` (arXiv 2409.06411) lessen this."
+    )
+
+
+def weak_groups(measured: Measured) -> str | None:
+    """Groups on which the policy does clearly worse than on all pairs."""
+    overall = measured.after.figures["reward_accuracy"]
+    weak = {
+        name: figures["reward_accuracy"]
+        for name, figures in measured.after.groups.items()
+        if overall.low is not None and below(figures["reward_accuracy"], overall.low)
+    }
+    if not weak:
+        return None
+    named = ", ".join(f"{name} {figure}" for name, figure in weak.items())
+    return (
+        f"Reward accuracy is clearly lower than on all pairs in: {named}. `group_robust` (arXiv "
+        "2405.20304) weights such groups up."
+    )
+
+
+def overconfident(measured: Measured) -> str | None:
+    """P(chosen) nearer to 0 and 1 than the agreement with people bears out."""
+    gap = measured.after.calibration.overconfidence
+    if measured.after.note or gap.value is None or not above(gap, CERTAINTY_GAP):
+        return None
+    return (
+        f"P(chosen) is too sure: on average {_percent(measured.after.calibration.confidence)} sure "
+        f"and {_percent(measured.after.calibration.agreement)} right. Label smoothing, the penalty "
+        "`overconfidence`, or fewer epochs lower it."
+    )
+
+
+def underconfident(measured: Measured) -> str | None:
+    """P(chosen) nearer to one half than the agreement with people bears out."""
+    gap = measured.after.calibration.overconfidence
+    if measured.after.note or gap.value is None or not below(gap, -CERTAINTY_GAP):
+        return None
+    return (
+        f"P(chosen) is less sure than it could be: on average "
+        f"{_percent(measured.after.calibration.confidence)} sure and "
+        f"{_percent(measured.after.calibration.agreement)} right. It orders pairs better than it "
+        "rates them; more steps, or the penalty `insufficient_confidence`, raise it."
+    )
+
+
+def _apart(one: Figure, other: Figure) -> bool:
+    return any(
+        a.low is not None and b.high is not None and a.low > b.high
+        for a, b in ((one, other), (other, one))
+    )
+
+
+def _percent(figure: Figure) -> str:
+    return "unknown" if figure.value is None else f"{figure.value:.0%}"

@@ -1,0 +1,284 @@
+"""What a policy writes: responses to held-out prompts, judged and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from dpo_keras.batching import TextEncoder
+from dpo_keras.errors import InputError
+from dpo_keras.evaluation.figures import Figure, mean, share, undefined
+from dpo_keras.training import generate_responses
+
+Judge = Callable[[str, str], Any]
+
+
+class Samples:
+    """Responses to prompts, with the figures made from them.
+
+    Args:
+        records: `{"prompt", "response", "tokens", "ended"}`, with `verdict`
+            (`{"preferred": bool, …}`) where they were judged.
+        figures: what was counted.
+        options: how the responses were drawn.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        figures: dict[str, Figure],
+        options: dict[str, Any] | None = None,
+    ):
+        self.records = list(records)
+        self.figures = dict(figures)
+        self.options = dict(options or {})
+
+    def __len__(self) -> int:
+        """Number of responses."""
+        return len(self.records)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, in order."""
+        return [record["prompt"] for record in self.records]
+
+    def values(self, name: str) -> np.ndarray | None:
+        """One number per response, or None where `name` is not counted per response.
+
+        Args:
+            name: `"tokens"`, `"ended"`, `"empty"`, or a field of the verdict such as `"preferred"`.
+        """
+        if name == "empty":
+            return np.array([not r["response"].strip() for r in self.records], np.float64)
+        found = [{**r, **r.get("verdict", {})}.get(name) for r in self.records]
+        if not found or not all(isinstance(value, bool | int | float) for value in found):
+            return None
+        return np.array(found, np.float64)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures and records, ready for JSON."""
+        return {
+            "figures": {name: figure.as_dict() for name, figure in self.figures.items()},
+            "options": self.options,
+            "records": self.records,
+        }
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        names = [name.replace("_", " ") for name in self.figures]
+        width = max(map(len, names), default=0)
+        lines = zip(names, self.figures.values(), strict=True)
+        return "\n".join(
+            [f"{len(self)} responses", *(f"{name:{width}}  {figure}" for name, figure in lines)]
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes records and figures as JSON.
+
+        Args:
+            path: the file.
+        """
+        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Samples:
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: it is no such file.
+        """
+        try:
+            stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            figures = {name: Figure.from_dict(f) for name, f in stored["figures"].items()}
+            return cls(stored["records"], figures, stored["options"])
+        except FileNotFoundError:
+            raise InputError(f"There is no file {os.fspath(path)}.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{os.fspath(path)} does not hold samples (Samples.save): {error!r}"
+            ) from error
+
+
+def sample_and_judge(
+    policy: keras.Model,
+    prompts: Sequence[Any],
+    judge: Judge | None = None,
+    *,
+    questions: Sequence[str] | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    preprocessor: Any = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Lets a policy answer prompts, and judges and counts what it writes.
+
+    Args:
+        policy: a KerasHub causal language model, or any Keras model from token ids and mask to
+            logits.
+        prompts: N prompts as the policy reads them (chat template applied), in any form that
+            `generate_responses` takes.
+        judge: `(question, response)` -> bool, or an object with a bool `preferred` (a dataclass's
+            other bool fields are counted too), such as `dpo_keras.preferences.judge`.
+        questions: N bare prompts, for the judge and for display; `prompts` by default, where
+            those are strings.
+        max_new_tokens: as `dpo_keras.generate_responses`, and so all that follow.
+        temperature: of sampling; 0 takes the likeliest token.
+        top_p: share of the probability to sample from.
+        seed: of the sampling.
+        batch_size: prompts at a time.
+        max_length: longest prompt and response together.
+        preprocessor: by default `policy.preprocessor`.
+        on_batch: called with (responses done, N).
+
+    Returns:
+        Records and figures. Figures: `preferred` and the verdict's other fields (shares) where
+        there is a judge; `tokens` (mean length of a response), `distinct_1`, `distinct_2` (distinct
+        n-grams of tokens / all n-grams; arXiv 1510.03055), `distinct_responses`, `empty`, `ended`
+        (those that ended by themselves, not cut at `max_new_tokens`).
+
+    Raises:
+        InputError: as `generate_responses`; `questions` that are not as many as `prompts`, or are
+            no strings.
+
+    Example:
+        >>> import keras, keras_hub
+        >>> class Letters:
+        ...     start_token_id, end_token_id, pad_token_id = 1, 2, 0
+        ...     tokenize = staticmethod(lambda texts: [[ord(c) - 90 for c in t] for t in texts])
+        ...     detokenize = staticmethod(lambda rows: ["".join(chr(90 + i) for i in rows[0])])
+        >>> ids = {name: keras.Input((None,), name=name) for name in ("token_ids", "padding_mask")}
+        >>> always_c = keras.layers.Lambda(lambda x: keras.ops.one_hot(0 * x + 9, 64) * 99)
+        >>> policy = keras.Model(ids, always_c(ids["token_ids"]))
+        >>> samples = sample_and_judge(policy, ["a"], lambda prompt, response: "c" in response,
+        ...                            max_new_tokens=3, preprocessor=Letters())
+        >>> samples.records
+        [{'prompt': 'a', 'response': 'ccc', 'tokens': 3, 'ended': False,
+          'verdict': {'preferred': True}}]
+        >>> samples.figures["distinct_1"].value == 1 / 3
+        True
+    """
+    questions = list(prompts if questions is None else questions)
+    if len(questions) != len(prompts) or not all(isinstance(text, str) for text in questions):
+        raise InputError(
+            "questions must be strings, one for each prompt; got "
+            f"{len(questions)} for {len(prompts)} prompts. Where prompts are token ids, give both."
+        )
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    responses, ended = generate_responses(
+        policy,
+        prompts,
+        **options,
+        return_ended=True,
+        batch_size=batch_size,
+        max_length=max_length,
+        preprocessor=preprocessor,
+        on_batch=on_batch,
+    )
+    tokens = _token_ids(responses, preprocessor or policy.preprocessor)
+    records: list[dict[str, Any]] = []
+    for question, response, ids, whole in zip(questions, responses, tokens, ended, strict=True):
+        record = {"prompt": question, "response": response, "tokens": len(ids), "ended": whole}
+        if judge is not None:
+            record["verdict"] = _verdict(judge(question, response))
+        records.append(record)
+    return Samples(records, _figures(records, tokens), options)
+
+
+def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list[dict[str, Any]]:
+    """The first responses of two policies to the same prompts: the first, not the best.
+
+    Args:
+        before: of the policy before training; None leaves its columns out.
+        after: of the policy after training.
+        count: how many.
+
+    Returns:
+        `{"prompt", "before", "after", "before_preferred", "after_preferred"}` each; the last two
+        are None where nothing was judged.
+
+    Example:
+        >>> samples = Samples([{"prompt": "Hi", "response": "Hello!", "tokens": 2}], {})
+        >>> side_by_side(None, samples)
+        [{'prompt': 'Hi', 'after': 'Hello!', 'after_preferred': None}]
+    """
+    if before is not None and before.prompts != after.prompts:
+        before = None  # answers to other prompts say nothing beside these
+    rows = []
+    for number, record in enumerate(after.records[:count]):
+        row: dict[str, Any] = {"prompt": record["prompt"]}
+        for name, samples in (("before", before), ("after", after)):
+            if samples is not None:
+                found = samples.records[number]
+                row[name] = found["response"]
+                row[f"{name}_preferred"] = found.get("verdict", {}).get("preferred")
+        rows.append(row)
+    return rows
+
+
+def _token_ids(responses: Sequence[str], preprocessor: Any) -> list[list[int]]:
+    encoder = TextEncoder(preprocessor)
+    rows = encoder.responses(list(responses)).tolist() if responses else []
+    return [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
+
+
+def _verdict(found: Any) -> dict[str, bool]:
+    if isinstance(found, bool | np.bool_):
+        return {"preferred": bool(found)}
+    if not hasattr(found, "preferred"):
+        raise InputError(
+            "judge must return a bool or an object with a bool `preferred`, got "
+            f"{type(found).__name__}."
+        )
+    fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+    others = {field.name: getattr(found, field.name) for field in fields}
+    kept = {name: bool(v) for name, v in others.items() if isinstance(v, bool | np.bool_)}
+    return {"preferred": bool(found.preferred), **kept}
+
+
+def _figures(records: list[dict[str, Any]], tokens: list[list[int]]) -> dict[str, Figure]:
+    prompts = [record["prompt"] for record in records]
+    clusters = np.unique(prompts, return_inverse=True)[1].reshape(-1) if prompts else None
+    of = {"of": "response"}
+    found = {}
+    for name in records[0].get("verdict", {}) if records else ():
+        found[name] = share([record["verdict"][name] for record in records], None, clusters, **of)
+    lengths = np.array([len(ids) for ids in tokens])
+    texts = [record["response"] for record in records]
+    return {
+        **found,
+        "tokens": mean(lengths, None, clusters, **of),
+        "distinct_1": _distinct(tokens, 1),
+        "distinct_2": _distinct(tokens, 2),
+        "distinct_responses": _ratio(len(set(texts)), len(texts), "there is no response"),
+        "empty": share([not text.strip() for text in texts], None, clusters, **of),
+        "ended": share([record["ended"] for record in records], None, clusters, **of),
+    }
+
+
+def _distinct(tokens: list[list[int]], size: int) -> Figure:
+    grams = [tuple(ids[i : i + size]) for ids in tokens for i in range(len(ids) - size + 1)]
+    return _ratio(len(set(grams)), len(grams), f"no response has {size} tokens")
+
+
+def _ratio(part: int, whole: int, absent: str) -> Figure:
+    return Figure(part / whole, count=whole) if whole else undefined(absent)

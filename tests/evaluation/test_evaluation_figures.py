@@ -1,0 +1,153 @@
+"""Means and shares with intervals: closed forms, invariances, and what is undefined."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dpo_keras.evaluation.figures import (
+    Figure,
+    Z,
+    correlation,
+    mean,
+    percentiles,
+    share,
+    share_difference,
+    undefined,
+    wilson,
+)
+
+
+def test_mean_of_independent_values_has_the_textbook_interval():
+    values = [1.0, 2.0, 4.0, 9.0]
+    error = np.std(values, ddof=1) / 2
+    found = mean(values)
+    assert (found.value, found.count) == (4.0, 4)
+    assert found.low == pytest.approx(4 - Z * error)
+    assert found.high == pytest.approx(4 + Z * error)
+
+
+def test_wilson_solves_its_quadratic():
+    for p, n in ((0.0, 3), (0.2, 10), (0.5, 7.5), (0.97, 400), (1.0, 1)):
+        for end in wilson(p, n):
+            assert (end - p) ** 2 == pytest.approx(Z * Z * end * (1 - end) / n, abs=1e-12)
+
+
+def test_interval_of_a_share_holds_the_share_and_stays_within_zero_and_one():
+    for hits in range(6):
+        found = share([1] * hits + [0] * (5 - hits))
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.low < found.high
+
+
+def test_wilson_covers_about_95_percent():
+    random = np.random.default_rng(0)
+    inside = 0
+    for hits in random.binomial(40, 0.85, 2000):
+        low, high = wilson(hits / 40, 40)
+        inside += low <= 0.85 <= high
+    assert 0.93 <= inside / 2000 <= 0.98
+
+
+def test_copies_of_a_pair_on_one_prompt_add_no_certainty():
+    values = np.array([1, 0, 1, 1, 0, 1, 1], float)
+    clusters = np.repeat(np.arange(7), 10)
+    for figure in (mean, share):
+        once, copied = figure(values), figure(np.repeat(values, 10), None, clusters)
+        assert copied.value == pytest.approx(once.value)
+        assert (copied.low, copied.high) == pytest.approx((once.low, once.high))
+        assert copied.count == 70
+
+
+def test_where_all_agree_a_share_counts_prompts_not_pairs():
+    apart, together = share(np.ones(40)), share(np.ones(40), None, np.repeat(np.arange(4), 10))
+    assert apart.low == pytest.approx(40 / (40 + Z * Z))
+    assert together.low == pytest.approx(4 / (4 + Z * Z))
+
+
+def test_weights_scale_freely_and_weight_zero_is_absent():
+    values, weight = [1.0, 0.0, 1.0, 0.5], [2.0, 1.0, 1.0, 0.0]
+    for figure in (mean, share):
+        found = figure(values, weight)
+        assert found.value == 0.75
+        assert found.count == 3
+        assert figure(values, np.array(weight) * 7) == found
+        assert figure(values[:3], weight[:3]) == found
+
+
+def test_unequal_weights_are_worth_fewer_items():
+    # Kish: (1 + 1 + 2)^2 / (1 + 1 + 4)
+    found = share([1, 1, 1], [1, 1, 2])
+    assert found.low == pytest.approx(wilson(1.0, 16 / 6)[0])
+
+
+@pytest.mark.parametrize("figure", [mean, share])
+def test_what_is_undefined_says_why(figure):
+    assert figure([]).reason == "there is no pair"
+    assert figure([], absent="nobody came").reason == "nobody came"
+    assert figure([1.0], [0.0]).reason == "every pair has weight 0"
+    broken = figure([1.0, float("nan"), float("inf")], of="response")
+    assert broken.value is None
+    assert broken.reason == "of 2 of 3 responses the value is not finite"
+    # What has no weight may hold anything.
+    assert figure([1.0, float("nan")], [1.0, 0.0]).value == 1.0
+
+
+def test_one_item_has_a_mean_and_no_interval():
+    assert mean([3.0]) == Figure(3.0, count=1)
+    assert mean([3.0, 5.0], None, [4, 4]) == Figure(4.0, count=2)
+
+
+def test_difference_of_equal_shares_that_always_agree_is_exactly_zero():
+    found = share([1, 0, 1, 0])
+    same = share_difference(found, found, 1.0)
+    assert same.value == same.low == same.high == 0.0
+
+
+def test_paired_difference_covers_about_95_percent():
+    # Both right, only before, only after, neither: the true difference is 0.25.
+    chances, outcomes = [0.6, 0.05, 0.3, 0.05], np.array([[1, 1], [1, 0], [0, 1], [0, 0]])
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(1000):
+        before, after = outcomes[random.choice(4, 60, p=chances)].T
+        found = share_difference(share(before), share(after), correlation(before, after))
+        inside += found.low <= 0.25 <= found.high
+    assert 0.93 <= inside / 1000 <= 0.98
+
+
+def test_difference_of_certain_shares_stays_within_minus_one_and_one():
+    zero, one = share(np.zeros(8)), share(np.ones(8))
+    found = share_difference(zero, one, 0.0)
+    assert found.value == 1.0
+    assert 0.5 < found.low < found.high <= 1.0
+    assert share_difference(undefined("why"), one, 0.0).reason == "why"
+
+
+def test_percentiles_are_values_of_the_data():
+    values = np.arange(1, 101)
+    found = percentiles(values[::-1], np.ones(100), (1, 5, 50, 95, 100))
+    assert found == {"1": 1.0, "5": 5.0, "50": 50.0, "95": 95.0, "100": 100.0}
+    # A weight of 3 is three copies.
+    doubled = percentiles([1.0, 2.0], [1.0, 3.0], (25, 26))
+    assert (
+        doubled
+        == percentiles([1.0, 2.0, 2.0, 2.0], np.ones(4), (25, 26))
+        == {
+            "25": 1.0,
+            "26": 2.0,
+        }
+    )
+
+
+def test_figures_are_json_and_come_back():
+    for figure in (share([1, 0, 1]), mean([2.0]), undefined("no pair", 3)):
+        record = json.loads(json.dumps(figure.as_dict(), allow_nan=False))
+        assert Figure.from_dict(record) == figure
+    assert undefined("no pair").as_dict() == {"value": None, "count": 0, "reason": "no pair"}
+
+
+def test_correlation_follows_weights():
+    assert correlation([0, 1, 5], [0, -1, 5], [1, 1, 0]) == pytest.approx(-1.0)
+    assert math.isclose(correlation([1, 2, 3], [1, 2, 3]), 1.0)
