@@ -107,8 +107,9 @@ def kl_to_reference(preference: Tensor, scores: Tensor, outputs: Outputs) -> Ten
         0.25
     """
     del preference, scores
-    ratio = outputs["policy"] - outputs["reference"]
-    return ops.mean(per_token(0.5 * ops.square(ratio), outputs), axis=-1)
+    ratio = as_floating(outputs["policy"]) - as_floating(outputs["reference"])
+    # Not ops.mean: on JAX, Keras takes the mean of float64 in float32.
+    return 0.5 * ops.sum(per_token(0.5 * ops.square(ratio), outputs), axis=-1)
 
 
 def nll(preference: Tensor, scores: Tensor, outputs: Outputs) -> Tensor:
@@ -161,7 +162,7 @@ def dpo_positive(preference: Tensor, scores: Tensor, outputs: Outputs) -> Tensor
         [[2.0, 0.0]]
     """
     del preference, scores
-    return ops.relu(outputs["reference"] - outputs["policy"])
+    return ops.relu(as_floating(outputs["reference"]) - as_floating(outputs["policy"]))
 
 
 PENALTIES: dict[str, Callable[..., Tensor]] = {

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from keras import ops
 
 from dpo_keras.losses.divergences import DIVERGENCES
-from dpo_keras.losses.numerics import Tensor, capped_expm1, log1mexp
+from dpo_keras.losses.numerics import Tensor, as_floating, capped_expm1, log1mexp
 
 Outputs = Mapping[str, Tensor]
 
@@ -31,10 +31,11 @@ def per_token(values: Tensor, outputs: Outputs) -> Tensor:
     Example:
         >>> from keras import ops
         >>> outputs = {"lengths": ops.convert_to_tensor([[2.0, 0.0]])}
-        >>> ops.convert_to_numpy(per_token(ops.convert_to_tensor([[4.0, 0.0]]), outputs)).tolist()
+        >>> ops.convert_to_numpy(per_token([[4.0, 0.0]], outputs)).tolist()
         [[2.0, 0.0]]
     """
-    return values / ops.maximum(outputs["lengths"], 1.0)
+    values = as_floating(values)
+    return values / ops.maximum(ops.cast(outputs["lengths"], values.dtype), 1.0)
 
 
 def log_ratio(

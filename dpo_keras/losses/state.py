@@ -55,7 +55,7 @@ class ObjectiveState(keras.layers.Layer):
         """The groups' weights q `[G]`; they add up to one."""
         return ops.exp(ops.convert_to_tensor(self.group_log_weights))
 
-    def update_group_weights(self, group_losses: Tensor, present: Tensor, eta: float) -> None:
+    def update_group_weights(self, group_losses: Tensor, present: Tensor, eta: float) -> Tensor:
         """Move weight toward the groups that do worst: q_g <- q_g exp(η L_g), normalised.
 
         Groups that are absent from the step keep their weight, and those present share the rest:
@@ -66,6 +66,9 @@ class ObjectiveState(keras.layers.Layer):
             group_losses: `[G]`, each group's mean loss in this step, over all replicas.
             present: `[G]` bool, which groups have any pair in this step.
             eta: step size η.
+
+        Returns:
+            `[G]`: the groups' new weights q.
         """
         log_weights = ops.convert_to_tensor(self.group_log_weights)
         losses = ops.cast(group_losses, "float32")
@@ -73,7 +76,9 @@ class ObjectiveState(keras.layers.Layer):
         shared = ops.logsumexp(ops.where(present, log_weights, -1e30))
         moved = moved - ops.logsumexp(moved) + shared
         updated = ops.where(present, moved, log_weights)
-        self.group_log_weights.assign(updated - ops.logsumexp(updated))
+        updated = updated - ops.logsumexp(updated)
+        self.group_log_weights.assign(updated)
+        return ops.exp(updated)
 
     def update_reward_shift(self, mean_reward: Tensor, momentum: float) -> None:
         """Take a step of the running mean: δ <- momentum·δ + (1 - momentum)·mean.

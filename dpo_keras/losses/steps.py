@@ -18,6 +18,7 @@ from dpo_keras.losses.reduction import (
     group_means,
     total,
     weighted_mean,
+    weighted_sum,
 )
 from dpo_keras.losses.state import ObjectiveState
 
@@ -137,8 +138,10 @@ class StepLoss(keras.losses.Loss):
         means, group_weight = group_means(losses, weight, member, all_reduce)
         if training:
             eta = self.group_robust.get("eta", 0.01)
-            self.state.update_group_weights(means, group_weight > 0, eta)
-        share = ops.cast(self.state.group_weights, losses.dtype)
+            share = self.state.update_group_weights(means, group_weight > 0, eta)
+        else:
+            share = self.state.group_weights
+        share = ops.cast(share, losses.dtype)
         return group_mean_of_means(losses, weight, member, share, group_weight)
 
     def group_losses(
@@ -171,9 +174,9 @@ class StepLoss(keras.losses.Loss):
         momentum: float,
         all_reduce: AllReduce,
     ) -> None:
-        rewards = ops.mean(ops.stop_gradient(self.scores(outputs)), axis=-1)
-        rewards, pairs = all_reduce(ops.stack([ops.sum(weight * rewards), ops.sum(weight)]))
-        self.state.update_reward_shift(ops.divide_no_nan(rewards, pairs), momentum)
+        rewards = 0.5 * ops.sum(ops.stop_gradient(self.scores(outputs)), axis=-1)
+        sums = all_reduce(ops.stack([weighted_sum(rewards, weight), ops.sum(weight)]))
+        self.state.update_reward_shift(ops.divide_no_nan(sums[0], sums[1]), momentum)
 
     def _group_members(self, outputs: Mapping[str, Tensor], dtype: str) -> Tensor:
         group = ops.reshape(ops.cast(outputs["group"], "int32"), (-1,))

@@ -1,5 +1,9 @@
 """Backend-agnostic help: these tests run under KERAS_BACKEND=tensorflow and =jax alike."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -37,3 +41,15 @@ def gradient_of():
 def float64():
     """Say that a test computes in float64 (both backends are set up for it)."""
     return "float64"
+
+
+@pytest.fixture(scope="session")
+def frontier():
+    """Load scripts/bench/frontier.py: the tabular policies and their training to convergence."""
+    path = Path(__file__).parents[2] / "scripts" / "bench" / "frontier.py"
+    spec = importlib.util.spec_from_file_location("frontier", path)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up by name.
+    sys.modules["frontier"] = module
+    spec.loader.exec_module(module)
+    return module
