@@ -24,6 +24,10 @@ class _Untracked:
         self.variables = variables
 
 
+def _without_gradient(scored: dict[str, Any]) -> dict[str, Any]:
+    return {name: ops.stop_gradient(value) for name, value in scored.items()}
+
+
 def adapted_layers(policy: keras.Model) -> list[Any]:
     """The layers of `policy` with LoRA switched on.
 
@@ -62,7 +66,22 @@ class Reference(keras.layers.Layer):
 
     def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
         """Reference log-probs `[rows * pairs, 2]` float32, or None where there is no reference."""
-        return None
+        return self.scored(scorer, batch).get("logps")
+
+    def scored(
+        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
+    ) -> dict[str, Any]:
+        """What the scorer finds under the reference, without gradient.
+
+        Args:
+            scorer: the policy's.
+            batch: the batch contract.
+            shared: as `ResponseScorer` takes.
+
+        Returns:
+            `logps` (and `shared_logps`), or nothing where there is no reference.
+        """
+        return {}
 
     def load_own_variables(self, store: Any) -> None:
         """Loads; the policy that comes with it may have been trained since."""
@@ -133,10 +152,12 @@ class FrozenCopy(Reference):
                 "LoRA before DPOModel(policy, …)."
             )
 
-    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
-        """Reference log-probs under the copied weights."""
+    def scored(
+        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
+    ) -> dict[str, Any]:
+        """What the scorer finds under the copied weights."""
         with keras.StatelessScope(state_mapping=self.weights_in_place()):
-            return ops.stop_gradient(scorer(batch)["logps"])
+            return _without_gradient(scorer(batch, shared=shared))
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
         """Moves the reference toward the policy: ref <- alpha policy + (1 - alpha) ref.
@@ -179,13 +200,22 @@ class AdaptersOff(FrozenCopy):
         adapters = {id(variable) for variable in _adapter_variables(layers)}
         return [v for v in policy.trainable_variables if id(v) not in adapters]
 
-    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
-        """Reference log-probs without the adapters."""
+    def update_from_policy(self, alpha: float = 1.0) -> None:
+        """Refuses: what lies under the adapters does not move."""
+        raise InputError(
+            "reference='adapters_off' is the base model, which cannot move toward the policy. Use "
+            "reference='frozen_copy' with a synchronised reference."
+        )
+
+    def scored(
+        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
+    ) -> dict[str, Any]:
+        """What the scorer finds without the adapters."""
         # `lora_enabled` is a Python attribute: it selects what is traced, not what is run.
         try:
             for layer in self._adapted.variables:
                 layer.lora_enabled = False
-            return super().logps(scorer, batch)
+            return super().scored(scorer, batch, shared)
         finally:
             for layer in self._adapted.variables:
                 layer.lora_enabled = True
@@ -197,14 +227,21 @@ class Cached(Reference):
 
     mode = "cached"
 
-    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
+    def scored(
+        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
+    ) -> dict[str, Any]:
         """The batch's `reference` column."""
+        if shared:
+            raise InputError(
+                "ld_alpha needs the reference's log-probs token by token, which a cache of sums "
+                "does not have. Use another reference than 'cached'."
+            )
         if "reference" not in batch:
             raise InputError(
                 "reference='cached' needs batches with reference log-probs: make the dataset from "
                 "dpo_keras.cache_reference(policy, tokenized, …)."
             )
-        return ops.cast(ops.reshape(batch["reference"], (-1, 2)), "float32")
+        return {"logps": ops.cast(ops.reshape(batch["reference"], (-1, 2)), "float32")}
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
@@ -234,9 +271,11 @@ class OtherModel(Reference):
         self.model.trainable = False
         self.scorer = ResponseScorer(model)
 
-    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
-        """Reference log-probs under the other model."""
-        return ops.stop_gradient(self.scorer(batch)["logps"])
+    def scored(
+        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
+    ) -> dict[str, Any]:
+        """What its own scorer finds under the other model."""
+        return _without_gradient(self.scorer(batch, shared=shared))
 
 
 REFERENCES: dict[str, type[Reference]] = {

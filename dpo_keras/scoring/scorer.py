@@ -75,7 +75,11 @@ class ResponseScorer:
             )
 
     def __call__(
-        self, batch: dict[str, Any], training: bool = False, statistics: tuple[str, ...] = ()
+        self,
+        batch: dict[str, Any],
+        training: bool = False,
+        statistics: tuple[str, ...] = (),
+        shared: bool = False,
     ) -> dict[str, Any]:
         """Scores every response of a batch.
 
@@ -84,11 +88,13 @@ class ResponseScorer:
                 `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`.
             training: whether layers such as dropout are active.
             statistics: extra per-token figures from `scoring.head.STATISTICS`.
+            shared: whether to sum over the length that both responses of a pair have, too.
 
         Returns:
             `logps` `[rows * pairs, 2]` float32, `lengths` `[rows * pairs, 2]` int32,
-            `token_logps` `[rows, slots]` float32 (0 in empty slots), and each statistic
-            `[rows, slots]`.
+            `token_logps` `[rows, slots]` float32 (0 in empty slots), each statistic
+            `[rows, slots]`, and with `shared` the sums `shared_logps` `[rows * pairs, 2]` over the
+            first min(n+, n-) tokens of each response.
         """
         owner = batch["owner"]
         pairs = batch["weight"].shape[1]
@@ -100,6 +106,9 @@ class ResponseScorer:
             "lengths": ops.cast(sum_by_owner(ops.ones_like(token_logps), owner, pairs), "int32"),
             "token_logps": token_logps,
         }
+        if shared:
+            inside = ops.where(shared_length(owner, pairs), token_logps, 0.0)
+            results["shared_logps"] = sum_by_owner(inside, owner, pairs)
         for column, name in enumerate(statistics, start=1):
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
@@ -164,3 +173,26 @@ def sum_by_owner(values: Any, owner: Any, pairs: int) -> Any:
     belongs = owner[..., None] == ops.arange(2 * pairs, dtype="int32")
     sums = ops.sum(ops.where(belongs, values[..., None], 0.0), axis=1)
     return ops.reshape(sums, (-1, 2))
+
+
+def shared_length(owner: Any, pairs: int) -> Any:
+    """Which response tokens stand before the end of the shorter response of their pair.
+
+    Args:
+        owner: `[rows, slots]` int32; the tokens of a response are in order.
+        pairs: pair slots of a row.
+
+    Returns:
+        `[rows, slots]` bool.
+
+    Example:
+        >>> owner = ops.array([[0, 0, 0, 1, 1, -1]])
+        >>> [bool(inside) for inside in shared_length(owner, pairs=1)[0]]
+        [True, True, False, True, True, False]
+    """
+    belongs = ops.cast(owner[..., None] == ops.arange(2 * pairs, dtype="int32"), "int32")
+    lengths = ops.reshape(ops.sum(belongs, axis=1), (-1, pairs, 2))
+    shorter = ops.repeat(ops.min(lengths, axis=-1), 2, axis=-1)
+    place = ops.sum(belongs * ops.cumsum(belongs, axis=1), axis=-1)
+    limit = ops.sum(belongs * shorter[:, None, :], axis=-1)
+    return ops.logical_and(place > 0, place <= limit)

@@ -4,16 +4,25 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.references import AdaptersOff, FrozenCopy
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
 
-__all__ = ["Progress", "RunCheckpoint", "RunLog", "SampleResponses", "StopOnNonFinite"]
+__all__ = [
+    "Progress",
+    "RunCheckpoint",
+    "RunLog",
+    "SampleResponses",
+    "StopOnNonFinite",
+    "SyncReference",
+]
 
 
 class SampleResponses(keras.callbacks.Callback):
@@ -132,8 +141,6 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Reports; speed counts from the second step, the first one being traced."""
-        import time
-
         self.step += self.model.steps_per_execution
         counts, now = self.model.counts(), time.perf_counter()
         report: dict[str, Any] = {"step": self.step, "steps": self.steps}
@@ -144,6 +151,51 @@ class Progress(keras.callbacks.Callback):
             for name, count in counts.items():
                 report[f"{name}_per_second"] = (count - self.before[name]) / seconds
         self.show({**report, **{k: float(v) for k, v in (logs or {}).items()}})
+
+
+class SyncReference(keras.callbacks.Callback):
+    """Moves the reference toward the policy as training goes on: TR-DPO.
+
+        every k steps: ref <- alpha policy + (1 - alpha) ref
+
+    alpha = 1 replaces the reference (the hard update), less mixes it (the soft one). The
+    reference is part of the model's state, so checkpoints hold it as it is.
+
+    Args:
+        every: k, optimizer steps between updates.
+        alpha: in (0, 1].
+        start_step: steps taken before, for a resumed run.
+
+    References:
+        Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, arXiv 2404.09656,
+        equations 3 and 4.
+    """
+
+    def __init__(self, every: int = 512, alpha: float = 0.6, start_step: int = 0):
+        super().__init__()
+        problems = []
+        if every < 1:
+            problems.append(f"every must be >= 1, got {every}.")
+        if not 0 < alpha <= 1:
+            problems.append(f"alpha must be in (0, 1], got {alpha}.")
+        if problems:
+            raise InputError(problems)
+        self.every, self.alpha, self.step = every, alpha, start_step
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Refuses a reference that cannot move."""
+        reference = getattr(self.model, "reference", None)
+        if not isinstance(reference, FrozenCopy) or isinstance(reference, AdaptersOff):
+            mode = getattr(reference, "mode", None)
+            raise InputError(
+                f"a synchronised reference must be reference='frozen_copy', got {mode!r}."
+            )
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Updates the reference where `every` steps have gone by."""
+        before, self.step = self.step, self.step + self.model.steps_per_execution
+        if before // self.every != self.step // self.every:
+            self.model.reference.update_from_policy(self.alpha)
 
 
 class StopOnNonFinite(keras.callbacks.Callback):

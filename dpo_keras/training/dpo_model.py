@@ -6,12 +6,7 @@ import keras
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.losses import (
-    DPOLoss,
-    kl_to_reference,
-    log_likelihood_ratio,
-    preference_probabilities,
-)
+from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
 from dpo_keras.training.adapters import (
     AdapterState,
@@ -19,7 +14,14 @@ from dpo_keras.training.adapters import (
     restore_adapters,
     serialized_policy,
 )
-from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
+from dpo_keras.training.measures import loss_outputs, metric_names, metric_sums
+from dpo_keras.training.policy_trainer import (
+    Batch,
+    PolicyTrainer,
+    Sums,
+    gather_over_replicas,
+    sum_over_replicas,
+)
 from dpo_keras.training.start import StartsAtReference
 
 
@@ -97,25 +99,12 @@ class DPOModel(PolicyTrainer):
 
         Returns:
             `policy`, `reference` `[N, 2]` float32 (no `reference` where there is none), `lengths`
-            `[N, 2]` int32, `entropy` scalar (mean over response tokens), and the batch's own
-            `margin`, `group` where present; N = rows * pairs.
+            `[N, 2]` int32, `weight` `[N]`, `entropy` scalar (mean over response tokens), and what
+            else the loss needs; N = rows * pairs.
         """
-        reference = None
-        if self.preference_loss is None or self.preference_loss.needs_reference:
-            reference = self.reference_logps(batch)
-        scored = self.scorer(batch, training and self.dropout, statistics=("entropy",))
-        tokens = ops.maximum(ops.sum(ops.cast(batch["owner"] >= 0, "float32")), 1.0)
-        outputs = {
-            "policy": scored["logps"],
-            "lengths": scored["lengths"],
-            "entropy": ops.sum(scored["entropy"]) / tokens,
-        }
-        if reference is not None:
-            outputs["reference"] = reference
-        for name in ("margin", "group"):
-            if name in batch:
-                outputs[name] = ops.reshape(batch[name], (-1,))
-        return outputs
+        loss = self.preference_loss
+        needs = frozenset({"reference"}) if loss is None else loss.needs
+        return loss_outputs(needs, self.scorer, self.reference, batch, training and self.dropout)
 
     def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
         """Scores and preferences of a batch: what `predict` returns.
@@ -126,7 +115,7 @@ class DPOModel(PolicyTrainer):
         """
         outputs = self.outputs(batch, training)
         scores = (self.preference_loss or DPOLoss()).scores(outputs)
-        del outputs["entropy"]
+        outputs = {name: v for name, v in outputs.items() if name not in ("entropy", "weight")}
         return {
             "probabilities": preference_probabilities(scores),
             "llr": log_likelihood_ratio(scores),
@@ -181,59 +170,32 @@ class DPOModel(PolicyTrainer):
     def metric_names(self) -> list[str]:
         """The logged names, `loss` first."""
         assert self.preference_loss is not None
-        names = ["loss", *self.preference_loss.term_names()]
-        names += ["reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward"]
-        names += ["chosen_logps", "rejected_logps"]
-        return [*names, *(["kl"] if self.preference_loss.needs_reference else []), "entropy"]
+        return metric_names(self.preference_loss)
+
+    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
+        """`worst_group_loss`, where the loss is robust over groups."""
+        losses = [mean for name, mean in means.items() if name.startswith("group_loss/")]
+        return {"worst_group_loss": ops.max(ops.stack(losses))} if losses else {}
 
     def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
         """The loss, its terms and the metrics over this replica's pairs."""
         assert self.preference_loss is not None
+        loss, replicas = self.preference_loss, self.distribute_strategy.num_replicas_in_sync
         outputs = self.outputs(batch, training)
         preference = ops.reshape(batch["preference"], (-1,))
-        weight = ops.reshape(batch["weight"], (-1,))
-        terms = self.preference_loss.terms(preference, outputs)
-        loss = self.preference_loss.combine(
-            terms, weight, outputs, training=training, all_reduce=sum_over_replicas
-        )
-        values = {"loss": sum(terms.values()), **terms}
-        total = ops.sum(weight)
-        # A row that is padding may hold anything: 0 * inf must not reach the sum.
-        sums = {
-            name: (ops.sum(ops.where(weight > 0, weight * value, 0.0)), total)
-            for name, value in {**values, **self._diagnostics(outputs)}.items()
-        }
-        scores = self.preference_loss.scores(outputs)
-        margin = log_likelihood_ratio(scores)
-        decided = weight * ops.cast(preference != 0.5, "float32")
-        right = 0.5 * (1.0 + ops.sign(margin) * ops.sign(preference - 0.5))
-        sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
-        if self.preference_loss.needs_reference:
-            sums["at_reference"] = (self._sum_at_reference(preference, weight, outputs), total)
-        tokens = ops.sum(ops.cast(batch["owner"] >= 0, "float32"))
-        sums["entropy"] = (outputs["entropy"] * tokens, tokens)
-        return loss, sums
-
-    def _sum_at_reference(self, preference: Any, weight: Any, outputs: dict[str, Any]) -> Any:
-        """What the preference loss would be if the policy were its reference."""
-        assert self.preference_loss is not None
-        same = {**outputs, "reference": outputs["policy"]}
-        value = self.preference_loss.terms(preference, same)["preference_loss"]
-        return ops.stop_gradient(ops.sum(ops.where(weight > 0, weight * value, 0.0)))
-
-    def _diagnostics(self, outputs: dict[str, Any]) -> dict[str, Any]:
-        assert self.preference_loss is not None
-        scores = self.preference_loss.scores(outputs)
-        found = {
-            "reward_margin": log_likelihood_ratio(scores),
-            "chosen_reward": scores[:, 0],
-            "rejected_reward": scores[:, 1],
-            "chosen_logps": outputs["policy"][:, 0],
-            "rejected_logps": outputs["policy"][:, 1],
-        }
-        if self.preference_loss.needs_reference:
-            found["kl"] = kl_to_reference(None, scores, outputs)
-        return found
+        together = loss.batchwise and replicas > 1
+        if together:
+            # A pair's loss depends on all pairs of the step: every replica computes the whole of
+            # it and contributes its part.
+            entropy = outputs.pop("entropy")
+            outputs = gather_over_replicas({**outputs, "preference": preference})
+            preference = outputs.pop("preference")
+            outputs["entropy"] = entropy
+        terms = loss.terms(preference, outputs)
+        all_reduce = None if together else sum_over_replicas
+        share = loss.combine(terms, outputs["weight"], outputs, training, all_reduce)
+        sums = metric_sums(loss, terms, preference, outputs, batch)
+        return share / replicas if together else share, sums
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """As every trainer's, and the check that the first loss is that of an equal reference."""

@@ -74,8 +74,8 @@ def generate_responses(
             f"max_new_tokens must leave room for a prompt in {limit} tokens, got {max_new_tokens}."
         )
     room = None if limit is None else limit - max_new_tokens
-    rows = list(prompts)
-    encoded = encoder.prompts(rows).tolist() if all(isinstance(r, str) for r in rows) else rows
+    rows: list[Any] = list(prompts)  # type: ignore[arg-type]
+    encoded: Any = encoder.prompts(rows).tolist() if all(isinstance(r, str) for r in rows) else rows
     ids = [_cut([int(token) for token in row], room, encoder.start) for row in encoded]
     if not ids:
         return ([], []) if return_ended else []

@@ -125,7 +125,12 @@ class PolicyTrainer(keras.Model):
         means = tf.unstack(tf.math.divide_no_nan(self._totals[:, 0], self._totals[:, 1]))
         logs = zip(self._total_names, means, strict=True)
         hidden = {*COUNTS, *self.hidden_names()}
-        return {name: mean for name, mean in logs if name not in hidden}
+        means_by_name = {name: mean for name, mean in logs if name not in hidden}
+        return {**means_by_name, **self.derived_metrics(means_by_name)}
+
+    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
+        """Figures of the averages themselves, such as the worst of several."""
+        return {}
 
     def counts(self) -> dict[str, float]:
         """Tokens and pairs since the last reset."""
@@ -263,6 +268,19 @@ def sum_over_replicas(values: Any) -> Any:
     if context is None or context.num_replicas_in_sync == 1:
         return values
     return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def gather_over_replicas(values: dict[str, Any]) -> dict[str, Any]:
+    """Puts the rows of all replicas behind one another; gradients go back to where they came from.
+
+    Args:
+        values: tensors with rows in dimension 0.
+
+    Returns:
+        The same names, with the rows of all replicas, on every replica.
+    """
+    context = tf.distribute.get_replica_context()
+    return {name: context.all_gather(value, axis=0) for name, value in values.items()}
 
 
 def _sum_gradients_ourselves(optimizer: Any) -> None:

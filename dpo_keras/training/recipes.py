@@ -265,4 +265,4 @@ def _fit(
             verbose=verbose,
         )
         position += taken * max(rounds, 1)
-    return int(model.optimizer.iterations)
+    return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
