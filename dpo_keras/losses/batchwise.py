@@ -6,7 +6,8 @@ comparison is handed back to the pair that holds the k-th place, so that weights
 speak of pairs; the mean over the batch is the paper's.
 
 Rows of weight zero (`outputs["weight"]`, where given) are padding and take no place in the order.
-Pairs with y < ½ are turned around first, since a margin has to point toward the preferred response.
+Pairs with y < ½ are turned around first, since a margin has to point toward the preferred response;
+a tie (y = ½) has no such direction and is taken as it is written.
 
 Example:
     >>> from keras import ops
