@@ -97,6 +97,7 @@ def evaluate(
         directory.path / "evaluations" / name,
         held_out,
         config_text=config.resolved(),
+        pairs=pairs,
         title=f"{config.name} on {name}",
         details={"run": str(directory.path), "data": str(file), **versions()},
     )

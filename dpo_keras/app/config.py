@@ -93,22 +93,22 @@ class Config(Section):
         Returns:
             One `section.key is A, was B` per difference, A being of this configuration.
         """
-        here, there = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-        return [
-            f"{key} is {here.get(key)!r}, was {there.get(key)!r}"
-            for key in sorted(here.keys() | there.keys())
-            if key != "output" and here.get(key) != there.get(key)
-        ]
+        found = _differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
+        return [text for text in found if not text.startswith("output ")]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _differences(here: Any, there: Any, key: str = "") -> Iterator[str]:
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for name in sorted(here.keys() | there.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(here.get(name), there.get(name), inner)
+    elif here != there:
+        yield f"{key} is {_inline(here)}, was {_inline(there)}"
+
+
+def _inline(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _valid_parts(tree: Mapping[str, Any], failed: set[Any]) -> dict[str, Any]:

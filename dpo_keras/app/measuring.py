@@ -128,7 +128,8 @@ class Examiner:
             batch_size=settings.batch_size,
             on_batch=progress.advance,
         )
-        progress.note(held_out.summary())
+        accuracy = held_out.figures["reward_accuracy"]
+        progress.note(f"{len(held_out):,} pairs: reward accuracy {accuracy}")
         samples = None
         if self._prompts:
             progress.stage(f"Responses {name} preference training")
@@ -145,7 +146,9 @@ class Examiner:
                 max_length=self.context.config.data.max_length,
                 on_batch=progress.advance,
             )
-            progress.note(samples.summary())
+            good = samples.figures.get("preferred")
+            judged = "" if good is None else f": {good} are good by the data's ground truth"
+            progress.note(f"{len(samples):,} responses{judged}")
         measured = Measured(held_out, samples)
         self._keep(measured, name)
         return measured

@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.afterwards import evaluate, export_run, export_trained
 from dpo_keras.app.candidates import generate
+from dpo_keras.app.comparing import build_model, given_reference
 from dpo_keras.app.measuring import Examiner, Measured
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.prepare import read_sides, texts_of, tokenize
 from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import RunDirectory, start_run, versions
-from dpo_keras.app.stages import Context, build_model, is_chief, train_policy, warm_up_policy
+from dpo_keras.app.stages import (
+    Context,
+    check_steps,
+    is_chief,
+    train_policy,
+    warm_up_policy,
+)
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
     from dpo_keras.batching import TokenizedPairs
+    from dpo_keras.preferences import Preferences
 
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
 
@@ -110,8 +118,11 @@ def train(
         held_out = tokenize(config, sides.held_out, policy, "held-out", progress)
     _check_same_data(run, pairs, held_out)
 
+    check_steps(context, len(pairs))
+    reference = given_reference(context, policy)
+
     warm_up_policy(context, policy, pairs)
-    model, (pairs, held_out) = build_model(context, policy, pairs, held_out)
+    model, (pairs, held_out) = build_model(context, policy, reference, pairs, held_out)
     examiner = Examiner(context, model, held_out, sides.held_out)
     before = examiner.measure("before")
     steps = train_policy(context, model, pairs, held_out)
@@ -130,7 +141,7 @@ def train(
     if run.writes:
         _save_policy(run, policy)
         if before is not None and after is not None:
-            _report(context, examiner, before, after, result)
+            _report(context, sides.held_out, before, after, result)
         if config.export is not None:
             result.export = export_trained(run, model, examiner.chosen, progress)
     result.seconds = time.monotonic() - started
@@ -166,7 +177,11 @@ def _save_policy(run: RunDirectory, policy: Any) -> None:
 
 
 def _report(
-    context: Context, examiner: Examiner, before: Measured, after: Measured, result: RunResult
+    context: Context,
+    held_out: Preferences | None,
+    before: Measured,
+    after: Measured,
+    result: RunResult,
 ) -> None:
     """Writes the report and puts what it says into the result."""
     from dpo_keras.evaluation import side_by_side, write_report
@@ -186,6 +201,7 @@ def _report(
         samples_after=after.samples,
         metrics_jsonl=run.path / "metrics.jsonl",
         config_text=config.resolved(),
+        pairs=held_out,
         title=config.name,
         details={"data": ", ".join(config.data.path or ()), **versions()},
         samples_shown=config.evaluation.samples_shown,

@@ -1,4 +1,4 @@
-"""The stages of a run that touch models: warm-up, reference, preference training, measuring."""
+"""The stages of a run that train: what they share, the warm-up, preference training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.checks import build_loss
-from dpo_keras.app.models import load_reference, save_policy
 from dpo_keras.app.prepare import replicas_share
 from dpo_keras.app.progress import Progress
 from dpo_keras.app.run_directory import RunDirectory
-from dpo_keras.app.sections import REFERENCES, Optimization
+from dpo_keras.app.sections import Optimization
+from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
@@ -71,7 +71,14 @@ def is_chief() -> bool:
     return task.get("type", "worker") in ("chief", "worker") and int(task.get("index", 0)) == 0
 
 
-def _optimizer(settings: Optimization, pairs: int, accumulation: int = 1) -> Any:
+def optimizer_of(settings: Optimization, pairs: int, accumulation: int = 1) -> Any:
+    """Makes the optimizer of a section.
+
+    Args:
+        settings: `warmup` or `training`.
+        pairs: the number of training pairs, which the schedule's length follows from.
+        accumulation: steps per update.
+    """
     from dpo_keras.batching import steps_per_epoch
     from dpo_keras.training import make_optimizer
 
@@ -104,7 +111,7 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
     with context.strategy.scope():
         model = SupervisedModel(policy)
         model.compile(
-            optimizer=_optimizer(settings, len(tokenized)),
+            optimizer=optimizer_of(settings, len(tokenized)),
             jit_compile=context.config.training.jit_compile,
         )
         # Its variables belong to the strategy, and resuming fills them before the first step.
@@ -126,81 +133,33 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
     )
 
 
-def build_model(
-    context: Context, policy: Any, train: TokenizedPairs, held_out: TokenizedPairs | None
-) -> tuple[DPOModel, tuple[TokenizedPairs, TokenizedPairs | None]]:
-    """Makes the model that preference training trains, its reference included.
+def check_steps(context: Context, pairs: int) -> None:
+    """Refuses step counts that do not divide, before any time is spent.
 
     Args:
         context: the run.
-        policy: as it is after the warm-up.
-        train: the training pairs.
-        held_out: the held-out pairs, or None.
+        pairs: the number of training pairs.
 
-    Returns:
-        The compiled model, and the pairs, which carry reference log-probs where these are cached.
+    Raises:
+        InputError: if `training.steps_per_execution` does not divide the steps.
     """
-    from dpo_keras.training import DPOModel
+    from dpo_keras.batching import steps_per_epoch
 
-    config, run = context.config, context.run
-    training = config.training
-    kind: Any = config.reference if context.loss.needs_reference else "none"
-    if kind == "cached":
-        train = _with_reference(context, policy, train, "train")
-        if held_out is not None:
-            held_out = _with_reference(context, policy, held_out, "held_out")
-    with context.strategy.scope():
-        if kind not in REFERENCES:
-            kind = load_reference(kind, policy, config.model.dtype)
-        model = DPOModel(policy, reference=kind)
-        if kind == "cached":
-            # The cache was made of this very policy, so the first loss is known.
-            model.reference.starts_as_policy = True
-        model.compile(
-            optimizer=_optimizer(training, len(train), training.gradient_accumulation),
-            loss=context.loss,
-            jit_compile=training.jit_compile,
-            steps_per_execution=training.steps_per_execution,
+    settings = context.config.training
+    per_epoch = steps_per_epoch(pairs, settings.batch_size)
+    steps, at_once = settings.epochs * per_epoch, settings.steps_per_execution
+    every = settings.evaluate_every or per_epoch
+    if steps % at_once or every % at_once:
+        raise InputError(
+            f"training.steps_per_execution must divide the {steps} steps of the run and the "
+            f"{every} steps between evaluations, got {at_once}."
         )
-        model.optimizer.build(model.trainable_variables)
-    if run.writes and keeps_reference(config, context.loss) and not run.reference.exists():
-        _keep_reference(run, policy)
-    context.progress.note(f"reference: {model.reference.mode}")
-    return model, (train, held_out)
-
-
-def keeps_reference(config: Config, loss: DPOLoss) -> bool:
-    """Says whether the reference can be had again only from the run's own directory.
-
-    Args:
-        config: the configuration.
-        loss: its objective.
-    """
-    if not loss.needs_reference or config.reference not in REFERENCES:
-        return False
-    return config.model.path is None or config.warmup is not None
-
-
-def _keep_reference(run: RunDirectory, policy: Any) -> None:
-    partial = run.path / ".reference.partial"
-    save_policy(policy, partial)
-    os.replace(partial, run.reference)
-
-
-def _with_reference(
-    context: Context, policy: Any, tokenized: TokenizedPairs, name: str
-) -> TokenizedPairs:
-    from dpo_keras.scoring import cache_reference
-
-    context.progress.stage(f"Reference log-probs of the pairs ({name})")
-    return cache_reference(
-        policy,
-        tokenized,
-        context.run.path / "reference_cache" / f"{name}.npz" if context.run.writes else None,
-        template=context.config.data.template,
-        batch_size=context.config.evaluation.batch_size,
-        on_batch=context.progress.advance,
-    )
+    left = steps % settings.gradient_accumulation
+    if left:
+        context.progress.note(
+            f"warning: the last {left} of {steps} steps do not fill an update of "
+            f"{settings.gradient_accumulation} (training.gradient_accumulation) and change nothing."
+        )
 
 
 def train_policy(

@@ -101,7 +101,11 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
     except InputError as error:
         code, kind, problems = WRONG_INPUT, "input", error.problems
     except KeyboardInterrupt:
-        code, kind, problems = INTERRUPTED, "interrupted", ["stopped from the keyboard."]
+        code, kind, problems = (
+            INTERRUPTED,
+            "interrupted",
+            ["stopped; a training goes on from its last checkpoint with --resume."],
+        )
     except Exception as error:
         code, kind, problems = FAILED, "failed", [failure(error)]
     if debug:

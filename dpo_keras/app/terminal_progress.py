@@ -84,7 +84,7 @@ class TerminalProgress:
             self._bar.update(self._task, completed=done, total=total, figures=figures)
             return
         now = time.monotonic()
-        if now - self._said >= self.every:
+        if now - self._said >= self.every or (done == total and figures):
             self._said = now
             of = f" of {total}" if total else ""
             self.console.print(f"  {done}{of}  {figures}".rstrip(), markup=False)

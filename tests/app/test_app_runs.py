@@ -1,0 +1,363 @@
+"""Runs from Python and from the command line: what they write, and that they can be repeated."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from app_tiny import SIZES
+
+from dpo_keras.app import runs
+from dpo_keras.app.cli import main
+from dpo_keras.app.config import Config, parse_config
+from dpo_keras.app.models import load_model, save_policy
+from dpo_keras.app.run_directory import RunDirectory
+from dpo_keras.app.sections import Export
+from dpo_keras.errors import InputError
+from dpo_keras.preferences import read_preferences, support_pairs, write_preferences
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(output, **changes):
+    """A run of seconds: 40 pairs, one layer, five steps of warm-up and five of training."""
+    content = {
+        "output": str(output),
+        "model": {"scratch": {**SIZES, "num_layers": 1, "max_sequence_length": 96}},
+        "data": {"path": "builtin:support", "limit": 50, "held_out": 0.2, "max_length": 96},
+        "warmup": {"batch_size": 8, "learning_rate": 1e-3},
+        "training": {"batch_size": 8, "learning_rate": 1e-3, "buckets": 1, "checkpoint_every": 2},
+        "evaluation": {"prompts": 0, "max_new_tokens": 8, "batch_size": 8},
+    }
+    for key, change in changes.items():
+        old = content.get(key)
+        content[key] = {**old, **change} if isinstance(old, dict) and change else change
+    return Config(**content)
+
+
+def steps_of(directory):
+    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "epoch" not in record]
+
+
+def same_weights(one, other, tolerance=1e-6):
+    for a, b in zip(one.weights, other.weights, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run with everything but an export, and its result."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    config = settings(output, evaluation={"prompts": 3, "samples_shown": 2})
+    return runs.train(config, given="# as given\n"), config
+
+
+def test_a_run_leaves_all_that_is_needed_to_look_at_it_and_repeat_it(trained):
+    result, config = trained
+    run = RunDirectory(result.directory)
+    assert parse_config((run.path / "config.yaml").read_text()) == config
+    assert (run.path / "config.given.yaml").read_text() == "# as given\n"
+    assert run.read("versions.json")["keras"] == keras.__version__
+    assert run.read("result.json") == json.loads(json.dumps(result.as_dict()))
+    assert [record["step"] for record in steps_of(run.path)] == [1, 2, 3, 4, 5]
+    assert any((run.path / "tensorboard").rglob("events*"))
+    for name in ("html", "markdown", "json", "training_curves"):
+        assert Path(result.report[name]).stat().st_size > 0
+    samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 and {"prompt", "before", "after"} <= samples[0].keys()
+    assert result.samples == samples[:2]
+    assert result.steps == 5 and result.pairs == {"train": 40, "held_out": 10, "dropped": 0}
+    assert not list(run.path.glob(".*")), "nothing half-written is left"
+
+
+def test_the_first_loss_is_log_2_and_training_moves_the_figures(trained):
+    result, _ = trained
+    assert steps_of(result.directory)[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert result.before["metrics"]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert result.after["metrics"]["loss"] < 0.69
+    assert 0 <= result.after["responses"]["preferred"]["value"] <= 1
+
+
+def test_a_run_is_never_overwritten_and_a_finished_one_is_not_run_again(trained, monkeypatch):
+    result, config = trained
+    with pytest.raises(InputError, match="holds a run already; go on with --resume"):
+        runs.train(config)
+    monkeypatch.setattr(runs, "read_sides", None)
+    assert runs.train(config, resume=True).as_dict() == json.loads(json.dumps(result.as_dict()))
+
+
+def test_resuming_with_another_configuration_names_the_keys_that_differ(trained):
+    _, config = trained
+    other = settings(config.output, loss={"beta": 0.2}, warmup=None, evaluation={"prompts": 3})
+    with pytest.raises(InputError) as error:
+        runs.train(other, resume=True)
+    text = str(error.value)
+    assert "loss.beta is 0.2, was 0.1 there." in text and "warmup is null, was {" in text
+    assert "evaluation.samples_shown is 4, was 2 there." in text
+
+
+def test_a_directory_with_other_files_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="not the directory of a run"):
+        runs.train(settings(tmp_path))
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, trained):
+    """The same run as `trained`, killed by kill -9 after its third step, not yet resumed."""
+    _, config = trained
+    output = tmp_path_factory.mktemp("runs") / "killed"
+    path = output.with_suffix(".yaml")
+    path.write_text(config.resolved())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_keras.app", "train", str(path), f"output={output}"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = output / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and len(log.read_text().splitlines()) >= 3:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    return output
+
+
+def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(trained, interrupted):
+    result, config = trained
+    copy = config.model_copy(update={"output": str(interrupted)})
+    resumed = runs.train(copy, resume=True)
+    same_weights(load_model(result.directory + "/policy"), load_model(str(interrupted / "policy")))
+    for one, other in zip(steps_of(result.directory), steps_of(interrupted), strict=True):
+        assert one.keys() == other.keys()
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert resumed.before["metrics"] == pytest.approx(result.before["metrics"], abs=1e-6)
+    assert resumed.samples == result.samples
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
+    trained, tmp_path, monkeypatch, capsys
+):
+    _, config = trained
+    path = tmp_path / "full.yaml"
+    path.write_text(config.resolved())
+    arguments = ["train", str(path), f"output={tmp_path / 'run'}", "evaluation.prompts=0"]
+    original = keras.Model.save_weights
+    saved = []
+
+    def save_weights(self, filepath, *rest, **options):
+        saved.extend(["training"] if "training" in str(filepath) else [])
+        if len(saved) > 1:
+            Path(filepath).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(filepath))
+        return original(self, filepath, *rest, **options)
+
+    monkeypatch.setattr(keras.Model, "save_weights", save_weights)
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert "No space left" in errors and "--resume" in errors and "Traceback" not in errors
+    checkpoints = tmp_path / "run" / "checkpoints" / "training"
+    assert [item.name for item in checkpoints.iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert main([*arguments, "--resume"]) == 0
+    assert len(steps_of(tmp_path / "run")) == 5
+
+
+def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    write_preferences(support_pairs(50), data)
+    config = settings(tmp_path / "run", data={"path": str(data)}, warmup=None)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(runs.Silent):
+        def stage(self, title):
+            if title == "Preference training":
+                raise Stop
+
+    with pytest.raises(Stop):
+        runs.train(config, progress=Stopping())
+    write_preferences(support_pairs(50, seed=1), data)
+    with pytest.raises(InputError, match="the train and held_out pairs are not those"):
+        runs.train(config, resume=True)
+    write_preferences(support_pairs(50), data)
+    assert runs.train(config, resume=True).steps == 5
+
+
+def test_evaluate_measures_against_the_reference_of_the_training(trained, tmp_path):
+    result, config = trained
+    _, held_out = read_preferences("builtin:support", limit=50).split(0.2, seed=0)
+    write_preferences(held_out, tmp_path / "held_out.jsonl")
+    measured = runs.evaluate(result.directory, tmp_path / "held_out.jsonl")
+    for name, value in result.after["metrics"].items():
+        assert measured["metrics"][name] == pytest.approx(value, abs=1e-4), name
+    assert measured["pairs"] == 10 and Path(measured["report"]["html"]).is_file()
+
+
+def test_evaluate_from_the_command_line(trained, capsys):
+    result, _ = trained
+    assert main(["evaluate", result.directory, "builtin:support", "--limit", "8", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["pairs"] == 8 and 0 <= out["metrics"]["reward_accuracy"] <= 1
+    assert main(["evaluate", result.directory, "builtin:support", "--limit", "8"]) == 0
+    assert "reward_accuracy" in capsys.readouterr().out
+
+
+def test_generate_writes_several_candidates_and_repeats_them(trained, tmp_path, capsys):
+    result, _ = trained
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "What is it?", "id": "a"}\n{"prompt": "When?"}\n')
+    output = tmp_path / "out" / "candidates.jsonl"
+    arguments = ["generate", result.directory, str(prompts), "-n", "3", "-o", str(output), "--json"]
+    assert main(arguments) == 0
+    candidates = json.loads(capsys.readouterr().out)["candidates"]
+    assert [c["prompt"] for c in candidates] == ["What is it?", "When?"]
+    assert candidates[0]["id"] == "a" and len(candidates[0]["responses"]) == 3
+    assert len(set(candidates[0]["responses"])) > 1
+    assert [json.loads(line) for line in output.read_text().splitlines()] == candidates
+    assert runs.generate(result.directory, prompts, responses=3) == candidates
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{not json\n", ["line 1: is not JSON"]),
+        ('{"prompt": ""}\n\n{"text": "x"}\n', ["line 1: prompt must be", "line 3: prompt must be"]),
+        ("\n", ["there is no prompt"]),
+        ('{"prompt": [{"role": "user", "content": "Hi"}]}', ["data.template"]),
+    ],
+)
+def test_prompts_that_are_none_are_named(trained, tmp_path, capsys, content, words):
+    (tmp_path / "p.jsonl").write_text(content)
+    assert main(["generate", trained[0].directory, str(tmp_path / "p.jsonl")]) == 2
+    errors = capsys.readouterr().err
+    assert [word for word in words if word not in errors] == []
+
+
+def test_generate_says_what_it_can_not_do(trained, tmp_path):
+    (tmp_path / "p.txt").write_text("Hi\n")
+    with pytest.raises(InputError, match="scratch has no weights"):
+        runs.generate(settings(tmp_path / "x"), tmp_path / "p.txt")
+    with pytest.raises(InputError, match="overrides"):
+        runs.generate(trained[0].directory, tmp_path / "p.txt", ["seed=1"])
+    with pytest.raises(InputError, match="temperature must be > 0"):
+        runs.generate(trained[0].directory, tmp_path / "p.txt", temperature=0.0)
+
+
+def test_export_writes_and_asks_the_served_model(trained, tmp_path, capsys):
+    result, config = trained
+    run = tmp_path / "run"
+    shutil.copytree(result.directory, run)
+    wanted = config.model_copy(update={"export": Export(signatures=["prefer"])})
+    (run / "config.yaml").write_text(wanted.resolved())
+    path = tmp_path / "served" / "1"
+    assert main(["export", str(run), str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verified"] and (path / "saved_model.pb").is_file()
+    answer = report["answer"]["prefer"]["response"]
+    assert answer["probability_a"] + answer["probability_b"] == pytest.approx(1)
+    assert main(["export", str(run), str(path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_cached_reference_trains_exactly_as_a_frozen_copy(trained, tmp_path):
+    result, _ = trained
+    cached = runs.train(settings(tmp_path / "cached", reference="cached"))
+    for one, other in zip(steps_of(result.directory), steps_of(cached.directory), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert cached.after["metrics"] == pytest.approx(result.after["metrics"], abs=1e-4)
+    held_out = tmp_path / "held_out.jsonl"
+    write_preferences(read_preferences("builtin:support", limit=50).split(0.2)[1], held_out)
+    measured = runs.evaluate(cached.directory, held_out)["metrics"]
+    assert measured == pytest.approx(result.after["metrics"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reference"),
+    [
+        ({"model": {"lora_rank": 2}}, "adapters_off"),
+        ({"model": {"lora_rank": 2}, "warmup": {"batch_size": 8, "learning_rate": 1e-3}}, "frozen"),
+        ({"reference": "SELF"}, "model"),
+        ({"loss": {"type": "simpo", "beta": 2.0, "gamma": 0.5}}, "none"),
+    ],
+)
+def test_references_of_every_kind(gpt2_preset, tmp_path, changes, reference):
+    changes = {"warmup": None, **changes}
+    changes["model"] = {"scratch": None, "path": str(gpt2_preset), **changes.get("model", {})}
+    if changes.get("reference") == "SELF":
+        changes["reference"] = str(gpt2_preset)
+    notes = []
+
+    class Notes(runs.Silent):
+        def note(self, text):
+            notes.append(text)
+
+    config = settings(tmp_path / "run", data={"max_length": 64, "limit": 20}, **changes)
+    result = runs.train(config, progress=Notes())
+    assert any(note.startswith(f"reference: {reference}") for note in notes), notes
+    first = steps_of(result.directory)[0]["loss"]
+    if reference != "none":
+        assert first == pytest.approx(np.log(2), abs=1e-4)
+    measured = runs.evaluate(result.directory, "builtin:support", limit=8)
+    assert np.isfinite(measured["metrics"]["loss"])
+    if "lora_rank" in changes["model"]:
+        reloaded = load_model(result.directory + "/policy")
+        assert not any("lora" in weight.path for weight in reloaded.weights), "adapters are merged"
+
+
+def test_a_reference_with_another_vocabulary_ends_before_any_training(llama, tmp_path, capsys):
+    save_policy(llama, tmp_path / "llama")
+    path = tmp_path / "a.yaml"
+    path.write_text(settings(tmp_path / "run").resolved())
+    assert main(["train", str(path), f"reference={tmp_path / 'llama'}"]) == 2
+    assert "another vocabulary than the policy" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bad_lines_are_named_and_left_out_or_end_the_run_as_configured(tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    write_preferences(support_pairs(30), data)
+    lines = data.read_text().splitlines()
+    lines[16] = "{not json"
+    data.write_text("\n".join(lines) + "\n")
+    path = tmp_path / "a.yaml"
+    path.write_text(settings(tmp_path / "run", data={"path": str(data)}, warmup=None).resolved())
+    assert main(["train", str(path), "data.on_error=fail", f"output={tmp_path / 'no'}"]) == 2
+    assert "line 17" in capsys.readouterr().err
+    # Without held-out pairs a run trains, and says nothing of quality.
+    assert main(["train", str(path), "data.held_out=0", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "not JSON: 1 (line 17)" in err
+    assert result["pairs"] == {"train": 29, "held_out": 0, "dropped": 1}
+    assert result["steps"] == 4 and result["before"] is None and result["report"] == {}
+    assert (tmp_path / "run" / "policy").is_dir()
+
+
+def test_steps_that_do_not_divide_are_refused_before_any_training(tmp_path):
+    with pytest.raises(InputError, match="steps_per_execution must divide the 5 steps"):
+        runs.train(settings(tmp_path / "run", training={"steps_per_execution": 2}))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_no_run_is_said_to_be_none(tmp_path, capsys):
+    for command in (["evaluate", str(tmp_path), "x"], ["export", str(tmp_path), "x/1"]):
+        assert main(command) == 2
+        assert "is not the directory of a run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(settings(tmp_path).resolved())
+    assert main(["evaluate", str(tmp_path), "x"]) == 2
+    assert "no trained policy yet" in capsys.readouterr().err
