@@ -26,7 +26,7 @@ _HELD_OUT = {
     "rejected_reward": ("Rejected reward", "S(rejected)"),
     "chosen_logps": ("Chosen log-prob", "log π(chosen | prompt), nats a response"),
     "rejected_logps": ("Rejected log-prob", "log π(rejected | prompt), nats a response"),
-    "kl": ("KL to the reference", "an estimate on these responses, nats a token"),
+    "kl": ("KL to the reference", "½ log-ratio² a token: nats of KL as long as it is small"),
     "entropy": ("Entropy", "of the policy, nats a token"),
 }
 _BY_LENGTH = {

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation import plots as drawing
 from dpo_keras.evaluation.checks import Measured
 from dpo_keras.evaluation.comparison import change, same_pairs
 from dpo_keras.evaluation.content import report_content
+from dpo_keras.evaluation.curves import training_curves
 from dpo_keras.evaluation.findings import Finding, findings
 from dpo_keras.evaluation.pair_figures import HeldOut
+from dpo_keras.evaluation.plots import margins, reliability
 from dpo_keras.evaluation.rendering import KINDS, as_json, render
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.training_log import read_training_log
@@ -146,9 +147,9 @@ def _draw(
     """Draws what there is; without matplotlib an error, or a notice where those are kept."""
     after, before, log = measured.after, measured.before, measured.log
     plots: dict[str, Callable[[pathlib.Path], bool]] = {
-        "training_curves": lambda path: log is not None and drawing.training_curves(log, path),
-        "margins": lambda path: drawing.margins(after, before, path),
-        "reliability": lambda path: drawing.reliability(after, before, path),
+        "training_curves": lambda path: log is not None and training_curves(log, path),
+        "margins": lambda path: margins(after, before, path),
+        "reliability": lambda path: reliability(after, before, path),
     }
     paths = {name: folder / f"{name}.png" for name in plots}
     try:
