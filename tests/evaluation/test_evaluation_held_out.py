@@ -47,6 +47,11 @@ def test_figures_without_a_reference_equal_those_of_model_evaluate(moved, tokeni
     assert "chosen_reference_logps" not in found.pairs
 
 
+def test_figures_of_a_loss_over_whole_batches_equal_those_of_model_evaluate(moved, tokenized):
+    moved.compile(loss=DPOLoss("aot"))
+    same_as_evaluate(moved, tokenized, evaluate_preferences(moved, tokenized, batch_size=4))
+
+
 def test_rows_are_in_the_order_of_the_pairs_whatever_the_batches(moved, tokenized, measured):
     logps = score_pairs(moved.policy, tokenized)
     columns = measured.pairs
