@@ -39,7 +39,10 @@ def load_model(path: str, dtype: str = "float32") -> Any:
         if Path(path).is_file():
             model = _from_archive(path)
         else:
-            model = keras_hub.models.CausalLM.from_preset(path, dtype=dtype)
+            with warnings.catch_warnings():
+                # KerasHub leaves closing a SentencePiece file to the garbage collector.
+                warnings.simplefilter("ignore", ResourceWarning)
+                model = keras_hub.models.CausalLM.from_preset(path, dtype=dtype)
     except InputError:
         raise
     except Exception as error:

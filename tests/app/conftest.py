@@ -1,9 +1,12 @@
 """Tiny models in the formats that real ones come in."""
 
+import io
 import json
 
 import keras
+import keras_hub
 import pytest
+import sentencepiece
 from app_tiny import SIZES, TEXTS
 
 from dpo_keras.app.models import load_policy, save_policy
@@ -38,4 +41,47 @@ def gpt2_hugging_face(gpt2, tmp_path_factory):
     # KerasHub's exporter leaves out what its own importer, and every real checkpoint, has.
     config["architectures"] = ["GPT2LMHeadModel"]
     (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma3_preset(tmp_path_factory):
+    """A text-only Gemma 3 like the 1B one, but for its size, as a KerasHub preset."""
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=pieces,
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        bos_piece="<bos>",
+        eos_piece="<eos>",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+    )
+    tokenizer = keras_hub.models.Gemma3Tokenizer(pieces.getvalue(), has_vision_tokens=False)
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        image_size=None,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=32,
+        head_dim=8,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=32,
+    )
+    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=64)
+    path = tmp_path_factory.mktemp("models") / "gemma3_preset"
+    save_policy(keras_hub.models.Gemma3CausalLM(preprocessor, backbone), path)
     return path
