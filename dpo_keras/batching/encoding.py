@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_keras.batching.ragged import Ragged
+from dpo_keras.batching.word_splits import mend_word_splits
 from dpo_keras.errors import InputError
 
 # Further tokens at which a family's own `generate` stops, without an attribute of the tokenizer.
@@ -69,6 +70,7 @@ class TextEncoder:
     def __init__(self, preprocessor: Any):
         tokenizer = getattr(preprocessor, "tokenizer", None) or preprocessor
         self.tokenizer = tokenizer
+        mend_word_splits(tokenizer)
         self._tokenize = getattr(tokenizer, "tokenize", None)
         if self._tokenize is None:
             self._tokenize = tokenizer if callable(tokenizer) else None

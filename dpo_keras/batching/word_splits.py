@@ -1,0 +1,67 @@
+r"""Mends how KerasHub's byte-pair tokenizers cut text into words.
+
+A byte-level BPE merges bytes within words only, and which words there are is up to a regular
+expression that belongs to the vocabulary as much as its merges do. KerasHub 0.32 hands that
+expression to the `tokenizers` library as a literal string, which never occurs in any text: nothing
+is cut, merges run across words, and about a third of ordinary texts get tokens that the model was
+not trained on (mostly around line feeds and runs of spaces). It also has one expression, Llama 3's,
+for all families.
+
+`mend_word_splits` puts the family's own expression in its place. It changes the tokenizer itself,
+so that KerasHub's `generate` on the same model sees the same tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # openai/gpt-2
+_MODERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = _MODERN.format(digits=r"\p{N}{1,3}")
+QWEN = _MODERN.format(digits=r"\p{N}")
+
+# By the names of KerasHub's classes; other families keep what they have.
+WORD_SPLITS = {
+    "GPT2Tokenizer": GPT2,
+    "OPTTokenizer": GPT2,
+    "GPTNeoXTokenizer": GPT2,
+    "Llama3Tokenizer": LLAMA3,
+    "SmolLM3Tokenizer": LLAMA3,
+    "QwenTokenizer": QWEN,
+    "Qwen3Tokenizer": QWEN,
+}
+
+
+def mend_word_splits(tokenizer: Any) -> bool:
+    """Gives a KerasHub byte-pair tokenizer the word boundaries of its own family.
+
+    Args:
+        tokenizer: any tokenizer; only KerasHub's byte-pair ones of known families are changed, and
+            only where their expression is the literal string described above.
+
+    Returns:
+        Whether the tokenizer cuts words by its family's expression now.
+
+    Example:
+        >>> mend_word_splits(object())
+        False
+    """
+    pattern = WORD_SPLITS.get(type(tokenizer).__name__)
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if pattern is None or not hasattr(backend, "pre_tokenizer"):
+        return False
+    from tokenizers import Regex, pre_tokenizers
+
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(
+                add_prefix_space=bool(getattr(tokenizer, "add_prefix_space", False)),
+                use_regex=False,
+            ),
+        ]
+    )
+    return True

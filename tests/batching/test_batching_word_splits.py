@@ -1,0 +1,56 @@
+"""Byte-pair tokens are those that the vocabulary was made for, not those of unsplit text."""
+
+import json
+
+import keras_hub
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from dpo_keras.batching import TextEncoder
+from dpo_keras.batching.word_splits import WORD_SPLITS, mend_word_splits
+
+TEXTS = [
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water  and   yeast.",
+    "It's 12345 degrees;  they've   gone…\n\n\n  indented\ttabs \n",
+    "Grüße, 日本語 und 🙂🙂!! we'll see",
+    "   ",
+]
+
+
+@pytest.fixture(scope="module")
+def original():
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(TEXTS * 20, vocab_size=500, special_tokens=["<|endoftext|>"])
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    original.save_model(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    return keras_hub.models.GPT2Tokenizer(vocabulary=vocabulary, merges=merges)
+
+
+def test_gpt2_text_gets_the_tokens_of_the_original_library(original, tokenizer):
+    expected = [original.encode(text).ids for text in TEXTS]
+    assert TextEncoder(tokenizer).tokenize(TEXTS) == expected
+    # KerasHub's own call on the same tokenizer agrees from then on, so generate() does too.
+    assert [list(ids) for ids in tokenizer(TEXTS)] == expected
+
+
+def test_llama_3_splits_numbers_by_three_digits_and_qwen_by_one(tokenizer):
+    import re
+
+    for name, count in (("Llama3Tokenizer", 2), ("QwenTokenizer", 5)):
+        digits = WORD_SPLITS[name].split("|")[6].replace(r"\p{N}", r"\d")
+        assert len(re.findall(digits, "12345")) == count, name
+
+
+def test_other_tokenizers_stay_as_they_are():
+    class Mine:
+        def tokenize(self, texts):
+            return [[1]] * len(texts)
+
+    assert not mend_word_splits(Mine())
