@@ -46,7 +46,11 @@ def test_sample_weight_is_kept():
 def test_sample_weight_of_zero_is_padding_to_a_batchwise_loss():
     weight = np.array([1, 1, 1, 1, 1, 1, 0, 0], "float32")
     kept = {name: value[:6] for name, value in OUTPUTS.items()}
-    found = DPOLoss("aot", reduction="sum")(PREFERENCE, OUTPUTS, sample_weight=weight)
+    # Padding that would take the last places in one order and the first in the other.
+    far = {**OUTPUTS, "policy": np.concatenate([kept["policy"], [[99, -99], [99, -99]]])}
+    far["reference"] = np.concatenate([kept["reference"], [[-99, 99], [-99, 99]]])
+    far = {name: value.astype("float32") for name, value in far.items()}
+    found = DPOLoss("aot", reduction="sum")(PREFERENCE, far, sample_weight=weight)
     alone = DPOLoss("aot", reduction="sum")(PREFERENCE[:6], kept)
     assert float(found) == pytest.approx(float(alone), rel=1e-6)
     assert DPOLoss("aot").batchwise and not DPOLoss("sigmoid").batchwise
