@@ -50,8 +50,8 @@ def test_sample_weight_of_zero_is_padding_to_a_batchwise_loss():
     far = {**OUTPUTS, "policy": np.concatenate([kept["policy"], [[99, -99], [99, -99]]])}
     far["reference"] = np.concatenate([kept["reference"], [[-99, 99], [-99, 99]]])
     far = {name: value.astype("float32") for name, value in far.items()}
-    found = DPOLoss("aot", reduction="sum")(PREFERENCE, far, sample_weight=weight)
-    alone = DPOLoss("aot", reduction="sum")(PREFERENCE[:6], kept)
+    found = DPOLoss("aot", reduction="sum")(np.ones(8), far, sample_weight=weight)
+    alone = DPOLoss("aot", reduction="sum")(np.ones(6), kept)
     assert float(found) == pytest.approx(float(alone), rel=1e-6)
     assert DPOLoss("aot").batchwise and not DPOLoss("sigmoid").batchwise
 
