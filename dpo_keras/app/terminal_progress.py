@@ -10,7 +10,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-_SHOWN = ("loss", "reward_accuracy", "reward_margin", "kl", "pairs_per_second", "tokens_per_second")
+# What is shown of a step's figures, and what it is called where there is little room.
+_SHOWN = {
+    "loss": "loss",
+    "reward_accuracy": "accuracy",
+    "reward_margin": "margin",
+    "kl": "kl",
+    "pairs_per_second": "pairs/s",
+}
 
 
 class TerminalProgress:
@@ -27,8 +34,7 @@ class TerminalProgress:
         self.title = ""
         self._said = 0.0
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -77,10 +83,12 @@ class TerminalProgress:
             total: steps in all.
             **values: figures of the moment.
         """
-        figures = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
+        figures = "  ".join(
+            f"{label} {values[name]:.3g}" for name, label in _SHOWN.items() if name in values
+        )
         if self.console.is_terminal:
             if self._task is None:
-                self._task = self._bar.add_task(f"  {self.title}", total=total, figures=figures)
+                self._task = self._bar.add_task("", total=total, figures=figures)
             self._bar.update(self._task, completed=done, total=total, figures=figures)
             return
         now = time.monotonic()
