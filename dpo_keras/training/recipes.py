@@ -198,6 +198,7 @@ def train_preferences(
             start_step=start,
         )
 
+    _check_groups(model, tokenized, held_out)
     if held_out is not None and len(held_out):
         options["validation_data"] = preference_dataset(
             held_out,
@@ -207,6 +208,21 @@ def train_preferences(
         )
     per_epoch = steps_per_epoch(tokenized, batch_size)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+
+
+def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
+    assert model.preference_loss is not None
+    groups = (model.preference_loss.options.get("group_robust") or {}).get("groups")
+    for tokenized in sides if groups else ():
+        if tokenized is None or tokenized.group is None or not len(tokenized):
+            continue
+        # In the graph a group beyond the last would just have no weight.
+        if int(tokenized.group.max()) >= groups or int(tokenized.group.min()) < 0:
+            raise InputError(
+                f"group_robust has groups={groups}, and the pairs have "
+                f"{len(tokenized.group_names)} ({', '.join(tokenized.group_names[:10])}) or pairs "
+                "without a group. Every pair needs one of that many."
+            )
 
 
 def _fit(

@@ -250,5 +250,13 @@ def test_impossible_options_are_named(tokenized):
         train_preferences(model, tokenized, batch_size=4)
 
 
+def test_more_groups_than_the_loss_knows_are_refused():
+    records = [{**pair, "group": "abc"[n % 3]} for n, pair in enumerate(pairs(6))]
+    model = DPOModel(gpt2(num_layers=1))
+    model.compile("adam", loss=DPOLoss(group_robust={"groups": 2}))
+    with pytest.raises(InputError, match=r"groups=2, and the pairs have 3 \(a, b, c\)"):
+        train_preferences(model, tokenize_pairs(records, Letters(), max_length=48))
+
+
 def test_tokenized_pairs_fixture_has_a_short_last_batch():
     assert len(tokenize_pairs(pairs(11), Letters(), max_length=48)) % 4
