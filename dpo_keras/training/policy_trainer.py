@@ -56,6 +56,7 @@ class PolicyTrainer(keras.Model):
         self._totals: Any = None
         self._total_names: list[str] = []
         self.step_logs: dict[str, Any] = {}
+        self.first_step_logs: dict[str, Any] = {}
         self.train_function: Any = None
         self.test_function: Any = None
         self.built = True
@@ -218,25 +219,26 @@ class PolicyTrainer(keras.Model):
             shares = strategy.run(stacked_step, args=(batch,))
             return strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None)
 
-        def next_step(iterator: Any) -> tuple[Any, Any, int]:
+        def next_step(iterator: Any) -> tuple[Any, Any, Any, int]:
             sums = one_step(iterator.get_next())
-            return sums, tf.cast(sums, "float64"), 1
+            return sums, sums, tf.cast(sums, "float64"), 1
 
-        def next_steps(iterator: Any) -> tuple[Any, Any, Any]:
+        def next_steps(iterator: Any) -> tuple[Any, Any, Any, Any]:
             def more(count: Any, batch: Any, *_: Any) -> Any:
                 return tf.logical_and(count < self.steps_per_execution, batch.has_value())
 
-            def body(count: Any, batch: Any, _: Any, totals: Any) -> Any:
+            def body(count: Any, batch: Any, first: Any, _: Any, totals: Any) -> Any:
                 sums = one_step(batch.get_value())
+                first = tf.where(count == 0, sums, first)
                 full = count + 1 >= self.steps_per_execution
                 following = tf.cond(full, lambda: batch, iterator.get_next_as_optional)
-                return count + 1, following, sums, totals + tf.cast(sums, "float64")
+                return count + 1, following, first, sums, totals + tf.cast(sums, "float64")
 
             shape = (len(names), 2)
-            first = iterator.get_next_as_optional()
-            state = (tf.constant(0), first, tf.zeros(shape), tf.zeros(shape, "float64"))
-            count, _, sums, totals = tf.while_loop(more, body, state)
-            return sums, totals, count
+            batch, zeros = iterator.get_next_as_optional(), tf.zeros(shape)
+            state = (tf.constant(0), batch, zeros, zeros, tf.zeros(shape, "float64"))
+            count, _, first, sums, totals = tf.while_loop(more, body, state)
+            return first, sums, totals, count
 
         several = self.steps_per_execution > 1 and not self.run_eagerly
         from_iterator = next_steps if several else next_step
@@ -247,19 +249,24 @@ class PolicyTrainer(keras.Model):
 
         def function(iterator: Any) -> dict[str, Any]:
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-                sums, totals, count = from_iterator(iterator)
+                first, sums, totals, count = from_iterator(iterator)
                 if several and int(count) == 0:
                     raise StopIteration
             else:  # train_on_batch and test_on_batch wrap their dict as (x, y, sample_weight)
-                sums = one_step(next(iterator)[0])
+                first = sums = one_step(next(iterator)[0])
                 totals = tf.cast(sums, "float64")
             self._total_names = names
             self._totals = totals if self._totals is None else self._totals + totals
-            means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
-            self.step_logs = dict(zip(names, means, strict=True))
+            self.first_step_logs = _named_means(names, first)
+            self.step_logs = self.first_step_logs if first is sums else _named_means(names, sums)
             return self.get_metrics_result()
 
         return function
+
+
+def _named_means(names: list[str], sums: Any) -> dict[str, Any]:
+    means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
+    return dict(zip(names, means, strict=True))
 
 
 def sum_over_replicas(values: Any) -> Any:

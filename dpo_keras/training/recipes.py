@@ -210,9 +210,20 @@ def train_preferences(
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
 
 
+class _Steps(keras.callbacks.Callback):
+    """Counts steps, micro-batches included: a callback may end the run before its time."""
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self.step += self.model.steps_per_execution
+
+
 def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
     assert model.preference_loss is not None
-    groups = (model.preference_loss.options.get("group_robust") or {}).get("groups")
+    groups = int((model.preference_loss.options.get("group_robust") or {}).get("groups", 0))
     for tokenized in sides if groups else ():
         if tokenized is None or tokenized.group is None or not len(tokenized):
             continue
@@ -266,6 +277,8 @@ def _fit(
     ours += callbacks
     if checkpoints is not None:
         ours.append(RunCheckpoint(checkpoints, checkpoint_every, keep, position, save))
+    counter = _Steps(position)
+    ours.append(counter)
     model.stop_training = False
     while position < steps and not model.stop_training:
         number, offset = divmod(position, every)
@@ -281,4 +294,4 @@ def _fit(
             verbose=verbose,
         )
         position += taken * max(rounds, 1)
-    return int(keras.ops.convert_to_numpy(model.optimizer.iterations))
+    return counter.step

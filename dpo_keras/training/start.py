@@ -17,21 +17,26 @@ class StartsAtReference(keras.callbacks.Callback):
     it can be trusted (open-instruct#1900 trained from 6 log 2).
     """
 
-    checked = False
+    due = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Finds out whether this run is one to look at."""
+        model = self.model
+        # The public `iterations` counts updates, not the micro-batches before the first one.
+        taken = getattr(model.optimizer, "inner_optimizer", model.optimizer)._iterations
+        fresh = int(ops.convert_to_numpy(taken)) == 0 and not model.dropout
+        self.due = (
+            fresh and model.reference.starts_as_policy and model.preference_loss.needs_reference
+        )
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Looks at the first batch of a fresh run, and at no other."""
-        if self.checked:
+        if not self.due:
             return
-        self.checked = True
+        self.due = False
         model = self.model
-        first_step = int(ops.convert_to_numpy(model.optimizer.iterations)) == 1
-        if not first_step or not model.reference.starts_as_policy or model.dropout:
-            return
-        if not model.preference_loss.needs_reference:
-            return
-        first = float(model.step_logs["preference_loss"])
-        expected = float(model.step_logs["at_reference"])
+        first = float(model.first_step_logs["preference_loss"])
+        expected = float(model.first_step_logs["at_reference"])
         # Half precision leaves noise in long sums; it is some thousandths of a nat.
         tolerance = 1e-4 if model.policy.compute_dtype == "float32" else 5e-2
         if not np.isfinite(first):

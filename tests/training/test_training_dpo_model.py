@@ -247,11 +247,17 @@ def test_reference_free_losses_never_run_a_reference(policy, dataset):
         model.compile(keras.optimizers.SGD(0.1), loss="sigmoid")
 
 
-def test_a_run_that_does_not_start_at_its_reference_is_refused(policy, tokenized):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps_per_execution": 2}, {"optimizer": {"gradient_accumulation_steps": 2}}],
+    ids=["plain", "several steps at once", "accumulating"],
+)
+def test_a_run_that_does_not_start_at_its_reference_is_refused(policy, tokenized, options):
     wrong = tokenized.with_reference(np.tile(np.float32([-5.0, -50.0]), (11, 1)))
     model = DPOModel(policy, reference="cached")
     model.reference.starts_as_policy = True
-    model.compile(keras.optimizers.SGD(0.1))
+    options = dict(options)
+    model.compile(keras.optimizers.SGD(0.1, **options.pop("optimizer", {})), **options)
     with pytest.raises(RuntimeError, match=r"first preference loss is .* must be 0\.693147"):
         model.fit(preference_dataset(wrong, batch_size=4, buckets=1), verbose=0)
 
