@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def peak_megabytes() -> float:
+    """The most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -72,7 +73,8 @@ def step(variant: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs both variants and prints the table."""
+    parser = argparse.ArgumentParser(description="Peak memory of one training step.")
     parser.add_argument("--pairs", type=int, default=8, help="pairs; two sequences each")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32_000)
