@@ -108,16 +108,16 @@ def test_a_transformer_reaches_the_optimum_of_dpo_from_file_to_fit(preference_fi
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, STEPS, alpha=1e-3)
     model.compile(keras.optimizers.Adam(schedule), DPOLoss(beta=BETA), jit_compile=True)
     data = preference_dataset(
-        pairs, model.policy.preprocessor, batch_size=len(pairs), buckets=1, epochs=STEPS
-    )
-    model.fit(data, verbose=0)
+        pairs, model.policy.preprocessor, batch_size=len(pairs), buckets=1, shuffle=False
+    ).cache()
+    model.fit(data.repeat(STEPS), verbose=0)
 
     # 2 % is what was asked for; the optimum is inside the model's reach, so it comes far nearer.
     trained = response_distribution(model.policy)
     assert total_variation(reference, optimum).min() > 0.2
-    assert total_variation(trained, optimum).max() <= 0.002
+    assert total_variation(trained, optimum).max() <= 0.001
     # No loss is below the entropy of the votes, and the optimum has exactly that.
     votes = np.array([pair.preference for pair in pairs])
     floor = -np.mean(votes * np.log(votes) + (1 - votes) * np.log(1 - votes))
-    loss = model.evaluate(data.take(1), return_dict=True, verbose=0)["preference_loss"]
+    loss = model.evaluate(data, return_dict=True, verbose=0)["preference_loss"]
     assert loss == pytest.approx(floor, abs=1e-5)
