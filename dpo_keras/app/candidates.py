@@ -180,10 +180,15 @@ def prompt_ids(prompt: Any, template: str, policy: Any) -> list[int]:
     from dpo_keras.batching import tokenize_pairs
     from dpo_keras.preferences import Message, PreferencePair
 
-    messages = prompt
-    if not isinstance(prompt, str):
-        messages = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
     # A pair with placeholder responses goes the very way that training pairs go.
-    pair = PreferencePair(messages, "a", "b")
+    pair = (
+        PreferencePair(prompt, "a", "b")
+        if isinstance(prompt, str)
+        else PreferencePair(
+            tuple(Message(turn["role"], turn["content"]) for turn in prompt),
+            (Message("assistant", "a"),),
+            (Message("assistant", "b"),),
+        )
+    )
     tokenized = tokenize_pairs([pair], policy.preprocessor, max_length=2**20, template=template)
     return tokenized.prompt[0].tolist()

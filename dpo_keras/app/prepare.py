@@ -105,7 +105,9 @@ def tokenize(
             overlength=data.overlength,
         )
     except InputError as error:
-        raise InputError([f"{name} pairs: {problem}" for problem in error.problems]) from error
+        # The arguments' names, as the configuration has them.
+        texts = [p.replace("template=", "data.template=") for p in error.problems]
+        raise InputError([f"{name} pairs: {text}" for text in texts]) from error
     progress.note(f"{name}: {tokenized.report.summary()}")
     return tokenized
 

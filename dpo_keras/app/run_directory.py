@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from dpo_keras.errors import InputError
 
 _PACKAGES = (
     "dpo-keras tensorflow tensorflow-text keras keras-hub numpy tokenizers pydantic jinja2".split()
+)
+
+
+_BEFORE_TRAINING = (
+    *("config.yaml", "config.given.yaml", "versions.json", "data.json", "metrics.jsonl"),
+    *("metrics.warmup.jsonl", "reference", "reference_cache", "before", "checkpoints"),
+    "tensorboard",
 )
 
 
@@ -56,6 +64,11 @@ class RunDirectory:
     def reference(self) -> Path:
         """The reference, where it had to be kept."""
         return self.path / "reference"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is any training that could be lost."""
+        return self.finished or any(self.checkpoints.glob("*/step-*"))
 
     @property
     def finished(self) -> bool:
@@ -128,30 +141,43 @@ def start_run(config: Config, resume: bool, given: str | None, writes: bool) -> 
     run = RunDirectory(str(config.output), writes)
     if not writes:
         return run
-    there = (run.path / "config.yaml").is_file()
-    if there and not resume:
+    # Somebody's own config.yaml makes no run of a directory.
+    there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))
+    differences = config.differences(run.config()) if there and resume else []
+    if there and not run.begun and (differences or not resume):
+        # Input that was found wrong before any training must not be in the way of its correction.
+        _clear(run)
+        there = False
+    elif there and not resume:
         raise InputError(
             f"output: {run.path} holds a run already; go on with --resume, or give another "
             "directory with output=DIRECTORY."
         )
+    if differences and there:
+        raise InputError(
+            [f"--resume needs the configuration that {run.path} was started with."]
+            + [f"{difference} there." for difference in differences]
+        )
     if there:
-        differences = config.differences(run.config())
-        if differences:
-            raise InputError(
-                [f"--resume needs the configuration that {run.path} was started with."]
-                + [f"{difference} there." for difference in differences]
-            )
         return run
     if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
         raise InputError(
             f"output: {run.path} is there and is not the directory of a run; give another one with "
             "output=DIRECTORY."
         )
-    # First, for it is what makes the directory a run that can be resumed.
-    run.write("config.yaml", config.resolved())
-    run.write("config.given.yaml", given or config.resolved())
     run.write("versions.json", versions())
+    run.write("config.given.yaml", given or config.resolved())
+    run.write("config.yaml", config.resolved())
     return run
+
+
+def _clear(run: RunDirectory) -> None:
+    """Removes what a run leaves before it trains; nothing else, whoever put it there."""
+    for path in (*(run.path / name for name in _BEFORE_TRAINING), *run.path.glob(".*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def open_run(path: str | Path) -> RunDirectory:

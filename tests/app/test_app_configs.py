@@ -14,7 +14,6 @@ SMALL = [
     "data.limit=24",
     "data.held_out=0.25",
     "data.max_length=64",
-    "evaluation.prompts=2",
     "evaluation.max_new_tokens=8",
     "training.batch_size=4",
     "training.gradient_accumulation=2",
@@ -24,21 +23,22 @@ SMALL = [
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"),
+    ("name", "preset", "prompts"),
     [
-        ("gpt2_lora.yaml", "gpt2_preset"),
-        ("gpt2_lora.yaml", "gpt2_hugging_face"),
-        ("gemma3_lora.yaml", "gemma3_preset"),
+        ("gpt2_lora.yaml", "gpt2_preset", 0),
+        ("gpt2_lora.yaml", "gpt2_hugging_face", 0),
+        ("gemma3_lora.yaml", "gemma3_preset", 2),
     ],
 )
 def test_a_configuration_for_downloaded_weights_trains_a_local_model(
-    name, preset, request, tmp_path
+    name, preset, prompts, request, tmp_path
 ):
     model = request.getfixturevalue(preset)
     overrides = [f"model.path={model}", f"output={tmp_path / 'run'}", *SMALL]
+    overrides.append(f"evaluation.prompts={prompts}")
     config = load_config(CONFIGS / name, overrides, outside=True)
     result = runs.train(config)
-    assert len(result.samples) == 2
+    assert len(result.samples) == prompts
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 5 + 1, "five steps and the epoch"
     tolerance = 1e-4 if config.model.dtype == "float32" else 5e-2

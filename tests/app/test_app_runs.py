@@ -232,6 +232,44 @@ def test_generate_writes_several_candidates_and_repeats_them(trained, tmp_path, 
     assert runs.generate(result.directory, prompts, responses=3) == candidates
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_path):
+    data = tmp_path / "chat.jsonl"
+    records = [
+        {
+            "prompt": [turn("system", "Be kind."), turn("user", f"Question {number}?")],
+            "chosen": [turn("assistant", "Gladly!")],
+            "rejected": [turn("assistant", "No.")],
+        }
+        for number in range(6)
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = settings(
+        tmp_path / "run",
+        data={"path": str(data), "held_out": 0.5, "template": "chatml", "limit": None},
+        evaluation={"prompts": 1},
+        warmup=None,
+    )
+    result = runs.train(config)
+    assert result.steps == 1
+    assert "Question" in result.samples[0]["prompt"] and "<|im_" not in result.samples[0]["prompt"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": records[0]["prompt"]}) + '\n{"prompt": "Hi"}\n')
+    candidates = runs.generate(result.directory, prompts, max_new_tokens=4)
+    assert candidates[0]["prompt"] == records[0]["prompt"] and len(candidates[1]["responses"]) == 2
+    bare = config.model_copy(
+        update={
+            "output": str(tmp_path / "bare"),
+            "data": config.data.model_copy(update={"template": None}),
+        }
+    )
+    with pytest.raises(InputError, match="pass data.template='chatml'"):
+        runs.train(bare)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
