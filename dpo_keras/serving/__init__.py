@@ -7,9 +7,10 @@ warm-up requests.
 """
 
 from dpo_keras.serving.comparison import EXAMPLES
-from dpo_keras.serving.export import SIGNATURES, export, next_version, version_path
 from dpo_keras.serving.report import ExportReport
+from dpo_keras.serving.saved_model import SIGNATURES, export
 from dpo_keras.serving.verification import GraphFindings, inspect_graph, run_standalone
+from dpo_keras.serving.versions import next_version, version_path
 
 __all__ = [
     "EXAMPLES",

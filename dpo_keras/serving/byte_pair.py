@@ -55,6 +55,10 @@ class BytePairGraph(tf.Module):
             spelled = all(c in byte_of for c in token)
             self.texts[number] = bytes(byte_of[c] for c in token) if spelled else token.encode()
 
+        # Traced once for all signatures that tokenize.
+        self._traced = tf.function(
+            self._tokenize, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False
+        )
         special = {token["content"]: token["id"] for token in specification["added_tokens"]}
         # The longest first: the tokenizers library takes the longest match where several begin.
         self.special_pattern = "|".join(map(literal, sorted(special, key=len, reverse=True)))
@@ -81,8 +85,6 @@ class BytePairGraph(tf.Module):
             neighbours[token[:-1], token[1:]] = True
         self.neighbours = neighbours.reshape(-1)
 
-    # Traced once for all signatures that tokenize.
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
     def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
         """Tokenizes.
 
@@ -92,6 +94,22 @@ class BytePairGraph(tf.Module):
         Returns:
             int32 `[batch, (tokens)]`.
         """
+        return self._traced(texts)
+
+    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
+        """Joins the bytes of tokens.
+
+        Args:
+            ids: int32 `[batch, (tokens)]`.
+
+        Returns:
+            string `[batch]`; what is not valid UTF-8 is replaced by U+FFFD.
+        """
+        pieces = ids.with_values(tf.gather(tf.constant(self.texts), ids.values))
+        joined = tf.strings.reduce_join(pieces, axis=-1)
+        return tf.strings.unicode_transcode(joined, "UTF-8", "UTF-8")
+
+    def _tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
         words, row, special = self._words(texts)
         # A special token goes along as one byte, which stands for its id.
         spelled = tf.where(special >= 0, "x", words)
@@ -107,19 +125,6 @@ class BytePairGraph(tf.Module):
         return tf.RaggedTensor.from_value_rowids(
             tf.cast(ids, tf.int32), tf.gather(row, word), nrows=tf.size(texts, tf.int64)
         )
-
-    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """Joins the bytes of tokens.
-
-        Args:
-            ids: int32 `[batch, (tokens)]`.
-
-        Returns:
-            string `[batch]`; what is not valid UTF-8 is replaced by U+FFFD.
-        """
-        pieces = ids.with_values(tf.gather(tf.constant(self.texts), ids.values))
-        joined = tf.strings.reduce_join(pieces, axis=-1)
-        return tf.strings.unicode_transcode(joined, "UTF-8", "UTF-8")
 
     def _words(self, texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Words `[n]`, the row of `texts` that each is from, its id if it is special, else -1."""

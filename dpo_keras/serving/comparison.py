@@ -12,6 +12,7 @@ import tensorflow as tf
 from dpo_keras.batching import ChatTemplate, TextEncoder, collate, tokenize_pairs
 from dpo_keras.losses import log_likelihood_ratio, preference_probabilities
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, Server, missing_reference, scores_of
 from dpo_keras.serving.verification import Call, largest_difference
 
@@ -127,7 +128,8 @@ class Comparison:
             template=self.template,
         )
         kept = list(range(len(rows))) if tokens.source is None else tokens.source.tolist()
-        return collate(tokens, np.arange(len(tokens))), kept
+        batch = collate(tokens, np.arange(len(tokens)))
+        return {**batch, **neutral_columns(len(tokens))}, kept
 
     def _score(self, examples: Examples) -> tuple[dict[str, Any], list[int]]:
         # Beside the shortest response there is, so that it does not shorten the prompt.

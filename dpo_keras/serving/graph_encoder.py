@@ -144,7 +144,7 @@ class GraphEncoder(tf.Module):
             responses: one or two string `[batch]`; number i is sequence i of the row.
 
         Returns:
-            The batch contract of `dpo_keras.batching`, with `weight` 1.
+            The batch contract of `dpo_keras.batching`, with `weight` 1 and `neutral_columns`.
         """
         prompt, parts = self.encode(prompts, responses)
         before = prompt.row_lengths()
@@ -172,6 +172,7 @@ class GraphEncoder(tf.Module):
             "target": _slots(target, 0),
             "owner": _slots(owner, -1),
             "weight": tf.ones_like(used[:, :1], tf.float32),
+            **neutral_columns(tf.shape(used)[0]),
         }
 
     def _begins(self, ids: tf.RaggedTensor) -> tf.Tensor:
@@ -179,6 +180,18 @@ class GraphEncoder(tf.Module):
         starts = [] if self.start is None else [self.start]
         first = _first(ids, tf.minimum(ids.row_lengths(), 1))
         return tf.reduce_any(_among(first, starts), axis=1)
+
+
+def neutral_columns(rows: Any) -> dict[str, tf.Tensor]:
+    """Columns that some losses want of every pair, and no score depends on.
+
+    Args:
+        rows: number of rows.
+
+    Returns:
+        `margin` `[rows, 1]` float32 and `group` `[rows, 1]` int32, all 0.
+    """
+    return {"margin": tf.zeros([rows, 1]), "group": tf.zeros([rows, 1], tf.int32)}
 
 
 def check_tokenization(
@@ -236,7 +249,19 @@ def _valid(texts: tf.Tensor) -> tf.Tensor:
 
 
 def rows_of(token: int, wanted: tf.Tensor) -> tf.RaggedTensor:
-    """One token in each row where it is wanted, none in the others."""
+    """One token in each row where it is wanted, none in the others.
+
+    Args:
+        token: an id.
+        wanted: bool `[batch]`.
+
+    Returns:
+        int32 `[batch, (0 or 1)]`.
+
+    Example:
+        >>> rows_of(2, tf.constant([True, False])).to_list()
+        [[2], []]
+    """
     count = tf.cast(wanted, tf.int64)
     tokens = tf.repeat(tf.constant(token, tf.int32), tf.reduce_sum(count))
     return tf.RaggedTensor.from_row_lengths(tokens, count)

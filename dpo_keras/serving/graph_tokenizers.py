@@ -51,8 +51,12 @@ class TracedTokenizer(tf.Module):
 
     def __init__(self, tokenizer: Any):
         super().__init__()
-        # Not the tokenizer itself: as a Keras layer it would be saved as one.
-        self._tokenize, self._detokenize = tokenizer.tokenize, tokenizer.detokenize
+        # Not the tokenizer itself: as a Keras layer it would be saved as one. Traced, because
+        # called as they are they would take another path.
+        texts = tf.TensorSpec([None], tf.string)
+        ids = tf.RaggedTensorSpec([None, None], tf.int32)
+        self._tokenize = tf.function(tokenizer.tokenize, input_signature=[texts])
+        self._detokenize = tf.function(tokenizer.detokenize, input_signature=[ids])
         self.resources = [v for v in vars(tokenizer).values() if _holds_a_table(v)]
 
     def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:

@@ -16,6 +16,8 @@ class ExportReport:
         path: the SavedModel, `<name>/<version>`.
         signatures: names of inputs and outputs of each signature.
         max_length: most tokens of prompt and response together.
+        answers: what the exported model answered to the examples, by signature and output; empty
+            where verification was skipped.
         differences: largest difference of each output to the model in Python (relative above 1),
             computed in a process without Keras; None where that was skipped.
         custom_operations: ops that the server needs beyond TensorFlow's own (tensorflow_text's,
@@ -28,6 +30,7 @@ class ExportReport:
     path: Path
     signatures: Mapping[str, Mapping[str, list[str]]]
     max_length: int
+    answers: Mapping[str, Mapping[str, list[Any]]]
     differences: Mapping[str, float] | None
     custom_operations: tuple[str, ...] | None
     size_bytes: int
@@ -87,6 +90,7 @@ class ExportReport:
             "version": self.version,
             "signatures": {name: dict(value) for name, value in self.signatures.items()},
             "max_length": self.max_length,
+            "answers": {name: dict(value) for name, value in self.answers.items()},
             "verified": self.verified,
             "differences": None if self.differences is None else dict(self.differences),
             "custom_operations": None

@@ -12,7 +12,7 @@ import tensorflow as tf
 from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.decoding import generate_ids, prompt_ids
-from dpo_keras.serving.graph_encoder import GraphEncoder
+from dpo_keras.serving.graph_encoder import GraphEncoder, neutral_columns
 from dpo_keras.training import DPOModel
 
 Outputs = dict[str, tf.Tensor]
@@ -134,14 +134,11 @@ def scores_of(loss: DPOLoss, outputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
     Returns:
         `[N, 2]`, in nats.
     """
-    zeros = tf.zeros_like(outputs["policy"])
-    # What a batch of training may bring along for the loss, and no score depends on.
-    neutral = {
-        "margin": zeros[:, 0],
-        "group": tf.zeros_like(zeros[:, 0], tf.int32),
-        "wpo_log_weight": zeros,
-    }
-    return loss.scores({**neutral, **outputs})
+    # No score depends on these, though some losses want them.
+    rows = tf.shape(outputs["policy"])[0]
+    columns = {name: column[:, 0] for name, column in neutral_columns(rows).items()}
+    weights = {"wpo_log_weight": tf.zeros_like(outputs["policy"])}
+    return loss.scores({**columns, **weights, **outputs})
 
 
 def missing_reference(model: Any) -> str | None:

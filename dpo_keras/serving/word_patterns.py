@@ -13,8 +13,10 @@ from dpo_keras.errors import InputError
 # RE2 knows only ASCII by \s; the tokenizers library follows Unicode's White_Space.
 _SPACE = r"\t-\r \x{85}\p{Z}"
 _SPACE_NO_NEWLINE = r"\t\x{0b}\f \x{85}\p{Z}"
-_LAST_SPACE = f"([{_SPACE_NO_NEWLINE}])([{_SPACE_NO_NEWLINE}][^{_SPACE}])"
-_LOOKAHEAD = r"\s+(?!\S)|"
+_LAST_SPACE = f"([{_SPACE}])([{_SPACE}][^{_SPACE}])"
+# For patterns that take all spaces up to a line end together, whatever follows.
+_LAST_SPACE_OF_LINE = f"([{_SPACE_NO_NEWLINE}])([{_SPACE_NO_NEWLINE}][^{_SPACE}])"
+_LOOKAHEAD, _TO_LINE_END = r"\s+(?!\S)|", r"\s*[\r\n]+|"
 # No valid UTF-8 text holds this byte, so it can mark a cut without meeting one in the text.
 _CUT = b"\xff"
 
@@ -25,9 +27,10 @@ class WordPattern:
 
     Args:
         pattern: a regular expression of RE2.
-        guarded: whether the last of several spaces goes with the next word. That is what
+        last_space: a pattern for the last of several spaces before a word, which goes with that
+            word: group 1 is the space before it, group 2 that space and what follows. This is what
             `\s+(?!\S)` does in the patterns of most language models; RE2 has no lookahead, so the
-            text is cut there first.
+            text is cut there first. None where the pattern has no such part.
 
     Example:
         >>> print(WordPattern.read({"Regex": r" ?\w+|\s+(?!\S)|\s+"}))
@@ -38,7 +41,7 @@ class WordPattern:
     """
 
     pattern: str
-    guarded: bool = False
+    last_space: str | None = None
 
     @classmethod
     def read(cls, pattern: dict[str, str]) -> WordPattern | None:
@@ -67,8 +70,8 @@ class WordPattern:
         Returns:
             string `[n, (words)]`, none of them empty.
         """
-        if self.guarded:
-            texts = tf.strings.regex_replace(texts, _LAST_SPACE, b"\\1" + _CUT + b"\\2")
+        if self.last_space is not None:
+            texts = tf.strings.regex_replace(texts, self.last_space, b"\\1" + _CUT + b"\\2")
         return split(texts, self.pattern)
 
 
@@ -167,8 +170,10 @@ def read_pre_tokenizer(specification: dict[str, Any]) -> tuple[list[WordPattern]
     return patterns, prefix_space
 
 
-def _re2(pattern: str) -> tuple[str, bool]:
-    guarded = _LOOKAHEAD in pattern
+def _re2(pattern: str) -> tuple[str, str | None]:
+    last_space = None
+    if _LOOKAHEAD in pattern:
+        last_space = _LAST_SPACE_OF_LINE if _TO_LINE_END in pattern else _LAST_SPACE
     pattern = pattern.replace(_LOOKAHEAD, "")
     written, inside, place = "", False, 0
     while place < len(pattern):
@@ -180,6 +185,6 @@ def _re2(pattern: str) -> tuple[str, bool]:
         elif step == r"\S" and not inside:
             step = f"[^{_SPACE}]"
         elif step in (r"\S", r"\w", r"\W", r"\d", r"\D", r"\b", r"\B"):
-            return "(?!)", False  # Unicode there, ASCII here: let RE2 refuse it
+            return "(?!)", None  # Unicode there, ASCII here: let RE2 refuse it
         written += step
-    return written, guarded
+    return written, last_space

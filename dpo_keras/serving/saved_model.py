@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from dpo_keras.serving.graph_encoder import GraphEncoder, check_tokenization
 from dpo_keras.serving.report import ExportReport
 from dpo_keras.serving.signatures import INPUTS, Decoding, Server, missing_reference, trace
 from dpo_keras.serving.verification import check_graph, run_standalone
+from dpo_keras.serving.versions import staged, version_path
 from dpo_keras.serving.warmup import write_warmup_requests
 
 SIGNATURES = tuple(INPUTS)
@@ -34,7 +31,7 @@ def export(
     path: str | Path,
     *,
     max_length: int | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     signatures: Sequence[str] = SIGNATURES,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -69,7 +66,8 @@ def export(
             the next free version in that directory.
         max_length: most tokens of prompt and response together; longer prompts are cut from the
             left. By default the preprocessor's `sequence_length`.
-        max_new_tokens: longest text of `generate`.
+        max_new_tokens: longest text of `generate`, in tokens. By default 64, or half of
+            `max_length` where that is less.
         signatures: which to write.
         temperature: of `generate`. 0 always takes the likeliest token; above 0 each request draws
             afresh.
@@ -100,13 +98,23 @@ def export(
     policy = getattr(model, "policy", model)
     preprocessor = preprocessor or getattr(policy, "preprocessor", None)
     max_length = max_length or getattr(preprocessor, "sequence_length", None) or 1024
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(64, max_length // 2))
     decoding = Decoding(max_new_tokens, temperature, top_p)
-    names, notes = _signatures(model, signatures)
-    problems = _problems(policy, preprocessor, max_length, decoding, names)
+    problems = _problems(policy, preprocessor, max_length, decoding)
+    settled: list[Any] = []
+    for settle in (
+        lambda: version_path(path),
+        lambda: get_template(template),
+        lambda: _signatures(model, signatures),
+    ):
+        try:
+            settled.append(settle())
+        except InputError as error:
+            problems += error.problems
     if problems:
         raise InputError(problems)
-    target = version_path(path)
-    chat = get_template(template)
+    target, chat, (names, notes) = settled
 
     stage("tokenizer")
     encoder = GraphEncoder(preprocessor, max_length, chat)
@@ -118,24 +126,16 @@ def export(
     stage("tracing")
     keeper, functions = trace(server, names)
     given = {"serving_default": functions[names[0]], **functions}
-    with _staged(target) as partial:
+    with staged(target) as partial:
         stage("writing")
         tf.saved_model.save(keeper, str(partial), signatures=given)
         write_warmup_requests(partial, target.parent.name, calls(names, examples))
         _write_settings(partial, encoder, decoding, chat, names)
         check_graph(partial)
-        differences: dict[str, float] | None = None
-        custom: tuple[str, ...] | None = None
+        verified: dict[str, Any] = {}
         if verify:
             stage("verifying")
-            found = run_standalone(partial, [*calls(names, examples), *calls(names, EMPTY)])
-            comparison = Comparison(server, preprocessor, chat)
-            differences = {}
-            for name, answers in zip(names, found["outputs"], strict=False):
-                differences |= comparison.check(name, answers, examples)
-            for name, answers in zip(names, found["outputs"][len(names) :], strict=True):
-                comparison.check_finite(name, answers)
-            custom = tuple(found["custom_operations"])
+            verified = _verify(partial, server, names, examples, preprocessor, chat)
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     return ExportReport(
         path=target,
@@ -144,62 +144,13 @@ def export(
             for name, f in functions.items()
         },
         max_length=max_length,
-        differences=differences,
-        custom_operations=custom,
+        answers=verified.get("answers", {}),
+        differences=verified.get("differences"),
+        custom_operations=verified.get("custom_operations"),
         size_bytes=size,
         seconds=time.monotonic() - began,
         notes=tuple(notes),
     )
-
-
-def next_version(path: str | Path) -> int:
-    """The version after the last one in a model's directory.
-
-    Args:
-        path: the directory that holds the versions; it need not exist.
-
-    Returns:
-        1 for a new model.
-
-    Example:
-        >>> next_version("saved_models/no_such_model")
-        1
-    """
-    folder = Path(path)
-    versions = [
-        int(entry.name)
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if entry.is_dir() and entry.name.isdecimal()
-    ]
-    return max(versions, default=0) + 1
-
-
-def version_path(path: str | Path) -> Path:
-    """Where a version is to be written: `path` if it ends in a number, else its next version.
-
-    Args:
-        path: `<name>/<version>`, or `<name>`.
-
-    Returns:
-        The absolute path of a version that does not exist yet.
-
-    Raises:
-        InputError: the version exists, or something that is no directory is in the way.
-    """
-    given = Path(path).absolute()
-    if not given.name.isdecimal():
-        given = given / str(next_version(given))
-    if given.exists():
-        raise InputError(
-            f"path {given} exists already. Versions are never overwritten, because a server may be "
-            f"reading them; the next free one is {given.parent / str(next_version(given.parent))}."
-        )
-    for parent in given.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise InputError(f"path {given} cannot be made: {parent} is a file.")
-            break
-    return given
 
 
 def _signatures(model: Any, names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -216,9 +167,7 @@ def _signatures(model: Any, names: Sequence[str]) -> tuple[tuple[str, ...], list
     return kept, notes
 
 
-def _problems(
-    policy: Any, preprocessor: Any, max_length: int, decoding: Decoding, names: Sequence[str]
-) -> list[str]:
+def _problems(policy: Any, preprocessor: Any, max_length: int, decoding: Decoding) -> list[str]:
     problems = []
     if not isinstance(policy, keras.Model):
         problems.append(f"model must be a DPOModel or a keras.Model, got {type(policy).__name__}.")
@@ -233,7 +182,7 @@ def _problems(
         problems.append(f"max_length must be at least 4{most}, got {max_length}.")
     if decoding.max_new_tokens < 1:
         problems.append(f"max_new_tokens must be >= 1, got {decoding.max_new_tokens}.")
-    elif "generate" in names and decoding.max_new_tokens > max_length - 2:
+    elif decoding.max_new_tokens > max_length - 2:
         problems.append(
             f"max_new_tokens must leave room for a prompt of 2 tokens within max_length="
             f"{max_length}, got {decoding.max_new_tokens}."
@@ -250,22 +199,24 @@ def _problems(
     return problems
 
 
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A directory beside `target` that becomes `target`, or vanishes."""
-    # Servers look only at names that are whole numbers.
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            os.rename(partial, target)
-        except (OSError, tf.errors.OpError) as error:
-            raise OSError(
-                f"the model could not be written to {target} ({error}); nothing was left there."
-            ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _verify(
+    path: Path,
+    server: Server,
+    names: Sequence[str],
+    examples: Examples,
+    preprocessor: Any,
+    template: ChatTemplate | None,
+) -> dict[str, Any]:
+    found = run_standalone(path, [*calls(names, examples), *calls(names, EMPTY)])
+    answers = dict(zip(names, found["outputs"], strict=False))
+    blank = dict(zip(names, found["outputs"][len(names) :], strict=True))
+    comparison = Comparison(server, preprocessor, template)
+    differences: dict[str, float] = {}
+    for name in names:
+        differences |= comparison.check(name, answers[name], examples)
+        comparison.check_finite(name, blank[name])
+    custom = tuple(found["custom_operations"])
+    return {"answers": answers, "differences": differences, "custom_operations": custom}
 
 
 def _write_settings(
