@@ -50,7 +50,7 @@ def mend_word_splits(tokenizer: Any) -> bool:
         False
     """
     pattern = WORD_SPLITS.get(type(tokenizer).__name__)
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend: Any = getattr(tokenizer, "_tokenizer", None)
     if pattern is None or not hasattr(backend, "pre_tokenizer"):
         return False
     from tokenizers import Regex, pre_tokenizers
