@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_keras.app.faults import Fault
-from dpo_keras.app.sections import Data, Evaluation, Export, Model, Warmup
+from dpo_keras.app.sections import Data, Evaluation, Export, Model, Training, Warmup
 
 
 def _lengths_fit(model: Model, data: Data) -> Iterator[Fault]:
@@ -55,12 +55,21 @@ def _adapters_hold_the_warm_up(
         )
 
 
+def _only_a_copy_moves(training: Training, reference: str) -> Iterator[Fault]:
+    if training.sync_reference is not None and reference != "frozen_copy":
+        yield Fault(
+            ("training", "sync_reference"),
+            f"needs reference: frozen_copy, the only one that can move; got {reference}.",
+        )
+
+
 CROSS_RULES = (
     (("model", "data"), _lengths_fit),
     (("data", "evaluation"), _answers_fit),
     (("data", "export"), _exported_answers_fit),
     (("model", "reference"), _adapters_need_lora),
     (("model", "warmup", "reference"), _adapters_hold_the_warm_up),
+    (("training", "reference"), _only_a_copy_moves),
 )
 
 

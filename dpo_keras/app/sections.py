@@ -162,6 +162,18 @@ class Warmup(Optimization):
     learning_rate: Positive = 2e-5
 
 
+class ReferenceSync(Section):
+    """A reference that follows the policy: TR-DPO (arXiv 2404.09656).
+
+    Args:
+        every: steps between updates of the reference.
+        alpha: share of the policy in the new reference; 1 replaces it.
+    """
+
+    every: Count = 512
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+
+
 class Training(Optimization):
     """Preference training.
 
@@ -173,7 +185,8 @@ class Training(Optimization):
         evaluate_every: steps between evaluations on the held-out pairs; null: once per epoch.
         checkpoint_every: steps between checkpoints; null: once per epoch.
         keep_checkpoints: how many of the newest are kept.
-        buckets: how many lengths batches come in; each costs one trace.
+        buckets: how many lengths batches come in; each is a shape that XLA compiles.
+        sync_reference: how the reference follows the policy; null: it stays.
     """
 
     gradient_accumulation: Count = 1
@@ -184,6 +197,7 @@ class Training(Optimization):
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
     buckets: Count = 4
+    sync_reference: ReferenceSync | None = None
 
 
 class Loss(BaseModel):

@@ -180,7 +180,7 @@ def train_policy(
 
     from dpo_keras.training.recipes import train_preferences
 
-    config, run = context.config, context.run
+    config, run, sync = context.config, context.run, context.config.training.sync_reference
     context.progress.stage("Preference training")
     callbacks: list[Any] = []
     if run.writes:
@@ -203,6 +203,7 @@ def train_policy(
         log=run.path / "metrics.jsonl",
         progress=context.stepping(),
         callbacks=callbacks,
+        sync_reference=None if sync is None else (sync.every, sync.alpha),
     )
 
 

@@ -15,7 +15,13 @@ import tensorflow as tf
 
 from dpo_keras.batching import TokenizedPairs, preference_dataset, steps_per_epoch
 from dpo_keras.errors import InputError
-from dpo_keras.training.callbacks import Progress, RunCheckpoint, RunLog, StopOnNonFinite
+from dpo_keras.training.callbacks import (
+    Progress,
+    RunCheckpoint,
+    RunLog,
+    StopOnNonFinite,
+    SyncReference,
+)
 from dpo_keras.training.checkpoints import load_checkpoint
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.policy_trainer import PolicyTrainer
@@ -178,7 +184,8 @@ def train_preferences(
             a checkpoint come; by default one pass over the data), `checkpoints` (directory),
             `checkpoint_every` (steps, besides), `keep` (how many), `resume` (go on from the newest
             checkpoint), `save` (False on workers that are not chief), `log` (JSONL path),
-            `progress` (function, see `callbacks.Progress`), `callbacks`, `verbose`.
+            `progress` (function, see `callbacks.Progress`), `sync_reference` (every, alpha: see
+            `callbacks.SyncReference`), `callbacks`, `verbose`.
 
     Returns:
         Steps taken in all, earlier runs included.
@@ -251,6 +258,7 @@ def _fit(
     log: Path | None = None,
     progress: Report | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    sync_reference: tuple[int, float] | None = None,
     validation_data: tf.data.Dataset | None = None,
     verbose: int = 0,
 ) -> int:
@@ -274,6 +282,8 @@ def _fit(
         ours.append(RunLog(log, start_step=position))
     if progress is not None:
         ours.append(Progress(progress, start_step=position, steps=steps))
+    if sync_reference is not None:
+        ours.append(SyncReference(*sync_reference, start_step=position))
     ours += callbacks
     if checkpoints is not None:
         ours.append(RunCheckpoint(checkpoints, checkpoint_every, keep, position, save))

@@ -186,3 +186,14 @@ def test_python_users_build_the_same_configuration_from_keywords():
     assert config == parse_config(MINIMAL)
     with pytest.raises(ValueError, match="greater than 0"):
         Config(model={"path": "x"}, data={"path": "x"}, training={"learning_rate": 0})
+
+
+def test_only_a_frozen_copy_can_follow_the_policy():
+    text = MINIMAL + "reference: auto\ntraining: {sync_reference: {every: 8, alpha: 2}}\n"
+    assert any("training.sync_reference.alpha" in problem for problem in problems(text))
+    (problem,) = problems(MINIMAL + "training: {sync_reference: {every: 8}}\n")
+    assert "needs reference: frozen_copy" in problem
+    config = parse_config(
+        MINIMAL + "reference: frozen_copy\ntraining: {sync_reference: {every: 8}}\n"
+    )
+    assert config.training.sync_reference.alpha == 0.6

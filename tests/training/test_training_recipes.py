@@ -94,6 +94,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
 
 
+def test_a_moving_reference_is_where_it_was_after_an_interruption(tokenized, tmp_path):
+    options = {"sync_reference": (3, 0.5)}
+    whole = run(tmp_path / "whole", tokenized, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", tokenized, stop_after=5, **options)
+    resumed = run(tmp_path / "cut", tokenized, resume=True, **options)
+    for one, other in zip(resumed.reference.copies, whole.reference.copies, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
