@@ -20,6 +20,7 @@ from dpo_keras.app.stages import (
     Context,
     check_steps,
     is_chief,
+    leave_together,
     train_policy,
     warm_up_policy,
 )
@@ -96,6 +97,8 @@ def train(
 
     started = time.monotonic()
     progress = progress or Silent()
+    if os.environ.get("TF_CONFIG") and config.training.strategy in ("auto", "multi_worker"):
+        progress.stage("Waiting for all workers that TF_CONFIG names")
     # First of all: a strategy must be made before TensorFlow has set up its devices.
     replicas = strategy(config.training.strategy)
     run = start_run(config, resume, given, writes=is_chief())
@@ -146,6 +149,7 @@ def train(
             result.export = export_trained(run, model, examiner.chosen, progress)
     result.seconds = time.monotonic() - started
     run.write("result.json", result.as_dict())
+    leave_together(replicas)
     return result
 
 

@@ -71,6 +71,25 @@ def is_chief() -> bool:
     return task.get("type", "worker") in ("chief", "worker") and int(task.get("index", 0)) == 0
 
 
+def leave_together(strategy: Any) -> None:
+    """Waits until every worker has come to this place.
+
+    A worker that leaves while the chief still writes would be taken for one that crashed.
+
+    Args:
+        strategy: of the run; one of a single worker does not wait.
+    """
+    import tensorflow as tf
+
+    @tf.function
+    def count_workers() -> tf.Tensor:
+        ones = strategy.run(lambda: tf.constant(1.0))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, ones, axis=None)
+
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        count_workers()
+
+
 def optimizer_of(settings: Optimization, pairs: int, accumulation: int = 1) -> Any:
     """Makes the optimizer of a section.
 
