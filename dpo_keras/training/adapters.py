@@ -31,8 +31,7 @@ def serialized_policy(policy: keras.Model) -> dict[str, Any]:
     config.pop("compile_config", None)
     backbone = getattr(policy, "backbone", None)
     tied = getattr(getattr(backbone, "token_embedding", None), "tie_weights", None)
-    takes = inspect.signature(type(backbone)).parameters
-    if tied is not None and "tie_word_embeddings" in takes:
+    if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
     return config
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from tiny import gpt2, llama
+from tiny import gpt2, llama, plain_model
 
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import DPOModel, callbacks
@@ -24,8 +24,13 @@ def trained(make, dataset, loss=None):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: gpt2(num_layers=1), with_lora, lambda: llama(num_layers=1, tie_word_embeddings=True)],
-    ids=["full", "lora", "tied_llama"],
+    [
+        lambda: gpt2(num_layers=1),
+        with_lora,
+        lambda: llama(num_layers=1, tie_word_embeddings=True),
+        plain_model,
+    ],
+    ids=["full", "lora", "tied_llama", "of_ones_own"],
 )
 def test_a_saved_model_evaluates_and_goes_on_as_the_original(make, dataset, tmp_path):
     """The reference is state of its own: trl#6443 evaluated a policy against itself."""
