@@ -1,12 +1,15 @@
 """Checkpoints that are whole or not there."""
 
+import errno
 import json
+import math
 import os
 import pathlib
 import shutil
 from typing import Any
 
 import keras
+import numpy as np
 
 from dpo_keras.errors import InputError
 
@@ -83,6 +86,7 @@ def save_checkpoint(
     partial = directory / f".partial-{step:08d}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        _check_room(model, directory)
         partial.mkdir()
         model.save_weights(partial / _WEIGHTS)
         size = (partial / _WEIGHTS).stat().st_size
@@ -95,9 +99,12 @@ def save_checkpoint(
     except Exception as error:
         kept = latest_checkpoint(directory)
         last = "there is no earlier one" if kept is None else f"the last good one is {kept[1].name}"
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        reason = os.strerror(errno.ENOSPC) if full else str(error)
         raise OSError(
-            f"checkpoint at step {step} could not be written to {directory} ({error}); {last}. "
-            "Free some space and go on with --resume."
+            f"checkpoint at step {step} could not be written to {directory} ({reason}); {last}. "
+            + ("Free some space and go" if full else "Mend that and go")
+            + " on with --resume."
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -159,6 +166,18 @@ def _checkpoints(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
         except (OSError, ValueError, KeyError):
             continue
     return sorted(found)
+
+
+def _check_room(model: keras.Model, directory: pathlib.Path) -> None:
+    # HDF5 cannot close a file on a full disk: it fails now, and again as a crash when Python ends.
+    variables = [*model.variables, *model.optimizer.variables]
+    needed = sum(math.prod(v.shape) * _bytes(v.dtype) + 4096 for v in variables)
+    if shutil.disk_usage(directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _bytes(dtype: Any) -> int:
+    return np.dtype(keras.backend.standardize_dtype(dtype).replace("bfloat16", "float16")).itemsize
 
 
 def _flush(path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,18 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(policy, tmp_path, 
     with pytest.raises(OSError, match=r"No space left.*last good one is step-00000004.*--resume"):
         save_checkpoint(model, tmp_path, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(policy, tmp_path, monkeypatch):
+    """HDF5 takes the whole process down when it cannot close a file."""
+    model = DPOModel(policy)
+    model.compile("adam")
+    size = (save_checkpoint(model, tmp_path, 4) / "state.weights.h5").stat().st_size
+    usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(model, "save_weights", lambda path: pytest.fail("tried to write"))
+    with pytest.raises(OSError, match=r"No space left on device\); the last good one is step-0*4"):
+        save_checkpoint(model, tmp_path, 8)
 
 
 def test_a_half_written_checkpoint_is_never_loaded(policy, tmp_path):
