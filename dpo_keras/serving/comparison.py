@@ -139,7 +139,12 @@ class Comparison:
         expected = {"log_prob": _column(scored["logps"]), "tokens": _column(scored["lengths"])}
         if missing_reference(self.server.model) is None:
             model = self.server.model
-            expected["reward"] = _column(scores_of(model.preference_loss, model.outputs(batch)))
+            outputs = dict(model.outputs(batch))
+            # On its own, a response is shared with nothing shorter (LD-DPO).
+            for name in ("policy", "reference"):
+                if f"{name}_shared" in outputs:
+                    outputs[f"{name}_shared"] = outputs[name]
+            expected["reward"] = _column(scores_of(model.preference_loss, outputs))
         return expected, kept
 
     def _prefer(self, examples: Examples) -> tuple[dict[str, Any], list[int]]:
@@ -155,6 +160,8 @@ class Comparison:
 
     def _generate(self, examples: Examples) -> tuple[dict[str, Any], list[int]]:
         server = self.server
+        if server.decoding.temperature > 0:
+            return {}, []  # drawn afresh each time: there is nothing to compare
         before = server.prompt_ids(tf.constant([prompt for prompt, *_ in examples]))
         new = server.continue_ids(before).to_list()
         decided = self._check_likeliest(before.to_list(), new)
@@ -164,7 +171,12 @@ class Comparison:
             row = [token for token in row if token not in server.special_ids]
             texts.append(_text(tokenizer.detokenize([row])) if row else "")
         # Where two tokens are as good as equal, rounding decides, and either text is right.
-        return {"text": [texts[row] for row in decided]}, decided
+        columns: dict[str, list[Any]] = {
+            "text": texts,
+            "tokens": [len(row) for row in new],
+            "finished": [len(row) < server.decoding.max_new_tokens for row in new],
+        }
+        return {key: [values[row] for row in decided] for key, values in columns.items()}, decided
 
     def _check_likeliest(self, before: list[list[int]], new: list[list[int]]) -> list[int]:
         """Makes sure that generation by the graph's key-value cache agrees with a forward pass.

@@ -47,7 +47,7 @@ def export(
     |---|---|---|
     | `score`, `serving_default` | `prompt`, `response` | `log_prob`, `reward`, `tokens` (int32) |
     | `prefer` | `prompt`, `response_a`, `response_b` | `probability_a`, `probability_b`, `llr` |
-    | `generate` | `prompt` | `text` (string) |
+    | `generate` | `prompt` | `text` (string), `tokens` (int32), `finished` (bool) |
 
     With S = beta (log pi - log pi_ref) (or whatever score the model's loss compares):
     `reward` = S(response), `llr` = S(a) - S(b), `probability_a` = sigmoid(llr). Where there is no
@@ -88,10 +88,6 @@ def export(
             version that exists.
         RuntimeError: the exported model fails or answers otherwise than the model in Python.
         OSError: it could not be written; nothing is left at `path`.
-
-    Example:
-        >>> report = dpo_keras.export(model, "saved_models/support/1")  # doctest: +SKIP
-        >>> print(report.summary())                                     # doctest: +SKIP
     """
     began = time.monotonic()
     stage = on_stage or (lambda name: None)

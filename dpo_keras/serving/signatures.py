@@ -95,12 +95,18 @@ class Server:
         }
 
     def generate(self, prompt: tf.Tensor) -> Outputs:
-        """A response to each prompt, without the prompt."""
-        ids = self.continue_ids(self.prompt_ids(prompt))
+        """A response to each prompt, its number of tokens, and whether it came to its end."""
+        new = self.continue_ids(self.prompt_ids(prompt))
         special = tf.constant(self.special_ids or (-1,), tf.int32)
-        kept = tf.reduce_all(ids.values[:, None] != special[None, :], axis=1)
-        ids = tf.ragged.boolean_mask(ids, ids.with_values(kept))
-        return {"text": self.encoder.tokenizer.detokenize(ids)}
+        kept = tf.reduce_all(new.values[:, None] != special[None, :], axis=1)
+        shown = tf.ragged.boolean_mask(new, new.with_values(kept))
+        count = tf.cast(new.row_lengths(), tf.int32)
+        # More than one output also keeps its name over REST; a single one would lose it.
+        return {
+            "text": self.encoder.tokenizer.detokenize(shown),
+            "tokens": count,
+            "finished": count < self.decoding.max_new_tokens,
+        }
 
     def prompt_ids(self, prompt: tf.Tensor) -> tf.RaggedTensor:
         """Ids that generation goes on from, int32 `[batch, (tokens)]`."""

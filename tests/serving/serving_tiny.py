@@ -1,11 +1,13 @@
 """Tiny policies with real tokenizers: byte-level BPE, and SentencePiece of two kinds."""
 
+import functools
 import io
-import json
+import itertools
+from collections import Counter
 
 import keras
 import keras_hub
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 12345 o'clock!",
@@ -16,19 +18,36 @@ CORPUS = [
 LENGTH = 64
 
 
-def bpe(size=400):
-    """Vocabulary and merges of a byte-level BPE whose end of text is not the pad id 0."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [" ".join(pair) for pair in model["merges"]]
+@functools.cache
+def bpe(merges=140):
+    """Vocabulary and merges of a byte-level BPE whose end of text is not the pad id 0.
+
+    Trained here, because the trainer of the tokenizers library breaks ties by chance.
+    """
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = Counter(tuple(word) for text in CORPUS for word, _ in cut.pre_tokenize_str(text))
+    tokens = ["<pad>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    rules = []
+    for _ in range(merges):
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        rules.append(" ".join(best))
+        tokens.append("".join(best))
+        words = Counter({_merge(word, best): count for word, count in words.items()})
+    tokens = list(dict.fromkeys(tokens))
+    return {token: number for number, token in enumerate(tokens)}, rules
+
+
+def _merge(word, pair):
+    merged, place = [], 0
+    while place < len(word):
+        width = 2 if word[place : place + 2] == pair else 1
+        merged.append("".join(word[place : place + width]))
+        place += width
+    return tuple(merged)
 
 
 def sentencepiece(kind):

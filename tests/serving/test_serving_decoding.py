@@ -1,6 +1,7 @@
 """Generation in the graph: KerasHub's greedy text, without XLA; sampling; any Keras model."""
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import serving_tiny
@@ -53,6 +54,39 @@ def test_greedy_text_is_kerashubs(family, request):
     assert texts(concrete(tf.constant(prompts[:1]))) == found[:1]
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("Mistral", {"num_query_heads": 4, "num_key_value_heads": 2, "sliding_window": 6}),
+        ("Bloom", {"num_heads": 4}),
+        ("Qwen3", {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 8}),
+    ],
+)
+def test_other_families_generate_what_a_forward_pass_finds_likeliest(family, sizes):
+    keras.utils.set_random_seed(0)
+    shape = {"vocabulary_size": 97, "num_layers": 2, "hidden_dim": 32, "intermediate_dim": 64}
+    backbone = getattr(keras_hub.models, f"{family}Backbone")(**shape, **sizes)
+    for weight in backbone.weights:
+        weight.assign(keras.random.normal(weight.shape, stddev=0.25))
+    policy = getattr(keras_hub.models, f"{family}CausalLM")(backbone=backbone, preprocessor=None)
+    prompts = [[5, 6, 7], [9] * 11, [60]]
+    function = tf.function(
+        lambda ids: generate_ids(policy, ids, stops=[96], pad=0, max_new_tokens=6),
+        input_signature=[tf.RaggedTensorSpec([None, None], tf.int32)],
+        autograph=False,
+    ).get_concrete_function()
+    assert not [op for op in operations(function) if op.startswith("Xla")]
+    for prompt in prompts:
+        (new,) = function(tf.ragged.constant([prompt], dtype=tf.int32)).to_list()
+        ids = np.array([prompt + new], np.int32)
+        logits = policy({"token_ids": ids, "padding_mask": np.ones_like(ids)}, training=False)
+        likeliest = np.argmax(logits[0], axis=-1)[len(prompt) - 1 :].tolist()
+        assert (new + [96])[: len(likeliest)][:6] == likeliest[:6]
+    together = function(tf.ragged.constant(prompts, dtype=tf.int32)).to_list()
+    alone = [function(tf.ragged.constant([p], dtype=tf.int32)).to_list()[0] for p in prompts]
+    assert together == alone
+
+
 def test_generation_agrees_with_that_of_evaluation(llama):
     expected = generate_responses(
         llama, PROMPTS, max_new_tokens=8, temperature=0, max_length=48, batch_size=4
@@ -78,6 +112,18 @@ def test_a_stop_ends_a_response_and_is_left_out(llama):
     stopped = generate_ids(llama, ids, stops=[stop], pad=0, max_new_tokens=8).to_list()
     assert stopped[0] == free[0][: free[0].index(stop)]
     assert stopped[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
+
+
+def test_a_response_says_whether_it_came_to_its_end(llama):
+    serving = server(llama, max_new_tokens=8)
+    found = serving.generate(tf.constant(PROMPTS))
+    tokens, finished = found["tokens"].numpy(), found["finished"].numpy()
+    assert finished.tolist() == (tokens < 8).tolist()
+    ids = serving.continue_ids(serving.prompt_ids(tf.constant(PROMPTS[:1]))).to_list()[0]
+    serving.encoder.stops = [ids[3]]
+    found = serving.generate(tf.constant(PROMPTS[:1]))
+    assert found["tokens"].numpy().tolist() == [ids.index(ids[3])]
+    assert found["finished"].numpy().tolist() == [True]
 
 
 def test_long_prompts_are_cut_from_the_left_and_keep_their_start(llama):

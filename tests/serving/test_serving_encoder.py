@@ -134,9 +134,9 @@ def test_a_template_that_does_more_than_put_text_around_words_is_refused(gpt2):
             check_tokenization(graph, gpt2.preprocessor, template)
 
 
-def test_a_graph_that_tokenizes_otherwise_is_refused(gpt2):
-    graph = GraphEncoder(gpt2.preprocessor, 64)
-    check_tokenization(graph, gpt2.preprocessor)
+def test_a_graph_that_tokenizes_otherwise_is_refused(llama):
+    graph = GraphEncoder(llama.preprocessor, 64)
+    check_tokenization(graph, llama.preprocessor)
     graph.start = None
     with pytest.raises(InputError, match="other ids in a graph than in training"):
-        check_tokenization(graph, gpt2.preprocessor)
+        check_tokenization(graph, llama.preprocessor)

@@ -73,7 +73,14 @@ def test_every_input_and_output_has_its_name_and_the_batch_first(signatures):
             {"prompt": [None], "response_a": [None], "response_b": [None]},
             {key: ([None], "float32") for key in ("probability_a", "probability_b", "llr")},
         ),
-        "generate": ({"prompt": [None]}, {"text": ([None], "string")}),
+        "generate": (
+            {"prompt": [None]},
+            {
+                "text": ([None], "string"),
+                "tokens": ([None], "int32"),
+                "finished": ([None], "bool"),
+            },
+        ),
     }
 
 
@@ -169,10 +176,14 @@ def test_adapters_and_a_template_are_served(tmp_path):
 
 
 def test_a_policy_alone_has_no_reward_and_says_so(llama, tmp_path):
-    report = export(llama, tmp_path / "alone" / "1", max_new_tokens=4, verify=False)
+    path = tmp_path / "alone" / "1"
+    report = export(llama, path, max_new_tokens=4, temperature=0.8, top_p=0.9)
     assert set(report.signatures) == {"score", "generate"}
     assert report.signatures["score"]["outputs"] == ["log_prob", "tokens"]
-    assert "DPOModel" in report.notes[0] and "Not verified" in report.summary()
+    assert "DPOModel" in report.notes[0] and report.notes[0] in report.summary()
+    # What is drawn afresh cannot be compared.
+    assert set(report.differences) == {"score.log_prob", "score.tokens"}
+    assert len(report.answers["generate"]["text"]) == 3
     loaded = tf.saved_model.load(str(report.path)).signatures
     found = ask(loaded["score"], prompt=["Hello"], response=["I am fine"])
     expected, _ = response_log_probs(llama, ["Hello"], ["I am fine"])
@@ -197,8 +208,8 @@ def test_rewards_are_served_where_they_can_be_computed_from_new_texts(
             export(model, tmp_path / "none", signatures=("prefer",), verify=False)
 
 
-def test_a_model_of_the_users_own_is_served(gpt2, tmp_path):
-    preprocessor = gpt2.preprocessor
+def test_a_model_of_the_users_own_is_served(llama, tmp_path):
+    preprocessor = llama.preprocessor
     policy = serving_tiny.plain(preprocessor.tokenizer.vocabulary_size())
     model = DPOModel(policy)
     model.compile(optimizer="sgd", loss=DPOLoss("sigmoid"))
@@ -247,7 +258,7 @@ def test_a_file_in_the_way_is_named(tmp_path):
         (RuntimeError("wrong"), RuntimeError, "wrong"),
     ],
 )
-def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch, fault, error, says):
+def test_a_failed_export_leaves_nothing(llama, tmp_path, monkeypatch, fault, error, says):
     def half(module, path, signatures):
         tf.io.gfile.makedirs(path)
         tf.io.gfile.GFile(f"{path}/saved_model.pb", "w").write("half of it")
@@ -255,15 +266,15 @@ def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch, fault, err
 
     monkeypatch.setattr(tf.saved_model, "save", half)
     with pytest.raises(error, match=says):
-        export(model, tmp_path / "full" / "1", signatures=("score",))
+        export(llama, tmp_path / "full" / "1", signatures=("score",))
     assert list((tmp_path / "full").iterdir()) == []
 
 
-def test_an_export_that_answers_wrongly_is_not_kept(model, tmp_path, monkeypatch):
+def test_an_export_that_answers_wrongly_is_not_kept(llama, tmp_path, monkeypatch):
     def altered(path, calls):
         rows = len(calls[0][1]["prompt"])
         blank = len(calls[1][1]["prompt"])
-        score = {"log_prob": [-1.0] * rows, "tokens": [1] * rows, "reward": [0.0] * rows}
+        score = {"log_prob": [-1.0] * rows, "tokens": [1] * rows}
         return {
             "outputs": [score, {"log_prob": [0.0] * blank}],
             "custom_operations": [],
@@ -271,7 +282,7 @@ def test_an_export_that_answers_wrongly_is_not_kept(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(saved_model, "run_standalone", altered)
     with pytest.raises(RuntimeError, match="answers otherwise than the model in Python: score"):
-        export(model, tmp_path / "wrong" / "1", signatures=("score",))
+        export(llama, tmp_path / "wrong" / "1", signatures=("score",))
     assert not (tmp_path / "wrong" / "1").exists()
 
 
