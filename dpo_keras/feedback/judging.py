@@ -60,9 +60,12 @@ class Given:
             elif self.choice not in ("left", "right"):
                 problems.append(f"strength goes with left or right, got {self.choice!r:.60}.")
         if self.reason is not None and not (
-            isinstance(self.reason, str) and len(self.reason) <= LONGEST_REASON
+            isinstance(self.reason, str)
+            and len(self.reason) <= LONGEST_REASON
+            # JSON may spell half of a character, which no file can hold.
+            and not any("\ud800" <= letter <= "\udfff" for letter in self.reason)
         ):
-            problems.append(f"reason must be text of {LONGEST_REASON:,} characters at most.")
+            problems.append(f"reason must be valid text of {LONGEST_REASON:,} characters at most.")
         if self.seconds is not None and not (
             isinstance(self.seconds, int | float)
             and not isinstance(self.seconds, bool)
