@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Message
+from dpo_keras.preferences.schema import ROLES
 
 _KNOWN_SETTINGS = ("temperature", "top_p", "top_k")
 
@@ -200,7 +201,7 @@ def _prompt(prompt: Any) -> str | tuple[Message, ...] | None:
         if not isinstance(turn, dict):
             return None
         role, content = turn.get("role"), turn.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
+        if role not in ROLES or not isinstance(content, str):
             return None
         turns.append(Message(role, content))
     return tuple(turns)

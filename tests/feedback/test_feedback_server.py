@@ -4,7 +4,7 @@ import json
 
 import pytest
 from feedback_http import Person, client_of
-from feedback_rounds import candidates, check_books
+from feedback_rounds import check_books
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Response
@@ -372,8 +372,3 @@ def test_addresses_and_the_names_they_answer_to():
         allowed_hosts("0.0.0.0", None)
     with pytest.raises(InputError, match="url must be"):
         allowed_hosts("127.0.0.1", "a.example")
-
-
-def test_candidates_are_unaffected_by_the_order_of_the_file(make_store):
-    store = make_store(given=candidates(3))
-    assert store.add(reversed(candidates(3))).known == 3
