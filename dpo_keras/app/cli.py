@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.feedback_commands import annotate, feedback
 from dpo_keras.app.terminal import prepare_keras, reporting
 
 app = typer.Typer(
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(feedback, name="feedback")
+app.command()(annotate)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]

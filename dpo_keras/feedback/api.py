@@ -51,13 +51,13 @@ class Api:
     def next(self, person: Annotator, count: int, known: frozenset[int]) -> dict[str, Any]:
         """Presentations for a person; those that the page knows come without their texts."""
         shown = self.store.next(person.id, max(1, min(AHEAD, count)))
-        progress = self.store.progress(person.id)
         return {
             "presentations": [
                 {"id": one.id} if one.id in known else presentation(one) for one in shown
             ],
-            "waiting": progress.waiting and not shown,
-            **self._state(person, progress.own),
+            "waiting": not shown and self.store.may_return(person.id),
+            "own": self.store.done_by(person.id),
+            **self._state(person),
         }
 
     def submit(self, person: Annotator, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,18 +117,17 @@ class Api:
                 self._agreement = (last, self.assess(self.store))
             return self._agreement[1]
 
-    def _state(self, person: Annotator, own: int | None = None) -> dict[str, Any]:
-        now = time.monotonic()
-        then, judged, wanted = self._progress
-        if now - then > 1.0 or own is None and not then:
+    def _state(self, person: Annotator) -> dict[str, Any]:
+        until, judged, wanted = self._progress
+        began = time.monotonic()
+        if began >= until:
             whole = self.store.progress()
             judged, wanted = whole.judged, whole.wanted
-            self._progress = (now, judged, wanted)
-        state: dict[str, Any] = {"judged": judged, "wanted": wanted}
-        if own is not None:
-            state["own"] = own
-        state["undoable"] = self.store.last_judged(person.id)
-        return state
+            # Counting a large round takes a while: at most a twentieth of the time goes there.
+            now = time.monotonic()
+            self._progress = (now + 20 * (now - began), judged, wanted)
+        undoable = self.store.last_judged(person.id)
+        return {"judged": judged, "wanted": wanted, "undoable": undoable}
 
 
 def presentation(one: Presentation) -> dict[str, Any]:

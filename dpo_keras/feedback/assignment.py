@@ -32,19 +32,15 @@ class Presentation:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the work is.
+    """How far a round is.
 
     Args:
-        own: presentations that this person has judged or skipped.
         judged: judgements of pairs, checks and repeats left out.
         wanted: how many of them the round needs.
-        waiting: for this person nothing is open, but pairs that others hold may return.
     """
 
-    own: int
     judged: int
     wanted: int
-    waiting: bool
 
 
 _SHOWN = """
@@ -86,9 +82,11 @@ def hand_out(
     """Renews a person's leases and fills them up. Runs inside a transaction; see `Store.next`."""
     release_expired(connection, now, besides=annotator)
     expires = now + settings.lease_seconds
+    # Leases that are still long stay as they are: nothing to write.
     connection.execute(
-        "UPDATE presentations SET expires = ? WHERE annotator = ? AND state = 'leased'",
-        (expires, annotator),
+        "UPDATE presentations SET expires = ? "
+        "WHERE annotator = ? AND state = 'leased' AND expires < ?",
+        (expires, annotator, expires - settings.lease_seconds / 2),
     )
     held = connection.execute(
         "SELECT count(*) FROM presentations WHERE annotator = ? AND state = 'leased'", (annotator,)
@@ -180,33 +178,36 @@ def _missing_check(
     return None if found is None else (found["id"], 0)
 
 
-def progress(database: Database, settings: Settings, now: float, annotator: int | None) -> Progress:
+def progress(database: Database, settings: Settings) -> Progress:
     """Counts what is done. See `Store.progress`."""
-    own = 0
-    waiting = False
-    if annotator is not None:
-        own = database.rows(
-            "SELECT count(*) FROM presentations WHERE annotator = ? "
-            "AND state IN ('judged', 'skipped')",
-            (annotator,),
-        )[0][0]
-        # Somebody else's lease on a pair that this person has not had may come free.
-        waiting = bool(
-            database.rows(
-                "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
-                "WHERE p.state = 'leased' AND p.annotator <> :annotator AND p.repeat = 0 "
-                "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
-                "WHERE o.pair = p.pair AND o.annotator = :annotator AND o.repeat = 0 "
-                "AND o.state <> 'released') LIMIT 1",
-                {"annotator": annotator},
-            )
-        )
     judged, checks = database.rows(
         "SELECT count(*), count(pairs.gold) FROM presentations p JOIN pairs ON pairs.id = p.pair "
         "WHERE p.state = 'judged' AND p.repeat = 0"
     )[0]
     pairs = database.rows("SELECT count(*) FROM pairs WHERE gold IS NULL")[0][0]
-    return Progress(own, judged - checks, pairs * settings.overlap, waiting)
+    return Progress(judged - checks, pairs * settings.overlap)
+
+
+def done_by(database: Database, annotator: int) -> int:
+    """Counts a person's answers. See `Store.done_by`."""
+    return database.rows(
+        "SELECT count(*) FROM presentations WHERE annotator = ? AND state IN ('judged', 'skipped')",
+        (annotator,),
+    )[0][0]
+
+
+def may_return(database: Database, annotator: int) -> bool:
+    """Looks for leases that may come free. See `Store.may_return`."""
+    return bool(
+        database.rows(
+            "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
+            "WHERE p.state = 'leased' AND p.annotator <> :annotator AND p.repeat = 0 "
+            "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
+            "WHERE o.pair = p.pair AND o.annotator = :annotator AND o.repeat = 0 "
+            "AND o.state <> 'released') LIMIT 1",
+            {"annotator": annotator},
+        )
+    )
 
 
 def _presentation(row: sqlite3.Row) -> Presentation:

@@ -134,8 +134,12 @@ class Database:
             return self._connection().execute(query, values).fetchall()
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it is on the disk on leaving, or none of it.
+
+        Args:
+            durable: wait for the disk; without, a power failure (not a killed process) may take
+                the transaction back, whole.
 
         Yields:
             The connection.
@@ -146,6 +150,7 @@ class Database:
         with self._explained():
             connection = self._connection()
             with self._lock:
+                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection

@@ -109,10 +109,6 @@ def submit(
             take(connection, row["pair"], 1)
     elif skip and not row["repeat"]:
         take(connection, row["pair"], -1)
-    connection.execute(
-        "UPDATE presentations SET state = ? WHERE id = ?",
-        ("skipped" if skip else "judged", row["id"]),
-    )
     sides = row["first"], row["second"]
     left, right = sides if row["first_on_left"] else sides[::-1]
     winner = {"left": left, "right": right}.get(given.choice)
@@ -132,6 +128,10 @@ def submit(
             given.key,
         ),
     ).lastrowid
+    connection.execute(
+        "UPDATE presentations SET state = ?, entry = ? WHERE id = ?",
+        ("skipped" if skip else "judged", entry, row["id"]),
+    )
     return Receipt(entry or 0, row["id"])
 
 
@@ -158,22 +158,22 @@ def undo(
     if row["state"] == "skipped" and not row["repeat"]:
         _check_place(row, settings)
         take(connection, row["pair"], 1)
-    connection.execute(
-        "UPDATE presentations SET state = 'leased', expires = ? WHERE id = ?",
-        (now + settings.lease_seconds, row["id"]),
-    )
     entry = connection.execute(
         "INSERT INTO judgements (presentation, verdict, at, key) VALUES (?, 'undo', ?, ?)",
         (row["id"], now, key),
     ).lastrowid
+    connection.execute(
+        "UPDATE presentations SET state = 'leased', expires = ?, entry = ? WHERE id = ?",
+        (now + settings.lease_seconds, entry, row["id"]),
+    )
     return Receipt(entry or 0, row["id"])
 
 
 def last_judged(database: Database, annotator: int) -> int | None:
     """What an undo would take back. See `Store.last_judged`."""
     rows = database.rows(
-        "SELECT p.id FROM presentations p JOIN judgements j ON j.presentation = p.id "
-        "WHERE p.annotator = ? AND p.state IN ('judged', 'skipped') ORDER BY j.id DESC LIMIT 1",
+        "SELECT id FROM presentations WHERE annotator = ? AND state IN ('judged', 'skipped') "
+        "ORDER BY entry DESC LIMIT 1",
         (annotator,),
     )
     return rows[0]["id"] if rows else None

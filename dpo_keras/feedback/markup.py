@@ -19,6 +19,8 @@ DEEPEST = 60
 
 _PARSER = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * DEEPEST})
 _PARSER.enable(["table", "strikethrough"]).disable("image")
+# Overrides of direction make readers see other letters than the model wrote.
+_OVERRIDES = {0x202D: "\ufffd", 0x202E: "\ufffd"}
 _TAGS = {
     "paragraph": "p",
     "bullet_list": "ul",
@@ -53,7 +55,10 @@ def render(text: str) -> tuple[Node, ...]:
         (['p', {}, [['strong', {}, ['Hi']], ' <script>']],)
         >>> render("[here](javascript:alert(1))")
         (['p', {}, ['[here](javascript:alert(1))']],)
+        >>> render("- one")
+        (['ul', {}, [['li', {}, ['one']]]],)
     """
+    text = text.translate(_OVERRIDES)
     if len(text) > LONGEST:
         return (_plain(text),)
     tokens = _PARSER.parse(text)
@@ -85,6 +90,8 @@ def _nodes(node: SyntaxTreeNode) -> list[Node]:
     if kind in ("fence", "code_block"):
         return [["pre", {}, [["code", {}, [node.content]]]]]
     children = [made for child in node.children for made in _nodes(child)]
+    if kind == "paragraph" and node.hidden:  # an item of a tight list
+        return children
     if kind == "heading":
         # The page has headings of its own above these.
         return [[f"h{min(6, int(node.tag[1]) + 3)}", {}, children]]

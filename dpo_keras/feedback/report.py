@@ -120,7 +120,7 @@ def text(quality: Quality) -> str:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  " + "  ".join(cells).rstrip())
         if not section.rows:
-            lines.append(f"  {section.note}")
+            lines.append("  nothing yet" if section.key == "people" else f"  {section.note}")
     return "\n".join(lines)
 
 

@@ -54,10 +54,12 @@ CREATE TABLE presentations (
   state TEXT NOT NULL CHECK (state IN ('leased', 'judged', 'skipped', 'released')),
   shown REAL NOT NULL,
   expires REAL NOT NULL,
+  entry INTEGER,                       -- the last of its entries in the log
   UNIQUE (pair, annotator, repeat)
 );
 CREATE INDEX presentations_leased ON presentations (expires) WHERE state = 'leased';
 CREATE INDEX presentations_own ON presentations (annotator, state, id);
+CREATE INDEX presentations_entry ON presentations (annotator, entry);
 CREATE INDEX presentations_state ON presentations (state, repeat);
 
 CREATE TABLE judgements (

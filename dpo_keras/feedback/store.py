@@ -173,18 +173,31 @@ class Store:
         Returns:
             At most `count`; fewer where nothing is left, or others hold it.
         """
-        with self.database.writing() as connection:
+        # A lease that a power failure takes back is given anew.
+        with self.database.writing(durable=False) as connection:
             return assignment.hand_out(
                 connection, self.settings, self.clock(), self.chance, annotator, count
             )
 
-    def progress(self, annotator: int | None = None) -> Progress:
-        """How far a person and the whole round are.
+    def progress(self) -> Progress:
+        """How far the round is."""
+        return assignment.progress(self.database, self.settings)
+
+    def done_by(self, annotator: int) -> int:
+        """How many presentations a person has judged or skipped.
 
         Args:
-            annotator: their id; None for the whole only.
+            annotator: their id.
         """
-        return assignment.progress(self.database, self.settings, self.clock(), annotator)
+        return assignment.done_by(self.database, annotator)
+
+    def may_return(self, annotator: int) -> bool:
+        """Whether pairs that others hold may come to this person, if those do not judge them.
+
+        Args:
+            annotator: their id.
+        """
+        return assignment.may_return(self.database, annotator)
 
     def submit(
         self,

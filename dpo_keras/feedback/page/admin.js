@@ -36,7 +36,7 @@ function hours(points, now) {
   counts.forEach((count, i) => {
     const height = 110 * count / most;
     parts.push(shape("rect", { class: "bar", x: 32 + i * 14.3, y: 130 - height, width: 12, height }));
-    if (i % 12 === 11) parts.push(shape("text", { x: 38 + i * 14.3, y: 145, "text-anchor": "middle" }, i === 47 ? "now" : `${47 - i} h ago`));
+    if (i % 12 === 11) parts.push(shape("text", { x: 38 + i * 14.3, y: 145, "text-anchor": i === 47 ? "end" : "middle" }, i === 47 ? "now" : `${47 - i} h ago`));
   });
   parts.push(shape("text", { x: 26, y: 24, "text-anchor": "end" }, most), shape("text", { x: 26, y: 134, "text-anchor": "end" }, 0));
   return plot(150, `Judgements per hour; ${counts[47]} in this hour, at most ${most}`, parts);

@@ -1,4 +1,4 @@
-let queue = [], state = {}, busy = false, shownAt = 0, seen = 0, waitTimer = 0;
+let queue = [], state = {}, busy = false, shownAt = 0, seen = 0, waitTimer = 0, turn = 0;
 const AHEAD = 3, MOST_WORDS = 6000, MOST_EDITS = 1500;
 
 // --- differences -----------------------------------------------------------------------------
@@ -126,15 +126,16 @@ addEventListener("pageshow", (event) => { if (event.persisted) refresh(); });
 
 async function refresh() {
   if (busy || !csrf) return;
+  const mine = ++turn; // an answer that others have overtaken is out of date
   try {
     const known = queue.map((one) => one.id);
     const answer = await call(`/api/next?count=${AHEAD}&known=${known.join(",")}`);
-    if (busy) return; // a choice was made meanwhile; its own fetch follows
+    if (mine !== turn) return;
     const held = new Map(queue.map((one) => [one.id, one]));
     queue = answer.presentations.map((one) => one.left ? one : held.get(one.id)).filter(Boolean);
     Object.assign(state, { waiting: answer.waiting, own: answer.own, judged: answer.judged, wanted: answer.wanted, undoable: answer.undoable });
     complain("");
-  } catch (error) { explain(error); }
+  } catch (error) { if (mine !== turn) return; explain(error); }
   draw();
 }
 
@@ -167,7 +168,7 @@ async function confirmed(path, body) {
 async function judge(choice) {
   const current = queue[0];
   if (busy || !current) return;
-  busy = true;
+  busy = true; turn++;
   const strength = document.querySelector("input[name=strength]:checked").value;
   const body = {
     presentation: current.id, choice, key: newKey(),
@@ -196,7 +197,7 @@ async function judge(choice) {
 
 async function undo() {
   if (busy || state.undoable == null) return;
-  busy = true; draw();
+  busy = true; turn++; draw();
   try {
     await confirmed("/api/undo", { presentation: state.undoable, key: newKey() });
     $("status").textContent = "Undone. The pair is shown again.";
