@@ -7,12 +7,15 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_keras.errors import InputError
+
+T = TypeVar("T")
 
 VERSION = 1
 APPLICATION = 0x44504F46  # "DPOF", so that another program's database is told apart
@@ -20,6 +23,16 @@ APPLICATION = 0x44504F46  # "DPOF", so that another program's database is told a
 
 class StoreError(InputError):
     """The feedback store cannot be read or written; the message says what to do."""
+
+
+class _Job:
+    """Work that waits to be written, and what came of it."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], durable: bool):
+        self.work, self.durable = work, durable
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
 
 
 class Database:
@@ -41,6 +54,7 @@ class Database:
         self.path = Path(path)
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._jobs: deque[_Job] = deque()
         self._opened: list[sqlite3.Connection] = []
         if self.path.is_dir():
             raise StoreError(f"store must name a file, {self.path} is a directory.")
@@ -107,8 +121,7 @@ class Database:
                 place = self.path.resolve().as_uri()
                 connection = self._connect(f"{place}?mode=ro&immutable=1", uri=True)
             self._local.connection = connection
-            with self._lock:
-                self._opened.append(connection)
+            self._opened.append(connection)  # atomic; the lock may be held here
         return connection
 
     def _connect(self, place: str, **options: Any) -> sqlite3.Connection:
@@ -134,12 +147,8 @@ class Database:
             return self._connection().execute(query, values).fetchall()
 
     @contextmanager
-    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it is on the disk on leaving, or none of it.
-
-        Args:
-            durable: wait for the disk; without, a power failure (not a killed process) may take
-                the transaction back, whole.
 
         Yields:
             The connection.
@@ -150,7 +159,7 @@ class Database:
         with self._explained():
             connection = self._connection()
             with self._lock:
-                connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                connection.execute("PRAGMA synchronous=FULL")
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield connection
@@ -159,6 +168,75 @@ class Database:
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
                     raise
+
+    def batched(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = True) -> T:
+        """Runs work in a transaction that it may share with what other threads wait to write.
+
+        A disk takes milliseconds to confirm; twenty who judge at once wait for it once, together.
+        Work that fails is taken back alone.
+
+        Args:
+            work: called with the connection, once.
+            durable: wait for the disk; without, a power failure (not a killed process) may take
+                the transaction back, whole.
+
+        Returns:
+            What the work returned; it is on the disk.
+
+        Raises:
+            StoreError: as in `writing`.
+        """
+        job = _Job(work, durable)
+        self._jobs.append(job)
+        while not job.done.is_set():
+            # Whoever gets the lock writes for all who wait.
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._run_jobs()
+                finally:
+                    self._lock.release()
+            else:
+                job.done.wait(0.002)
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def _run_jobs(self) -> None:
+        jobs: list[_Job] = []
+        while self._jobs and len(jobs) < 64:
+            jobs.append(self._jobs.popleft())
+        if not jobs:
+            return
+        try:
+            with self._explained():
+                self._run_together(jobs)
+        except BaseException as error:
+            for job in jobs:
+                job.error = error
+        for job in jobs:
+            job.done.set()
+
+    def _run_together(self, jobs: list[_Job]) -> None:
+        connection = self._connection()
+        durable = any(job.durable for job in jobs)
+        connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for job in jobs:
+                connection.execute("SAVEPOINT job")
+                try:
+                    job.result = job.work(connection)
+                except sqlite3.OperationalError:
+                    raise  # a full disk and the like: the transaction is gone for all
+                except Exception as error:
+                    connection.execute("ROLLBACK TO job")
+                    job.error = error
+                connection.execute("RELEASE job")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
     def close(self) -> None:
         """Closes the connections of all threads."""

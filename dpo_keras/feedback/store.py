@@ -174,10 +174,12 @@ class Store:
             At most `count`; fewer where nothing is left, or others hold it.
         """
         # A lease that a power failure takes back is given anew.
-        with self.database.writing(durable=False) as connection:
-            return assignment.hand_out(
+        return self.database.batched(
+            lambda connection: assignment.hand_out(
                 connection, self.settings, self.clock(), self.chance, annotator, count
-            )
+            ),
+            durable=False,
+        )
 
     def progress(self) -> Progress:
         """How far the round is."""
@@ -226,8 +228,11 @@ class Store:
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
         given = judging.Given(presentation, choice, key, strength, reason, seconds)
-        with self.database.writing() as connection:
-            return judging.submit(connection, self.settings, self.clock(), annotator, given)
+        return self.database.batched(
+            lambda connection: judging.submit(
+                connection, self.settings, self.clock(), annotator, given
+            )
+        )
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
         """Takes a judgement back by a further entry in the log; the pair is theirs again.
@@ -240,10 +245,11 @@ class Store:
         Raises:
             Conflict: (an `InputError`) there is no judgement to take back.
         """
-        with self.database.writing() as connection:
-            return judging.undo(
+        return self.database.batched(
+            lambda connection: judging.undo(
                 connection, self.settings, self.clock(), annotator, presentation, key
             )
+        )
 
     def last_judged(self, annotator: int) -> int | None:
         """The presentation that an undo of this person would take back; None where there is none.

@@ -324,18 +324,18 @@ def test_conversations_are_shown_turn_by_turn(make_store, tmp_path):
 
 def test_a_full_disk_is_said_and_the_judgement_can_be_sent_again(store, ann, monkeypatch):
     one = ann.next()["presentations"][0]["id"]
-    taken = store.database.writing
+    taken = store.database.batched
 
-    def full():
+    def full(*_, **__):
         from dpo_keras.feedback import StoreError
 
         raise StoreError("store: the disk is full: nothing was saved.")
 
-    monkeypatch.setattr(store.database, "writing", full)
+    monkeypatch.setattr(store.database, "batched", full)
     answer = ann.judge(one, key="same")
     assert answer.status_code == 503 and "disk is full" in answer.json()["error"]
     assert answer.headers["retry-after"] == "5"
-    monkeypatch.setattr(store.database, "writing", taken)
+    monkeypatch.setattr(store.database, "batched", taken)
     assert ann.judge(one, key="same").status_code == 200
     assert count(store) == 1
 

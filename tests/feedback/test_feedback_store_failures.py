@@ -117,6 +117,34 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
     check_books(store)
 
 
+def test_work_that_fails_is_taken_back_alone(make_store, people):
+    """Many threads write at once; every third one fails after it has written something."""
+    store = make_store(1)
+    people(store, "ann")
+    ended = {}
+
+    def work(number):
+        def write(connection):
+            connection.execute("INSERT INTO meta VALUES (?, 'x')", (f"test {number}",))
+            if number % 3 == 0:
+                raise KeyError(number)
+            return number
+
+        try:
+            ended[number] = store.database.batched(write)
+        except KeyError as error:
+            ended[number] = error.args[0], "failed"
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert ended == {n: n if n % 3 else (n, "failed") for n in range(30)}
+    there = {row[0] for row in store.database.rows("SELECT key FROM meta WHERE value = 'x'")}
+    assert there == {f"test {n}" for n in range(30) if n % 3}
+
+
 READ_ONLY = """
 import os, sys
 from dpo_keras.feedback import StoreError, open_store
