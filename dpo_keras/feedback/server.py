@@ -259,6 +259,8 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # From here on connections wait rather than fail: links are printed before the server runs.
+        listening.listen(512)
     except OSError as error:
         listening.close()
         raise InputError(
