@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,33 @@ from dpo_keras.app.run_directory import open_run
 from dpo_keras.app.stages import respond
 from dpo_keras.errors import InputError
 
+REDRAWS = 3
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A policy and a setting that responses are sampled with.
+
+    Args:
+        name: of the policy, as it was given.
+        config: the configuration that its prompts are rendered by.
+        path: the model.
+        options: of `dpo_keras.generate_responses`: max_new_tokens, temperature, top_p.
+    """
+
+    name: str
+    config: Config
+    path: str
+    options: dict[str, Any]
+
+    def setting(self, seed: int) -> dict[str, Any]:
+        """What the candidates file says of a response.
+
+        Args:
+            seed: it was sampled with.
+        """
+        return {"policy": self.name, **self.options, "seed": seed}
+
 
 def generate(
     config: str | Path | Config,
@@ -21,8 +49,9 @@ def generate(
     overrides: Sequence[str] = (),
     *,
     responses: int = 2,
+    compare: Sequence[str | Path | Config] = (),
     max_new_tokens: int | None = None,
-    temperature: float | None = None,
+    temperature: float | Sequence[float] | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     limit: int | None = None,
@@ -31,6 +60,9 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Samples several responses to each prompt.
 
+    Empty responses, and those that equal another one of their prompt, are drawn again three
+    times, then left out; so are prompts left without two responses. `progress` hears how many.
+
     Args:
         config: a run's directory (its trained policy writes), or a configuration with
             `model.path` (that model writes).
@@ -38,8 +70,9 @@ def generate(
             line.
         overrides: `section.key=value`, for a configuration.
         responses: per prompt.
+        compare: further runs or configurations; all policies and temperatures take turns.
         max_new_tokens: the longest response; None: the evaluation section's.
-        temperature: None: the evaluation section's.
+        temperature: one, or several to compare; None: the evaluation section's.
         top_p: None: the evaluation section's.
         seed: None: the configuration's. Candidate n of a prompt is sampled with seed + n.
         limit: use this many prompts at most.
@@ -47,39 +80,119 @@ def generate(
         progress: hears what happens; None: nobody.
 
     Returns:
-        `{"prompt", "responses"}` per prompt, and `"id"` where the prompt has one.
+        `{"prompt", "responses", "makers"}` per prompt, and `"id"` where the prompt has one; a
+        maker is the policy, the setting and the seed of its response.
 
     Raises:
         InputError: if there is no model to write with, or no prompt.
     """
     progress = progress or Silent()
     records = read_prompts(Path(prompts), limit)
-    settings, path = _model_of(config, overrides)
-    progress.stage("Policy")
-    policy = load_model(path, settings.model.dtype)
-    inputs = [_model_input(record["prompt"], settings, policy) for record in records]
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
-    changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-    if responses > 1 and changes.get("temperature", settings.evaluation.temperature) == 0:
+    makers = _makers([config, *compare], overrides, max_new_tokens, temperature, top_p)
+    if responses < len(makers):
+        raise InputError(
+            f"responses must be at least {len(makers)}, one for each policy and temperature, got "
+            f"{responses}."
+        )
+    first = makers[0].config.seed if seed is None else seed
+    repeated = {number % len(makers) for number in range(len(makers), responses)}
+    if any(makers[number].options["temperature"] == 0 for number in repeated):
         raise InputError("temperature must be > 0 for several responses: at 0 all are the same.")
-    first = settings.seed if seed is None else seed
-    columns = []
-    for number in range(responses):
-        progress.stage(f"Candidate {number + 1} of {responses}")
-        columns.append(respond(settings, policy, inputs, progress, seed=first + number, **changes))
-    candidates = [
-        {**record, "responses": list(row)}
-        for record, row in zip(records, zip(*columns, strict=True), strict=True)
-    ]
+    drawn: list[dict[int, tuple[str, dict[str, Any]]]] = [{} for _ in records]
+    counts = {"empty": 0, "identical": 0}
+    policy: Any = None
+    loaded: tuple[str, Any] | None = None
+    for place, maker in enumerate(makers):
+        wanted = (maker.path, maker.config.model.dtype)
+        if loaded != wanted:
+            policy = None  # frees the last one before the next
+            progress.stage("Policy" if len(makers) == 1 else f"Policy {maker.name}")
+            policy, loaded = load_model(*wanted), wanted
+        inputs = [_model_input(record["prompt"], maker.config, policy) for record in records]
+        for number in range(place, responses, len(makers)):
+            progress.stage(f"Candidate {number + 1} of {responses}")
+            seeds = [first + number + responses * turn for turn in range(REDRAWS + 1)]
+            if maker.options["temperature"] == 0:
+                seeds = seeds[:1]
+            _draw(maker, policy, inputs, seeds, number, drawn, counts, progress)
+    candidates = []
+    for record, found in zip(records, drawn, strict=True):
+        if len(found) >= min(2, responses):
+            texts, settings = zip(*(found[number] for number in sorted(found)), strict=True)
+            candidates.append({**record, "responses": list(texts), "makers": list(settings)})
+    if alone := len(records) - len(candidates):
+        counts["prompts without two different responses"] = alone
+    if left_out := [f"{count:,} {what}" for what, count in counts.items() if count]:
+        progress.note(f"left out after {REDRAWS} further draws: {', '.join(left_out)}")
+    if not candidates:
+        raise InputError(
+            "no prompt has two different responses that are not empty; raise --temperature or "
+            "--max-new-tokens."
+        )
     if output is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in candidates)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(text, encoding="utf-8")
     return candidates
+
+
+def _draw(
+    maker: Maker,
+    policy: Any,
+    inputs: Sequence[Any],
+    seeds: Sequence[int],
+    number: int,
+    drawn: list[dict[int, tuple[str, dict[str, Any]]]],
+    counts: dict[str, int],
+    progress: Progress,
+) -> None:
+    """Samples candidate `number` of every prompt; what is empty or there already, once more."""
+    left = list(range(len(inputs)))
+    for seed in seeds:
+        texts = respond(
+            maker.config, policy, [inputs[n] for n in left], progress, seed=seed, **maker.options
+        )
+        again = []
+        for n, text in zip(left, texts, strict=True):
+            why = _fault(text, [one for one, _ in drawn[n].values()])
+            if why:
+                again.append((n, why))
+            else:
+                drawn[n][number] = (text, maker.setting(seed))
+        left = [n for n, _ in again]
+        if not left:
+            return
+    for _, why in again:
+        counts[why] += 1
+
+
+def _fault(text: str, others: Sequence[str]) -> str:
+    if not text.strip():
+        return "empty"
+    return "identical" if text.strip() in (one.strip() for one in others) else ""
+
+
+def _makers(
+    configs: Sequence[str | Path | Config],
+    overrides: Sequence[str],
+    max_new_tokens: int | None,
+    temperature: float | Sequence[float] | None,
+    top_p: float | None,
+) -> list[Maker]:
+    makers = []
+    for place, config in enumerate(configs):
+        settings, path = _model_of(config, overrides if place == 0 else ())
+        usual = settings.evaluation
+        one = usual.temperature if temperature is None else temperature
+        name = path if isinstance(config, Config) or not Path(config).is_dir() else str(config)
+        for value in one if isinstance(one, Sequence) else [one]:
+            options = {
+                "max_new_tokens": max_new_tokens or usual.max_new_tokens,
+                "temperature": value,
+                "top_p": usual.top_p if top_p is None else top_p,
+            }
+            makers.append(Maker(name, settings, path, options))
+    return makers
 
 
 def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Config, str]:

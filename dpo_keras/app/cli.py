@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.feedback_commands import annotate, feedback
 from dpo_keras.app.terminal import prepare_keras, reporting
 
 app = typer.Typer(
@@ -24,6 +25,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 app.add_typer(data, name="data")
+app.add_typer(feedback, name="feedback")
+app.command()(annotate)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
@@ -176,9 +179,14 @@ def generate(
         int | None, typer.Option(min=1, help="Default: the configuration's evaluation section.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 takes the likeliest token.")
+        list[float] | None,
+        typer.Option(min=0, help="0 takes the likeliest token; give several to compare them."),
     ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(help="A further run or configuration whose policy writes too; repeatable."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many prompts at most.")] = None,
     as_json: AsJson = False,
@@ -196,8 +204,9 @@ def generate(
                 prompts,
                 overrides or (),
                 responses=responses,
+                compare=compare or (),
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
+                temperature=temperature or None,
                 top_p=top_p,
                 seed=seed,
                 limit=limit,

@@ -1,0 +1,238 @@
+"""Commands of human feedback: the annotation page, its report, and its pairs for training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dpo_keras.app.terminal import reporting
+from dpo_keras.errors import InputError
+
+if TYPE_CHECKING:
+    from dpo_keras.feedback import Store
+
+feedback = typer.Typer(
+    help="Look at people's judgements, and make training pairs of them.", no_args_is_help=True
+)
+
+StoreFile = Annotated[Path, typer.Argument(metavar="STORE", help="The SQLite file of a round.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def annotate(
+    candidates: Annotated[
+        Path, typer.Argument(metavar="CANDIDATES", help="JSONL from `dpo-keras generate`.")
+    ],
+    store: Annotated[Path, typer.Option(help="The SQLite file that keeps the round.")] = Path(
+        "feedback.sqlite"
+    ),
+    annotator: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--annotator", "-a", help="NAME or NAME:GROUP, repeatable. Default: one, `annotator`."
+        ),
+    ] = None,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Give known annotators new links; old ones end.")
+    ] = False,
+    overlap: Annotated[int, typer.Option(min=1, help="How many people judge each pair.")] = 1,
+    guidelines: Annotated[
+        Path | None, typer.Option(help="Markdown that the page shows to annotators.")
+    ] = None,
+    gold_share: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of hidden checks (`gold` in CANDIDATES).")
+    ] = 0.05,
+    repeat_share: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of pairs shown a second time.")
+    ] = 0.03,
+    lease_minutes: Annotated[
+        float, typer.Option(min=0.1, help="After this an abandoned pair goes to others.")
+    ] = 30.0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    url: Annotated[
+        str | None, typer.Option(help="How annotators reach the page, where that differs.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Serve the page on which people choose between responses, until Ctrl-C."""
+    with reporting(as_json, debug) as terminal:
+        needs_extra()
+        from dpo_keras.feedback import Settings, open_store, read_candidates
+        from dpo_keras.feedback.quality import overview
+        from dpo_keras.feedback.server import allowed_hosts, bind, make_app, run
+
+        hosts, secure = allowed_hosts(host, url)
+        shown = _read_guidelines(guidelines)
+        given = read_candidates(candidates)
+        settings = Settings(
+            overlap=overlap,
+            lease_seconds=lease_minutes * 60,
+            gold_share=gold_share,
+            repeat_share=repeat_share,
+        )
+        listening = bind(host, port)
+        try:
+            round = open_store(store, settings, create=True)
+            added = round.add(given)
+            base = (url or f"http://{_in_url(host)}:{listening.getsockname()[1]}").rstrip("/")
+            links = make_links(round, annotator or [], renew, base)
+            terminal.say(f"{store}: {added.summary()}.")
+            if overlap == 1:
+                terminal.say("Each pair is judged once; --overlap 2 lets agreement be measured.")
+            if host not in ("127.0.0.1", "localhost", "::1") and not secure:
+                terminal.say(
+                    "warning: links and answers go over the network unencrypted; put a server with "
+                    "https in front, and give its --url."
+                )
+            terminal.result({"url": base, "links": links}, *_link_views(links))
+            if not as_json:
+                terminal.say("Ctrl-C ends the server; answers are kept as they come.")
+            # Programs read the links before the server runs.
+            sys.stdout.flush()
+            run(
+                make_app(round, guidelines=shown, assess=overview, hosts=hosts, secure=secure),
+                listening,
+            )
+            round.close()
+        finally:
+            listening.close()
+
+
+@feedback.command("report")
+def feedback_report(
+    store: StoreFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write it here: .html with plots, .json or .txt."),
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Plots in HTML.")] = True,
+    resamples: Annotated[
+        int, typer.Option(min=20, help="Bootstrap samples for the intervals.")
+    ] = 500,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how good the answers are: agreement, annotators, policies."""
+    with reporting(as_json, debug) as terminal:
+        needs_extra()
+        from dpo_keras.feedback import assess, open_store
+        from dpo_keras.feedback.report import text, write
+
+        round = open_store(store)
+        quality = assess(round, resamples=resamples)
+        round.close()
+        if output is not None:
+            write(quality, output, plots=plots)
+        terminal.result(quality.as_dict(), text(quality))
+        if output is not None:
+            terminal.say(f"The report is in {output}.")
+
+
+@feedback.command("export")
+def feedback_export(
+    store: StoreFile,
+    pairs: Annotated[
+        Path, typer.Argument(metavar="PAIRS", help=".jsonl, .jsonl.gz, .csv or .parquet")
+    ],
+    label: Annotated[
+        str,
+        typer.Option(
+            help="majority, vote_share or dawid_skene: one pair of all judgements; each: one of "
+            "each judgement, so that annotators can be held out."
+        ),
+    ] = "vote_share",
+    ties: Annotated[str, typer.Option(help="half: preference 0.5; drop: left out.")] = "half",
+    both_bad: Annotated[str, typer.Option(help="drop: left out; half: as a tie.")] = "drop",
+    weights: Annotated[str, typer.Option(help="none, or quality: by annotator.")] = "none",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write judgements as preference pairs for `dpo-keras train`."""
+    with reporting(as_json, debug) as terminal:
+        needs_extra()
+        from dpo_keras.feedback import open_store, to_pairs
+        from dpo_keras.preferences import write_preferences
+
+        round = open_store(store)
+        made = to_pairs(round, label=label, ties=ties, weights=weights, both_bad=both_bad)
+        round.close()
+        write_preferences(made.pairs, pairs)
+        left_out = ", ".join(f"{count:,} {why}" for why, count in made.dropped.items()) or "none"
+        terminal.result(
+            {"path": str(pairs), "pairs": len(made.pairs), "dropped": made.dropped},
+            f"{len(made.pairs):,} pairs are in {pairs}; left out: {left_out}.",
+        )
+
+
+def needs_extra() -> None:
+    """Checks that the libraries of the page and of the report are there.
+
+    Raises:
+        InputError: naming those that are not.
+    """
+    from importlib.util import find_spec
+
+    names = ("choix", "krippendorff", "markdown_it", "scipy", "starlette", "statsmodels", "uvicorn")
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"human feedback needs {', '.join(missing)}: pip install 'dpo-keras[feedback]'."
+        )
+
+
+def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[dict[str, Any]]:
+    """Adds annotators and an administrator, and makes their links.
+
+    Args:
+        store: open.
+        people: NAME or NAME:GROUP each.
+        renew: those who are known get new tokens.
+        base: the page's address.
+
+    Returns:
+        `name`, `group`, `admin` and `link` each; `link` is None for those who have one, which
+        only they know.
+    """
+    known = {person.name for person in store.annotators() if not person.admin}
+    if not people and not known:
+        people = ["annotator"]
+    if "admin" in (name.partition(":")[0].strip() for name in people):
+        raise InputError("the name admin is the administrator's; give another to --annotator.")
+    links: list[dict[str, Any]] = []
+    for words in people:
+        name, _, group = (part.strip() for part in words.partition(":"))
+        link = None
+        if renew or name not in known:
+            _, token = store.add_annotator(name, group or None)
+            link = f"{base}/#{token}"
+        links.append({"name": name, "group": group or None, "admin": False, "link": link})
+    _, token = store.add_annotator("admin", admin=True)
+    links.append({"name": "admin", "group": None, "admin": True, "link": f"{base}/admin#{token}"})
+    return links
+
+
+def _link_views(links: list[dict[str, Any]]) -> list[str]:
+    width = max(len(one["name"]) for one in links)
+    return [
+        f"{one['name'].ljust(width)}  {one['link'] or 'has a link; --renew makes a new one'}"
+        for one in links
+    ]
+
+
+def _read_guidelines(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"guidelines: {path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

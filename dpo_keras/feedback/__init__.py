@@ -1,0 +1,54 @@
+"""People compare responses: candidates, the store, the page, how good the answers are, pairs.
+
+    read_candidates   JSONL -> prompts with two or more responses, and who made each
+    open_store        one SQLite file: pairs, presentations, an append-only log of judgements
+    server            the page, on the loopback: `make_app`, `bind`, `run`
+    assess            agreement, annotators, policies -> Quality
+    to_pairs          judgements -> preference pairs for training
+
+Nothing here imports TensorFlow. The server and the statistics need `dpo-keras[feedback]`, and are
+imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dpo_keras.feedback.candidates import Candidates, Response, read_candidates
+from dpo_keras.feedback.database import StoreError
+from dpo_keras.feedback.judging import Conflict, Receipt
+from dpo_keras.feedback.settings import Settings
+from dpo_keras.feedback.store import Imported, Store, open_store
+
+if TYPE_CHECKING:
+    from dpo_keras.feedback.exporting import Exported, to_pairs
+    from dpo_keras.feedback.quality import Quality, assess
+
+_HOME = {
+    "Exported": "dpo_keras.feedback.exporting",
+    "Quality": "dpo_keras.feedback.quality",
+    "assess": "dpo_keras.feedback.quality",
+    "to_pairs": "dpo_keras.feedback.exporting",
+}
+
+__all__ = [
+    "Candidates",
+    "Conflict",
+    "Exported",
+    "Imported",
+    "Quality",
+    "Receipt",
+    "Response",
+    "Settings",
+    "Store",
+    "StoreError",
+    "assess",
+    "open_store",
+    "read_candidates",
+    "to_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dpo_keras.feedback' has no attribute {name!r}")

@@ -1,0 +1,165 @@
+"""How good a round of feedback is: people, agreement, policies, labels, and what to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_keras.feedback.agreement import agreement_figures
+from dpo_keras.feedback.dawid_skene import DawidSkene, dawid_skene
+from dpo_keras.feedback.estimate import Estimate, share
+from dpo_keras.feedback.people import Person, describe_people
+from dpo_keras.feedback.store import Store
+from dpo_keras.feedback.strengths import cycles, policy_strengths
+from dpo_keras.feedback.table import LABELS, SECOND, TIE, Table, read_table
+
+NAMES = {
+    "raw_agreement": "Raw agreement",
+    "cohen_kappa": "Cohen's kappa",
+    "fleiss_kappa": "Fleiss' kappa",
+    "krippendorff_alpha": "Krippendorff's alpha",
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a round is.
+
+    Args:
+        counts: pairs, judged pairs, judgements, skips, checks, repeats.
+        labels: how often each label was given.
+        agreement: see `agreement_figures`.
+        contradicted: share of pairs judged twice or more on which one person preferred the first
+            and another the second response.
+        cycles: share of prompts with a circle of preferences.
+        people: each annotator.
+        strengths: see `policy_strengths`.
+        fit: labels by Dawid and Skene; rows as `table.pairs`.
+        table: what all of it was taken from.
+    """
+
+    counts: dict[str, int]
+    labels: dict[str, int]
+    agreement: dict[str, Estimate]
+    contradicted: Estimate
+    cycles: Estimate
+    people: list[Person]
+    strengths: dict[str, Any]
+    fit: DawidSkene
+    table: Table
+
+    def findings(self) -> list[str]:
+        """What to look at before training on these judgements, as sentences."""
+        found = [finding for person in self.people for finding in person.findings()]
+        alpha = self.agreement["krippendorff_alpha"]
+        if alpha.high is not None and alpha.high < 0.4:
+            found.append(
+                f"Agreement is low: Krippendorff's alpha is {alpha}. Look at the guidelines, and "
+                "at pairs on which people differ."
+            )
+        if self.counts["judgements"] and alpha.value is None and alpha.count == 0:
+            found.append(
+                "Agreement cannot be measured, since no pair was judged by two people: give "
+                "--overlap 2."
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the table as plain values, for JSON."""
+        strengths = self.strengths
+        return {
+            "counts": self.counts,
+            "labels": self.labels,
+            "agreement": {name: one.as_dict() for name, one in self.agreement.items()},
+            "contradicted": self.contradicted.as_dict(),
+            "cycles": self.cycles.as_dict(),
+            "people": [person.as_dict() for person in self.people],
+            "policies": {name: one.as_dict() for name, one in strengths["policies"].items()},
+            "wins": {"names": strengths["names"], "row_beats_column": strengths["wins"]},
+            "pairs": [
+                {"pair": int(pair), "votes": votes, "dawid_skene": [round(p, 6) for p in posterior]}
+                for pair, votes, posterior in zip(
+                    self.table.pairs,
+                    self.table.work().counts().tolist(),
+                    self.fit.posterior.tolist(),
+                    strict=True,
+                )
+                if sum(votes)
+            ],
+            "findings": self.findings(),
+        }
+
+
+def assess(store: Store, *, resamples: int = 500) -> Quality:
+    """Measures how good the judgements of a store are.
+
+    Args:
+        store: open.
+        resamples: bootstrap samples for the intervals.
+    """
+    return assess_table(read_table(store), resamples=resamples)
+
+
+def assess_table(table: Table, *, resamples: int = 500) -> Quality:
+    """Measures how good judgements are.
+
+    Args:
+        table: from `read_table`.
+        resamples: bootstrap samples for the intervals.
+    """
+    work = table.work()
+    counts = work.counts()
+    fit = fit_labels(table)
+    twice = counts[counts.sum(1) >= 2]
+    split = (twice[:, : SECOND + 1] > 0).all(1)
+    return Quality(
+        counts={
+            "pairs": len(table.pairs),
+            "judged_pairs": int((counts.sum(1) > 0).sum()),
+            "judgements": len(work),
+            "skips": int(table.skipped.sum()),
+            "checks": int((table.gold >= 0).sum()),
+            "repeats": int(table.repeat.sum()),
+        },
+        labels=dict(zip(LABELS, counts.sum(0).tolist(), strict=True)),
+        agreement=agreement_figures(work, resamples),
+        contradicted=share(int(split.sum()), len(twice), "no pair was judged by two people"),
+        cycles=cycles(work),
+        people=describe_people(table, fit),
+        strengths=policy_strengths(work, resamples),
+        fit=fit,
+        table=table,
+    )
+
+
+def fit_labels(table: Table) -> DawidSkene:
+    """Dawid-Skene labels first, second and tie (both bad is one) of all pairs.
+
+    Args:
+        table: all judgements; checks and repeats are left out.
+    """
+    work = table.work()
+    label = np.minimum(work.label, TIE)
+    return dawid_skene(
+        work.annotator,
+        work.pair,
+        label,
+        annotators=len(table.annotators),
+        pairs=len(table.pairs),
+        # Without any tie a class for it would only take probability from the others.
+        classes=3 if (label == TIE).any() else 2,
+    )
+
+
+def overview(store: Store) -> Mapping[str, Any]:
+    """What the administrator's page shows of a round's quality.
+
+    Args:
+        store: open.
+    """
+    found = assess(store, resamples=100)
+    figures = [{"label": NAMES[name], **one.as_dict()} for name, one in found.agreement.items()]
+    return {"figures": figures, "findings": found.findings()}

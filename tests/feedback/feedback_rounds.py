@@ -1,0 +1,76 @@
+"""Candidates, a clock, and the bookkeeping that must hold after anything: shared by the tests."""
+
+from collections import Counter
+
+from dpo_keras.feedback import Candidates, Response
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.now = 1_000_000.0
+
+    def __call__(self):
+        return self.now
+
+
+def candidates(count, **options):
+    return [
+        Candidates(
+            f"Question {number}?",
+            (Response(f"one {number}", "a"), Response(f"two {number}", "b")),
+            id=f"q{number}",
+            **options,
+        )
+        for number in range(count)
+    ]
+
+
+def judge_all(store, annotator, choose, count=1, limit=10_000):
+    """One person's whole work: `choose(presentation)` gives the choice."""
+    done = 0
+    for turn in range(limit):
+        shown = store.next(annotator, count)
+        if not shown:
+            break
+        store.submit(
+            annotator, shown[0].id, choose(shown[0]), key=f"{annotator}-{turn}-{shown[0].id}"
+        )
+        done += 1
+    return done
+
+
+def prefers(word):
+    """Chooses the response that begins with a word, whichever side it is on."""
+    return lambda shown: "left" if shown.left.startswith(word) else "right"
+
+
+def check_books(store):
+    """What holds at any time, whatever was done, by whomever, and however it ended."""
+    rows = store.database.rows
+    integrity = rows("PRAGMA integrity_check")[0][0]
+    assert integrity == "ok", integrity
+    assert rows("PRAGMA foreign_key_check") == []
+    used = Counter()
+    for row in rows(
+        "SELECT pair FROM presentations WHERE state IN ('leased', 'judged') AND repeat = 0"
+    ):
+        used[row["pair"]] += 1
+    for row in rows("SELECT id, taken, gold FROM pairs"):
+        assert row["taken"] == used[row["id"]], f"pair {row['id']}"
+        if row["gold"] is None:
+            assert row["taken"] <= store.settings.overlap
+    last = {}
+    for row in rows("SELECT presentation, verdict FROM judgements ORDER BY id"):
+        last[row["presentation"]] = row["verdict"]
+    for row in rows("SELECT id, state FROM presentations"):
+        verdict = last.get(row["id"])
+        if row["state"] == "judged":
+            assert verdict in ("prefer", "tie", "both_bad")
+        elif row["state"] == "skipped":
+            assert verdict == "skip"
+        else:
+            assert verdict in (None, "undo")
+    current = {row["presentation"] for row in rows("SELECT presentation FROM current")}
+    assert current == {p for p, verdict in last.items() if verdict != "undo"}

@@ -1,0 +1,373 @@
+"""The server: who may do what, what is refused and how it is said, and that nothing is lost."""
+
+import json
+
+import pytest
+from feedback_http import Person, client_of
+from feedback_rounds import check_books
+
+from dpo_keras.errors import InputError
+from dpo_keras.feedback import Candidates, Response
+from dpo_keras.feedback.bundle import page
+from dpo_keras.feedback.server import allowed_hosts, bind
+
+
+def count(store):
+    return store.database.rows("SELECT count(*) FROM judgements")[0][0]
+
+
+@pytest.fixture
+def store(make_store):
+    return make_store(4)
+
+
+@pytest.fixture
+def ann(store):
+    return Person(store, "ann", guidelines="Be **kind**.")
+
+
+def test_a_person_judges_all_pairs_and_sees_the_progress(store, ann):
+    for turn in range(4):
+        answer = ann.next(3)
+        one = answer["presentations"][0]
+        assert answer["own"] == turn and answer["wanted"] == 8
+        assert ann.judge(one["id"], key=str(turn), seconds=1.5).status_code == 200
+    answer = ann.next()
+    assert answer["presentations"] == [] and answer["waiting"] is False and answer["own"] == 4
+    assert count(store) == 4
+    check_books(store)
+
+
+def test_what_is_sent_to_people_hides_makers(store, ann):
+    assert set(ann.next()["presentations"][0]) == {"id", "prompt", "left", "right"}
+    assert '"a"' not in ann.get("/api/next").text
+
+
+def test_pairs_that_the_page_knows_are_not_sent_again(store, ann):
+    ids = [one["id"] for one in ann.next(3)["presentations"]]
+    again = ann.get(f"/api/next?count=3&known={ids[0]},{ids[2]}").json()["presentations"]
+    assert [set(one) == {"id"} for one in again] == [True, False, True]
+    assert [one["id"] for one in again] == ids
+
+
+def test_undo_over_http(store, ann):
+    one = ann.next()["presentations"][0]["id"]
+    assert ann.judge(one).json()["undoable"] == one
+    assert ann.post("/api/undo", {"presentation": one, "key": "u"}).json()["undoable"] is None
+    assert ann.next()["presentations"][0]["id"] == one
+    check_books(store)
+
+
+def test_submitting_twice_is_harmless(store, ann):
+    one = ann.next()["presentations"][0]["id"]
+    first, second = ann.judge(one).json(), ann.judge(one).json()
+    assert first["judgement"] == second["judgement"] and second["again"]
+    assert count(store) == 1
+
+
+def test_a_second_tab_is_told(store, ann):
+    one = ann.next()["presentations"][0]["id"]
+    ann.judge(one, key="one")
+    answer = ann.judge(one, "right", key="two")
+    assert answer.status_code == 409 and "judged before" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/api/me", "/api/next", "/api/admin"])
+def test_nothing_is_told_to_strangers(store, path):
+    stranger = client_of(store)
+    assert stranger.get(path).status_code == 401
+    stranger.cookies.set(f"feedback_{store.id}", "forged")
+    assert stranger.get(path).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/api/judgements", "/api/undo"])
+def test_nothing_is_taken_from_strangers(store, path):
+    assert client_of(store).post(path, json={"presentation": 1}).status_code == 401
+
+
+def test_forged_and_expired_tokens_are_refused(store, clock):
+    client = client_of(store)
+    _, token = store.add_annotator("bob", days=1)
+    for wrong in ("x" * 32, token[:-1], token + "a", ""):
+        assert client.post("/api/session", json={"token": wrong}).status_code in (400, 401)
+    for wrong in (None, 3, ["x"], "x" * 1000):
+        assert client.post("/api/session", json={"token": wrong}).status_code == 400
+    clock.now += 86_401
+    answer = client.post("/api/session", json={"token": token})
+    assert answer.status_code == 401 and "expired" in answer.json()["error"]
+    assert "set-cookie" not in answer.headers
+
+
+def test_a_session_ends(store, ann, clock):
+    clock.now += 31 * 86_400
+    assert ann.get("/api/next").status_code == 401
+
+
+def test_the_cookie_is_kept_from_scripts_and_other_sites(store):
+    cookie = Person(store, "bob").cookie.lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie and "secure" not in cookie
+    _, token = store.add_annotator("eve")
+    safe = client_of(store, secure=True).post("/api/session", json={"token": token})
+    assert "; secure" in safe.headers["set-cookie"].lower()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:9999"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"X-CSRF-Token": ""}, 403),
+        ({"X-CSRF-Token": "ä".encode()}, 403),
+        ({"X-CSRF-Token": "0" * 64}, 403),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+    ],
+)
+def test_cross_site_posts_are_refused(store, ann, headers, status):
+    one = ann.next()["presentations"][0]["id"]
+    body = json.dumps({"presentation": one, "choice": "left", "key": "k"})
+    sent = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json", **headers}
+    answer = ann.client.post("/api/judgements", content=body, headers=sent)
+    assert answer.status_code == status and answer.json()["error"]
+    assert count(store) == 0
+    good = {"Origin": "http://127.0.0.1", "Sec-Fetch-Site": "same-origin"}
+    assert ann.post("/api/judgements", json.loads(body), **good).status_code == 200
+
+
+def test_a_csrf_token_of_somebody_else_is_refused(store, ann):
+    bob = Person(store, "bob")
+    one = ann.next()["presentations"][0]["id"]
+    ann.csrf = bob.csrf
+    assert ann.judge(one).status_code == 403
+
+
+def test_signing_in_across_sites_is_refused(store):
+    _, token = store.add_annotator("bob")
+    answer = client_of(store).post(
+        "/api/session", json={"token": token}, headers={"Origin": "http://evil.example"}
+    )
+    assert answer.status_code == 403 and "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "evil@localhost"])
+def test_other_host_names_are_refused(store, host):
+    answer = client_of(store).get("/", headers={"Host": host})
+    assert answer.status_code == 421 and "Content-Security-Policy" in answer.headers
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"])
+def test_the_loopback_names_are_served(store, host):
+    assert client_of(store).get("/", headers={"Host": host}).status_code == 200
+
+
+def test_every_answer_has_the_security_headers(store, ann):
+    for answer in (ann.get("/"), ann.get("/admin"), ann.get("/api/next"), ann.get("/none")):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy and "trusted-types 'none'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("name", ["annotate", "admin"])
+def test_the_page_is_small_whole_and_names_nothing_elsewhere(name):
+    body = page(name).body
+    assert len(body) < 100_000
+    text = body.decode().replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert "/*style*/" not in text and "/*script*/" not in text
+    assert "src=" not in text and "url(" not in text and "@import" not in text
+    assert "https://" not in text and "http://" not in text
+    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert danger not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[]", 400),
+        (b'"x"', 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 60_000, 400),
+        (b"{}", 400),
+        (b'{"presentation": 1e400, "choice": "left", "key": "k"}', 400),
+        (b'{"presentation": 99999999999999999999999, "choice": "left", "key": "k"}', 400),
+        (b'{"presentation": 1, "choice": {"a": 1}, "key": []}', 400),
+        (b'{"presentation": 1, "choice": "left", "key": "k", "seconds": NaN}', 400),
+        (b'{"presentation": 1, "choice": "left", "key": "k", "reason": "\\ud800"}', 400),
+        (b'{"x": "' + b"a" * 70_000 + b'"}', 413),
+    ],
+)
+def test_broken_bodies_are_refused_with_a_message(store, ann, content, status):
+    ann.next()
+    for path in ("/api/judgements", "/api/undo"):
+        if b"seconds" in content and path == "/api/undo" or b"reason" in content:
+            continue
+        headers = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json"}
+        answer = ann.client.post(path, content=content, headers=headers)
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]
+    assert count(store) == 0
+
+
+def test_a_reason_that_is_no_text_is_refused(store, ann):
+    one = ann.next()["presentations"][0]["id"]
+    body = b'{"presentation": %d, "choice": "left", "key": "k", "reason": "\\ud800"}' % one
+    headers = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json"}
+    answer = ann.client.post("/api/judgements", content=body, headers=headers)
+    assert answer.status_code == 400 and "reason" in answer.json()["error"]
+
+
+def test_a_body_in_pieces_is_limited_too(store, ann):
+    headers = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json"}
+    pieces = (b"x" * 1000 for _ in range(100))
+    answer = ann.client.post("/api/judgements", content=pieces, headers=headers)
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "query", ["count=x", "count=-1", "known=1,x", "count=" + "9" * 5000, "known=" + "1" * 100]
+)
+def test_broken_queries_are_refused(ann, query):
+    assert ann.get(f"/api/next?{query}").status_code == 400
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/page/annotate.js", "//etc/passwd",
+     "/feedback.sqlite", "/api/", "/static/../schema.sql"],
+)  # fmt: skip
+def test_no_path_leads_to_the_file_system(ann, path):
+    answer = ann.get(path)
+    assert answer.status_code == 404 and answer.json() == {"error": "there is nothing here."}
+
+
+def test_other_methods_are_refused(ann):
+    assert ann.client.delete("/api/judgements").status_code == 405
+    assert ann.get("/api/judgements").status_code == 405
+
+
+def test_requests_beyond_the_rate_are_told_to_wait(store):
+    fast = Person(store, "fast", rate=0.001, burst=5)
+    answers = [fast.get("/api/next") for _ in range(8)]
+    assert [a.status_code for a in answers] == [200] * 4 + [429] * 4
+    assert answers[-1].headers["retry-after"] == "1"
+
+
+def test_guessing_tokens_is_slowed(store):
+    client = client_of(store)
+    codes = [client.post("/api/session", json={"token": f"x{n}"}).status_code for n in range(25)]
+    assert codes[0] == 401 and codes[-1] == 429
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '<img src=x onerror="alert(1)">',
+    "[x](javascript:alert(1)) ![y](http://127.0.0.1/z.png)",
+    "\u202eevil\u202c مرحبا بالعالم 👩‍👩‍👧‍👦 \x00",
+    "</style></script><!--",
+    "> " * 500 + "deep",
+    "*" * 2000,
+    "[" * 2000,
+    "```\nnever closed <b>",
+    "&lt;b&gt; &amp; &#x3c;script&#x3e;",
+]
+
+
+def texts(node):
+    return node if isinstance(node, str) else "".join(texts(child) for child in node[2])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_responses_stay_text(make_store, text):
+    store = make_store(given=[Candidates(text, (Response(text + " 1"), Response(text + " 2")))])
+    one = Person(store, "ann").next()["presentations"][0]
+
+    def check(node):
+        if isinstance(node, str):
+            return
+        tag, attributes, children = node
+        assert tag not in ("script", "img", "style", "iframe", "html")
+        assert set(attributes) <= {"href", "start", "class"}
+        assert attributes.get("href", "http://").startswith(("http://", "https://"))
+        for child in children:
+            check(child)
+
+    for part in (one["left"], one["right"], one["prompt"][0]["body"]):
+        for node in part:
+            check(node)
+    shown = "".join(texts(node) for node in one["left"])
+    for word in ("<script>alert(1)</script>", "onerror", "evil", "deep", "never closed <b>"):
+        assert (word in text) == (word in shown)
+
+
+def test_responses_of_a_megabyte_are_shown_whole(make_store):
+    long = "word " * 200_000
+    store = make_store(given=[Candidates("p", (Response(long + "a"), Response(long + "b")))])
+    one = Person(store, "ann").next()["presentations"][0]
+    assert {texts(one["left"][0]), texts(one["right"][0])} == {long + "a", long + "b"}
+
+
+def test_conversations_are_shown_turn_by_turn(make_store, tmp_path):
+    from dpo_keras.preferences import Message
+
+    prompt = (Message("system", "Be short."), Message("user", "Hi"))
+    store = make_store(given=[Candidates(prompt, (Response("a"), Response("b")))])
+    turns = Person(store, "ann").next()["presentations"][0]["prompt"]
+    assert [turn["role"] for turn in turns] == ["Instructions", "Person"]
+
+
+def test_a_full_disk_is_said_and_the_judgement_can_be_sent_again(store, ann, monkeypatch):
+    one = ann.next()["presentations"][0]["id"]
+    taken = store.database.batched
+
+    def full(*_, **__):
+        from dpo_keras.feedback import StoreError
+
+        raise StoreError("store: the disk is full: nothing was saved.")
+
+    monkeypatch.setattr(store.database, "batched", full)
+    answer = ann.judge(one, key="same")
+    assert answer.status_code == 503 and "disk is full" in answer.json()["error"]
+    assert answer.headers["retry-after"] == "5"
+    monkeypatch.setattr(store.database, "batched", taken)
+    assert ann.judge(one, key="same").status_code == 200
+    assert count(store) == 1
+
+
+def test_an_unforeseen_error_is_answered_without_its_insides(store, ann, monkeypatch):
+    monkeypatch.setattr(store, "next", lambda *_: 1 / 0)
+    answer = ann.get("/api/next")
+    assert answer.status_code == 500 and "ZeroDivision" not in answer.text
+    assert answer.json()["error"].startswith("the server failed")
+
+
+def test_the_overview_is_the_administrators(store, ann):
+    assert ann.get("/api/admin").status_code == 403
+    boss = Person(store, "boss", admin=True, assess=lambda store: {"figures": []})
+    ann.judge(ann.next()["presentations"][0]["id"])
+    seen = boss.get("/api/admin").json()
+    assert seen["judged"] == 1 and seen["wanted"] == 8 and seen["agreement"] == {"figures": []}
+    assert [(row["name"], row["judged"]) for row in seen["people"]] == [("ann", 1)]
+    assert sum(hour[1] for hour in seen["hours"]) == 1
+
+
+def test_a_taken_port_is_said(store):
+    listening = bind("127.0.0.1", 0)
+    with pytest.raises(InputError, match="cannot be listened on"):
+        bind("127.0.0.1", listening.getsockname()[1])
+    listening.close()
+
+
+def test_addresses_and_the_names_they_answer_to():
+    assert allowed_hosts("127.0.0.1", None) == (frozenset({"127.0.0.1"}), False)
+    assert allowed_hosts("0.0.0.0", "https://a.example/x") == (frozenset({"a.example"}), True)
+    with pytest.raises(InputError, match="--url"):
+        allowed_hosts("0.0.0.0", None)
+    with pytest.raises(InputError, match="url must be"):
+        allowed_hosts("127.0.0.1", "a.example")
