@@ -69,7 +69,7 @@ class Person:
             rate = max(self.left.value, 1 - self.left.value)
             said.append(
                 f"{self.name} has a position bias: chose the {side} response in {rate:.0%} of "
-                f"{self.left.count:,} decided pairs (p = {_p(self.left_p)})."
+                f"{self.left.count:,} decided pairs (p {_p(self.left_p)})."
             )
         said += self._length_finding()
         if self.gold.high is not None and self.gold.high < 0.8:
@@ -93,12 +93,12 @@ class Person:
         return [
             f"{self.name} has a length bias: chose the {'longer' if rate > 0.5 else 'shorter'} "
             f"response in {max(rate, 1 - rate):.0%} of {self.longer.count:,} decided pairs, "
-            f"against the estimated labels (p = {_p(self.longer_p)})."
+            f"against the estimated labels (p {_p(self.longer_p)})."
         ]
 
 
 def _p(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def describe_people(table: Table, fit: DawidSkene) -> list[Person]:

@@ -244,7 +244,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Opens the listening socket.
+    """Takes an address for the server; nobody can connect before it listens.
 
     Args:
         host: an address of this machine.
@@ -259,8 +259,6 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        # From here on connections wait rather than fail: links are printed before the server runs.
-        listening.listen(512)
     except OSError as error:
         listening.close()
         raise InputError(

@@ -359,6 +359,7 @@ def test_the_overview_is_the_administrators(store, ann):
 
 def test_a_taken_port_is_said(store):
     listening = bind("127.0.0.1", 0)
+    listening.listen()
     with pytest.raises(InputError, match="cannot be listened on"):
         bind("127.0.0.1", listening.getsockname()[1])
     listening.close()
