@@ -60,9 +60,13 @@ class Browser:
 
     def send(self, method, path, body=None):
         content = None if body is None else json.dumps(body)
-        self.connection.request(method, path, content, self.headers)
-        response = self.connection.getresponse()
-        answer = json.loads(response.read())
+        status = 429
+        while status == 429:  # faster than people are; the page waits too
+            self.connection.request(method, path, content, self.headers)
+            response = self.connection.getresponse()
+            answer = json.loads(response.read())
+            status = response.status
+            time.sleep(0.1 if status == 429 else 0)
         assert response.status == 200, answer
         if cookie := response.headers["set-cookie"]:
             self.headers["Cookie"] = cookie.partition(";")[0]
