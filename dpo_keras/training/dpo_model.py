@@ -76,6 +76,7 @@ class DPOModel(PolicyTrainer):
     ):
         super().__init__(policy, dropout=dropout, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
+        self._reference_is_ours = isinstance(reference, str) and reference == "auto"
         # The name puts it behind `policy` in the order in which Keras loads.
         self.policy_adapters = AdapterState(policy) if adapter_config(policy) else None
         self.preference_loss: DPOLoss | None = None
@@ -149,6 +150,8 @@ class DPOModel(PolicyTrainer):
             loss = DPOLoss(loss)
         if not isinstance(loss, DPOLoss):
             raise InputError(f"loss must be a dpo_keras.DPOLoss or its name, got {loss!r}.")
+        if self._reference_is_ours and loss.needs_reference == (self.reference.mode == "none"):
+            self._choose_reference("auto" if loss.needs_reference else "none")
         if loss.needs_reference and self.reference.mode == "none":
             raise InputError(
                 f"loss {loss.loss_type!r} compares the policy with a reference, and this model "
@@ -161,6 +164,12 @@ class DPOModel(PolicyTrainer):
             # Held here, so that a loss's own variables are saved with the model.
             self.objective_state = loss.state
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
+
+    def _choose_reference(self, name: str) -> None:
+        # A loss without reference shall not pay for the copy that "auto" made.
+        self._tracker.untrack(self.reference)
+        with self.distribute_strategy.scope():
+            self.reference = make_reference(self.policy, name)
 
     def hidden_names(self) -> list[str]:
         """Names that are measured and not logged."""

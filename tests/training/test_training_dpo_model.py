@@ -241,6 +241,12 @@ def test_reference_free_losses_never_run_a_reference(policy, dataset):
     model = DPOModel(policy, reference="none")
     model.compile(keras.optimizers.SGD(0.1), loss=DPOLoss("simpo", beta=2.0, gamma=0.5))
     assert not model.reference.weights
+    automatic = DPOModel(policy)
+    automatic.compile("sgd", loss="simpo")
+    assert automatic.reference.mode == "none"
+    assert not automatic.non_trainable_weights
+    automatic.compile("sgd", loss="sigmoid")
+    assert automatic.reference.mode == "frozen_copy"
     logs = model.fit(dataset, verbose=0).history
     assert "kl" not in logs
     with pytest.raises(InputError, match="reference='none'"):
