@@ -113,6 +113,8 @@ def loss_views(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
         rows: from `loss_rows`.
     """
     table = _table(None, "loss.type", "loss of a pair", "what it does", "reference", "arXiv")
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut off cannot be copied
     for row in rows:
         table.add_row(
             row["name"],

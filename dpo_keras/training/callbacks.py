@@ -162,7 +162,7 @@ class SyncReference(keras.callbacks.Callback):
     reference is part of the model's state, so checkpoints hold it as it is.
 
     Args:
-        every: k, optimizer steps between updates.
+        every: k, train steps between updates; micro-batches count one each.
         alpha: in (0, 1].
         start_step: steps taken before, for a resumed run.
 
