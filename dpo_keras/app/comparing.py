@@ -75,7 +75,6 @@ def build_model(
             jit_compile=training.jit_compile,
             steps_per_execution=training.steps_per_execution,
         )
-        model.optimizer.build(model.trainable_variables)
     if run.writes and keeps_reference(config, context.loss) and not run.reference.exists():
         _keep_reference(run, policy)
     context.progress.note(f"reference: {model.reference.mode}")

@@ -133,8 +133,6 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
             optimizer=optimizer_of(settings, len(tokenized)),
             jit_compile=context.config.training.jit_compile,
         )
-        # Its variables belong to the strategy, and resuming fills them before the first step.
-        model.optimizer.build(model.trainable_variables)
     warm_up(
         model,
         tokenized,

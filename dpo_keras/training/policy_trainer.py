@@ -20,10 +20,9 @@ from keras import ops
 
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.training.measures import Batch, Sums
 from dpo_keras.training.start import Throughput
 
-Batch = dict[str, Any]
-Sums = dict[str, tuple[Any, Any]]
 COUNTS = ("tokens", "pairs")
 
 

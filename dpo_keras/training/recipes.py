@@ -140,18 +140,10 @@ def warm_up(
     Returns:
         Steps taken in all, earlier runs included.
     """
+    pairs = _endless(tokenized, batch_size, seed, buckets)
 
     def stream(start: int) -> tf.data.Dataset:
-        return supervised_dataset(
-            preference_dataset(
-                tokenized,
-                batch_size=batch_size,
-                seed=seed,
-                buckets=buckets,
-                epochs=None,
-                start_step=start,
-            )
-        )
+        return supervised_dataset(pairs(start))
 
     per_epoch = steps_per_epoch(tokenized, batch_size)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
@@ -194,17 +186,7 @@ def train_preferences(
         InputError: options that do not fit together.
         RuntimeError: the loss is no number any more, or does not start where it must.
     """
-
-    def stream(start: int) -> tf.data.Dataset:
-        return preference_dataset(
-            tokenized,
-            batch_size=batch_size,
-            seed=seed,
-            buckets=buckets,
-            epochs=None,
-            start_step=start,
-        )
-
+    stream = _endless(tokenized, batch_size, seed, buckets)
     _check_groups(model, tokenized, held_out)
     if held_out is not None and len(held_out):
         options["validation_data"] = preference_dataset(
@@ -215,6 +197,20 @@ def train_preferences(
         )
     per_epoch = steps_per_epoch(tokenized, batch_size)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+
+
+def _endless(
+    tokenized: TokenizedPairs, batch_size: int, seed: int, buckets: int
+) -> Callable[[int], tf.data.Dataset]:
+    """The stream of all batches, from any step on."""
+    return lambda start: preference_dataset(
+        tokenized,
+        batch_size=batch_size,
+        seed=seed,
+        buckets=buckets,
+        epochs=None,
+        start_step=start,
+    )
 
 
 class _Steps(keras.callbacks.Callback):
