@@ -76,7 +76,7 @@ class DPOModel(PolicyTrainer):
     ):
         super().__init__(policy, dropout=dropout, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
-        self._reference_is_ours = isinstance(reference, str) and reference == "auto"
+        self._may_drop_reference = isinstance(reference, str) and reference == "auto"
         # The name puts it behind `policy` in the order in which Keras loads.
         self.policy_adapters = AdapterState(policy) if adapter_config(policy) else None
         self.preference_loss: DPOLoss | None = None
@@ -150,12 +150,15 @@ class DPOModel(PolicyTrainer):
             loss = DPOLoss(loss)
         if not isinstance(loss, DPOLoss):
             raise InputError(f"loss must be a dpo_keras.DPOLoss or its name, got {loss!r}.")
-        if self._reference_is_ours and loss.needs_reference == (self.reference.mode == "none"):
-            self._choose_reference("auto" if loss.needs_reference else "none")
+        if self._may_drop_reference and not loss.needs_reference:
+            self._drop_reference()
+        self._may_drop_reference = False
         if loss.needs_reference and self.reference.mode == "none":
             raise InputError(
                 f"loss {loss.loss_type!r} compares the policy with a reference, and this model "
-                "has reference='none'. Use reference='auto', or a loss without reference."
+                "has reference='none' (which reference='auto' becomes where the first loss needs "
+                "none). Make DPOModel(policy, reference='frozen_copy'), or use a loss without "
+                "reference."
             )
         if isinstance(self.reference, FrozenCopy):
             self.reference.check(self.policy)
@@ -165,11 +168,11 @@ class DPOModel(PolicyTrainer):
             self.objective_state = loss.state
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
 
-    def _choose_reference(self, name: str) -> None:
-        # A loss without reference shall not pay for the copy that "auto" made.
+    def _drop_reference(self) -> None:
+        # A loss without reference shall not pay for the copy that "auto" made. Dropped once and
+        # never made again: a copy of weights trained since would be another reference.
         self._tracker.untrack(self.reference)
-        with self.distribute_strategy.scope():
-            self.reference = make_reference(self.policy, name)
+        self.reference = make_reference(self.policy, "none")
 
     def hidden_names(self) -> list[str]:
         """Names that are measured and not logged."""

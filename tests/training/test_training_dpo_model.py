@@ -245,8 +245,14 @@ def test_reference_free_losses_never_run_a_reference(policy, dataset):
     automatic.compile("sgd", loss="simpo")
     assert automatic.reference.mode == "none"
     assert not automatic.non_trainable_weights
-    automatic.compile("sgd", loss="sigmoid")
-    assert automatic.reference.mode == "frozen_copy"
+    with pytest.raises(InputError, match="reference='frozen_copy'"):
+        automatic.compile("sgd", loss="sigmoid")
+    kept = DPOModel(policy)
+    kept.compile("sgd", loss="sigmoid")
+    reference = kept.reference
+    kept.compile("sgd", loss="simpo")
+    kept.compile("sgd", loss="bco_pair")
+    assert kept.reference is reference
     logs = model.fit(dataset, verbose=0).history
     assert "kl" not in logs
     with pytest.raises(InputError, match="reference='none'"):
