@@ -6,8 +6,10 @@ static shapes. `collate` is the batch contract itself, in NumPy.
 
 from dpo_keras.batching.buckets import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.collate import batch_from_strings, collate, collate_single
-from dpo_keras.batching.dataset import preference_dataset, steps_per_epoch
+from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
 from dpo_keras.batching.encoding import TextEncoder
+from dpo_keras.batching.packed import collate_packed
+from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.pairs import TokenizedPairs
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.report import DroppedPair, TokenizationReport
@@ -15,10 +17,13 @@ from dpo_keras.batching.templates import ChatTemplate, available_templates, get_
 from dpo_keras.batching.tokenization import tokenize_pairs
 
 __all__ = [
+    "Batching",
     "BucketPlan",
     "ChatTemplate",
     "DroppedPair",
     "EpochOrder",
+    "PackedOrder",
+    "PackingPlan",
     "Ragged",
     "TextEncoder",
     "TokenizationReport",
@@ -26,10 +31,13 @@ __all__ = [
     "available_templates",
     "batch_from_strings",
     "collate",
+    "collate_packed",
     "collate_single",
     "epoch_order",
     "get_template",
+    "packed_order",
     "plan_buckets",
+    "plan_packing",
     "preference_dataset",
     "steps_per_epoch",
     "tokenize_pairs",
