@@ -14,7 +14,7 @@ from dpo_keras.batching.collate import Batch, collate
 from dpo_keras.batching.packed import collate_packed
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.pairs import TokenizedPairs
-from dpo_keras.batching.stream import Source, signature_of, stream
+from dpo_keras.batching.stream import DYNAMIC, Source, signature_of, stream
 from dpo_keras.batching.templates import ChatTemplate
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
 from dpo_keras.errors import InputError
@@ -223,11 +223,10 @@ def _bucketed(
     # Batches of one shape are static throughout; else only length and slots are left open.
     one = len(plan.lengths) == 1
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], batch_size)
-    dynamic = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
     return Source(
         steps_per_epoch(tokenized, batch_size, drop_remainder),
         make,
-        signature_of(sample, {} if one else dynamic),
+        signature_of(sample, {} if one else DYNAMIC),
     )
 
 

@@ -12,6 +12,9 @@ import tensorflow as tf
 
 from dpo_keras.batching.collate import Batch
 
+# The dimensions in which batches of different buckets differ.
+DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
+
 
 class Source(NamedTuple):
     """Batches by number.

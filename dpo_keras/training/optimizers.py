@@ -1,64 +1,92 @@
-"""Keras optimizers as `PolicyTrainer` runs them: the same updates, in fewer passes over memory.
+"""The optimizer of a training, and its learning rate over the steps."""
 
-Both changes use private names of Keras' optimizers, for which there is no public way; the optimizer
-belongs to one model, since Keras ties it to its variables.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import tensorflow as tf
+
+from dpo_keras.errors import InputError
 
 
-def sum_gradients_ourselves(optimizer: Any) -> None:
-    """Keeps a Keras optimizer from summing gradients over replicas a second time.
-
-    Keras clips first and sums second. Summing first needs its own sum switched off.
-
-    Args:
-        optimizer: the optimizer; one that scales its loss is looked into.
-    """
-    getattr(optimizer, "inner_optimizer", optimizer)._all_reduce_sum_gradients = list
-
-
-def update_in_one_pass(optimizer: Any) -> None:
-    r"""Lets Adam and AdamW use TensorFlow's own kernel, and skip a weight decay of 0.
-
-    Keras writes Adam as ten operations, each a pass over all weights. The kernel is one:
-
-        m <- m + (1 - beta_1) (g - m),   v <- v + (1 - beta_2) (g^2 - v),
-        w <- w - alpha m / (sqrt(v) + epsilon),   alpha = rate sqrt(1 - beta_2^t) / (1 - beta_1^t)
+def make_optimizer(
+    steps: int,
+    *,
+    learning_rate: float = 5e-6,
+    schedule: str = "constant",
+    warmup_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    gradient_accumulation: int = 1,
+) -> keras.optimizers.Optimizer:
+    """AdamW with the usual choices.
 
     Args:
-        optimizer: any Keras optimizer; others than these two, and AMSGrad, stay as they are.
+        steps: calls of `train_step` in all; micro-batches count one each.
+        learning_rate: the highest it gets.
+        schedule: `"constant"`, or `"linear"` or `"cosine"` down to 0 at the last step.
+        warmup_fraction: share of the steps in which the rate rises from 0.
+        weight_decay: decoupled; not applied to biases and norms.
+        clip_norm: bound on the norm of the whole gradient, or None.
+        gradient_accumulation: micro-batches per update.
 
-    References:
-        Kingma and Ba, Adam, arXiv 1412.6980, section 2.
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: an unknown schedule.
+
+    Example:
+        >>> optimizer = make_optimizer(100, learning_rate=1e-3, schedule="linear")
+        >>> round(float(optimizer.learning_rate), 6)
+        0.001
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if not inner.weight_decay:
-        inner._apply_weight_decay = lambda variables: None
-    # A subclass may mean something else by its update.
-    if type(inner) not in (keras.optimizers.Adam, keras.optimizers.AdamW) or inner.amsgrad:
-        return
+    rising = int(round(steps * warmup_fraction))
+    falling = max(steps - rising, 1)
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+    rate: Any = SCHEDULES[schedule](learning_rate, falling)
+    if rising:
+        rate = _Rise(rate, learning_rate, rising)
+    optimizer = keras.optimizers.AdamW(
+        rate,
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm,
+        gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale", "norm"])
+    return optimizer
 
-    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        number = inner._get_variable_index(variable)
-        variable = variable.value if isinstance(variable, keras.Variable) else variable
-        dtype = variable.dtype
-        step = tf.cast(inner.iterations.value + 1, dtype)
-        beta_1, beta_2 = tf.cast(inner.beta_1, dtype), tf.cast(inner.beta_2, dtype)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=inner._momentums[number].value.handle,
-            v=inner._velocities[number].value.handle,
-            beta1_power=tf.pow(beta_1, step),
-            beta2_power=tf.pow(beta_2, step),
-            lr=tf.cast(learning_rate, dtype),
-            beta1=beta_1,
-            beta2=beta_2,
-            epsilon=tf.cast(inner.epsilon, dtype),
-            grad=tf.cast(gradient, dtype),
-        )
 
-    inner.update_step = update_step
+SCHEDULES: dict[str, Callable[[float, int], Any]] = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
+    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
+}
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class _Rise(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise from 0, then another schedule."""
+
+    def __init__(self, then: Any, learning_rate: float, steps: int):
+        self.then, self.learning_rate, self.steps = then, learning_rate, steps
+
+    def __call__(self, step: Any) -> Any:
+        step = keras.ops.cast(step, "float32")
+        # The first step is not taken at rate 0: it would be a step for nothing.
+        rise = self.learning_rate * (step + 1.0) / self.steps
+        then = self.then(step - self.steps) if callable(self.then) else self.then
+        return keras.ops.where(step < self.steps, rise, then)
+
+    def get_config(self) -> dict[str, Any]:
+        then = self.then
+        if callable(then):
+            then = keras.saving.serialize_keras_object(then)
+        return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Rise":
+        then = config["then"]
+        if isinstance(then, dict):
+            then = keras.saving.deserialize_keras_object(then)
+        return cls(then, config["learning_rate"], config["steps"])
