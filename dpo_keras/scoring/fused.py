@@ -15,6 +15,8 @@ import tensorflow as tf
 
 from dpo_keras.scoring.swapped import Swap, swapped
 
+# Numbers in a layer's input from which fusing saves more than compiling costs.
+FUSED_FROM = 2**19
 _NORMS = (
     "LayerNormalization",
     "LlamaLayerNorm",
@@ -81,6 +83,10 @@ class FusedLayers:
             elif _is_gelu(getattr(layer, "activation", None)):
                 self._swaps.append((layer, "activation", _activation(layer.activation, kernels)))
 
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._swaps)
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """While this is open, those layers run fused."""
         return swapped(self._swaps)
@@ -99,7 +105,8 @@ def _activation(activation: Callable[..., Any], kernels: dict[Any, Any]) -> Call
 def _norm(layer: Any, kernels: dict[Any, Any]) -> Callable[..., Any]:
     # Not get_config: KerasHub's norms have none.
     settings = {name: getattr(layer, name, None) for name in ("epsilon", "axis", "rms_scaling")}
-    key = (type(layer), layer.compute_dtype, len(layer.variables), repr(settings))
+    shapes = [tuple(variable.shape) for variable in layer.variables]
+    key = (type(layer), layer.compute_dtype, repr(shapes), repr(settings))
     variables = layer.variables
     if key not in kernels:
         call = layer.call

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.fused import FusedLayers
+from dpo_keras.scoring.fused import FUSED_FROM, FusedLayers
 from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
 from dpo_keras.scoring.tree_attention import tree_attention
 from dpo_keras.scoring.tree_layout import TreeLayout
@@ -151,11 +151,18 @@ class ResponseScorer:
         assert self.parts is not None
         together = contextlib.ExitStack()
         together.enter_context(tree_attention(self.parts[0], batch["layout"]))
-        # XLA compiles the whole step where shapes are static; within a replica it is not safe.
-        if not batch["layout"].dense and tf.distribute.get_strategy().num_replicas_in_sync == 1:
+        if self._fuses(batch):
             self._fused = self._fused or FusedLayers(self.parts[0])
             together.enter_context(self._fused.active())
         return together
+
+    def _fuses(self, batch: dict[str, Any]) -> bool:
+        # Where shapes are static XLA compiles the whole step; within a replica it is not safe.
+        if batch["layout"].dense or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            return False
+        rows, _, length = batch["token_ids"].shape
+        assert self.parts is not None
+        return rows * length * self.parts[0].hidden_dim >= FUSED_FROM
 
     def _token_values(
         self, batch: dict[str, Any], training: bool, statistics: tuple[str, ...]

@@ -23,8 +23,8 @@ from dpo_keras.scoring.packed import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
-from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 from dpo_keras.training.start import Throughput
+from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
 COUNTS = ("tokens", "pairs")
 
