@@ -68,7 +68,8 @@ def check_packing(scorer: ResponseScorer, seed: int = 0) -> float:
     largest = float(np.abs(unpacked).max())
     # The same tree in a row of its own must score as it does among others.
     difference = max(
-        float(np.abs(found[:count] - unpacked).max()), float(np.abs(found[count] - unpacked[0]).max())
+        float(np.abs(found[:count] - unpacked).max()),
+        float(np.abs(found[count] - unpacked[0]).max()),
     )
     share = difference / largest
     tolerance = _TOLERANCE.get(backbone.compute_dtype, _LOW_PRECISION)

@@ -4,9 +4,11 @@ import contextlib
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.fused import FusedLayers
 from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
 from dpo_keras.scoring.tree_attention import tree_attention
 from dpo_keras.scoring.tree_layout import TreeLayout
@@ -66,6 +68,7 @@ class ResponseScorer:
         self.policy = policy
         self.chunk = chunk
         self.static = static
+        self._fused: FusedLayers | None = None
         self.parts = None if plain else split_backbone_and_head(policy)
         # A subclassed model shows its inputs only when it is called.
         structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
@@ -142,11 +145,17 @@ class ResponseScorer:
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
 
-    def _attention(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    def _attention(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         if "layout" not in batch:
             return contextlib.nullcontext()
         assert self.parts is not None
-        return tree_attention(self.parts[0], batch["layout"])
+        together = contextlib.ExitStack()
+        together.enter_context(tree_attention(self.parts[0], batch["layout"]))
+        # XLA compiles the whole step where shapes are static; within a replica it is not safe.
+        if not batch["layout"].dense and tf.distribute.get_strategy().num_replicas_in_sync == 1:
+            self._fused = self._fused or FusedLayers(self.parts[0])
+            together.enter_context(self._fused.active())
+        return together
 
     def _token_values(
         self, batch: dict[str, Any], training: bool, statistics: tuple[str, ...]

@@ -34,7 +34,7 @@ def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
     try:
         for owner, name, value in swaps:
             # Not setattr: Keras layers track what is set, and refuse some of it once built.
-            attributes = vars(owner)
+            attributes: dict[str, Any] = owner.__dict__
             before.append((attributes, name, attributes.get(name, missing)))
             attributes[name] = value
         yield

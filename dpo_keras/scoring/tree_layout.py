@@ -159,7 +159,9 @@ def segment_sizes(tree: Any, segment: int) -> Any:
         start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :length])
         step *= 2
     piece = start // segment + pieces * tf.range(rows)[:, None]
-    return tf.math.bincount(tf.reshape(piece, [-1]), minlength=rows * pieces, maxlength=rows * pieces)
+    count = rows * pieces
+    sizes = tf.math.bincount(tf.reshape(piece, [-1]), minlength=count, maxlength=count)
+    return tf.ensure_shape(sizes, (count,))
 
 
 def _bias(tree: Any, positions: Any, window: int | None) -> Any:

@@ -59,9 +59,7 @@ FAMILIES = {
     "gemma": _make("Gemma", **GEMMA),
     "gemma2": _make("Gemma", **GEMMA2),
     "gemma3": _make("Gemma3", **GEMMA3),
-    "qwen": _make(
-        "Qwen", **GROUPED, use_sliding_window_attention=True, sliding_window_size=WINDOW
-    ),
+    "qwen": _make("Qwen", **GROUPED, use_sliding_window_attention=True, sliding_window_size=WINDOW),
     "qwen3": _make("Qwen3", **GROUPED, head_dim=16, sliding_window_size=WINDOW),
     "phi3": _make("Phi3", **GROUPED),
     "gpt_neo_x": _make("GPTNeoX", num_heads=2, max_sequence_length=24),

@@ -47,14 +47,15 @@ def filled(batch, values):
 
 
 def scored(policy, batch, **layout):
-    """Log-probs of the pairs in order, and the gradient of a sum that weighs all of them."""
+    """Log-probs of the pairs in order, and the gradient of a mean that weighs all of them."""
     scorer = ResponseScorer(policy)
     if "tree" in batch and layout:
         tree, positions = batch["tree"][:, 0], batch["positions"][:, 0]
         batch = {**batch, "layout": TreeLayout(positions, tree, **layout)}
     with tf.GradientTape() as tape:
         logps = filled(batch, scorer(batch)["logps"])
-        loss = tf.reduce_sum(tf.sin(tf.range(tf.size(logps), dtype=tf.float32) + 1.0) * tf.reshape(logps, [-1]))
+        signs = tf.sin(tf.range(tf.size(logps), dtype=tf.float32) + 1.0)
+        loss = tf.reduce_mean(signs * tf.reshape(logps, [-1]))
     gradients = tape.gradient(loss, policy.trainable_variables)
     return logps.numpy(), [tf.convert_to_tensor(g).numpy() for g in gradients if g is not None]
 
