@@ -69,9 +69,9 @@ def one_pass(
         >>> ends, ones = Ragged.from_lists([[2]] * 3), np.ones(3, np.float32)
         >>> pairs = TokenizedPairs(rows, ends, ends, ones, ones)
         >>> [part.pairs.tolist() for part in one_pass(pairs, batch_size=2)]
-        [[0, 1], [2, -1]]
+        [[0, 2], [1, -1]]
         >>> [part.pairs.tolist() for part in one_pass(pairs, 2, "packed")]
-        [[0, 2, -1], [1, -1, -1]]
+        [[0, -1, -1], [1, 2, -1]]
     """
     if not len(tokenized):
         return
