@@ -151,7 +151,8 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
     context.progress.stage("Supervised warm-up")
     laid_out = chosen_alone(tokenized) if context.layout.packed else tokenized
     with context.strategy.scope():
-        model = SupervisedModel(policy)
+        remat = context.config.training.remat
+        model = SupervisedModel(policy, dropout=not remat, remat=remat)
         model.compile(
             optimizer=optimizer_of(context, settings, laid_out),
             jit_compile=context.config.training.jit_compile,
