@@ -78,10 +78,15 @@ class Link:
         while (message := self.receive(None)) is not None:
             yield message
 
-    def close(self) -> None:
-        """Ends the connection; what was sent still arrives."""
+    def finish(self) -> None:
+        """Says that nothing more comes from here; what was sent still arrives."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._lines.close()
+        self.socket.close()
 
 
 def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
@@ -154,11 +159,18 @@ def _welcome(
                     problems += _greet(listener, cluster, links, greeting)
                 else:  # nobody speaks before the welcome: this one is gone
                     links.pop(waiting[ready]).close()
-    for link in links.values():
-        link.send(refused=problems) if problems else link.send(welcome=True)
     if problems:
+        _dismiss(links, refused=problems)
         raise InputError(problems)
+    for link in links.values():
+        link.send(welcome=True)
     return links
+
+
+def _dismiss(links: Mapping[int, Link], **message: Any) -> None:
+    for link in links.values():
+        link.send(**message)
+        link.close()
 
 
 def _greet(
@@ -192,8 +204,7 @@ def _missing(cluster: Cluster, links: Mapping[int, Link], timeout: float) -> Clu
         "that TF_CONFIG names, check that its addresses are right and reachable, or wait longer "
         "with training.worker_timeout=SECONDS."
     )
-    for link in links.values():
-        link.send(missing=text)
+    _dismiss(links, missing=text)
     return ClusterError(text)
 
 

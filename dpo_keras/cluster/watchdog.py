@@ -138,7 +138,7 @@ class Watchdog:
         else:
             self._tell(left=self._place, **_farewell(error))
         for link in self._links.values():
-            link.close()
+            link.finish()
         if type(error).__name__ in _PEER_ERRORS:
             reason = str(error).strip().splitlines()[-1]
             raise ClusterError(f"a worker does not answer any more ({reason}). {RESUME}") from error
@@ -163,6 +163,7 @@ class Watchdog:
                     react(self, place, message)
         if place not in self._gone:
             self._lost(place)
+        self._links[place].close()
 
     def _on_vote(self, place: int, message: Message) -> None:
         self._vote(message["vote"], place, message["value"])
@@ -190,19 +191,25 @@ class Watchdog:
         task = self.cluster.in_step[message["left"]]
         self._finish(f"{task} {message['why']}", message["code"])
 
+    def _on_lost(self, place: int, message: Message) -> None:
+        self._lost(message["lost"])
+
     def _lost(self, place: int) -> None:
-        why = "was lost: its process ended without a word (killed, crashed, or its machine is gone)"
-        self._gone.add(place)
+        self._gone.update((0, place))
         if self.cluster.is_chief and not self._closing:
-            self._tell(but=place, left=place, why=f"{why}. {RESUME}", code=FAILED)
-        self._finish(f"{self.cluster.in_step[place]} {why}. {RESUME}", FAILED)
+            self._tell(but=place, lost=place)
+        self._finish(
+            f"{self.cluster.in_step[place]} was lost: its process ended without a word (killed, "
+            f"crashed, or its machine is gone). {RESUME}",
+            FAILED,
+        )
 
     def _finish(self, text: str, code: int) -> None:
         if self._closing:
             return
         self._closing = True
         for link in self._links.values():
-            link.close()
+            link.finish()
         # Closed sockets of an ended process may take back what the peers have not read yet.
         time.sleep(0.5)
         self._end(text, code)
@@ -214,6 +221,7 @@ _REACTIONS: dict[str, Callable[[Watchdog, int, Message], None]] = {
     "bye": Watchdog._on_bye,
     "stop": Watchdog._on_stop,
     "left": Watchdog._on_left,
+    "lost": Watchdog._on_lost,
 }
 
 
