@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ _PEER_ERRORS = {
     *("UnavailableError", "AbortedError", "CancelledError"),
     *("DeadlineExceededError", "FailedPreconditionError"),
 }
-_SILENCE = 45.0  # longer than the kernel's probes of a machine that is gone
+_SILENCE = 35.0  # longer than the kernel's probes of a machine that is gone
 _GRACE = 5.0
 
 
@@ -51,6 +52,12 @@ class Watchdog:
         cluster: the processes.
         stop: is told when another worker was asked to stop, and tells the others.
         end: called from a thread with a message and an exit code; must end the process.
+
+    Example:
+        >>> from dpo_keras.cluster import read_tf_config
+        >>> alone = '{"cluster": {"worker": ["a:7000"]}, "task": {"type": "worker", "index": 0}}'
+        >>> with Watchdog(read_tf_config(alone)).meet(timeout=60) as watchdog:
+        ...     watchdog.agree("step", 4)
     """
 
     def __init__(
@@ -140,8 +147,20 @@ class Watchdog:
         for link in self._links.values():
             link.finish()
         if type(error).__name__ in _PEER_ERRORS:
-            reason = str(error).strip().splitlines()[-1]
-            raise ClusterError(f"a worker does not answer any more ({reason}). {RESUME}") from error
+            raise ClusterError(
+                f"{self._silent(str(error))} does not answer any more: its process hangs, or its "
+                f"machine does not reach this one. {RESUME}"
+            ) from error
+
+    def _silent(self, text: str) -> str:
+        """Names the task whose heartbeats TensorFlow misses."""
+        found = re.search(r"unhealthy.*?/job:(\w+)/replica:0/task:(\d+)", text, re.DOTALL)
+        named = [
+            str(task)
+            for task in self.cluster.in_step
+            if found and (task.type, task.index) == (found[1], int(found[2]))
+        ]
+        return named[0] if named else "a worker"
 
     def _announce_stop(self, name: str) -> None:
         self._tell(stop=f"{name} at {self.cluster.this}")

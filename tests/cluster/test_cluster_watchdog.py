@@ -190,6 +190,32 @@ def test_a_worker_that_gives_up_ends_the_others_with_its_reason_and_code(
             assert found == code and f"{everyone[1].cluster.this} {words}" in text
 
 
+class UnavailableError(Exception):
+    """Named like TensorFlow's, which is known by its name."""
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "Graph execution error:\nCollective ops is aborted by: Error reported from "
+            "/job:worker/task:1: The following tasks are unhealthy (stopped sending heartbeats):\n"
+            "/job:worker/replica:0/task:1\nThe tasks have crashed.",
+            "worker 1 (127.0.0.1:",
+        ),
+        ("Collective ops is aborted by: Socket closed", "a worker does not"),
+    ],
+)
+def test_a_worker_that_hangs_is_named_as_far_as_tensorflow_knows_it(text, name, monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.watchdog._SILENCE", 0.1)
+    with workers(2) as everyone:
+        everyone[0].leave(UnavailableError(text))
+        error = everyone[0].finish()
+    assert isinstance(error, ClusterError)
+    assert str(error).startswith(name) and "does not answer any more" in str(error)
+    assert "--resume" in str(error)
+
+
 def test_a_request_to_stop_reaches_every_worker():
     with workers(3) as everyone:
         everyone[1].stop.announce("SIGTERM")
