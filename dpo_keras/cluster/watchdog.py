@@ -71,7 +71,7 @@ class Watchdog:
         self._stop, self._end = stop, end
         self._links: dict[int, Link] = {}
         self._gone: set[int] = set()
-        self._closing = False
+        self._ending = self._closing = False
         self._changed = threading.Condition()
         self._votes: dict[int, dict[int, Any]] = {}
         self._round = 0
@@ -201,6 +201,8 @@ class Watchdog:
 
     def _on_left(self, place: int, message: Message) -> None:
         self._gone.add(place)
+        if not self._is_first():
+            return
         if self.cluster.is_chief:
             self._tell(but=place, **message)
         # All may have found the same fault, or have stopped at the same step: each says so itself.
@@ -214,14 +216,23 @@ class Watchdog:
         self._lost(message["lost"])
 
     def _lost(self, place: int) -> None:
-        self._gone.update((0, place))
-        if self.cluster.is_chief and not self._closing:
+        # Workers that this one tells, or that tell this one, close their links too.
+        if not self._is_first():
+            return
+        if self.cluster.is_chief:
             self._tell(but=place, lost=place)
         self._finish(
             f"{self.cluster.in_step[place]} was lost: its process ended without a word (killed, "
             f"crashed, or its machine is gone). {RESUME}",
             FAILED,
         )
+
+    def _is_first(self) -> bool:
+        """Whether no reason to end was known before."""
+        with self._changed:
+            first = not self._ending and not self._closing
+            self._ending = True
+            return first
 
     def _finish(self, text: str, code: int) -> None:
         if self._closing:
