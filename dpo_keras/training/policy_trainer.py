@@ -27,6 +27,8 @@ from dpo_keras.training.start import Throughput
 from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
 COUNTS = ("tokens", "pairs")
+# In how many replicas a stop was asked for: reduced with the metrics, so that all stop at one step.
+STOP = "stop"
 
 
 class PolicyTrainer(keras.Model):
@@ -70,6 +72,7 @@ class PolicyTrainer(keras.Model):
         self._total_names: list[str] = []
         self.step_logs: dict[str, Any] = {}
         self.first_step_logs: dict[str, Any] = {}
+        self.stop_requested: Callable[[], bool] | None = None
         self.train_function: Any = None
         self.test_function: Any = None
         self.built = True
@@ -142,7 +145,7 @@ class PolicyTrainer(keras.Model):
             return {}
         means = tf.unstack(tf.math.divide_no_nan(self._totals[:, 0], self._totals[:, 1]))
         logs = zip(self._total_names, means, strict=True)
-        hidden = {*COUNTS, *self.hidden_names()}
+        hidden = {*COUNTS, STOP, *self.hidden_names()}
         means_by_name = {name: mean for name, mean in logs if name not in hidden}
         return {**means_by_name, **self.derived_metrics(means_by_name)}
 
@@ -225,14 +228,14 @@ class PolicyTrainer(keras.Model):
     def make_train_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that `fit` calls with an iterator."""
         if self.train_function is None or force:
-            names = [*self.metric_names(), "grad_norm", *self.hidden_names(), *COUNTS]
+            names = [*self.metric_names(), "grad_norm", *self.hidden_names(), *COUNTS, STOP]
             self.train_function = self._step_function(self.train_step, names)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable[..., Any]:
         """The function that `evaluate` calls with an iterator."""
         if self.test_function is None or force:
-            names = [*self.metric_names(), *self.hidden_names(), *COUNTS]
+            names = [*self.metric_names(), *self.hidden_names(), *COUNTS, STOP]
             self.test_function = self._step_function(self.test_step, names)
         return self.test_function
 
@@ -246,24 +249,24 @@ class PolicyTrainer(keras.Model):
                 "(keras#17187). Use jit_compile=False."
             )
 
-        def stacked_step(batch: Batch) -> Any:
-            sums = step(batch)
+        def stacked_step(batch: Batch, stop: Any) -> Any:
+            sums = {**step(batch), STOP: (stop, 1.0)}
             return tf.stack([tf.stack([ops.cast(v, "float32") for v in sums[n]]) for n in names])
 
-        def one_step(batch: Batch) -> Any:
-            shares = strategy.run(stacked_step, args=(batch,))
+        def one_step(batch: Batch, stop: Any) -> Any:
+            shares = strategy.run(stacked_step, args=(batch, stop))
             return strategy.reduce(tf.distribute.ReduceOp.SUM, shares, axis=None)
 
-        def next_step(iterator: Any) -> tuple[Any, Any, Any, int]:
-            sums = one_step(iterator.get_next())
+        def next_step(iterator: Any, stop: Any) -> tuple[Any, Any, Any, int]:
+            sums = one_step(iterator.get_next(), stop)
             return sums, sums, tf.cast(sums, "float64"), 1
 
-        def next_steps(iterator: Any) -> tuple[Any, Any, Any, Any]:
+        def next_steps(iterator: Any, stop: Any) -> tuple[Any, Any, Any, Any]:
             def more(count: Any, batch: Any, *_: Any) -> Any:
                 return tf.logical_and(count < self.steps_per_execution, batch.has_value())
 
             def body(count: Any, batch: Any, first: Any, _: Any, totals: Any) -> Any:
-                sums = one_step(batch.get_value())
+                sums = one_step(batch.get_value(), stop)
                 first = tf.where(count == 0, sums, first)
                 full = count + 1 >= self.steps_per_execution
                 following = tf.cond(full, lambda: batch, iterator.get_next_as_optional)
@@ -283,12 +286,13 @@ class PolicyTrainer(keras.Model):
             from_iterator = tf.function(from_iterator, **options)
 
         def function(iterator: Any) -> dict[str, Any]:
+            stop = tf.constant(float(self.stop_requested is not None and self.stop_requested()))
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-                first, sums, totals, count = from_iterator(iterator)
+                first, sums, totals, count = from_iterator(iterator, stop)
                 if several and int(count) == 0:
                     raise StopIteration
             else:  # train_on_batch and test_on_batch wrap their dict as (x, y, sample_weight)
-                first = sums = one_step(next(iterator)[0])
+                first = sums = one_step(next(iterator)[0], stop)
                 totals = tf.cast(sums, "float64")
             self._total_names = names
             self._totals = totals if self._totals is None else self._totals + totals
