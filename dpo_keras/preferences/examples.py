@@ -53,19 +53,21 @@ def from_features(features: Mapping[str, Any]) -> PreferencePair:
         >>> from_features(to_features(pair)) == pair
         True
     """
-    texts = [_plain(features[name]) for name in TEXTS]
-    parts: list[Text] = list(texts)
-    if features["messages"]:
-        parts = [tuple(Message(m["role"], m["content"]) for m in json.loads(t)) for t in texts]
+    text = {name: _plain(features[name]) or None for name in (*TEXTS, *NAMES)}
+    prompt, chosen, rejected = (
+        _messages(text[name] or "[]") if features["messages"] else text[name] or ""
+        for name in TEXTS
+    )
     margin = float(features["margin"])
-    annotator, group, name = (_plain(features[name]) or None for name in NAMES)
     return PreferencePair(
-        *parts,
+        prompt,
+        chosen,
+        rejected,
         float(features["preference"]),
         float(features["weight"]),
-        annotator,
-        group,
-        name,
+        text["annotator"],
+        text["group"],
+        text["id"],
         None if math.isnan(margin) else margin,
         bool(features["swapped"]),
     )
@@ -122,6 +124,10 @@ def _as_text(text: Text) -> str:
     if isinstance(text, str):
         return text
     return json.dumps([turn.as_dict() for turn in text], ensure_ascii=False)
+
+
+def _messages(text: str) -> tuple[Message, ...]:
+    return tuple(Message(turn["role"], turn["content"]) for turn in json.loads(text))
 
 
 def _plain(value: Any) -> str:

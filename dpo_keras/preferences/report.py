@@ -105,9 +105,15 @@ class ReadReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReadReport:
         """Makes the report again that `as_dict` made these values of."""
-        listed = {k: [Problem(**entry) for entry in values[k]] for k in ("problems", "warnings")}
-        counted = {k: Counter(values[k]) for k in ("layouts", "omitted")}
-        return cls(values["sources"], values["read"], values["kept"], **listed, **counted)
+        return cls(
+            values["sources"],
+            values["read"],
+            values["kept"],
+            [Problem(**entry) for entry in values["problems"]],
+            [Problem(**entry) for entry in values["warnings"]],
+            Counter(values["layouts"]),
+            Counter(values["omitted"]),
+        )
 
     def summary(self) -> str:
         """Returns the counts, and each rule with how often and where, as plain text."""

@@ -101,6 +101,11 @@ class StoredPreferences(Sequence[PreferencePair]):
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     @property
+    def whole(self) -> StoredPreferences:
+        """All pairs of the directory up to `extent`."""
+        return StoredPreferences(self.path, self.shards, self._index[: self.extent], self.report)
+
+    @property
     def prompt_hashes(self) -> np.ndarray:
         """The hash of each pair's prompt, uint64 `[N]`."""
         hashes = self._index["prompt"]
