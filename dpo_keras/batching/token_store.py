@@ -151,8 +151,11 @@ def _alone(folder: Path) -> Iterator[None]:
 def _open(folder: Path, rules: Rules, identity: str, pairs: StoredPreferences) -> TokenizedPairs:
     """Opens tokens, narrowed to the pairs that are asked for."""
     store = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    rows: np.ndarray = np.memmap(folder / "rows.bin", ROW, "r")
+    path = folder / "rows.bin"
+    rows: np.ndarray = np.memmap(path, ROW, "r") if path.stat().st_size else np.zeros(0, ROW)
     report = _report(store["report"])
+    # Decided for all pairs, so that every side of a split has the same columns.
+    margins = not np.isnan(rows["margin"]).all()
     if pairs.rows is not None:
         kept = np.flatnonzero(np.isin(rows["source"], pairs.rows))
         rows = rows[kept]
@@ -168,14 +171,14 @@ def _open(folder: Path, rules: Rules, identity: str, pairs: StoredPreferences) -
     for name in ("prompt", "chosen", "rejected"):
         parts[name] = StoredRagged(file, start, column[name])
         start = start + column[name]
-    source, margin = column["source"], column["margin"]
+    source = column["source"]
     return TokenizedPairs(
         **parts,
         preference=column["preference"],
         weight=column["weight"],
         pad=rules.encoder.pad,
         group=numbers[column["group"]] if names else None,
-        margin=None if np.isnan(margin).all() else np.nan_to_num(margin, nan=0.0),
+        margin=np.nan_to_num(column["margin"], nan=0.0) if margins else None,
         group_names=names,
         source=source if pairs.rows is None else np.searchsorted(pairs.rows, source),
         max_length=rules.max_length,

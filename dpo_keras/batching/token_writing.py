@@ -52,6 +52,7 @@ def write_tokens(folder: Path, pairs: StoredPreferences, rules: Rules, key: dict
             (rows, report.kept * ROW.itemsize),
         ):
             file.truncate(size)
+            file.seek(size)
 
         def commit() -> None:
             for file in (tokens, rows):

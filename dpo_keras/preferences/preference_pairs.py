@@ -122,7 +122,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description=PreferencePairs.__doc__,
             features=tfds.features.FeaturesDict(features()),
             # The order is that of the files; training shuffles by its own seed.
