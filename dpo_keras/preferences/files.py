@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.records import COLUMNS, missing_columns
-from dpo_keras.preferences.schema import Fault, shown
+from dpo_keras.preferences.schema import Fault, PreferencePair, shown
 
 Records: TypeAlias = Iterator[tuple[int | None, Any]]
 
@@ -223,10 +223,18 @@ def rename_record(record: Any, renaming: Mapping[str, str]) -> Any:
         renaming: the source's names to ours. A column that has one of our names already, and is
             not the one that is meant, counts as unused.
 
+    Raises:
+        InputError: if the record is a pair, whose columns have no other names.
+
     Example:
         >>> rename_record({"question": "Hi", "prompt": 7}, {"question": "prompt"})
         {'prompt': 'Hi', 'unused prompt': 7}
     """
+    if renaming and isinstance(record, PreferencePair):
+        raise InputError(
+            f"columns ({', '.join(renaming.values())}) have no effect on records that are pairs "
+            "already; leave them out."
+        )
     if not renaming or not isinstance(record, Mapping):
         return record
     return dict(zip(_our_names(list(record), renaming), record.values(), strict=True))

@@ -125,7 +125,7 @@ def _opener(path: str, reading: Reading) -> Callable[[], Source]:
         return lambda: Source(path, _renamed(read_tfds(path, reading.data_dir), reading), False)
     if is_built(path):
         stored = StoredPreferences.open(path)
-        return lambda: Source(path, enumerate(stored.read(), 1), False)
+        return lambda: Source(path, _renamed(enumerate(stored.read(), 1), reading), False)
     kind = file_format(Path(path), reading.format)
     return lambda: Source(
         path, read_file(Path(path), kind, reading.unused, reading.renaming), kind == "csv"
