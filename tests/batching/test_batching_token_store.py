@@ -211,3 +211,38 @@ def test_nothing_left_is_told_with_the_dropped_pairs(tmp_path):
     with pytest.raises(InputError, match="None of the 40 pairs is left") as error:
         tokenize_pairs(stored, Letters())
     assert len(error.value.problems) == 21
+
+
+@pytest.mark.parametrize(
+    "options", [{"buckets": 3}, {"batching": "packed", "row_length": 96, "replicas": 2}]
+)
+def test_each_worker_makes_and_reads_only_its_own_rows(stored, tmp_path, monkeypatch, options):
+    disk = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
+    options = {"batch_size": 8, "seed": 5, **options}
+    whole = list(preference_dataset(disk, **options).as_numpy_iterator())
+    read = []
+    once = TokenFile.read
+    monkeypatch.setattr(
+        TokenFile, "read", lambda self, s, n: read.append(len(n)) or once(self, s, n)
+    )
+    shares = [
+        list(preference_dataset(disk, **options, worker=(index, 2)).as_numpy_iterator())
+        for index in range(2)
+    ]
+    # Three reads per batch: prompts, chosen, rejected. Every pair once, but for the shapes'.
+    assert sum(read) <= 3 * (len(disk) + 40)
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(
+                np.concatenate([part[name] for part in parts]), batch[name]
+            )
+
+
+def test_workers_that_cannot_share_are_told(stored, tmp_path):
+    disk = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
+    with pytest.raises(InputError, match="multiple of the 3 workers"):
+        preference_dataset(disk, batch_size=8, worker=(0, 3))
+    with pytest.raises(InputError, match="0 <= index < count"):
+        preference_dataset(disk, batch_size=8, worker=(2, 2))
+    with pytest.raises(InputError, match="pass replicas="):
+        preference_dataset(disk, batch_size=8, batching="packed", rows=3, worker=(0, 2))
