@@ -3,14 +3,16 @@
 
     python scripts/bench/streaming.py [--pairs 1000000] [--small 10000] [--json FILE]
 
-Writes `--pairs` random pairs of 2,000 bytes each as JSONL (2 GB), makes records of them, tokenizes
-them with a byte-level BPE, and iterates over one epoch; the same with `--small` pairs, as often as
-needed for a steady figure, from the built directory and from memory. Each stage runs in a process
-of its own, since peak memory only ever grows; TensorFlow and Keras alone take most of it. Needs
-about five times the JSONL's size in --folder, and leaves nothing there.
+Writes `--pairs` random pairs of 2,000 bytes each as JSONL (2 GB), makes records of them and
+tokenizes them with a byte-level BPE; the same with `--small` pairs. Then iterates over one epoch of
+the large set and as many pairs of the small one, in turns of some seconds, so that what else the
+machine does slows both alike. Each stage runs in a process of its own, since peak memory only ever
+grows; TensorFlow and Keras alone take most of it. Needs about five times the JSONL's size in
+--folder, and leaves nothing there.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -25,7 +27,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-STEADY = 200_000  # pairs that a speed is measured on at least
+TURN = 2000  # batches of one set before the other has its turn
 
 
 def sentences(seed: int, count: int = 5000) -> list[str]:
@@ -44,11 +46,13 @@ def generate(args: argparse.Namespace) -> dict[str, float]:
     """Writes pairs; every tenth prompt stands twice."""
     pool, draw = sentences(0), random.Random(args.count)
     size = 0
-    with open(args.work / "pairs.jsonl", "w", encoding="utf-8", buffering=2**20) as file:
+    with open(
+        args.work / str(args.count) / "pairs.jsonl", "w", encoding="utf-8", buffering=2**20
+    ) as file:
         prompt = ""
         for number in range(args.count):
             if number % 10 != 9:
-                prompt = f"{number}. " + " ".join(draw.choices(pool, k=draw.randint(4, 18)))
+                prompt = f"{number}. " + " ".join(draw.choices(pool, k=draw.randint(5, 21)))
             left = " ".join(draw.choices(pool, k=draw.randint(2, 14)))
             right = " ".join(draw.choices(pool, k=draw.randint(2, 14)))
             # Nothing in it needs escaping.
@@ -62,7 +66,8 @@ def build(args: argparse.Namespace) -> dict[str, float]:
     """Makes records."""
     from dpo_keras import build_preferences
 
-    stored = build_preferences(args.work / "pairs.jsonl", args.work / "built")
+    folder = args.work / str(args.count)
+    stored = build_preferences(folder / "pairs.jsonl", folder / "built")
     return {"pairs": len(stored), "shards": len(stored.shards)}
 
 
@@ -85,52 +90,54 @@ class Preprocessor:
         self.tokenize = tokenizer().tokenize
 
 
-def tokens(args: argparse.Namespace, memory: bool = False):
+def tokens(args: argparse.Namespace, count: int):
     """Tokenizes, or opens the tokens that are there."""
-    from dpo_keras import StoredPreferences, read_preferences, tokenize_pairs
+    from dpo_keras import StoredPreferences, tokenize_pairs
 
-    pairs = (
-        read_preferences(args.work / "pairs.jsonl")
-        if memory
-        else StoredPreferences.open(args.work / "built")
-    )
+    pairs = StoredPreferences.open(args.work / str(count) / "built")
     return tokenize_pairs(pairs, Preprocessor(), max_length=args.max_length)
 
 
 def tokenize(args: argparse.Namespace) -> dict[str, float]:
     """Makes tokens."""
-    report = tokens(args).report
+    report = tokens(args, args.count).report
     return {"pairs": report.kept, "tokens": report.prompt_tokens + report.response_tokens}
 
 
-def iterate(args: argparse.Namespace, memory: bool = False) -> dict[str, float]:
-    """Takes every batch of at least one epoch, in its shuffled order."""
+def iterate(args: argparse.Namespace) -> dict[str, float]:
+    """Takes every batch of an epoch of the large set in its shuffled order; the small in turns."""
     from dpo_keras import preference_dataset
 
-    pairs = tokens(args, memory)
     started = time.perf_counter()
-    epochs = -(-STEADY // len(pairs))
-    dataset = preference_dataset(pairs, batch_size=args.batch_size, epochs=epochs)
-    planned = time.perf_counter()
-    seen = 0
-    for batch in dataset:
-        seen += int((batch["weight"].numpy() > 0).sum())
-    seconds = time.perf_counter() - planned
-    assert seen == epochs * len(pairs)
+    batches, seen, seconds = {}, {}, {}
+    for count in (args.small, args.pairs):
+        pairs = tokens(args, count)
+        # The last epoch has to be a whole one.
+        epochs = -(-args.pairs // count)
+        dataset = preference_dataset(pairs, batch_size=args.batch_size, epochs=epochs)
+        batches[count], seen[count], seconds[count] = iter(dataset), 0, 0.0
+    opened = time.perf_counter() - started
+    going = set(batches)
+    while going:
+        for count in sorted(going):
+            begun = time.perf_counter()
+            taken = 0
+            for batch in itertools.islice(batches[count], TURN):
+                seen[count] += int((batch["weight"].numpy() > 0).sum())
+                taken += 1
+            seconds[count] += time.perf_counter() - begun
+            if taken < TURN:
+                going.remove(count)
+    assert seen[args.pairs] == args.pairs
     return {
-        "pairs": seen,
-        "planning_seconds": planned - started,
-        "pairs_per_second": seen / seconds,
+        "pairs": args.pairs,
+        "opening_seconds": opened,
+        "small_pairs_per_second": seen[args.small] / seconds[args.small],
+        "pairs_per_second": seen[args.pairs] / seconds[args.pairs],
     }
 
 
-STAGES = {
-    "generate": generate,
-    "build": build,
-    "tokenize": tokenize,
-    "iterate": iterate,
-    "iterate in memory": lambda args: iterate(args, memory=True),
-}
+STAGES = {"generate": generate, "build": build, "tokenize": tokenize, "iterate": iterate}
 
 
 def run(stage: str, args: argparse.Namespace) -> dict[str, float]:
@@ -166,28 +173,30 @@ def main() -> None:
     try:
         if free < needed:
             sys.exit(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} are needed.")
-        print(f"{'pairs':>10} {'stage':<18}{'seconds':>9}{'pairs/s':>10}{'peak MB':>9}")
+        print(f"{'pairs':>10} {'stage':<10}{'seconds':>9}{'pairs/s':>10}{'peak MB':>9}")
         for count in (args.small, args.pairs):
-            args.count, args.work = count, folder / str(count)
-            args.work.mkdir()
+            args.count, args.work = count, folder
+            (folder / str(count)).mkdir()
             for stage in STAGES:
-                if stage == "iterate in memory" and count != args.small:
+                if stage == "iterate" and count == args.small:
                     continue
                 row = results[f"{stage} {count}"] = run(stage, args)
                 speed = row.get("pairs_per_second", row["pairs"] / row["seconds"])
                 print(
-                    f"{count:>10,} {stage:<18}{row['seconds']:>9.1f}{speed:>10,.0f}"
+                    f"{count:>10,} {stage:<10}{row['seconds']:>9.1f}{speed:>10,.0f}"
                     f"{row['peak_mb']:>9,.0f}",
                     flush=True,
                 )
-            shutil.rmtree(args.work)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    large, small = (results[f"iterate {count}"] for count in (args.pairs, args.small))
-    share = large["pairs_per_second"] / small["pairs_per_second"]
+    last = results[f"iterate {args.pairs}"]
+    share = last["pairs_per_second"] / last["small_pairs_per_second"]
     peak = max(row["peak_mb"] for name, row in results.items() if name.endswith(f" {args.pairs}"))
     results["summary"] = {"speed_share": share, "peak_mb": peak}
-    print(f"{args.pairs:,} pairs are read at {share:.2f} times the speed of {args.small:,}.")
+    print(
+        f"An epoch of {args.pairs:,} pairs: {last['pairs_per_second']:,.0f} pairs/s, "
+        f"{share:.2f} times the {last['small_pairs_per_second']:,.0f} of {args.small:,} pairs."
+    )
     print(f"The most memory of any stage at {args.pairs:,} pairs: {peak:,.0f} MB.")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
