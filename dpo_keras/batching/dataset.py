@@ -21,6 +21,8 @@ from dpo_keras.errors import InputError
 
 Batching = Literal["buckets", "packed"]
 
+AHEAD = 32  # batches that disks are told of before they are needed
+
 
 def steps_per_epoch(
     pairs: int | TokenizedPairs,
@@ -228,7 +230,8 @@ def _bucketed(
     )
 
     def make(epoch: int, step: int) -> Batch:
-        shape, rows = order(epoch).bucket[step], _share(order(epoch).rows[step], worker)
+        shape, batches = order(epoch).bucket[step], order(epoch).rows
+        rows = _rows_of(tokenized, batches, step, worker)
         return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
 
     # Batches of one shape are static throughout; else only length and slots are left open.
@@ -264,21 +267,25 @@ def _packed(
     order = functools.lru_cache(maxsize=2)(lambda epoch: packed_order(plan, epoch))
 
     def make(epoch: int, step: int) -> Batch:
-        pairs = _share(order(epoch if shuffle else 0).pairs[step], worker)
+        batches = order(epoch if shuffle else 0).pairs
+        pairs = _rows_of(tokenized, batches, step, worker)
         return collate_packed(tokenized, pairs, plan.length, plan.slots)
 
     return Source(plan.steps, make, signature_of(make(0, 0), {}))
 
 
-def _share(rows: np.ndarray, worker: tuple[int, int] | None) -> np.ndarray:
-    """Takes a worker's rows of a batch: as many as every other's, one after the other."""
-    if worker is None:
-        return rows
-    index, count = worker
-    if len(rows) % count:
+def _rows_of(
+    tokenized: TokenizedPairs, batches: np.ndarray, step: int, worker: tuple[int, int] | None
+) -> np.ndarray:
+    """Takes a batch's rows, or a worker's share of them, and announces those of a later batch."""
+    index, count = worker or (0, 1)
+    size = batches.shape[1]
+    if size % count:
         raise InputError(
-            f"a batch of {len(rows)} packed rows cannot be shared by {count} workers; pass "
+            f"a batch of {size} packed rows cannot be shared by {count} workers; pass "
             f"replicas={count}."
         )
-    each = len(rows) // count
-    return rows[index * each : (index + 1) * each]
+    mine = batches[:, index * size // count : (index + 1) * size // count]
+    soon = mine[0 if step == 0 else step + AHEAD : step + AHEAD + 1]
+    tokenized.expect(soon[soon >= 0])
+    return mine[step]

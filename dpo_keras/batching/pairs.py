@@ -87,6 +87,15 @@ class TokenizedPairs:
             digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
         return digest.hexdigest()
 
+    def expect(self, rows: np.ndarray) -> None:
+        """Announces pairs that will be read soon, so that a disk can begin; nothing waits for it.
+
+        Args:
+            rows: int `[n]` row numbers.
+        """
+        for part in (self.prompt, self.chosen, self.rejected):
+            part.expect(rows)
+
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
         """Returns the same pairs carrying reference log-probs into every batch.
 

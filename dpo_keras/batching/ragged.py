@@ -125,6 +125,13 @@ class Ragged:
         """
         return self.take(rows)
 
+    def expect(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Announces rows that will be read soon; rows in memory need no announcement.
+
+        Args:
+            rows: int `[n]` row numbers.
+        """
+
     def tolist(self) -> list[list[int]]:
         """The rows as lists of Python integers.
 

@@ -28,6 +28,9 @@ class TokenFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._file = open(self.path, "rb", buffering=0)
+        if hasattr(os, "posix_fadvise"):  # Linux
+            # No reading on behind a row: the next one is somewhere else.
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Reads runs of tokens, end to end; safe to call from several threads.
@@ -52,6 +55,23 @@ class TokenFile:
                 raise InputError(f"{self.path} is cut off; delete its folder to make it again.")
             place += size
         return flat.astype(np.int32, copy=False)
+
+    def expect(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+        """Has the system fetch runs that will be read soon, several at once and in its own time.
+
+        Shuffled rows of a file that is not in memory cost a disk access each; one after the other
+        they took three times as long.
+
+        Args:
+            starts: int `[n]`, the first token of each run.
+            lengths: int `[n]`, how many.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        handle = self._file.fileno()
+        runs = (np.asarray(starts) * WIDTH).tolist(), (np.asarray(lengths) * WIDTH).tolist()
+        for start, size in zip(*runs, strict=True):
+            os.posix_fadvise(handle, start, size, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         """Closes the file with the last of its readers."""
@@ -113,6 +133,11 @@ class StoredRagged(Ragged):
     def take(self, rows: Sequence[int] | np.ndarray) -> Ragged:
         """Reads rows, in the order given, repeats allowed."""
         return Ragged(*self._read(np.asarray(rows, np.int64)))
+
+    def expect(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Announces rows that will be read soon."""
+        rows = np.asarray(rows, np.int64)
+        self._file.expect(self._starts[rows], self._lengths[rows])
 
     def select(self, rows: Sequence[int] | np.ndarray) -> StoredRagged:
         """Picks rows without reading them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -106,7 +107,9 @@ def _given(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
     group = np.full(count, -1, np.int32) if tokenized.group is None else tokenized.group
     number: dict[bytes, int] = {}
     prompt = [
-        number.setdefault(tokenized.prompt[row].tobytes(), len(number)) for row in range(count)
+        # A digest: the prompts themselves may be more than memory holds.
+        number.setdefault(hashlib.blake2b(tokenized.prompt[row].tobytes()).digest(), len(number))
+        for row in range(count)
     ]
     return {
         "source": np.asarray(source, np.int64),

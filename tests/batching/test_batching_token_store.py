@@ -213,6 +213,21 @@ def test_nothing_left_is_told_with_the_dropped_pairs(tmp_path):
     assert len(error.value.problems) == 21
 
 
+def test_the_disk_is_told_of_every_pair_before_it_is_read(stored, tmp_path, monkeypatch):
+    disk = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
+    told, read = set(), []
+    monkeypatch.setattr(TokenFile, "expect", lambda self, s, n: told.update(s.tolist()))
+    once = TokenFile.read
+
+    def noting(self, starts, lengths):
+        read.append(told.issuperset(np.asarray(starts).tolist()))
+        return once(self, starts, lengths)
+
+    dataset = preference_dataset(disk, batch_size=2, seed=5)
+    monkeypatch.setattr(TokenFile, "read", noting)
+    assert len(list(dataset)) > 33 and all(read) and len(read) >= 3 * 33
+
+
 @pytest.mark.parametrize(
     "options", [{"buckets": 3}, {"batching": "packed", "row_length": 96, "replicas": 2}]
 )
