@@ -14,6 +14,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.evaluation.pair_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
 from dpo_keras.training import DPOModel
+from dpo_keras.training.measures import outputs_of
 
 _FREE = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
@@ -149,7 +150,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     """Per pair what `DPOModel.measure` sums."""
     loss = model.preference_loss
     assert loss is not None
-    outputs = model.outputs(batch)
+    outputs = outputs_of(model, batch)
     terms = loss.terms(ops.reshape(batch["preference"], (-1,)), outputs)
     scores = loss.scores(outputs)
     found = {

@@ -21,7 +21,9 @@ from keras import ops
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.replicas import sum_over_replicas
 from dpo_keras.training.start import Throughput
+from dpo_keras.training.steps import step_counts
 
 COUNTS = ("tokens", "pairs")
 
@@ -100,17 +102,11 @@ class PolicyTrainer(keras.Model):
         norm = tf.linalg.global_norm(gradients) / ops.cast(scale, "float32")
         self.optimizer.apply(gradients, [variable for _, variable in used])
         one = ops.ones_like(norm)
-        return {**sums, "grad_norm": (norm, one), **self._counts(batch)}
+        return {**sums, "grad_norm": (norm, one), **step_counts(batch)}
 
     def test_step(self, batch: Batch) -> Sums:
         """Metrics of one batch, nothing updated."""
-        return {**self.measure(batch, training=False)[1], **self._counts(batch)}
-
-    def _counts(self, batch: Batch) -> Sums:
-        real = ops.cast(ops.any(batch["weight"] > 0, axis=-1), "float32")[:, None, None]
-        tokens = ops.sum(real * ops.cast(batch["padding_mask"], "float32"))
-        pairs = ops.sum(ops.cast(batch["weight"] > 0, "float32"))
-        return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
+        return {**self.measure(batch, training=False)[1], **step_counts(batch)}
 
     # -- fit's machinery -------------------------------------------------------------------
 
@@ -266,27 +262,6 @@ class PolicyTrainer(keras.Model):
 def _named_means(names: list[str], sums: Any) -> dict[str, Any]:
     means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
     return dict(zip(names, means, strict=True))
-
-
-def sum_over_replicas(values: Any) -> Any:
-    """Adds up tensors (one, or a list) over all replicas; outside a strategy they stay as is."""
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-
-
-def gather_over_replicas(values: dict[str, Any]) -> dict[str, Any]:
-    """Puts the rows of all replicas behind one another; gradients go back to where they came from.
-
-    Args:
-        values: tensors with rows in dimension 0.
-
-    Returns:
-        The same names, with the rows of all replicas, on every replica.
-    """
-    context = tf.distribute.get_replica_context()
-    return {name: context.all_gather(value, axis=0) for name, value in values.items()}
 
 
 def _sum_gradients_ourselves(optimizer: Any) -> None:
