@@ -18,6 +18,7 @@ from dpo_keras.app.section import (
     OneOrMore,
     Positive,
     Section,
+    Strategy,
 )
 
 
@@ -192,7 +193,7 @@ class Training(Optimization):
     gradient_accumulation: Count = 1
     jit_compile: AutoSwitch = "auto"
     steps_per_execution: Count = 1
-    strategy: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = "auto"
+    strategy: Strategy = "auto"
     evaluate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2

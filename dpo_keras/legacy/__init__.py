@@ -21,15 +21,15 @@ _HOME = {
     "PolicyCall": "dpo_keras.legacy.policy",
     "SupervisedModel": "dpo_keras.legacy.supervised",
     "run_server": "dpo_keras.legacy.server",
-    "worker_batches": "dpo_keras.legacy.worker_batches",
+    "worker_batches": "dpo_keras.legacy.datasets",
 }
 
 if TYPE_CHECKING:
+    from dpo_keras.legacy.datasets import worker_batches
     from dpo_keras.legacy.dpo_model import DPOModel
     from dpo_keras.legacy.policy import PolicyCall
     from dpo_keras.legacy.server import run_server
     from dpo_keras.legacy.supervised import SupervisedModel
-    from dpo_keras.legacy.worker_batches import worker_batches
 
 __all__ = ["DPOModel", "PolicyCall", "SupervisedModel", "run_server", "worker_batches"]
 

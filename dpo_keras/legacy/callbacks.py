@@ -40,7 +40,9 @@ def adapted(callback: Any) -> Any:
     base = keras.callbacks.Callback
     used = [n for n in _HOOKS if getattr(type(callback), n) is not getattr(base, n)]
     names = ["set_model", "set_params", *used]
-    kind = type(type(callback).__name__, (tf_keras.callbacks.Callback,), {n: hook(n) for n in names})
+    kind = type(
+        type(callback).__name__, (tf_keras.callbacks.Callback,), {n: hook(n) for n in names}
+    )
     return kind()
 
 

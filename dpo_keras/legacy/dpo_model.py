@@ -217,5 +217,3 @@ class DPOModel(PolicyTrainer):
         """As `tf_keras.Model.load_weights`."""
         self.reference.starts_as_policy = False
         return super().load_weights(filepath, **options)
-
-

@@ -28,7 +28,7 @@ class StepSums(tf_keras.metrics.Metric):
         super().__init__(dtype=options.pop("dtype", "float64"), **options)
         self.names = list(names)
         self._hidden = frozenset(hidden)
-        self._derive = derive or (lambda means: {})
+        self._derive: Any = derive or (lambda means: {})
         table = {"shape": (len(names), 2), "initializer": "zeros"}
         self.totals = self.add_weight("totals", **table)
         self.first = self.add_weight("first", **table)

@@ -14,6 +14,15 @@ _CONTRACT = (
 )
 
 
+def _call(model: Any, inputs: Any, training: bool) -> Any:
+    return model(inputs, training=training)
+
+
+# tf-keras lets a layer's call have a Python `if` on a tensor, as long as what calls it is
+# translated by autograph; this package's own graphs are traced without it.
+_with_autograph = tf.autograph.to_graph(_call)
+
+
 class PolicyCall:
     """A tf-keras policy that is called with `{"token_ids", "padding_mask"}`, whatever it takes.
 
@@ -64,7 +73,7 @@ class PolicyCall:
             training: whether layers such as dropout are active.
         """
         taken = inputs["token_ids"] if self._names is None else {n: inputs[n] for n in self._names}
-        return self.model(taken, training=training)
+        return _with_autograph(self.model, taken, training)
 
 
 def _taken(policy: tf_keras.Model) -> tuple[str, ...] | None:
@@ -122,7 +131,9 @@ def copy_of(policy: tf_keras.Model) -> tf_keras.Model:
             PolicyCall(copy)
         shapes = [[tuple(w.shape) for w in model.weights] for model in (policy, copy)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{len(shapes[1])} weights in the copy, {len(shapes[0])} in the policy")
+            raise ValueError(
+                f"{len(shapes[1])} weights in the copy, {len(shapes[0])} in the policy"
+            )
     except Exception as error:
         raise InputError(
             f"reference: no copy can be made of this {type(policy).__name__} "

@@ -152,7 +152,9 @@ class PolicyTrainer(tf_keras.Model):
         """As `tf_keras.Model.fit`, on a dataset of dict batches.
 
         Callbacks may be those of tf-keras, of Keras 3, or `dpo_keras.callbacks`. Of this package's
-        own, `RunCheckpoint` is for Keras 3; use `tf_keras.callbacks.BackupAndRestore`.
+        own, `RunCheckpoint` and `SampleResponses` are for Keras 3; checkpoints are made by
+        `tf_keras.callbacks.BackupAndRestore`. On parameter servers there is no first batch to
+        look at, no rate of tokens, and no callback for batches.
         """
         own = [] if self._on_parameter_servers() else self.default_callbacks()
         if not isinstance(callbacks, tf_keras.callbacks.CallbackList):
@@ -186,17 +188,21 @@ class PolicyTrainer(tf_keras.Model):
 
     @property
     def first_step_logs(self) -> dict[str, Any]:
-        """What was measured in the first step since the last reset, hidden names included."""
-        return self._held.current.means(self._held.current.first)
+        """What the first training step since the last reset measured, hidden names included."""
+        return self._held.train.means(self._held.train.first)
 
     @property
     def step_logs(self) -> dict[str, Any]:
-        """What was measured in the latest step, hidden names included."""
-        return self._held.current.means(self._held.current.last)
+        """What the latest training step measured, hidden names included."""
+        return self._held.train.means(self._held.train.last)
+
+    def steps_taken(self) -> int:
+        """Updates since the optimizer was made."""
+        return int(tf.convert_to_tensor(self.optimizer.iterations))
 
     def counts(self) -> dict[str, float]:
-        """Tokens and pairs since the last reset."""
-        return {name: self._held.current.total(name) for name in _COUNTS}
+        """Tokens and pairs trained on since the last reset."""
+        return {name: self._held.train.total(name) for name in _COUNTS}
 
     # -- saving ----------------------------------------------------------------------------
 

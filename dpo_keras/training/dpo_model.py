@@ -185,9 +185,7 @@ class DPOModel(PolicyTrainer):
     def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
         """The loss, its terms and the metrics over this replica's pairs."""
         assert self.preference_loss is not None
-        return preference_step(
-            self.preference_loss, batch, self.outputs(batch, training), training
-        )
+        return preference_step(self.preference_loss, batch, self.outputs(batch, training), training)
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """As every trainer's, and the check that the first loss is that of an equal reference."""

@@ -15,9 +15,7 @@ Sums = dict[str, tuple[Any, Any]]
 class ScoresResponses(Protocol):
     """Anything that gives reference log-probs: `Reference`, or its counterpart for tf-keras."""
 
-    def scored(
-        self, scorer: ResponseScorer, batch: Batch, shared: bool = False
-    ) -> dict[str, Any]:
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> dict[str, Any]:
         """`logps` `[N, 2]` and, with `shared`, `shared_logps`; nothing where there is none."""
 
 

@@ -47,6 +47,11 @@ class PolicyTrainer(keras.Model):
                 f"policy must be a keras.Model, got {type(policy).__name__}. Load one with "
                 "keras_hub.models.CausalLM.from_preset(…)."
             )
+        if isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy):
+            raise InputError(
+                "Keras 3 cannot train on parameter servers (keras#18624). Use dpo_keras.legacy."
+                f"{type(self).__name__} with a tf-keras policy, or another strategy."
+            )
         super().__init__(**kwargs)
         if not policy.built:
             # A subclassed model has no weights to train or copy before its first call.
@@ -161,6 +166,12 @@ class PolicyTrainer(keras.Model):
             # Now, not in the first step: a model saved before it must load as well.
             self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
+
+    def steps_taken(self) -> int:
+        """Steps since the optimizer was made, micro-batches included."""
+        # The public `iterations` counts updates, not the micro-batches before the first one.
+        taken: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        return int(ops.convert_to_numpy(taken._iterations))
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that every `fit` has, in front of the user's."""
