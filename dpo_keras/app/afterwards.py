@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.checks import build_loss
+from dpo_keras.app.laying_out import layout_of
 from dpo_keras.app.measuring import Measured
 from dpo_keras.app.models import check_length, load_model, load_reference
 from dpo_keras.app.prepare import tokenize
@@ -89,8 +90,13 @@ def evaluate(
     check_length(model.policy, config.data.max_length)
     tokenized = tokenize(config, pairs, model.policy, "evaluation", progress)
     progress.stage("Evaluation")
+    other = getattr(model.reference, "model", "none")
     held_out = evaluate_preferences(
-        model, tokenized, batch_size=config.evaluation.batch_size, on_batch=progress.advance
+        model,
+        tokenized,
+        batch_size=config.evaluation.batch_size,
+        batching=layout_of(config, model.policy, other, progress).batching,
+        on_batch=progress.advance,
     )
     name = Path(str(file).removeprefix("builtin:")).name.split(".")[0]
     report = write_report(

@@ -70,7 +70,7 @@ def build_model(
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True
         model.compile(
-            optimizer=optimizer_of(training, len(train), training.gradient_accumulation),
+            optimizer=optimizer_of(context, training, train, training.gradient_accumulation),
             loss=context.loss,
             jit_compile=training.jit_compile,
             steps_per_execution=training.steps_per_execution,
@@ -111,5 +111,6 @@ def _with_reference(
         context.run.path / "reference_cache" / f"{name}.npz" if context.run.writes else None,
         template=context.config.data.template,
         batch_size=context.config.evaluation.batch_size,
+        batching=context.layout.batching,
         on_batch=context.progress.advance,
     )

@@ -20,9 +20,8 @@ from dpo_keras.app.sections import (
     Export,
     Loss,
     Model,
-    Training,
-    Warmup,
 )
+from dpo_keras.app.training_sections import Training, Warmup
 from dpo_keras.errors import InputError
 
 

@@ -126,6 +126,7 @@ class Examiner:
             self.model,
             self.tokenized,
             batch_size=settings.batch_size,
+            batching=self.context.layout.batching,
             on_batch=progress.advance,
         )
         accuracy = held_out.figures["reward_accuracy"]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_keras.app.faults import Fault
-from dpo_keras.app.sections import Data, Evaluation, Export, Model, Training, Warmup
+from dpo_keras.app.sections import Data, Evaluation, Export, Model
+from dpo_keras.app.training_sections import Training, Warmup
 
 
 def _lengths_fit(model: Model, data: Data) -> Iterator[Fault]:

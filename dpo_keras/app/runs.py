@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_keras.app.afterwards import evaluate, export_run, export_trained
 from dpo_keras.app.candidates import generate
 from dpo_keras.app.comparing import build_model, given_reference
+from dpo_keras.app.laying_out import check_steps
 from dpo_keras.app.measuring import Examiner, Measured
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.prepare import read_sides, texts_of, tokenize
@@ -18,7 +19,6 @@ from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import RunDirectory, start_run, versions
 from dpo_keras.app.stages import (
     Context,
-    check_steps,
     is_chief,
     leave_together,
     train_policy,
@@ -121,8 +121,9 @@ def train(
         held_out = tokenize(config, sides.held_out, policy, "held-out", progress)
     _check_same_data(run, pairs, held_out)
 
-    check_steps(context, len(pairs))
     reference = given_reference(context, policy)
+    context.settle_layout(policy, reference)
+    check_steps(context, pairs)
 
     warm_up_policy(context, policy, pairs)
     model, (pairs, held_out) = build_model(context, policy, reference, pairs, held_out)

@@ -11,14 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dpo_keras.app.document import guess_types
 from dpo_keras.app.faults import Fault
 from dpo_keras.app.section import (
-    AutoSwitch,
     Count,
     Fraction,
     NotNegative,
     OneOrMore,
-    Positive,
     Section,
-    Strategy,
 )
 
 
@@ -135,70 +132,6 @@ class Data(Section):
                 ("held_out",),
                 "must not be given together with data.held_out_path; set one of the two to null.",
             )
-
-
-class Optimization(Section):
-    """What any training needs.
-
-    Args:
-        batch_size: pairs (texts in the warm-up) per step, over all replicas.
-        schedule: of the learning rate after its linear rise.
-        warmup_fraction: share of the steps in which the learning rate rises from 0.
-        clip_norm: bound on the norm of the whole gradient; null for none.
-    """
-
-    epochs: Count = 1
-    batch_size: Count = 8
-    learning_rate: Positive = 5e-6
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_fraction: Fraction = 0.0
-    weight_decay: NotNegative = 0.0
-    clip_norm: Positive | None = 1.0
-
-
-class Warmup(Optimization):
-    """Supervised warm-up on the chosen responses, before preference training."""
-
-    batch_size: Count = 16
-    learning_rate: Positive = 2e-5
-
-
-class ReferenceSync(Section):
-    """A reference that follows the policy: TR-DPO (arXiv 2404.09656).
-
-    Args:
-        every: steps between updates of the reference.
-        alpha: share of the policy in the new reference; 1 replaces it.
-    """
-
-    every: Count = 512
-    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-
-
-class Training(Optimization):
-    """Preference training.
-
-    Args:
-        gradient_accumulation: steps per update of the weights.
-        jit_compile: XLA; `auto` leaves it to Keras.
-        steps_per_execution: steps run in one call, for small models.
-        strategy: how replicas are made.
-        evaluate_every: steps between evaluations on the held-out pairs; null: once per epoch.
-        checkpoint_every: steps between checkpoints; null: once per epoch.
-        keep_checkpoints: how many of the newest are kept.
-        buckets: how many lengths batches come in; each is a shape that XLA compiles.
-        sync_reference: how the reference follows the policy; null: it stays.
-    """
-
-    gradient_accumulation: Count = 1
-    jit_compile: AutoSwitch = "auto"
-    steps_per_execution: Count = 1
-    strategy: Strategy = "auto"
-    evaluate_every: Count | None = None
-    checkpoint_every: Count | None = None
-    keep_checkpoints: Count = 2
-    buckets: Count = 4
-    sync_reference: ReferenceSync | None = None
 
 
 class Loss(BaseModel):

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.checks import build_loss
+from dpo_keras.app.laying_out import layout_of, steps_per_epoch
 from dpo_keras.app.prepare import replicas_share
 from dpo_keras.app.progress import Progress
 from dpo_keras.app.run_directory import RunDirectory
-from dpo_keras.app.sections import Optimization
-from dpo_keras.errors import InputError
+from dpo_keras.app.training_sections import Optimization
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
     from dpo_keras.batching import TokenizedPairs
     from dpo_keras.losses import DPOLoss
-    from dpo_keras.training import DPOModel
+    from dpo_keras.training import DPOModel, Layout
 
 
 @dataclass
@@ -32,6 +32,10 @@ class Context:
         resume: whether the run may go on where it was stopped.
         progress: hears what happens.
         strategy: the `tf.distribute.Strategy`.
+
+    Attributes:
+        loss: the objective.
+        layout: how batches are laid out; from `settle_layout`, once the models are there.
     """
 
     config: Config
@@ -40,6 +44,7 @@ class Context:
     progress: Progress
     strategy: Any
     loss: DPOLoss = field(init=False)
+    layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         """Makes the objective, and checks what the number of replicas asks of batches."""
@@ -51,6 +56,20 @@ class Context:
             sizes["warmup.batch_size"] = self.config.warmup.batch_size
         for key, size in sizes.items():
             replicas_share(size, replicas, key)
+
+    def settle_layout(self, policy: Any, reference: Any) -> None:
+        """Decides between packed rows and buckets.
+
+        Args:
+            policy: a CausalLM.
+            reference: from `given_reference`.
+
+        Raises:
+            InputError: if `training.batching: packed` is not possible.
+        """
+        self.layout = layout_of(
+            self.config, policy, reference, self.progress, self.strategy.num_replicas_in_sync
+        )
 
     def stepping(self) -> Callable[[dict[str, Any]], None]:
         """Returns what `dpo_keras.training`'s recipes report their steps to."""
@@ -90,19 +109,21 @@ def leave_together(strategy: Any) -> None:
         count_workers()
 
 
-def optimizer_of(settings: Optimization, pairs: int, accumulation: int = 1) -> Any:
+def optimizer_of(
+    context: Context, settings: Optimization, tokenized: TokenizedPairs, accumulation: int = 1
+) -> Any:
     """Makes the optimizer of a section.
 
     Args:
+        context: the run, its layout settled.
         settings: `warmup` or `training`.
-        pairs: the number of training pairs, which the schedule's length follows from.
+        tokenized: the pairs that are laid out, which the schedule's length follows from.
         accumulation: steps per update.
     """
-    from dpo_keras.batching import steps_per_epoch
     from dpo_keras.training import make_optimizer
 
     return make_optimizer(
-        settings.epochs * steps_per_epoch(pairs, settings.batch_size),
+        settings.epochs * steps_per_epoch(context, settings, tokenized),
         learning_rate=settings.learning_rate,
         schedule=settings.schedule,
         warmup_fraction=settings.warmup_fraction,
@@ -125,12 +146,14 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
         return
     from dpo_keras.training import SupervisedModel
     from dpo_keras.training.recipes import warm_up
+    from dpo_keras.training.supervised import chosen_alone
 
     context.progress.stage("Supervised warm-up")
+    laid_out = chosen_alone(tokenized) if context.layout.packed else tokenized
     with context.strategy.scope():
         model = SupervisedModel(policy)
         model.compile(
-            optimizer=optimizer_of(settings, len(tokenized)),
+            optimizer=optimizer_of(context, settings, laid_out),
             jit_compile=context.config.training.jit_compile,
         )
     warm_up(
@@ -139,7 +162,7 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         seed=context.config.seed,
-        buckets=context.config.training.buckets,
+        batching=context.layout,
         checkpoints=run.checkpoints / "warmup",
         checkpoint_every=context.config.training.checkpoint_every,
         keep=1,
@@ -148,35 +171,6 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
         log=run.path / "metrics.warmup.jsonl",
         progress=context.stepping(),
     )
-
-
-def check_steps(context: Context, pairs: int) -> None:
-    """Refuses step counts that do not divide, before any time is spent.
-
-    Args:
-        context: the run.
-        pairs: the number of training pairs.
-
-    Raises:
-        InputError: if `training.steps_per_execution` does not divide the steps.
-    """
-    from dpo_keras.batching import steps_per_epoch
-
-    settings = context.config.training
-    per_epoch = steps_per_epoch(pairs, settings.batch_size)
-    steps, at_once = settings.epochs * per_epoch, settings.steps_per_execution
-    every = settings.evaluate_every or per_epoch
-    if steps % at_once or every % at_once:
-        raise InputError(
-            f"training.steps_per_execution must divide the {steps} steps of the run and the "
-            f"{every} steps between evaluations, got {at_once}."
-        )
-    left = steps % settings.gradient_accumulation
-    if left:
-        context.progress.note(
-            f"warning: the last {left} of {steps} steps do not fill an update of "
-            f"{settings.gradient_accumulation} (training.gradient_accumulation) and change nothing."
-        )
 
 
 def train_policy(
@@ -208,7 +202,7 @@ def train_policy(
         epochs=config.training.epochs,
         batch_size=config.training.batch_size,
         seed=config.seed,
-        buckets=config.training.buckets,
+        batching=context.layout,
         held_out=held_out,
         evaluation_batch_size=config.evaluation.batch_size,
         every=config.training.evaluate_every,

@@ -1,24 +1,31 @@
 """Preference pairs become batches: templates, tokens, truncation, length buckets, `tf.data`.
 
 `tokenize_pairs` turns text into token ids once; `preference_dataset` deals them into batches of few
-static shapes. `collate` is the batch contract itself, in NumPy.
+static shapes, or packs them into rows of one. `collate` and `collate_packed` are the batch contract
+itself, in NumPy.
 """
 
 from dpo_keras.batching.buckets import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.collate import batch_from_strings, collate, collate_single
-from dpo_keras.batching.dataset import preference_dataset, steps_per_epoch
+from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
 from dpo_keras.batching.encoding import TextEncoder
+from dpo_keras.batching.packed import collate_packed
+from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.pairs import TokenizedPairs
+from dpo_keras.batching.passes import one_pass, pass_signature
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.report import DroppedPair, TokenizationReport
 from dpo_keras.batching.templates import ChatTemplate, available_templates, get_template
 from dpo_keras.batching.tokenization import tokenize_pairs
 
 __all__ = [
+    "Batching",
     "BucketPlan",
     "ChatTemplate",
     "DroppedPair",
     "EpochOrder",
+    "PackedOrder",
+    "PackingPlan",
     "Ragged",
     "TextEncoder",
     "TokenizationReport",
@@ -26,10 +33,15 @@ __all__ = [
     "available_templates",
     "batch_from_strings",
     "collate",
+    "collate_packed",
     "collate_single",
     "epoch_order",
     "get_template",
+    "one_pass",
+    "packed_order",
+    "pass_signature",
     "plan_buckets",
+    "plan_packing",
     "preference_dataset",
     "steps_per_epoch",
     "tokenize_pairs",

@@ -3,39 +3,73 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.buckets import BucketPlan, EpochOrder, epoch_order, plan_buckets
+from dpo_keras.batching.buckets import epoch_order, plan_buckets
 from dpo_keras.batching.collate import Batch, collate
+from dpo_keras.batching.packed import collate_packed
+from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.pairs import TokenizedPairs
+from dpo_keras.batching.stream import DYNAMIC, Source, signature_of, stream
 from dpo_keras.batching.templates import ChatTemplate
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
 from dpo_keras.errors import InputError
 
+Batching = Literal["buckets", "packed"]
+
 
 def steps_per_epoch(
-    pairs: int | TokenizedPairs, batch_size: int, drop_remainder: bool = False
+    pairs: int | TokenizedPairs,
+    batch_size: int,
+    drop_remainder: bool = False,
+    *,
+    batching: Batching = "buckets",
+    row_length: int | None = None,
+    rows: int | None = None,
+    replicas: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
 ) -> int:
-    """Counts the batches of one epoch; buckets and order do not change it.
+    """Counts the batches of one epoch, the same for every epoch.
 
     Args:
-        pairs: the tokenized pairs, or how many there are.
+        pairs: the tokenized pairs; for buckets their number is enough.
         batch_size: pairs per batch.
         drop_remainder: whether the short last batch is left out.
+        batching: as in `preference_dataset`, and so are the rest, which matter only when packed.
+        row_length: tokens per row.
+        rows: rows per batch.
+        replicas: that share a batch.
+        seed: of the order.
+        shuffle: whether there is one.
 
     Returns:
-        `ceil(pairs / batch_size)`, or the floor.
+        With buckets, whatever they are, `ceil(pairs / batch_size)`, or the floor; packed, what the
+        first epoch needs.
+
+    Raises:
+        InputError: packed, and `pairs` is only a number; or as `plan_packing`.
 
     Example:
         >>> steps_per_epoch(10, 4), steps_per_epoch(10, 4, drop_remainder=True)
         (3, 2)
     """
+    if batching == "packed":
+        if not isinstance(pairs, TokenizedPairs):
+            raise InputError(f"pairs must be TokenizedPairs to count packed batches, got {pairs}.")
+        return plan_packing(
+            pairs,
+            batch_size,
+            length=row_length,
+            rows=rows,
+            replicas=replicas,
+            seed=seed,
+            shuffle=shuffle,
+        ).steps
     count = pairs if isinstance(pairs, int) else len(pairs)
     return count // batch_size if drop_remainder else -(-count // batch_size)
 
@@ -54,19 +88,29 @@ def preference_dataset(
     start_step: int = 0,
     buckets: int | Sequence[int] = 4,
     drop_remainder: bool = False,
+    batching: Batching = "buckets",
+    row_length: int | None = None,
+    rows: int | None = None,
+    replicas: int = 1,
 ) -> tf.data.Dataset:
     """Makes the batches that `DPOModel.fit` and `evaluate` take.
 
-    Every batch is a dict (see `dpo_keras.batching.collate`) of exactly `batch_size` rows, in one of
-    a few static shapes. An epoch brings each pair once; only its last batch may hold empty rows.
+    An epoch brings each pair once. There are two ways to lay pairs out:
 
-    **Order.** Global batch k is a pure function of the pairs, `batch_size`, `buckets`, `seed` and
-    k; k // steps_per_epoch is its epoch. `start_step=k` begins there without making the batches
-    before, so a stopped run goes on with exactly the batches it had not seen: build the stream with
-    `epochs=None` and give `fit` its `steps_per_epoch`. Where `epochs` is a number and `start_step`
-    0, iterating the same object again (as `fit(epochs=3)` does with `epochs=1`) goes on to the
-    following epochs, each in its own order, like `tf.data`'s `reshuffle_each_iteration`; with
-    `shuffle=False` every iteration is the same.
+    * `"buckets"`, for any model: every batch is a dict (see `dpo_keras.batching.collate`) of
+      exactly `batch_size` rows, one pair each as two padded sequences, in one of a few static
+      shapes; only the last batch of an epoch may hold empty rows.
+    * `"packed"`, for models that `dpo_keras.scoring.packed` supports: rows hold several pairs, each
+      prompt once (see `dpo_keras.batching.packed`), in one static shape and almost without padding.
+      A batch holds `batch_size` pairs in the mean.
+
+    **Order.** Global batch k is a pure function of the arguments and k; k // steps_per_epoch is its
+    epoch. `start_step=k` begins there without making the batches before, so a stopped run goes on
+    with exactly the batches it had not seen: build the stream with `epochs=None` and give `fit` its
+    `steps_per_epoch`. Where `epochs` is a number and `start_step` 0, iterating the same object
+    again (as `fit(epochs=3)` does with `epochs=1`) goes on to the following epochs, each in its own
+    order, like `tf.data`'s `reshuffle_each_iteration`; with `shuffle=False` every iteration is the
+    same.
 
     **Distribution.** Pass the dataset to `fit` as it is. Every worker builds the same dataset, of
     the *global* batch size; the strategy cuts each batch along its rows, and the pieces that all
@@ -77,17 +121,21 @@ def preference_dataset(
         pairs: `Preferences` or any pairs that `tokenize_pairs` takes, or `TokenizedPairs`.
         preprocessor: the policy's KerasHub preprocessor or what else `tokenize_pairs` takes; not
             needed for `TokenizedPairs`.
-        batch_size: rows per batch, over all replicas.
+        batch_size: pairs per batch, over all replicas.
         max_length: see `tokenize_pairs`; of no concern to `TokenizedPairs`, as are the next two.
         template: see `tokenize_pairs`.
         overlength: see `tokenize_pairs`.
-        shuffle: False keeps file order as far as buckets allow.
+        shuffle: False keeps file order as far as buckets, or rows, allow.
         seed: any integer >= 0.
         epochs: how many epochs one iteration brings; None never ends.
         start_step: number of the first global batch, from 0.
         buckets: how many static lengths at most, or the lengths (see `plan_buckets`). 1 gives one
-            fully static shape.
-        drop_remainder: leave out the short last batch of each epoch.
+            fully static shape. Of no concern to packed batches.
+        drop_remainder: leave out the short last batch of each epoch; packed batches have none.
+        batching: "buckets" or "packed".
+        row_length: tokens per row of packed batches; None chooses (see `plan_packing`).
+        rows: rows per packed batch, over all replicas; None chooses.
+        replicas: how many share a packed batch, so that they get as many rows each.
 
     Returns:
         A dataset of known cardinality, deterministic, prefetching.
@@ -117,6 +165,17 @@ def preference_dataset(
     ]
     if not isinstance(pairs, TokenizedPairs) and preprocessor is None:
         problems.append("preprocessor is needed to tokenize the pairs: pass policy.preprocessor.")
+    if batching not in get_args(Batching):
+        names = " or ".join(map(repr, get_args(Batching)))
+        problems.append(f"batching must be {names}, got {batching!r}.")
+    if batching != "packed":
+        problems += [
+            f"{name} has no effect without batching='packed', got {value}; leave it out."
+            for name, value in (("row_length", row_length), ("rows", rows))
+            if value is not None
+        ]
+    elif drop_remainder:
+        problems.append("drop_remainder has no effect with batching='packed'; leave it out.")
     if problems:
         raise InputError(problems)
     if isinstance(pairs, TokenizedPairs):
@@ -125,17 +184,31 @@ def preference_dataset(
         tokenized = tokenize_pairs(
             pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
         )
-    per_epoch = steps_per_epoch(tokenized, batch_size, drop_remainder)
-    if per_epoch == 0:
+    if batching == "packed":
+        source = _packed(tokenized, batch_size, row_length, rows, replicas, seed, shuffle)
+    else:
+        source = _bucketed(tokenized, batch_size, buckets, seed, shuffle, drop_remainder)
+    if source.steps == 0:
         raise InputError(
             f"drop_remainder leaves no batch: {len(tokenized)} pairs, batch_size {batch_size}."
         )
-    total = None if epochs is None else epochs * per_epoch
+    total = None if epochs is None else epochs * source.steps
     if total is not None and start_step >= total:
         raise InputError(
             f"start_step must be less than the {total} batches of {epochs} epochs, "
             f"got {start_step}."
         )
+    return stream(source, start_step, total)
+
+
+def _bucketed(
+    tokenized: TokenizedPairs,
+    batch_size: int,
+    buckets: int | Sequence[int],
+    seed: int,
+    shuffle: bool,
+    drop_remainder: bool,
+) -> Source:
     plan = plan_buckets(tokenized, batch_size, buckets)
     order = functools.lru_cache(maxsize=2)(
         lambda epoch: epoch_order(
@@ -143,71 +216,42 @@ def preference_dataset(
         )
     )
 
-    def make(step: int) -> Batch:
-        return _batch(tokenized, plan, order(int(step) // per_epoch), int(step) % per_epoch)
+    def make(epoch: int, step: int) -> Batch:
+        shape, rows = order(epoch).bucket[step], order(epoch).rows[step]
+        return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
 
-    advances = total is not None and start_step == 0
-    return _stream(make, _signature(tokenized, plan, batch_size), start_step, total, advances)
-
-
-def _batch(tokenized: TokenizedPairs, plan: BucketPlan, order: EpochOrder, step: int) -> Batch:
-    shape = order.bucket[step]
-    rows = order.rows[step]
-    return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
-
-
-def _signature(
-    tokenized: TokenizedPairs, plan: BucketPlan, batch_size: int
-) -> dict[str, tf.TensorSpec]:
     # Batches of one shape are static throughout; else only length and slots are left open.
     one = len(plan.lengths) == 1
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], batch_size)
-    dynamic = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
-    signature = {}
-    for name, value in sample.items():
-        shape: list[int | None] = list(value.shape)
-        if name in dynamic and not one:
-            shape[dynamic[name]] = None
-        signature[name] = tf.TensorSpec(shape, value.dtype, name=name)
-    return signature
+    return Source(
+        steps_per_epoch(tokenized, batch_size, drop_remainder),
+        make,
+        signature_of(sample, {} if one else DYNAMIC),
+    )
 
 
-def _stream(
-    make: Any, signature: dict[str, tf.TensorSpec], start: int, total: int | None, advances: bool
-) -> tf.data.Dataset:
-    names = list(signature)
-    iterations = itertools.count()
-    lock = threading.Lock()
+def _packed(
+    tokenized: TokenizedPairs,
+    batch_size: int,
+    row_length: int | None,
+    rows: int | None,
+    replicas: int,
+    seed: int,
+    shuffle: bool,
+) -> Source:
+    plan = plan_packing(
+        tokenized,
+        batch_size,
+        length=row_length,
+        rows=rows,
+        replicas=replicas,
+        seed=seed,
+        shuffle=shuffle,
+    )
+    order = functools.lru_cache(maxsize=2)(lambda epoch: packed_order(plan, epoch))
 
-    def first_step() -> np.int64:
-        with lock:
-            iteration = next(iterations)
-        return np.int64(start + (iteration * total if advances and total is not None else 0))
+    def make(epoch: int, step: int) -> Batch:
+        pairs = order(epoch if shuffle else 0).pairs[step]
+        return collate_packed(tokenized, pairs, plan.length, plan.slots)
 
-    def arrays(step: np.ndarray) -> list[np.ndarray]:
-        batch = make(step)
-        return [batch[name] for name in names]
-
-    def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
-        types = [signature[name].dtype for name in names]
-        tensors = tf.numpy_function(arrays, [step], types, stateful=False)
-        return {
-            name: tf.ensure_shape(tensor, signature[name].shape)
-            for name, tensor in zip(names, tensors, strict=True)
-        }
-
-    steps = np.iinfo(np.int64).max if total is None else total - start
-
-    def iterate(_: tf.Tensor) -> tf.data.Dataset:
-        first = tf.ensure_shape(tf.numpy_function(first_step, [], tf.int64), [])
-        stop = steps if total is None else first + steps
-        return tf.data.Dataset.range(first, stop).map(load)
-
-    dataset = tf.data.Dataset.from_tensors(0).flat_map(iterate)
-    cardinality = tf.data.INFINITE_CARDINALITY if total is None else steps
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
-    options = tf.data.Options()
-    options.deterministic = True
-    # There are no files to share out: workers cut each global batch by its rows instead.
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+    return Source(plan.steps, make, signature_of(make(0, 0), {}))

@@ -63,6 +63,11 @@ class TokenizedPairs:
         return self.chosen.lengths + self.rejected.lengths
 
     @property
+    def tree_tokens(self) -> np.ndarray:
+        """Tokens of prompt and both responses, each once, int64 `[N]`: a pair's places in a row."""
+        return self.prompt.lengths + self.response_tokens
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over every token of every pair, in order.
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import TokenizedPairs, collate, epoch_order, plan_buckets
+from dpo_keras.batching import Batching, TokenizedPairs, one_pass, pass_signature
+from dpo_keras.batching.passes import Part
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.pair_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
+from dpo_keras.scoring.packed import check_packing
 from dpo_keras.training import DPOModel
 from dpo_keras.training.measures import outputs_of
-
-_FREE = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
 
 def evaluate_preferences(
@@ -24,6 +24,7 @@ def evaluate_preferences(
     tokenized: TokenizedPairs,
     *,
     batch_size: int = 16,
+    batching: Batching = "buckets",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Measures a policy on preference pairs, pair by pair.
@@ -34,15 +35,16 @@ def evaluate_preferences(
     Args:
         model: a compiled `DPOModel`; nothing in it is changed.
         tokenized: the pairs, N >= 1.
-        batch_size: pairs at a time.
+        batch_size: pairs at a time; in the mean, where packed.
+        batching: "buckets", or "packed" for models that `supports_packing` has nothing against.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
         The figures.
 
     Raises:
-        InputError: the model is not compiled (its loss says what the scores are), or there are no
-            pairs.
+        InputError: the model is not compiled (its loss says what the scores are), there are no
+            pairs, or it cannot be run packed.
 
     Example:
         >>> import keras_hub, dpo_keras
@@ -73,19 +75,19 @@ def evaluate_preferences(
         problems.append(f"batch_size must be an integer >= 1, got {batch_size!r}.")
     if problems:
         raise InputError(problems)
+    if batching == "packed":
+        check_packing(model.scorer)
     measured: dict[str, np.ndarray] = {}
     entropy = tokens = 0.0
     done = 0
-    for rows, batch, values in _passes(model, tokenized, batch_size):
-        real = rows >= 0
-        count = float((batch["owner"] >= 0).sum())
+    for part, values in _measured(model, one_pass(tokenized, batch_size, batching)):
+        count = float((part.batch["owner"] >= 0).sum())
         entropy += float(values.pop("entropy")) * count
         tokens += count
         for name, value in values.items():
-            if name not in measured:
-                measured[name] = np.zeros(len(tokenized), value.dtype)
-            measured[name][rows[real]] = value[real]
-        done += int(real.sum())
+            column = measured.setdefault(name, np.zeros(len(tokenized), value.dtype))
+            part.put(value, column)
+        done += int((part.pairs >= 0).sum())
         if on_batch is not None:
             on_batch(done, len(tokenized))
     pairs = {**_given(tokenized), **measured}
@@ -116,34 +118,18 @@ def _given(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
     }
 
 
-def _passes(
-    model: DPOModel, tokenized: TokenizedPairs, batch_size: int
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """Every batch with its pairs' numbers and measurements, in `preference_dataset`'s order."""
-    plan = plan_buckets(tokenized, batch_size)
-    order = epoch_order(plan, batch_size, shuffle=False)
+def _measured(
+    model: DPOModel, parts: Iterable[Part]
+) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
     run: Any = None
-    for shape, rows in zip(order.bucket, order.rows, strict=True):
-        batch = collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], batch_size)
+    for part in parts:
         if run is None:
             run = tf.function(
                 lambda given: _measure(model, given),
-                input_signature=[_signature(batch)],
+                input_signature=[pass_signature(part.batch)],
                 autograph=False,
             )
-        values = {name: value.numpy() for name, value in run(batch).items()}
-        yield rows, batch, values
-
-
-def _signature(batch: dict[str, np.ndarray]) -> dict[str, tf.TensorSpec]:
-    # Lengths stay open: one trace serves all buckets.
-    signature = {}
-    for name, value in batch.items():
-        shape: list[int | None] = list(value.shape)
-        if name in _FREE:
-            shape[_FREE[name]] = None
-        signature[name] = tf.TensorSpec(shape, value.dtype)
-    return signature
+        yield part, {name: value.numpy() for name, value in run(part.batch).items()}
 
 
 def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:

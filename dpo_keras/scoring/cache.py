@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from dpo_keras.batching import TokenizedPairs
+from dpo_keras.batching import Batching, TokenizedPairs
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.log_probs import score_pairs
 
@@ -72,6 +72,7 @@ def cache_reference(
     *,
     template: Any = None,
     batch_size: int = 16,
+    batching: Batching = "buckets",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> TokenizedPairs:
     """Pairs that carry their reference log-probs into every batch, for `reference="cached"`.
@@ -82,7 +83,9 @@ def cache_reference(
         path: an `.npz` file. Where it exists it is read, provided it was made for this model and
             these tokens; otherwise it is written (whole or not at all). None keeps nothing.
         template: the chat template's name, recorded in the key.
-        batch_size: pairs at a time.
+        batch_size: pairs at a time; in the mean, where packed.
+        batching: as in `score_pairs`; both ways find the same but for rounding, so that the file
+            does not depend on it.
         on_batch: called with (pairs done, N).
 
     Returns:
@@ -96,7 +99,9 @@ def cache_reference(
     path = None if path is None else pathlib.Path(path)
     if path is not None and path.exists():
         return tokenized.with_reference(_read(path, key))
-    logps = score_pairs(model, tokenized, batch_size=batch_size, on_batch=on_batch)
+    logps = score_pairs(
+        model, tokenized, batch_size=batch_size, batching=batching, on_batch=on_batch
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial.npz")

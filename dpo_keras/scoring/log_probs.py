@@ -8,16 +8,15 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching import (
+    Batching,
     TokenizedPairs,
     batch_from_strings,
-    collate,
-    epoch_order,
-    plan_buckets,
+    one_pass,
+    pass_signature,
 )
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.packed import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
-
-_FREE = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
 
 def _compiled(scorer: ResponseScorer) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -27,15 +26,9 @@ def _compiled(scorer: ResponseScorer) -> Callable[[dict[str, np.ndarray]], dict[
     def run(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = tuple(sorted(batch))
         if names not in functions:
-            signature = {}
-            for name, value in batch.items():
-                shape: list[int | None] = list(value.shape)
-                if name in _FREE:
-                    shape[_FREE[name]] = None
-                signature[name] = tf.TensorSpec(shape, value.dtype)
             functions[names] = tf.function(
                 lambda given: {key: scorer(given)[key] for key in ("logps", "lengths")},
-                input_signature=[signature],
+                input_signature=[pass_signature(batch)],
             )
         return {key: value.numpy() for key, value in functions[names](batch).items()}
 
@@ -47,6 +40,7 @@ def score_pairs(
     tokenized: TokenizedPairs,
     *,
     batch_size: int = 16,
+    batching: Batching = "buckets",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Log-probs of both responses of every pair.
@@ -55,22 +49,24 @@ def score_pairs(
         model: a KerasHub causal language model, or any Keras model from token ids and mask to
             logits.
         tokenized: N pairs.
-        batch_size: pairs at a time.
+        batch_size: pairs at a time; in the mean, where packed.
+        batching: "buckets", or "packed" for models that `supports_packing` has nothing against.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
         `[N, 2]` float32: log pi(chosen | prompt), log pi(rejected | prompt), in nats.
+
+    Raises:
+        InputError: packed, and the model cannot be run so.
     """
-    run = _compiled(ResponseScorer(model))
-    plan = plan_buckets(tokenized, batch_size)
-    order = epoch_order(plan, batch_size, shuffle=False)
+    scorer = ResponseScorer(model)
+    if batching == "packed":
+        check_packing(scorer)
+    run = _compiled(scorer)
     logps = np.zeros((len(tokenized), 2), np.float32)
     done = 0
-    for shape, rows in zip(order.bucket, order.rows, strict=True):
-        batch = collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], batch_size)
-        real = rows[rows >= 0]
-        logps[real] = run(batch)["logps"][: len(real)]
-        done += len(real)
+    for part in one_pass(tokenized, batch_size, batching):
+        done += part.put(run(part.batch)["logps"], logps)
         if on_batch is not None:
             on_batch(done, len(tokenized))
     return logps

@@ -1,12 +1,17 @@
 """From a batch to the log-probability of each response under a model."""
 
+import contextlib
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.fused import FUSED_FROM, FusedLayers
 from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
+from dpo_keras.scoring.tree_attention import tree_attention
+from dpo_keras.scoring.tree_layout import TreeLayout
 
 _INPUTS = {"token_ids", "padding_mask"}
 
@@ -48,6 +53,7 @@ class ResponseScorer:
         policy: the model.
         plain: True forces the plain path.
         chunk: rows of logits at a time on the chunked path.
+        static: True where every shape must be static (XLA, TPUs).
 
     Raises:
         InputError: the model takes other inputs than `token_ids` and `padding_mask`.
@@ -56,9 +62,13 @@ class ResponseScorer:
         See `dpo_keras.response_log_probs`, which goes from strings to log-probs.
     """
 
-    def __init__(self, policy: Any, plain: bool = False, chunk: int | None = None):
+    def __init__(
+        self, policy: Any, plain: bool = False, chunk: int | None = None, static: bool = False
+    ):
         self.policy = policy
         self.chunk = chunk
+        self.static = static
+        self._fused: FusedLayers | None = None
         self.parts = None if plain else split_backbone_and_head(policy)
         # A subclassed model shows its inputs only when it is called.
         structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
@@ -74,6 +84,26 @@ class ResponseScorer:
                 "of inputs."
             )
 
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with all that several passes over it can share.
+
+        Args:
+            batch: the batch contract.
+
+        Returns:
+            The batch; of packed rows with `layout` (a `TreeLayout`) beside the tensors.
+        """
+        if "tree" not in batch or "layout" in batch:
+            return batch
+        if self.parts is None:
+            raise InputError(
+                "packed batches need a KerasHub causal language model, whose attention can be "
+                f"confined to trees; {type(self.policy).__name__} goes the plain path. Use "
+                "batching='buckets'."
+            )
+        tree, positions = batch["tree"][:, 0], batch["positions"][:, 0]
+        return {**batch, "layout": TreeLayout(positions, tree, dense=self.static)}
+
     def __call__(
         self,
         batch: dict[str, Any],
@@ -85,7 +115,8 @@ class ResponseScorer:
 
         Args:
             batch: the batch contract: `token_ids`, `padding_mask` `[rows, sequences, length]`;
-                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`.
+                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`; of packed
+                rows `positions`, `tree` `[rows, 1, length]`, too.
             training: whether layers such as dropout are active.
             statistics: extra per-token figures from `scoring.head.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
@@ -96,6 +127,7 @@ class ResponseScorer:
             `[rows, slots]`, and with `shared` the sums `shared_logps` `[rows * pairs, 2]` over the
             first min(n+, n-) tokens of each response.
         """
+        batch = self.prepared(batch)
         owner = batch["owner"]
         pairs = batch["weight"].shape[1]
         values = self._token_values(batch, training, statistics)
@@ -113,6 +145,25 @@ class ResponseScorer:
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
 
+    def _attention(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        if "layout" not in batch:
+            return contextlib.nullcontext()
+        assert self.parts is not None
+        together = contextlib.ExitStack()
+        together.enter_context(tree_attention(self.parts[0], batch["layout"]))
+        if self._fuses(batch):
+            self._fused = self._fused or FusedLayers(self.parts[0])
+            together.enter_context(self._fused.active())
+        return together
+
+    def _fuses(self, batch: dict[str, Any]) -> bool:
+        # Where shapes are static XLA compiles the whole step; within a replica it is not safe.
+        if batch["layout"].dense or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            return False
+        rows, _, length = batch["token_ids"].shape
+        assert self.parts is not None
+        return rows * length * self.parts[0].hidden_dim >= FUSED_FROM
+
     def _token_values(
         self, batch: dict[str, Any], training: bool, statistics: tuple[str, ...]
     ) -> Any:
@@ -124,7 +175,8 @@ class ResponseScorer:
             "padding_mask": ops.reshape(padding_mask, (rows * sequences, length)),
         }
         model = self.policy if self.parts is None else self.parts[0]
-        states = model(inputs, training=training)
+        with self._attention(batch):
+            states = model(inputs, training=training)
         if len(states.shape) != 3:
             raise InputError(
                 "policy must return logits of shape [batch, length, vocabulary]; got "

@@ -44,6 +44,7 @@ def loss_outputs(
         InputError: the pairs lack a column that the loss needs.
     """
     shared, weighted = "policy_shared" in needs, "wpo_log_weight" in needs
+    batch = scorer.prepared(batch)
     under_reference: dict[str, Any] = {}
     if "reference" in needs:
         under_reference = reference.scored(scorer, batch, shared)

@@ -19,11 +19,14 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.packed import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
 from dpo_keras.training.replicas import sum_over_replicas
 from dpo_keras.training.start import Throughput
 from dpo_keras.training.steps import step_counts
+from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
 COUNTS = ("tokens", "pairs")
 
@@ -59,6 +62,8 @@ class PolicyTrainer(keras.Model):
         self.policy = policy
         self.dropout = dropout
         self.scorer = ResponseScorer(policy)
+        self.accumulation: WeighedAccumulation | None = None
+        self._packing_checked = False
         self._totals: Any = None
         self._total_names: list[str] = []
         self.step_logs: dict[str, Any] = {}
@@ -105,6 +110,8 @@ class PolicyTrainer(keras.Model):
         gradients = sum_over_replicas([tf.convert_to_tensor(gradient) for gradient, _ in used])
         scale = getattr(self.optimizer, "dynamic_scale", 1.0)
         norm = tf.linalg.global_norm(gradients) / ops.cast(scale, "float32")
+        if self.accumulation is not None:
+            self.accumulation.weigh(sum_over_replicas(tf.convert_to_tensor(sums["loss"][1])))
         self.optimizer.apply(gradients, [variable for _, variable in used])
         one = ops.ones_like(norm)
         return {**sums, "grad_norm": (norm, one), **step_counts(batch)}
@@ -156,13 +163,19 @@ class PolicyTrainer(keras.Model):
     ) -> None:
         """As `keras.Model.compile`; `jit_compile="auto"` means False.
 
-        Each bucket of lengths is another shape, and XLA compiles each shape anew: worth it for
-        long runs with few buckets, not as a default.
+        Each bucket of lengths is another shape, and XLA compiles each shape anew. Packed batches
+        have one shape, but XLA's needs to be known while it compiles, so that attention runs over
+        whole rows instead of trees.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
-        _sum_gradients_ourselves(self.optimizer)
+        tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
+        self.scorer.static = bool(jit_compile) or tpu
+        sum_gradients_ourselves(self.optimizer)
+        update_in_one_pass(self.optimizer)
         with self.distribute_strategy.scope():
+            if accumulates(self.optimizer):
+                self.accumulation = WeighedAccumulation(self.optimizer)
             # Now, not in the first step: a model saved before it must load as well.
             self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
@@ -185,8 +198,20 @@ class PolicyTrainer(keras.Model):
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
             callbacks = [*self.default_callbacks(), *(c for c in given if c is not None)]
+        self._check_packing(args[0] if args else kwargs.get("x"))
         # Keras warns that it cannot shuffle a tf.data dataset, unless it is told not to.
         return super().fit(*args, callbacks=callbacks, **{"shuffle": False, **kwargs})
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `keras.Model.evaluate`, on a dataset of dict batches."""
+        self._check_packing(args[0] if args else kwargs.get("x"))
+        return super().evaluate(*args, **kwargs)
+
+    def _check_packing(self, dataset: Any) -> None:
+        # Once, before the first packed batch: that this model is the same packed.
+        if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
+            check_packing(self.scorer)
+            self._packing_checked = True
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         # Keras would average the first batch over replicas, which fails on integers and dicts
@@ -273,12 +298,3 @@ class PolicyTrainer(keras.Model):
 def _named_means(names: list[str], sums: Any) -> dict[str, Any]:
     means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
     return dict(zip(names, means, strict=True))
-
-
-def _sum_gradients_ourselves(optimizer: Any) -> None:
-    """Keeps a Keras optimizer from summing gradients over replicas a second time.
-
-    Keras clips first and sums second. Summing first needs its own sum switched off, for which
-    there is no public way. The optimizer belongs to this model: Keras ties it to its variables.
-    """
-    getattr(optimizer, "inner_optimizer", optimizer)._all_reduce_sum_gradients = list

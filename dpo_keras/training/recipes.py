@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dpo_keras.batching import TokenizedPairs, preference_dataset, steps_per_epoch
+from dpo_keras.batching import TokenizedPairs
 from dpo_keras.errors import InputError
 from dpo_keras.training.callbacks import (
     Progress,
@@ -24,95 +24,12 @@ from dpo_keras.training.callbacks import (
 )
 from dpo_keras.training.checkpoints import load_checkpoint
 from dpo_keras.training.dpo_model import DPOModel
+from dpo_keras.training.layouts import BatchingChoice, Layout, choose_layout
 from dpo_keras.training.policy_trainer import PolicyTrainer
-from dpo_keras.training.supervised import SupervisedModel, supervised_dataset
+from dpo_keras.training.supervised import SupervisedModel, chosen_alone, supervised_dataset
 
 Report = Callable[[dict[str, Any]], None]
 Path = str | os.PathLike[str]
-
-
-def make_optimizer(
-    steps: int,
-    *,
-    learning_rate: float = 5e-6,
-    schedule: str = "constant",
-    warmup_fraction: float = 0.0,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = 1.0,
-    gradient_accumulation: int = 1,
-) -> keras.optimizers.Optimizer:
-    """AdamW with the usual choices.
-
-    Args:
-        steps: calls of `train_step` in all; micro-batches count one each.
-        learning_rate: the highest it gets.
-        schedule: `"constant"`, or `"linear"` or `"cosine"` down to 0 at the last step.
-        warmup_fraction: share of the steps in which the rate rises from 0.
-        weight_decay: decoupled; not applied to biases and norms.
-        clip_norm: bound on the norm of the whole gradient, or None.
-        gradient_accumulation: micro-batches per update.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        InputError: an unknown schedule.
-
-    Example:
-        >>> optimizer = make_optimizer(100, learning_rate=1e-3, schedule="linear")
-        >>> round(float(optimizer.learning_rate), 6)
-        0.001
-    """
-    rising = int(round(steps * warmup_fraction))
-    falling = max(steps - rising, 1)
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
-    rate: Any = SCHEDULES[schedule](learning_rate, falling)
-    if rising:
-        rate = _Rise(rate, learning_rate, rising)
-    optimizer = keras.optimizers.AdamW(
-        rate,
-        weight_decay=weight_decay,
-        global_clipnorm=clip_norm,
-        gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
-    )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale", "norm"])
-    return optimizer
-
-
-SCHEDULES: dict[str, Callable[[float, int], Any]] = {
-    "constant": lambda rate, steps: rate,
-    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
-    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
-}
-
-
-@keras.saving.register_keras_serializable("dpo_keras")
-class _Rise(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear rise from 0, then another schedule."""
-
-    def __init__(self, then: Any, learning_rate: float, steps: int):
-        self.then, self.learning_rate, self.steps = then, learning_rate, steps
-
-    def __call__(self, step: Any) -> Any:
-        step = keras.ops.cast(step, "float32")
-        # The first step is not taken at rate 0: it would be a step for nothing.
-        rise = self.learning_rate * (step + 1.0) / self.steps
-        then = self.then(step - self.steps) if callable(self.then) else self.then
-        return keras.ops.where(step < self.steps, rise, then)
-
-    def get_config(self) -> dict[str, Any]:
-        then = self.then
-        if callable(then):
-            then = keras.saving.serialize_keras_object(then)
-        return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_Rise":
-        then = config["then"]
-        if isinstance(then, dict):
-            then = keras.saving.deserialize_keras_object(then)
-        return cls(then, config["learning_rate"], config["steps"])
 
 
 def warm_up(
@@ -123,6 +40,8 @@ def warm_up(
     batch_size: int = 16,
     seed: int = 0,
     buckets: int = 4,
+    batching: BatchingChoice | Layout = "auto",
+    row_length: int | None = None,
     **options: Any,
 ) -> int:
     """Supervised training on the chosen responses.
@@ -133,19 +52,24 @@ def warm_up(
         epochs: passes over them.
         batch_size: responses per step.
         seed: of the order.
-        buckets: lengths that batches come in.
+        buckets: lengths that batches come in, where they are not packed.
+        batching: "packed", "buckets", or "auto": packed where the policy can be run so, see
+            `dpo_keras.training.layouts.choose_layout`; or a `Layout`.
+        row_length: tokens per packed row; by default chosen.
         **options: as `train_preferences`: `every`, `checkpoints`, `checkpoint_every`, `keep`,
             `resume`, `log`, `progress`, `callbacks`, `verbose`.
 
     Returns:
         Steps taken in all, earlier runs included.
     """
-    pairs = _endless(tokenized, batch_size, seed, buckets)
+    layout = _layout(model, batching, buckets, row_length)
+    pairs = chosen_alone(tokenized) if layout.packed else tokenized
+    endless = _endless(layout, pairs, batch_size, seed)
 
     def stream(start: int) -> tf.data.Dataset:
-        return supervised_dataset(pairs(start))
+        return endless(start) if layout.packed else supervised_dataset(endless(start))
 
-    per_epoch = steps_per_epoch(tokenized, batch_size)
+    per_epoch = layout.steps(pairs, batch_size, seed)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
 
 
@@ -157,6 +81,8 @@ def train_preferences(
     batch_size: int = 8,
     seed: int = 0,
     buckets: int = 4,
+    batching: BatchingChoice | Layout = "auto",
+    row_length: int | None = None,
     held_out: TokenizedPairs | None = None,
     evaluation_batch_size: int | None = None,
     **options: Any,
@@ -169,7 +95,10 @@ def train_preferences(
         epochs: passes over them.
         batch_size: pairs per step, over all replicas.
         seed: of the order.
-        buckets: lengths that batches come in.
+        buckets: lengths that batches come in, where they are not packed.
+        batching: "packed", "buckets", or "auto": packed where the policy can be run so, see
+            `dpo_keras.training.layouts.choose_layout`; or a `Layout`.
+        row_length: tokens per packed row; by default chosen.
         held_out: pairs to evaluate on, or None.
         evaluation_batch_size: pairs at a time in evaluation; `batch_size` by default.
         **options: `every` (steps per Keras epoch, at the end of which evaluation, epoch logs and
@@ -186,30 +115,42 @@ def train_preferences(
         InputError: options that do not fit together.
         RuntimeError: the loss is no number any more, or does not start where it must.
     """
-    stream = _endless(tokenized, batch_size, seed, buckets)
+    reference = getattr(model.reference, "model", None)
+    layout = _layout(model, batching, buckets, row_length, reference)
+    stream = _endless(layout, tokenized, batch_size, seed)
     _check_groups(model, tokenized, held_out)
     if held_out is not None and len(held_out):
-        options["validation_data"] = preference_dataset(
-            held_out,
-            batch_size=evaluation_batch_size or batch_size,
-            shuffle=False,
-            buckets=buckets,
+        options["validation_data"] = layout.dataset(
+            held_out, evaluation_batch_size or batch_size, shuffle=False
         )
-    per_epoch = steps_per_epoch(tokenized, batch_size)
+    per_epoch = layout.steps(tokenized, batch_size, seed)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
 
 
+def _layout(
+    model: PolicyTrainer,
+    batching: BatchingChoice | Layout,
+    buckets: int,
+    row_length: int | None,
+    reference: Any = None,
+) -> Layout:
+    if isinstance(batching, Layout):
+        return batching
+    return choose_layout(
+        [model.policy] if reference is None else [model.policy, reference],
+        batching,
+        buckets=buckets,
+        row_length=row_length,
+        replicas=model.distribute_strategy.num_replicas_in_sync,
+    )
+
+
 def _endless(
-    tokenized: TokenizedPairs, batch_size: int, seed: int, buckets: int
+    layout: Layout, tokenized: TokenizedPairs, batch_size: int, seed: int
 ) -> Callable[[int], tf.data.Dataset]:
     """The stream of all batches, from any step on."""
-    return lambda start: preference_dataset(
-        tokenized,
-        batch_size=batch_size,
-        seed=seed,
-        buckets=buckets,
-        epochs=None,
-        start_step=start,
+    return lambda start: layout.dataset(
+        tokenized, batch_size, seed=seed, epochs=None, start_step=start
     )
 
 

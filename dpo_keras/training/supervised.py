@@ -1,10 +1,13 @@
 """Supervised fine-tuning on chosen responses: the usual step before preference training."""
 
+from dataclasses import replace
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from dpo_keras.batching import Ragged, TokenizedPairs
 from dpo_keras.training.adapters import serialized_policy
 from dpo_keras.training.measures import Batch, Sums
 from dpo_keras.training.policy_trainer import PolicyTrainer
@@ -64,6 +67,19 @@ class SupervisedModel(PolicyTrainer):
         return cls(policy, **config)
 
 
+def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
+    """The chosen responses as trees of one branch, so that packed rows hold nothing else.
+
+    Args:
+        tokenized: the pairs.
+
+    Returns:
+        The same pairs with rejected responses of no token.
+    """
+    nothing = Ragged(np.zeros(0, np.int32), np.zeros(len(tokenized) + 1, np.int64))
+    return replace(tokenized, rejected=nothing, reference=None)
+
+
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """The chosen responses of a preference dataset, alone.
 
@@ -72,16 +88,17 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
 
     Returns:
         The same batches without the rejected sequences, so that nothing is computed for them.
+        (Packed rows keep their places; pack `chosen_alone` pairs instead.)
     """
 
     def chosen(batch: Batch) -> Batch:
-        mine = batch["owner"] == 0
+        mine = batch["owner"] % 2 == 0
         return {
             **batch,
             "source": tf.where(mine, batch["source"], 0),
             "token_ids": batch["token_ids"][:, :1],
             "padding_mask": batch["padding_mask"][:, :1],
-            "owner": tf.where(mine, 0, -1),
+            "owner": tf.where(mine, batch["owner"], -1),
         }
 
     options = preferences.options()

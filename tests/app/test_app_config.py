@@ -197,3 +197,11 @@ def test_only_a_frozen_copy_can_follow_the_policy():
         MINIMAL + "reference: frozen_copy\ntraining: {sync_reference: {every: 8}}\n"
     )
     assert config.training.sync_reference.alpha == 0.6
+
+
+def test_a_row_length_is_for_packed_rows_only():
+    (problem,) = problems(MINIMAL + "training: {batching: buckets, row_length: 1024}\n")
+    assert "training.row_length has no effect with batching: buckets, got 1024" in problem
+    for batching in ("auto", "packed"):
+        text = MINIMAL + f"training: {{batching: {batching}, row_length: 1024}}\n"
+        assert parse_config(text).training.row_length == 1024

@@ -131,3 +131,21 @@ def test_all_that_is_wrong_with_a_tokenizer_is_said_at_once():
         assert word in text
     with pytest.raises(InputError, match="preprocessor must be"):
         TextEncoder(object())
+
+
+def test_ids_are_those_of_the_familys_own_tokenize(preprocessor):
+    texts = [
+        "Hello there,\n\nhow do I bake",
+        "",
+        "2+2=4  why?",
+        "\u00fcber \u65e5\u672c \U0001f600 <|endoftext|>",
+    ]
+    encoder = TextEncoder(preprocessor)
+    theirs = preprocessor.tokenizer.tokenize(texts)
+    assert encoder.tokenize(texts) == [np.asarray(row).tolist() for row in theirs]
+
+
+def test_a_tokenize_of_its_own_is_the_one_that_is_used(gpt2, monkeypatch):
+    kind = type(gpt2.tokenizer)
+    monkeypatch.setattr(kind, "tokenize", lambda self, texts: [[7] for _ in texts], raising=False)
+    assert TextEncoder(gpt2).tokenize(["a", "b"]) == [[7], [7]]

@@ -53,6 +53,15 @@ def test_figures_of_a_loss_over_whole_batches_equal_those_of_model_evaluate(move
     same_as_evaluate(moved, tokenized, evaluate_preferences(moved, tokenized, batch_size=4))
 
 
+def test_packed_rows_give_every_pair_the_same_figures(moved, tokenized, measured):
+    moved.compile(loss=SIGMOID)
+    packed = evaluate_preferences(moved, tokenized, batch_size=5, batching="packed")
+    assert packed.pairs.keys() == measured.pairs.keys()
+    for name, column in measured.pairs.items():
+        np.testing.assert_allclose(packed.pairs[name], column, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert packed.entropy == pytest.approx(measured.entropy, rel=1e-5)
+
+
 def test_rows_are_in_the_order_of_the_pairs_whatever_the_batches(moved, tokenized, measured):
     logps = score_pairs(moved.policy, tokenized)
     columns = measured.pairs

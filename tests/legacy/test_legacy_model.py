@@ -266,6 +266,12 @@ def test_what_cannot_be_is_refused_with_the_reason(name):
         make()
 
 
+def test_packed_rows_are_refused_with_the_reason(tokenized):
+    packed = preference_dataset(tokenized, batch_size=4, batching="packed", row_length=64)
+    with pytest.raises(InputError, match="Use batching='buckets'"):
+        compiled(run_eagerly=True).fit(packed, verbose=0)
+
+
 def test_a_policy_that_cannot_be_copied_wants_a_second_instance(dataset):
     class Unnamed(Subclassed):
         def get_config(self):

@@ -100,6 +100,17 @@ def test_score_pairs_puts_every_pair_in_its_place(tokenized):
     np.testing.assert_allclose(logps, full_logits_log_probs(policy, batch_of(tokenized)), atol=1e-4)
 
 
+def test_score_pairs_packed_puts_every_pair_in_its_place(tokenized):
+    policy, done = gpt2(), []
+    logps = score_pairs(
+        policy, tokenized, batch_size=3, batching="packed", on_batch=lambda *at: done.append(at)
+    )
+    np.testing.assert_allclose(logps, score_pairs(policy, tokenized), rtol=1e-5, atol=1e-5)
+    assert len(done) > 1 and done[-1] == (len(tokenized), len(tokenized))
+    with pytest.raises(InputError, match="batching must be 'buckets' for this policy"):
+        score_pairs(plain_model(), tokenized, batching="packed")
+
+
 def test_mixed_bfloat16_is_scored_in_float32(tokenized):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -51,7 +51,7 @@ def run(folder, tokenized, resume=False, stop_after=None, slow=False, **options)
         tokenized,
         epochs=4,
         batch_size=4,
-        buckets=2,
+        batching="packed",
         held_out=tokenized.take(np.arange(4)),
         checkpoints=folder / "checkpoints",
         checkpoint_every=2,

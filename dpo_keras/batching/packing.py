@@ -1,0 +1,287 @@
+"""Packing: rows of one fixed length hold whole trees, a prompt with both its responses.
+
+A tree takes `|prompt| + |chosen| + |rejected|` places: the prompt is there once. Rows are packed by
+best fit from the shuffled stream of each epoch, so that hardly any place is empty, and every batch
+of a run has one static shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dpo_keras.batching.bins import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
+from dpo_keras.batching.collate import round_up
+from dpo_keras.batching.pairs import TokenizedPairs
+from dpo_keras.errors import InputError
+
+ROW_LENGTH = 1024  # the length that rows have at least, unless a step needs less
+_FILL = 0.98  # what best fit reaches on ordinary data
+_SAMPLE = 8192  # pairs that the length of rows is tried on
+_GROUP = 16  # steps whose rows are dealt together, to be alike in their number of pairs
+_NAMED = 20  # pairs that an error names one by one
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """The one static shape of all batches, and all that the order of an epoch follows from.
+
+    Args:
+        length: tokens per row.
+        rows: rows per batch.
+        slots: response-token slots per row.
+        pairs: pair slots per row.
+        steps: batches per epoch, the same for every epoch.
+        seed: of the order.
+        shuffle: whether each epoch has its own order.
+        sizes: tokens of each pair.
+        partition: `steps * rows` lists of pairs, the packing of epoch 0.
+    """
+
+    length: int
+    rows: int
+    slots: int
+    pairs: int
+    steps: int
+    seed: int
+    shuffle: bool
+    sizes: Sizes = field(repr=False)
+    partition: Rows = field(repr=False)
+
+    @property
+    def capacity(self) -> Capacity:
+        """What a row holds at most."""
+        return Capacity(self.length, self.slots, self.pairs)
+
+    @property
+    def fill(self) -> float:
+        """Share of the token places of an epoch that hold tokens."""
+        return float(self.sizes.tokens.sum()) / (self.steps * self.rows * self.length)
+
+
+@dataclass(frozen=True)
+class PackedOrder:
+    """All batches of one epoch.
+
+    Args:
+        pairs: int `[steps, rows, pairs]`, which pair stands in which row and pair slot of each
+            batch; -1 for empty pair slots.
+
+    A result per pair slot, `[rows * pairs]`, belongs to the pairs `order.pairs[step].reshape(-1)`.
+    """
+
+    pairs: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.pairs)
+
+
+def plan_packing(
+    tokenized: TokenizedPairs,
+    batch_size: int = 8,
+    *,
+    length: int | None = None,
+    rows: int | None = None,
+    replicas: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> PackingPlan:
+    """Chooses the shape of packed batches and packs the first epoch.
+
+    Steps hold `batch_size` pairs in the mean. Rows are about 1,024 tokens long: their number is
+    chosen first, then the length (a multiple of 64 tokens, of 8 below 512) that comes nearest to
+    `batch_size`. The longest tree always fits, even where that makes a step larger.
+
+    Args:
+        tokenized: the pairs.
+        batch_size: pairs per step, in the mean.
+        length: tokens per row; None chooses.
+        rows: rows per step, over all replicas; None chooses.
+        replicas: what `rows` is a multiple of.
+        seed: any integer >= 0.
+        shuffle: False packs in file order, each epoch the same.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: no pairs; a pair longer than a row; rows that replicas can not share.
+
+    Example:
+        >>> from dpo_keras.batching.ragged import Ragged
+        >>> prompts = Ragged.from_lists([[5] * n for n in (4, 20, 6, 8)])
+        >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
+        >>> pairs = TokenizedPairs(prompts, ends, ends, ones, ones)
+        >>> plan = plan_packing(pairs, batch_size=2, shuffle=False)
+        >>> plan.length, plan.rows, plan.steps, plan.partition
+        (24, 1, 2, [[0, 2, 3], [1]])
+    """
+    sizes = Sizes(tokenized.tree_tokens, tokenized.response_tokens)
+    _check(sizes, tokenized, batch_size, length, rows, replicas)
+    stream = _stream(len(tokenized), seed, 0, shuffle)
+    length, rows = _shape(stream, sizes, batch_size, length, rows, replicas)
+    packed = best_fit(stream, sizes, Capacity(length, length, length))
+    # The other epochs are held to what this one needed, and a little more.
+    most_pairs = max(map(len, packed))
+    most_slots = max(int(sizes.responses[row].sum()) for row in packed)
+    steps = -(-len(packed) // rows)
+    return PackingPlan(
+        length=length,
+        rows=rows,
+        slots=min(round_up(most_slots + most_slots // 16, _step(most_slots)), length),
+        pairs=min(most_pairs + max(most_pairs // 4, 1), len(tokenized)),
+        steps=steps,
+        seed=seed,
+        shuffle=shuffle,
+        sizes=sizes,
+        partition=split_rows(packed, steps * rows),
+    )
+
+
+def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
+    """Packs one epoch and deals its rows into batches: a pure function of its arguments.
+
+    Each epoch packs its own shuffled stream, into the same number of rows: where it comes out with
+    fewer, rows are split; with more, the emptiest are dissolved into the others; and should that
+    fail, the rows of epoch 0 are taken again. Rows are then dealt so that neighbouring steps are
+    alike in their number of pairs: a mean over a step weighs each pair by one over that number.
+
+    Args:
+        plan: from `plan_packing`.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        `plan.steps` batches, which hold each pair once.
+
+    Example:
+        >>> from dpo_keras.batching.ragged import Ragged
+        >>> prompts = Ragged.from_lists([[5] * n for n in (4, 20, 6, 8)])
+        >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
+        >>> pairs = TokenizedPairs(prompts, ends, ends, ones, ones)
+        >>> order = packed_order(plan_packing(pairs, batch_size=2, shuffle=False))
+        >>> order.pairs.tolist()
+        [[[0, 2, 3, -1]], [[1, -1, -1, -1]]]
+    """
+    rows = plan.partition
+    if plan.shuffle and epoch:
+        stream = _stream(len(plan.sizes.tokens), plan.seed, epoch, True)
+        found = _exactly(best_fit(stream, plan.sizes, plan.capacity), plan, stream)
+        rows = plan.partition if found is None else found
+    grid = np.full((len(rows), plan.pairs), -1, np.int64)
+    counts = np.array([len(row) for row in rows])
+    grid[np.arange(plan.pairs) < counts[:, None]] = np.concatenate(rows)
+    if plan.shuffle:
+        # Another stream of random numbers than the one that shuffled the pairs.
+        random = np.random.default_rng([plan.seed, epoch, 1])
+        grid = grid[_deal(counts, plan.rows, random)]
+    return PackedOrder(grid.reshape(plan.steps, plan.rows, plan.pairs))
+
+
+def _exactly(rows: Rows, plan: PackingPlan, stream: np.ndarray) -> Rows | None:
+    count = plan.steps * plan.rows
+    if len(rows) > count:
+        squeezed = squeeze_rows(rows, count, plan.sizes, plan.capacity)
+        if squeezed is None:
+            return None
+        place = np.argsort(stream)
+        rows = sorted(squeezed, key=lambda row: int(place[row].min()))
+    return split_rows(rows, count)
+
+
+def _deal(counts: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
+    """The order of rows in which those of one step stand together."""
+    order = []
+    for begin in range(0, len(counts), _GROUP * rows):
+        group = begin + random.permutation(min(_GROUP * rows, len(counts) - begin))
+        rounds = group[np.argsort(-counts[group], kind="stable")].reshape(rows, -1)
+        steps = np.zeros((rounds.shape[1], rows), np.int64)
+        total = np.zeros(rounds.shape[1], np.int64)
+        for number, dealt in enumerate(rounds):
+            poorest = np.argsort(total, kind="stable")
+            steps[poorest, number] = dealt
+            total[poorest] += counts[dealt]
+        order.append(random.permuted(random.permutation(steps), axis=1).reshape(-1))
+    return np.concatenate(order)
+
+
+def _stream(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
+
+
+def _step(tokens: float) -> int:
+    return 64 if tokens >= 512 else 8
+
+
+def _shape(
+    stream: np.ndarray,
+    sizes: Sizes,
+    batch_size: int,
+    length: int | None,
+    rows: int | None,
+    replicas: int,
+) -> tuple[int, int]:
+    longest = int(sizes.tokens.max())
+    together = min(batch_size, len(stream))
+    wanted = together * float(sizes.tokens.mean()) / _FILL
+    if rows is None:
+        usual = max(ROW_LENGTH, longest) if length is None else length
+        rows = replicas * max(round(wanted / usual / replicas), 1)
+    if length is not None:
+        return length, rows
+    step = _step(max(wanted / rows, longest))
+    shortest = round_up(longest, step)
+    near = max(round(wanted / rows / step) * step, shortest)
+    sample = stream[:_SAMPLE]
+
+    def missed(length: int) -> float:
+        packed = best_fit(sample, sizes, Capacity(length, length, length))
+        return abs(len(sample) * rows / len(packed) - together)
+
+    tried = [near + by * step for by in (0, -1, 1, 2) if near + by * step >= shortest]
+    return min(tried, key=missed), rows
+
+
+def _check(
+    sizes: Sizes,
+    tokenized: TokenizedPairs,
+    batch_size: int,
+    length: int | None,
+    rows: int | None,
+    replicas: int,
+) -> None:
+    problems = [
+        f"{name} must be an integer >= 1, got {value!r}."
+        for name, value in (
+            ("batch_size", batch_size),
+            ("row_length", 1 if length is None else length),
+            ("rows", 1 if rows is None else rows),
+            ("replicas", replicas),
+        )
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1
+    ]
+    if not problems and rows is not None and rows % replicas:
+        problems.append(
+            f"rows must be a multiple of the {replicas} replicas that share them, got {rows}."
+        )
+    if not len(tokenized):
+        problems.append("there is no pair to pack; give at least one.")
+    elif (tokenized.prompt.lengths == 0).any():
+        problems.append(
+            f"prompt {int(np.argmin(tokenized.prompt.lengths))} has no token: nothing predicts its "
+            "response's first token. Give it some text, or use a tokenizer with a start token."
+        )
+    if not problems and length is not None:
+        long = np.flatnonzero(sizes.tokens > length)
+        if len(long):
+            problems.append(
+                f"row_length must hold the longest pair, {int(sizes.tokens.max())} tokens of "
+                f"prompt and both responses, got {length}; {len(long)} pairs are longer. Raise it, "
+                "leave it out, or tokenize with a smaller max_length."
+            )
+            problems += [
+                f"pair {number}: {sizes.tokens[number]} tokens" for number in long[:_NAMED]
+            ]
+    if problems:
+        raise InputError(problems)

@@ -1,0 +1,102 @@
+"""Batches that are a function of their number, as a `tf.data.Dataset`."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from dpo_keras.batching.collate import Batch
+
+# The dimensions in which batches of different buckets differ.
+DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
+
+
+class Source(NamedTuple):
+    """Batches by number.
+
+    Args:
+        steps: batches per epoch.
+        make: the batch of an epoch and a step of it.
+        signature: shapes and types of all batches.
+    """
+
+    steps: int
+    make: Callable[[int, int], Batch]
+    signature: dict[str, tf.TensorSpec]
+
+
+def signature_of(sample: Batch, dynamic: Mapping[str, int]) -> dict[str, tf.TensorSpec]:
+    """The shapes and types of batches.
+
+    Args:
+        sample: one of them.
+        dynamic: the dimension that differs between batches, of each tensor that has one.
+
+    Example:
+        >>> signature_of({"owner": np.zeros((2, 8), np.int32)}, {"owner": 1})["owner"].shape
+        TensorShape([2, None])
+    """
+    signature = {}
+    for name, value in sample.items():
+        shape: list[int | None] = list(value.shape)
+        if name in dynamic:
+            shape[dynamic[name]] = None
+        signature[name] = tf.TensorSpec(shape, value.dtype, name=name)
+    return signature
+
+
+def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
+    """The batches of a source from one step on, made while the model computes.
+
+    Args:
+        source: of the batches.
+        start: number of the first global batch.
+        total: one past the last; None never ends. Where it is given and `start` is 0, iterating
+            again goes on to the next `total` batches.
+
+    Returns:
+        A dataset of known cardinality, deterministic, prefetching.
+    """
+    signature = source.signature
+    names = list(signature)
+    advances = total is not None and start == 0
+    iterations = itertools.count()
+    lock = threading.Lock()
+
+    def first_step() -> np.int64:
+        with lock:
+            iteration = next(iterations)
+        return np.int64(start + (iteration * total if advances and total is not None else 0))
+
+    def arrays(step: np.ndarray) -> list[np.ndarray]:
+        batch = source.make(*divmod(int(step), source.steps))
+        return [batch[name] for name in names]
+
+    def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
+        types = [signature[name].dtype for name in names]
+        tensors = tf.numpy_function(arrays, [step], types, stateful=False)
+        return {
+            name: tf.ensure_shape(tensor, signature[name].shape)
+            for name, tensor in zip(names, tensors, strict=True)
+        }
+
+    steps = np.iinfo(np.int64).max if total is None else total - start
+
+    def iterate(_: tf.Tensor) -> tf.data.Dataset:
+        first = tf.ensure_shape(tf.numpy_function(first_step, [], tf.int64), [])
+        stop = steps if total is None else first + steps
+        return tf.data.Dataset.range(first, stop).map(load)
+
+    dataset = tf.data.Dataset.from_tensors(0).flat_map(iterate)
+    cardinality = tf.data.INFINITE_CARDINALITY if total is None else steps
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
+    options = tf.data.Options()
+    options.deterministic = True
+    # There are no files to share out: workers cut each global batch by its rows instead.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)

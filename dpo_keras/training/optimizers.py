@@ -1,0 +1,92 @@
+"""The optimizer of a training, and its learning rate over the steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from dpo_keras.errors import InputError
+
+
+def make_optimizer(
+    steps: int,
+    *,
+    learning_rate: float = 5e-6,
+    schedule: str = "constant",
+    warmup_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 1.0,
+    gradient_accumulation: int = 1,
+) -> keras.optimizers.Optimizer:
+    """AdamW with the usual choices.
+
+    Args:
+        steps: calls of `train_step` in all; micro-batches count one each.
+        learning_rate: the highest it gets.
+        schedule: `"constant"`, or `"linear"` or `"cosine"` down to 0 at the last step.
+        warmup_fraction: share of the steps in which the rate rises from 0.
+        weight_decay: decoupled; not applied to biases and norms.
+        clip_norm: bound on the norm of the whole gradient, or None.
+        gradient_accumulation: micro-batches per update.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        InputError: an unknown schedule.
+
+    Example:
+        >>> optimizer = make_optimizer(100, learning_rate=1e-3, schedule="linear")
+        >>> round(float(optimizer.learning_rate), 6)
+        0.001
+    """
+    rising = int(round(steps * warmup_fraction))
+    falling = max(steps - rising, 1)
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+    rate: Any = SCHEDULES[schedule](learning_rate, falling)
+    if rising:
+        rate = _Rise(rate, learning_rate, rising)
+    optimizer = keras.optimizers.AdamW(
+        rate,
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm,
+        gradient_accumulation_steps=gradient_accumulation if gradient_accumulation > 1 else None,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale", "norm"])
+    return optimizer
+
+
+SCHEDULES: dict[str, Callable[[float, int], Any]] = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
+    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
+}
+
+
+@keras.saving.register_keras_serializable("dpo_keras")
+class _Rise(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise from 0, then another schedule."""
+
+    def __init__(self, then: Any, learning_rate: float, steps: int):
+        self.then, self.learning_rate, self.steps = then, learning_rate, steps
+
+    def __call__(self, step: Any) -> Any:
+        step = keras.ops.cast(step, "float32")
+        # The first step is not taken at rate 0: it would be a step for nothing.
+        rise = self.learning_rate * (step + 1.0) / self.steps
+        then = self.then(step - self.steps) if callable(self.then) else self.then
+        return keras.ops.where(step < self.steps, rise, then)
+
+    def get_config(self) -> dict[str, Any]:
+        then = self.then
+        if callable(then):
+            then = keras.saving.serialize_keras_object(then)
+        return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Rise":
+        then = config["then"]
+        if isinstance(then, dict):
+            then = keras.saving.deserialize_keras_object(then)
+        return cls(then, config["learning_rate"], config["steps"])

@@ -1,0 +1,265 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_keras.batching import (
+    Ragged,
+    TokenizedPairs,
+    packed_order,
+    plan_packing,
+    preference_dataset,
+    steps_per_epoch,
+    tokenize_pairs,
+)
+from dpo_keras.batching.bins import Capacity, Sizes, best_fit, split_rows, squeeze_rows
+from dpo_keras.errors import InputError
+from dpo_keras.preferences import read_preferences
+
+SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base_test.jsonl.gz"
+
+
+def of_lengths(*lengths, **fields):
+    """Pairs of the given tokens (prompts, chosen, rejected); every token is a number of its own."""
+    total, parts = 0, []
+    for sizes in lengths:
+        splits = np.concatenate([[0], np.cumsum(sizes)])
+        parts.append(Ragged(np.arange(total, total + splits[-1], dtype=np.int32), splits))
+        total += int(splits[-1])
+    ones = np.ones(len(lengths[0]), np.float32)
+    return TokenizedPairs(*parts, ones, ones, pad=-1, **fields)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """As uneven as preference data are: mean 90 tokens, some of 300."""
+    random = np.random.default_rng(0)
+    sizes = np.minimum(random.lognormal([[3], [2.4], [2.4]], 0.9, (3, 211)).astype(int) + 1, 100)
+    return of_lengths(*sizes)
+
+
+def batches(dataset):
+    return list(dataset.as_numpy_iterator())
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        assert all((a[name] == b[name]).all() for name in a)
+
+
+def numbers(batch):
+    """Each pair is known by its chosen response's first token."""
+    first = np.where(batch["owner"] % 2 == 0, batch["owner"], -1)
+    return [
+        int(target[np.argmax(owner == slot)])
+        for owner, target in zip(first, batch["target"], strict=True)
+        for slot in np.unique(owner[owner >= 0])
+    ]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    "shape", [{}, {"rows": 1}, {"length": 400, "rows": 3}, {"replicas": 2}, {"rows": 50}]
+)
+def test_every_epoch_holds_each_pair_once_in_as_many_steps_and_within_every_row(
+    tokens, shape, shuffle
+):
+    plan = plan_packing(tokens, 8, shuffle=shuffle, **shape)
+    for epoch in range(6):
+        order = packed_order(plan, epoch)
+        assert order.pairs.shape == (plan.steps, plan.rows, plan.pairs)
+        assert sorted(order.pairs[order.pairs >= 0]) == list(range(len(tokens)))
+        for row in order.pairs.reshape(-1, plan.pairs):
+            pairs = row[row >= 0]
+            assert tokens.tree_tokens[pairs].sum() <= plan.length
+            assert tokens.response_tokens[pairs].sum() <= plan.slots
+
+
+def test_rows_are_full_and_steps_alike_on_data_as_uneven_as_preferences(tokens):
+    plan = plan_packing(tokens, 8, length=512, rows=2)
+    assert plan.fill >= 0.95
+    counts = (packed_order(plan, 1).pairs >= 0).sum(axis=(1, 2))
+    assert counts.std() < 0.15 * counts.mean()
+
+
+@pytest.mark.skipif(
+    not SAMPLE.exists(), reason="needs ../shared/data/hh_harmless_base_test.jsonl.gz (CI has it)"
+)
+def test_rows_of_1024_tokens_are_95_percent_full_on_the_hh_sample():
+    class Quarters:
+        """Four letters to a token, about what byte pairs come to."""
+
+        start_token_id, end_token_id, pad_token_id = 1, 2, 0
+        tokenize = staticmethod(lambda texts: [[3] * (-(-len(text) // 4)) for text in texts])
+
+    pairs = tokenize_pairs(read_preferences(SAMPLE), Quarters(), max_length=512)
+    for rows in (1, 4):
+        plan = plan_packing(pairs, length=1024, rows=rows)
+        assert plan.fill >= 0.95
+        order = packed_order(plan, 3)
+        assert tokens_in(pairs, order) == pairs.tree_tokens.sum()
+
+
+def tokens_in(pairs, order):
+    return pairs.tree_tokens[order.pairs[order.pairs >= 0]].sum()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16, 64])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_steps_hold_batch_size_pairs_in_the_mean_in_rows_that_replicas_share(
+    tokens, batch_size, replicas
+):
+    plan = plan_packing(tokens, batch_size, replicas=replicas)
+    assert plan.rows % replicas == 0
+    assert plan.length % 8 == 0 and plan.length >= tokens.tree_tokens.max()
+    # Rows must hold the longest tree, so that a small batch may become a larger one.
+    least = plan.length == -(-tokens.tree_tokens.max() // 8) * 8 and plan.rows == replicas
+    assert least or plan.steps == pytest.approx(-(-len(tokens) // batch_size), rel=0.1)
+
+
+def test_orders_differ_by_epoch_and_seed_and_by_nothing_else(tokens):
+    def pairs(seed, epoch):
+        return packed_order(plan_packing(tokens, 8, seed=seed), epoch).pairs.tolist()
+
+    assert pairs(1, 2) == pairs(1, 2)
+    assert pairs(1, 2) != pairs(1, 1) != pairs(2, 1)
+
+
+def test_without_shuffling_pairs_come_in_file_order_as_far_as_rows_allow(tokens):
+    plan = plan_packing(tokens, 8, shuffle=False)
+    order = packed_order(plan, 3).pairs
+    assert order.tolist() == packed_order(plan, 0).pairs.tolist()
+    flat = order.reshape(-1, plan.pairs)
+    assert (np.diff(flat[:, 0]) > 0).all()  # rows in the order of their first pair
+    assert all((np.diff(row[row >= 0]) > 0).all() for row in flat)
+
+
+def test_a_row_takes_no_pair_from_far_behind_in_the_stream():
+    sizes = Sizes(np.array([6] + [9] * 20 + [4]), np.ones(22, np.int64))
+    rows = best_fit(np.arange(22), sizes, Capacity(10, 10, 10), window=4)
+    assert rows[0] == [0] and rows[-1] == [21]
+    assert best_fit(np.arange(22), sizes, Capacity(10, 10, 10))[0] == [0, 21]
+
+
+def test_response_slots_and_pair_slots_bound_a_row_as_tokens_do():
+    sizes = Sizes(np.full(6, 2), np.array([3, 3, 1, 1, 1, 1]))
+    rows = best_fit(np.arange(6), sizes, Capacity(length=100, slots=4, pairs=3))
+    assert rows == [[0, 2], [1, 3], [4, 5]]
+    rows = best_fit(np.arange(6), sizes, Capacity(length=100, slots=100, pairs=4))
+    assert rows == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_rows_are_split_until_there_are_enough_and_left_empty_only_without_pairs():
+    assert split_rows([[0, 1, 2], [3]], 4) == [[0], [1], [2], [3]]
+    assert split_rows([[0, 1]], 3) == [[0], [1], []]
+
+
+def test_rows_too_many_are_dissolved_into_others_or_given_up():
+    sizes, capacity = Sizes(np.array([5, 5, 7, 3, 9]), np.ones(5, np.int64)), Capacity(10, 9, 9)
+    squeezed = squeeze_rows([[0], [1], [2], [3], [4]], 3, sizes, capacity)
+    assert sorted(map(sorted, squeezed)) == [[0, 1], [2, 3], [4]]
+    assert squeeze_rows([[0], [1], [2], [3], [4]], 2, sizes, capacity) is None
+
+
+def test_an_epoch_that_packs_badly_takes_the_rows_of_the_first():
+    """5 + 3 + 2 and 4 + 3 + 3 fill two rows; best fit decreasing begins with 5 + 4: three rows."""
+    pairs = of_lengths([3, 1, 1, 2, 1, 1], [1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1])
+    plan = plan_packing(pairs, length=10, rows=1)
+    plan = replace(plan, steps=2, pairs=3, slots=10, partition=[[0, 1, 2], [3, 4, 5]])
+    assert pairs.tree_tokens.tolist() == [5, 3, 2, 4, 3, 3]
+    assert squeeze_rows([[i] for i in range(6)], 2, plan.sizes, plan.capacity) is None
+    fallen = 0
+    for epoch in range(1, 9):
+        order = packed_order(plan, epoch).pairs
+        assert sorted(order.reshape(-1).tolist()) == list(range(6))
+        assert (pairs.tree_tokens[order].sum(-1) == 10).all()
+        stream = np.random.default_rng([0, epoch]).permutation(6)
+        fallen += len(best_fit(stream, plan.sizes, plan.capacity)) > 2
+    assert fallen
+
+
+def test_a_row_may_be_exactly_full_and_responses_and_prompts_of_one_token():
+    pairs = of_lengths([1, 6, 1, 6], [1, 1, 1, 1], [1, 1, 1, 1])
+    plan = plan_packing(pairs, length=11, rows=2, shuffle=False)
+    assert (plan.steps, plan.fill) == (1, 1.0)
+    dataset = preference_dataset(pairs, batching="packed", row_length=11, rows=2, shuffle=False)
+    (batch,) = batches(dataset)
+    assert batch["padding_mask"].min() == 1
+    assert batch["tree"][0, 0].tolist() == [0, 1, 2] + [3] * 6 + [4, 5]
+    assert batch["source"][0, :4].tolist() == [0, 0, 8, 8]
+
+
+def test_a_pair_longer_than_the_row_is_named():
+    pairs = of_lengths([10, 50, 60], [5, 5, 5], [5, 5, 5])
+    with pytest.raises(InputError) as error:
+        plan_packing(pairs, length=60)
+    assert "row_length must hold the longest pair, 70 tokens" in str(error.value)
+    assert error.value.problems[1:] == ["pair 2: 70 tokens"]
+    assert plan_packing(pairs, length=70).length == 70
+
+
+def test_what_cannot_be_packed_is_refused_by_name(tokens):
+    with pytest.raises(InputError, match="rows must be a multiple of the 2 replicas"):
+        plan_packing(tokens, rows=3, replicas=2)
+    with pytest.raises(InputError) as error:
+        plan_packing(tokens, 0, length=0, rows=0, replicas=0)
+    for name in ("batch_size", "row_length", "rows", "replicas"):
+        assert f"{name} must be an integer >= 1, got 0" in str(error.value)
+    with pytest.raises(InputError, match="no pair to pack"):
+        plan_packing(of_lengths([], [], []))
+    with pytest.raises(InputError, match="prompt 1 has no token"):
+        plan_packing(of_lengths([2, 0], [1, 1], [1, 1]))
+    with pytest.raises(InputError) as error:
+        preference_dataset(tokens, row_length=512, rows=2)
+    assert len(error.value.problems) == 2
+    with pytest.raises(InputError, match="batching must be 'buckets' or 'packed', got 'pack'"):
+        preference_dataset(tokens, batching="pack")
+    with pytest.raises(InputError, match="drop_remainder has no effect"):
+        preference_dataset(tokens, batching="packed", drop_remainder=True)
+    with pytest.raises(InputError, match="TokenizedPairs"):
+        steps_per_epoch(10, 4, batching="packed")
+
+
+def test_packed_streams_bring_each_pair_once_an_epoch_in_one_static_shape(tokens):
+    dataset = preference_dataset(tokens, batch_size=8, batching="packed", epochs=3)
+    assert all(spec.shape.is_fully_defined() for spec in dataset.element_spec.values())
+    found = batches(dataset)
+    steps = steps_per_epoch(tokens, 8, batching="packed")
+    assert int(dataset.cardinality()) == len(found) == 3 * steps
+    assert len({tuple((n, v.shape, v.dtype) for n, v in batch.items()) for batch in found}) == 1
+    every = sorted(tokens.chosen.flat_values[tokens.chosen.row_splits[:-1]].tolist())
+    epochs = [sum(map(numbers, found[at : at + steps]), []) for at in range(0, len(found), steps)]
+    assert [sorted(epoch) for epoch in epochs] == [every] * 3
+    assert epochs[0] != epochs[1]
+    assert sum(batch["weight"].sum() for batch in found) == 3 * len(tokens)
+
+
+@pytest.mark.parametrize("start", [1, 7, 40, 53])
+def test_a_packed_stream_can_be_taken_up_at_any_step(tokens, start):
+    def stream(**options):
+        return preference_dataset(
+            tokens, batch_size=8, batching="packed", seed=4, epochs=3, **options
+        )
+
+    whole, rest = batches(stream()), stream(start_step=start)
+    assert int(rest.cardinality()) == len(whole) - start
+    assert_same(whole[start:], batches(rest))
+
+
+def test_iterating_a_packed_stream_again_brings_the_next_epoch(tokens):
+    dataset = preference_dataset(tokens, batch_size=16, batching="packed")
+    two = preference_dataset(tokens, batch_size=16, batching="packed", epochs=2)
+    assert_same(batches(dataset) + batches(dataset), batches(two))
+    still = preference_dataset(tokens, batch_size=16, batching="packed", shuffle=False)
+    assert_same(batches(still), batches(still))
+
+
+def test_a_set_smaller_than_a_batch_is_one_step_with_nothing_lost():
+    pairs = of_lengths([3, 4], [2, 2], [1, 5])
+    (batch,) = batches(preference_dataset(pairs, batch_size=64, batching="packed", replicas=2))
+    assert batch["weight"].sum() == 2 and len(batch["owner"]) % 2 == 0
+    json.dumps(numbers(batch))
