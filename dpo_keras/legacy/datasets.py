@@ -14,7 +14,7 @@ import tf_keras
 
 from dpo_keras.batching import TokenizedPairs, collate, plan_buckets
 from dpo_keras.errors import InputError
-from dpo_keras.training.parameter_servers import read_task
+from dpo_keras.training.parameter_servers import read_server_cluster
 
 GRAPH_LIMIT = 64 * 2**20
 """Most bytes of rows that travel inside the graph, to every worker."""
@@ -66,7 +66,8 @@ def worker_batches(
         >>> batch["token_ids"].shape
         TensorShape([2, 2, 8])
     """
-    workers = read_task().workers if workers is None else workers
+    if workers is None:
+        workers = len(read_server_cluster().of_type("worker"))
     plan = plan_buckets(tokenized, batch_size, 1)
     shape = (plan.lengths[-1], plan.slots[-1])
     sample = collate(tokenized, [0], *shape)

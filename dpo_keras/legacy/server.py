@@ -2,12 +2,12 @@
 
 import os
 import sys
-from typing import Any
 
 import tensorflow as tf
 
+from dpo_keras.cluster import Cluster
 from dpo_keras.errors import InputError
-from dpo_keras.training.parameter_servers import read_task, report_failures
+from dpo_keras.training.parameter_servers import JOBS, read_server_cluster, report_failures
 
 
 def run_server() -> None:
@@ -20,31 +20,30 @@ def run_server() -> None:
         InputError: TF_CONFIG is wrong, or this process is the chief.
 
     Example:
-        >>> import os
-        >>> os.environ["TF_CONFIG"] = "{}"
-        >>> try: run_server()
-        ... except InputError as error: print(error.problems[0])
-        ... finally: del os.environ["TF_CONFIG"]
-        TF_CONFIG: cluster.chief must be a list of host:port, got None.
+        >>> run_server()
+        Traceback (most recent call last):
+        ...
+        dpo_keras.errors.InputError: parameter servers need the environment variable TF_CONFIG: ...
     """
-    task = read_task()
-    if task.job == "chief":
+    cluster = read_server_cluster()
+    if cluster.is_chief:
         raise InputError(
             "TF_CONFIG makes this process the chief, which runs the training program itself: "
             'dpo_keras.strategy("parameter_server"). Servers are for worker and ps.'
         )
     report_failures()
-    _server(task).join()
+    _server(cluster).join()
 
 
-def _server(task: Any) -> Any:
+def _server(cluster: Cluster) -> tf.distribute.Server:
     options = tf.compat.v1.ConfigProto()
     # Each closure that waits for another machine holds a thread; too few and none is left to work.
-    options.inter_op_parallelism_threads = max(os.cpu_count() or 1, task.workers + 1)
+    workers = len(cluster.of_type("worker"))
+    options.inter_op_parallelism_threads = max(os.cpu_count() or 1, workers + 1)
     return tf.distribute.Server(
-        tf.train.ClusterSpec(task.cluster),
-        job_name=task.job,
-        task_index=task.index,
+        tf.train.ClusterSpec({job: [t.address for t in cluster.of_type(job)] for job in JOBS}),
+        job_name=cluster.this.type,
+        task_index=cluster.this.index,
         protocol="grpc",
         config=options,
     )

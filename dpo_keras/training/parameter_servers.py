@@ -1,76 +1,38 @@
-"""The cluster that TF_CONFIG describes, for training with parameter servers."""
+"""The chief of a cluster with parameter servers."""
 
-import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
+from dpo_keras.cluster import Cluster, read_tf_config
 from dpo_keras.errors import InputError
 
+JOBS = ("chief", "ps", "worker")
 _SHAPE = (
     '{"cluster": {"chief": ["host0:port"], "ps": ["host1:port"], "worker": ["host2:port", …]}, '
     '"task": {"type": "chief", "index": 0}}, with each process\'s own task'
 )
 
 
-@dataclass(frozen=True)
-class Task:
-    """One process of a cluster with parameter servers.
-
-    Args:
-        cluster: addresses by job: `chief`, `ps`, `worker`.
-        job: this process's.
-        index: its number within the job.
-    """
-
-    cluster: dict[str, list[str]]
-    job: str
-    index: int
-
-    @property
-    def workers(self) -> int:
-        """How many workers there are."""
-        return len(self.cluster["worker"])
-
-
-def read_task() -> Task:
-    """This process's place in the cluster, from TF_CONFIG.
+def read_server_cluster() -> Cluster:
+    """The cluster that TF_CONFIG describes: one chief, parameter servers, workers.
 
     Raises:
-        InputError: there is none, or it is not that of a cluster with parameter servers; every
-            fault in it.
+        InputError: TF_CONFIG is missing or wrong, or a job is missing in it.
     """
-    text = os.environ.get("TF_CONFIG")
-    if not text:
+    cluster = read_tf_config()
+    if cluster is None:
         raise InputError(f"parameter servers need the environment variable TF_CONFIG: {_SHAPE}.")
-    try:
-        config: Any = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"TF_CONFIG must be JSON ({error}): {_SHAPE}; got {text!r}.") from error
-    parts = [config.get(name) if isinstance(config, dict) else None for name in ("cluster", "task")]
-    cluster, task = (part if isinstance(part, dict) else {} for part in parts)
-    problems = [
-        f"TF_CONFIG: cluster.{job} must be a list of host:port, got {cluster.get(job)!r}."
-        for job in ("chief", "ps", "worker")
-        if not _addresses(cluster.get(job))
-    ]
-    job: Any = task.get("type")
-    index: Any = task.get("index")
-    if job not in ("chief", "ps", "worker"):
-        problems.append(f"TF_CONFIG: task.type must be chief, ps or worker, got {job!r}.")
-    elif not problems and index not in range(len(cluster[job])):
-        problems.append(
-            f"TF_CONFIG: task.index must be 0 to {len(cluster[job]) - 1} for {job}, got {index!r}."
+    missing = [job for job in JOBS if not cluster.of_type(job)]
+    if missing or cluster.this.type not in JOBS:
+        fault = (
+            f"has no {' and no '.join(missing)}"
+            if missing
+            else f"makes this process an {cluster.this.type}"
         )
-    if problems:
-        raise InputError([*problems, f"It must be {_SHAPE}."])
-    return Task(cluster, job, index)
-
-
-def _addresses(value: Any) -> bool:
-    return bool(value) and isinstance(value, list) and all(isinstance(a, str) for a in value)
+        raise InputError(f"TF_CONFIG {fault}; for parameter servers it must be {_SHAPE}.")
+    return cluster
 
 
 def parameter_server(**options: Any) -> tf.distribute.Strategy:
@@ -79,11 +41,11 @@ def parameter_server(**options: Any) -> tf.distribute.Strategy:
     Raises:
         InputError: TF_CONFIG is wrong, or this process is not the chief.
     """
-    task = read_task()
-    if task.job != "chief":
+    cluster = read_server_cluster()
+    if not cluster.is_chief:
         raise InputError(
-            f"strategy 'parameter_server' is for the chief, and TF_CONFIG makes this process "
-            f"{task.job} {task.index}. Here run: python -m dpo_keras.legacy.server"
+            "strategy 'parameter_server' is for the chief, and TF_CONFIG makes this process "
+            f"{cluster.this}. Here run: python -m dpo_keras.legacy.server"
         )
     report_failures()
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()

@@ -52,10 +52,10 @@ def train(library, policy, data, loss, steps=10, **options):
 def assert_same_steps(one, other, tolerance):
     assert len(one) == len(other) == 10
     for step, (mine, its) in enumerate(zip(one, other, strict=True)):
-        assert mine.keys() == its.keys()
-        for name, value in mine.items():
-            close = pytest.approx(value, rel=1e-4, abs=tolerance)
-            assert its[name] == close, (step, name)
+        # "stop" is a worker's wish to end the run, which rides on Keras 3's sums.
+        assert its.keys() == mine.keys() - {"stop"}
+        for name, value in its.items():
+            assert value == pytest.approx(mine[name], rel=1e-4, abs=tolerance), (step, name)
 
 
 LOSSES = {

@@ -139,12 +139,21 @@ def test_rows_that_are_too_many_for_the_graph_want_a_directory(monkeypatch):
 TASKS = {
     "none": (None, "needs? the environment variable TF_CONFIG"),
     "no JSON": ("{", "must be JSON"),
-    "a list": ("[]", "cluster.chief must be a list"),
-    "no server": ({"cluster": {**CLUSTER, "ps": []}}, r"cluster.ps must be .*, got \[\]"),
-    "no such job": ({"cluster": CLUSTER, "task": {"type": "boss"}}, "task.type must be"),
+    "a list": ("[]", "must be an object"),
+    "no server": (
+        {
+            "cluster": {"worker": ["127.0.0.1:3"]},
+            "task": {"type": "worker", "index": 0},
+        },
+        "has no chief and no ps",
+    ),
+    "no such job": (
+        {"cluster": CLUSTER, "task": {"type": "boss", "index": 0}},
+        "task.type must be",
+    ),
     "no such index": (
         {"cluster": CLUSTER, "task": {"type": "worker", "index": 2}},
-        "0 to 1 for worker, got 2",
+        "task.index is 2, but",
     ),
     "a worker": (
         {"cluster": CLUSTER, "task": {"type": "worker", "index": 1}},
