@@ -38,6 +38,8 @@ _HOME = {
     "InputError": "dpo_keras.errors",
     "PreferencePair": "dpo_keras.preferences",
     "Preferences": "dpo_keras.preferences",
+    "StoredPreferences": "dpo_keras.preferences",
+    "build_preferences": "dpo_keras.preferences",
     "read_preferences": "dpo_keras.preferences",
     "write_preferences": "dpo_keras.preferences",
     "preference_dataset": "dpo_keras.batching",
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from dpo_keras.preferences import (
         PreferencePair,
         Preferences,
+        StoredPreferences,
+        build_preferences,
         read_preferences,
         write_preferences,
     )
@@ -92,7 +96,9 @@ __all__ = [
     "InputError",
     "PreferencePair",
     "Preferences",
+    "StoredPreferences",
     "SupervisedModel",
+    "build_preferences",
     "cache_reference",
     "callbacks",
     "export",

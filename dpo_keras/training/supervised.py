@@ -85,7 +85,7 @@ def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
         The same pairs with rejected responses of no token.
     """
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(len(tokenized) + 1, np.int64))
-    return replace(tokenized, rejected=nothing, reference=None)
+    return replace(tokenized, rejected=nothing, reference=None, identity=None)
 
 
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
