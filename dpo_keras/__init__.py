@@ -9,6 +9,7 @@ Preference pairs flow in one direction, and each stage is one subpackage:
     training      DPOModel: a keras.Model whose train_step takes that gradient
     evaluation    held-out accuracy, calibration, samples before and after
     serving       SavedModel: strings in, log-probs, preferences and text out
+    legacy        the same training for models of tf-keras, and on parameter servers
     feedback      people choose between responses: store, page, quality, pairs for training
 
 The whole of it in ten lines:
@@ -59,6 +60,7 @@ _STAGES = {
     "errors",
     "evaluation",
     "feedback",
+    "legacy",
     "losses",
     "preferences",
     "scoring",

@@ -17,6 +17,7 @@ from dpo_keras.evaluation.pair_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
 from dpo_keras.scoring.packed import check_packing
 from dpo_keras.training import DPOModel
+from dpo_keras.training.measures import outputs_of
 
 
 def evaluate_preferences(
@@ -138,7 +139,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     """Per pair what `DPOModel.measure` sums."""
     loss = model.preference_loss
     assert loss is not None
-    outputs = model.outputs(batch)
+    outputs = outputs_of(model, batch)
     terms = loss.terms(ops.reshape(batch["preference"], (-1,)), outputs)
     scores = loss.scores(outputs)
     found = {
