@@ -167,6 +167,7 @@ def _open(folder: Path, rules: Rules, identity: str, pairs: StoredPreferences) -
     names = tuple(sorted(store["groups"]))
     numbers = np.array([*map(names.index, store["groups"]), -1], np.int32)
     file, start = TokenFile(folder / "tokens.bin"), column["start"]
+    file.warm()
     parts: dict[str, Any] = {}
     for name in ("prompt", "chosen", "rejected"):
         parts[name] = StoredRagged(file, start, column[name])
