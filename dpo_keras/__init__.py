@@ -25,6 +25,7 @@ The whole of it in ten lines:
     dpo_keras.export(model, "saved_models/support/1")
 
 The method is that of Rafailov et al. (arXiv 2305.18290). Subpackages are imported when first used.
+`cluster` is no stage: it holds together the processes that train one model.
 """
 
 import importlib
@@ -52,6 +53,7 @@ _HOME = {
 _STAGES = {
     "app",
     "batching",
+    "cluster",
     "errors",
     "evaluation",
     "feedback",

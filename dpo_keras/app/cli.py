@@ -17,7 +17,8 @@ from dpo_keras.app.terminal import prepare_keras, reporting
 app = typer.Typer(
     name="dpo-keras",
     help="Direct Preference Optimization for Keras: train, evaluate and serve a policy.",
-    epilog="Exit codes: 0 done, 1 the run failed, 2 the input or the configuration is wrong.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the input or the configuration is wrong, "
+    "75 the training was asked to stop (SIGTERM, Ctrl-C), is saved and goes on with --resume.",
     add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -81,9 +82,19 @@ def train(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train a policy: warm-up, preference training, evaluation before and after, export."""
+    """Train a policy: warm-up, preference training, evaluation before and after, export.
+
+    Several processes train together where TF_CONFIG names them; the chief writes and reports.
+
+    SIGTERM, or Ctrl-C once, ends the step in progress, saves, and exits with 75; --resume goes on.
+    """
     with reporting(as_json, debug) as terminal:
         from dpo_keras.app.config import build_config, config_document, given_text
+        from dpo_keras.app.progress import Silent
+        from dpo_keras.app.workers import cluster_of
+        from dpo_keras.cluster import StopRequest, read_tf_config
+
+        read_tf_config()  # refused before anybody waits for TensorFlow
 
         document = config_document(config, overrides or ())
         given = given_text(config, overrides or ())
@@ -92,9 +103,17 @@ def train(
         from dpo_keras.app.terminal_progress import TerminalProgress
 
         settings = build_config(document, outside=True)
-        with TerminalProgress(terminal.log) as progress:
-            result = runs.train(settings, resume=resume, given=given, progress=progress)
-        terminal.result(result.as_dict(), *views.run_views(result))
+        cluster, stop = cluster_of(settings), StopRequest()
+        chief = cluster is None or cluster.is_chief
+        with stop.signals(), TerminalProgress(terminal.log) as shown:
+            progress = shown if chief else Silent()
+            result = runs.train(
+                settings, resume=resume, given=given, progress=progress, stop=stop, end=terminal.end
+            )
+        if chief:
+            terminal.result(result.as_dict(), *views.run_views(result))
+        elif cluster is not None:
+            terminal.say(f"{cluster.this} is done; {cluster.chief} has the result.")
 
 
 @app.command()

@@ -65,7 +65,7 @@ def build_model(
         if held_out is not None:
             held_out = _with_reference(context, policy, held_out, "held_out")
     with context.strategy.scope():
-        model = DPOModel(policy, reference=kind)
+        model = DPOModel(policy, reference=kind, remat=training.remat)
         if kind == "cached":
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True

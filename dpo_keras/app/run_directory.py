@@ -138,37 +138,54 @@ def start_run(config: Config, resume: bool, given: str | None, writes: bool) -> 
     Raises:
         InputError: if a run is there and `resume` is False, or it had another configuration.
     """
-    run = RunDirectory(str(config.output), writes)
     if not writes:
-        return run
-    # Somebody's own config.yaml makes no run of a directory.
-    there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))
-    differences = config.differences(run.config()) if there and resume else []
-    if there and not run.begun and (differences or not resume):
-        # Input that was found wrong before any training must not be in the way of its correction.
-        _clear(run)
-        there = False
-    elif there and not resume:
-        raise InputError(
-            f"output: {run.path} holds a run already; go on with --resume, or give another "
-            "directory with output=DIRECTORY."
-        )
-    if differences and there:
-        raise InputError(
-            [f"--resume needs the configuration that {run.path} was started with."]
-            + [f"{difference} there." for difference in differences]
-        )
+        return RunDirectory(str(config.output), writes)
+    run, there = check_run(config, resume)
     if there:
         return run
-    if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
-        raise InputError(
-            f"output: {run.path} is there and is not the directory of a run; give another one with "
-            "output=DIRECTORY."
-        )
+    # Input that was found wrong before any training must not be in the way of its correction.
+    _clear(run)
     run.write("versions.json", versions())
     run.write("config.given.yaml", given or config.resolved())
     run.write("config.yaml", config.resolved())
     return run
+
+
+def check_run(config: Config, resume: bool) -> tuple[RunDirectory, bool]:
+    """Looks whether a run may begin or go on in its directory; changes nothing.
+
+    Args:
+        config: the run's configuration.
+        resume: whether it may go on where it was stopped.
+
+    Returns:
+        The directory, and whether the run in it goes on.
+
+    Raises:
+        InputError: as `start_run`.
+    """
+    run = RunDirectory(str(config.output))
+    # Somebody's own config.yaml makes no run of a directory.
+    there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))
+    differences = config.differences(run.config()) if there and resume else []
+    if there and not run.begun and (differences or not resume):
+        return run, False
+    if there and not resume:
+        raise InputError(
+            f"output: {run.path} holds a run already; go on with --resume, or give another "
+            "directory with output=DIRECTORY."
+        )
+    if differences:
+        raise InputError(
+            [f"--resume needs the configuration that {run.path} was started with."]
+            + [f"{difference} there." for difference in differences]
+        )
+    if not there and (run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()))):
+        raise InputError(
+            f"output: {run.path} is there and is not the directory of a run; give another one with "
+            "output=DIRECTORY."
+        )
+    return run, there
 
 
 def _clear(run: RunDirectory) -> None:

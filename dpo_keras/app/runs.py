@@ -16,14 +16,15 @@ from dpo_keras.app.measuring import Examiner, Measured
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.prepare import read_sides, texts_of, tokenize
 from dpo_keras.app.progress import Progress, Silent
-from dpo_keras.app.run_directory import RunDirectory, start_run, versions
+from dpo_keras.app.run_directory import RunDirectory, check_run, start_run, versions
 from dpo_keras.app.stages import (
     Context,
-    is_chief,
     leave_together,
     train_policy,
     warm_up_policy,
 )
+from dpo_keras.app.workers import End, cluster_of, meet_workers
+from dpo_keras.cluster import Cluster, StopRequest, Watchdog
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def train(
     resume: bool = False,
     given: str | None = None,
     progress: Progress | None = None,
+    stop: StopRequest | None = None,
+    end: End | None = None,
 ) -> RunResult:
     """Runs the main job: warm-up, preference training, evaluation before and after, export.
 
@@ -83,6 +86,8 @@ def train(
             that never began, begins.
         given: the configuration as it was given, for the record.
         progress: hears what happens; None: nobody.
+        stop: asked, it ends the run behind the step in progress.
+        end: on a cluster, how this process ends when another worker was lost (see `Watchdog`).
 
     Returns:
         The outcome, which `result.json` in the run's directory holds too.
@@ -90,22 +95,39 @@ def train(
     Raises:
         InputError: if the configuration or the data are wrong, or a run is there already.
         RuntimeError: if the loss is no number any more, or does not start where it must.
+        ClusterError: if a worker did not come, or does not answer any more.
+        RunStopped: if `stop` was asked.
     """
+    progress, stop = progress or Silent(), stop or StopRequest()
+    cluster = cluster_of(config)
+    run, _ = check_run(config, resume)
+    if resume and run.finished:
+        progress.note(f"{run.path} is done already.")
+        return RunResult(**run.read("result.json"))
+    if cluster is not None:
+        progress.stage("Waiting for all workers that TF_CONFIG names")
+    with meet_workers(cluster, config, resume=resume, stop=stop, end=end) as watchdog:
+        return _train(config, cluster, watchdog, stop, resume, given, progress)
+
+
+def _train(
+    config: Config,
+    cluster: Cluster | None,
+    watchdog: Watchdog | None,
+    stop: StopRequest,
+    resume: bool,
+    given: str | None,
+    progress: Progress,
+) -> RunResult:
     import keras
 
     from dpo_keras.training import strategy
 
     started = time.monotonic()
-    progress = progress or Silent()
-    if os.environ.get("TF_CONFIG") and config.training.strategy in ("auto", "multi_worker"):
-        progress.stage("Waiting for all workers that TF_CONFIG names")
     # First of all: a strategy must be made before TensorFlow has set up its devices.
-    replicas = strategy(config.training.strategy)
-    run = start_run(config, resume, given, writes=is_chief())
-    if resume and run.finished:
-        progress.note(f"{run.path} is done already.")
-        return RunResult(**run.read("result.json"))
-    context = Context(config, run, resume, progress, replicas)
+    replicas = strategy(config.training.strategy, watchdog=watchdog)
+    run = start_run(config, resume, given, writes=cluster is None or cluster.is_chief)
+    context = Context(config, run, resume, progress, replicas, stop, watchdog)
     keras.utils.set_random_seed(config.seed)
 
     progress.stage("Data")
@@ -119,7 +141,7 @@ def train(
     held_out = None
     if sides.held_out is not None:
         held_out = tokenize(config, sides.held_out, policy, "held-out", progress)
-    _check_same_data(run, pairs, held_out)
+    _check_same_data(run, watchdog, pairs, held_out)
 
     reference = given_reference(context, policy)
     context.settle_layout(policy, reference)
@@ -155,13 +177,18 @@ def train(
 
 
 def _check_same_data(
-    run: RunDirectory, pairs: TokenizedPairs, held_out: TokenizedPairs | None
+    run: RunDirectory,
+    watchdog: Watchdog | None,
+    pairs: TokenizedPairs,
+    held_out: TokenizedPairs | None,
 ) -> None:
-    """Refuses to go on with other tokens than the run began with: weights would not fit them."""
+    """Refuses other tokens than the run began with, or the other workers have."""
     now = {
         "train": pairs.fingerprint,
         "held_out": None if held_out is None else held_out.fingerprint,
     }
+    if watchdog is not None:
+        watchdog.agree("pairs (fingerprint)", now, "Give all of them the same files at data.path.")
     then = run.read("data.json")
     if then is None:
         run.write("data.json", now)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from dpo_keras.app.prepare import replicas_share
 from dpo_keras.app.progress import Progress
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.app.training_sections import Optimization
+from dpo_keras.cluster import StopRequest, Watchdog
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
@@ -32,6 +31,8 @@ class Context:
         resume: whether the run may go on where it was stopped.
         progress: hears what happens.
         strategy: the `tf.distribute.Strategy`.
+        stop: whether the run was asked to stop.
+        watchdog: of a cluster's run.
 
     Attributes:
         loss: the objective.
@@ -43,6 +44,8 @@ class Context:
     resume: bool
     progress: Progress
     strategy: Any
+    stop: StopRequest = field(default_factory=StopRequest)
+    watchdog: Watchdog | None = None
     loss: DPOLoss = field(init=False)
     layout: Layout = field(init=False)
 
@@ -79,15 +82,6 @@ class Context:
             self.progress.advance(report["step"], report.get("steps"), **figures)
 
         return show
-
-
-def is_chief() -> bool:
-    """Says whether this process writes the run's files: worker 0, or the only one."""
-    try:
-        task = json.loads(os.environ.get("TF_CONFIG") or "{}").get("task", {})
-    except ValueError:
-        return True
-    return task.get("type", "worker") in ("chief", "worker") and int(task.get("index", 0)) == 0
 
 
 def leave_together(strategy: Any) -> None:
@@ -151,7 +145,8 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
     context.progress.stage("Supervised warm-up")
     laid_out = chosen_alone(tokenized) if context.layout.packed else tokenized
     with context.strategy.scope():
-        model = SupervisedModel(policy)
+        remat = context.config.training.remat
+        model = SupervisedModel(policy, dropout=not remat, remat=remat)
         model.compile(
             optimizer=optimizer_of(context, settings, laid_out),
             jit_compile=context.config.training.jit_compile,
@@ -169,6 +164,8 @@ def warm_up_policy(context: Context, policy: Any, tokenized: TokenizedPairs) -> 
         resume=context.resume,
         save=run.writes,
         log=run.path / "metrics.warmup.jsonl",
+        stop=context.stop,
+        watchdog=context.watchdog,
         progress=context.stepping(),
     )
 
@@ -212,6 +209,8 @@ def train_policy(
         resume=context.resume,
         save=run.writes,
         log=run.path / "metrics.jsonl",
+        stop=context.stop,
+        watchdog=context.watchdog,
         progress=context.stepping(),
         callbacks=callbacks,
         sync_reference=None if sync is None else (sync.every, sync.alpha),

@@ -16,9 +16,12 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+# 75 is EX_TEMPFAIL of sysexits.h: try again.
+DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+_KINDS = {FAILED: "failed", WRONG_INPUT: "input", STOPPED: "stopped", INTERRUPTED: "interrupted"}
 
 
 class Terminal:
@@ -63,13 +66,26 @@ class Terminal:
         """Prints what went wrong: for people on stderr, with `--json` also on stdout.
 
         Args:
-            kind: "input", "failed" or "interrupted".
+            kind: "input", "failed", "stopped" or "interrupted".
             problems: one sentence each.
         """
         for problem in problems:
             self.log.print(f"[bold red]error:[/bold red] {_escaped(problem)}", soft_wrap=True)
         if self.as_json:
             self.result({"error": {"kind": kind, "problems": problems}})
+
+    def end(self, text: str, code: int) -> None:
+        """Prints what went wrong elsewhere and ends the process, whatever it is doing.
+
+        Args:
+            text: what went wrong.
+            code: exit code.
+        """
+        self.log.show_cursor(True)
+        self.fail(_KINDS.get(code, "failed"), [text])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _escaped(text: str) -> str:
@@ -90,7 +106,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
         The terminal to print to.
 
     Raises:
-        typer.Exit: 2 for an `InputError`, 130 on Ctrl-C, 1 for any other error.
+        typer.Exit: 2 for an `InputError`, 75 for a run that was stopped and can go on, 130 on any
+            other Ctrl-C, 1 for any other error.
     """
     terminal = Terminal(as_json)
     try:
@@ -99,18 +116,19 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
     except (typer.Exit, typer.Abort):
         raise
     except InputError as error:
-        code, kind, problems = WRONG_INPUT, "input", error.problems
+        code, problems = WRONG_INPUT, error.problems
+    except RunStopped as stopped:
+        code, problems = STOPPED, [f"{stopped} Go on with the same command and --resume."]
     except KeyboardInterrupt:
-        code, kind, problems = (
-            INTERRUPTED,
-            "interrupted",
-            ["stopped; a training goes on from its last checkpoint with --resume."],
-        )
+        code = INTERRUPTED
+        problems = ["stopped; a training goes on from its last checkpoint with --resume."]
+    except ClusterError as error:
+        code, problems = FAILED, [str(error)]
     except Exception as error:
-        code, kind, problems = FAILED, "failed", [failure(error)]
+        code, problems = FAILED, [failure(error)]
     if debug:
         traceback.print_exc()
-    terminal.fail(kind, problems)
+    terminal.fail(_KINDS[code], problems)
     raise typer.Exit(code)
 
 

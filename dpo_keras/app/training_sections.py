@@ -57,6 +57,7 @@ class Training(Optimization):
         jit_compile: XLA; `auto` leaves it to Keras.
         steps_per_execution: steps run in one call, for small models.
         strategy: how replicas are made.
+        worker_timeout: seconds to wait at the start for the workers that TF_CONFIG names.
         evaluate_every: steps between evaluations on the held-out pairs; null: once per epoch.
         checkpoint_every: steps between checkpoints; null: once per epoch.
         keep_checkpoints: how many of the newest are kept.
@@ -66,7 +67,7 @@ class Training(Optimization):
         buckets: how many lengths batches come in that are not packed; each is a shape that XLA
             compiles.
         remat: recompute activations in the backward pass instead of keeping them: less memory for
-            about a third more time.
+            about a quarter more time; the warm-up then runs without dropout.
         sync_reference: how the reference follows the policy; null: it stays.
     """
 
@@ -74,6 +75,7 @@ class Training(Optimization):
     jit_compile: AutoSwitch = "auto"
     steps_per_execution: Count = 1
     strategy: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = "auto"
+    worker_timeout: Positive = 300.0
     evaluate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2

@@ -6,14 +6,13 @@ step remembers. Here XLA compiles such a layer into one pass forward and one pas
 computes the forward values anew.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from dpo_keras.scoring.swapped import Swap, swapped
+from dpo_keras.scoring.swapped import Swap
 
 # Numbers in a layer's input from which fusing saves more than compiling costs.
 FUSED_FROM = 2**19
@@ -67,29 +66,23 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-class FusedLayers:
-    """The layers of a backbone that are fused, found once.
+def fused_calls(backbone: keras.Model) -> list[Swap]:
+    """The norms and GELUs of a backbone, fused.
 
     Args:
         backbone: a KerasHub backbone.
+
+    Returns:
+        What `swapped` takes; to be kept, so that kernels are compiled once.
     """
-
-    def __init__(self, backbone: keras.Model):
-        kernels: dict[Any, Callable[..., Any]] = {}
-        self._swaps: list[Swap] = []
-        for layer in backbone._flatten_layers():
-            if type(layer).__name__ in _NORMS:
-                self._swaps.append((layer, "call", _norm(layer, kernels)))
-            elif _is_gelu(getattr(layer, "activation", None)):
-                self._swaps.append((layer, "activation", _activation(layer.activation, kernels)))
-
-    def __len__(self) -> int:
-        """How many layers there are."""
-        return len(self._swaps)
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """While this is open, those layers run fused."""
-        return swapped(self._swaps)
+    kernels: dict[Any, Callable[..., Any]] = {}
+    swaps: list[Swap] = []
+    for layer in backbone._flatten_layers():
+        if type(layer).__name__ in _NORMS:
+            swaps.append((layer, "call", _norm(layer, kernels)))
+        elif _is_gelu(getattr(layer, "activation", None)):
+            swaps.append((layer, "activation", _activation(layer.activation, kernels)))
+    return swaps
 
 
 def _is_gelu(activation: Any) -> bool:

@@ -1,6 +1,5 @@
 """From a batch to the log-probability of each response under a model."""
 
-import contextlib
 from typing import Any
 
 import keras
@@ -8,9 +7,12 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.fused import FUSED_FROM, FusedLayers
+from dpo_keras.scoring.fused import FUSED_FROM, fused_calls
 from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
-from dpo_keras.scoring.tree_attention import tree_attention
+from dpo_keras.scoring.low_rank import low_rank_calls
+from dpo_keras.scoring.remat import blocks_of, recomputed_calls
+from dpo_keras.scoring.swapped import Swap, swapped
+from dpo_keras.scoring.tree_attention import tree_calls
 from dpo_keras.scoring.tree_layout import TreeLayout
 
 _INPUTS = {"token_ids", "padding_mask"}
@@ -54,6 +56,7 @@ class ResponseScorer:
         plain: True forces the plain path.
         chunk: rows of logits at a time on the chunked path.
         static: True where every shape must be static (XLA, TPUs).
+        remat: whether transformer blocks are computed anew in the backward pass, not kept.
 
     Raises:
         InputError: the model takes other inputs than `token_ids` and `padding_mask`.
@@ -63,13 +66,21 @@ class ResponseScorer:
     """
 
     def __init__(
-        self, policy: Any, plain: bool = False, chunk: int | None = None, static: bool = False
+        self,
+        policy: Any,
+        plain: bool = False,
+        chunk: int | None = None,
+        static: bool = False,
+        remat: bool = False,
     ):
         self.policy = policy
         self.chunk = chunk
         self.static = static
-        self._fused: FusedLayers | None = None
+        self.remat = remat
+        self._fused: list[Swap] | None = None
         self.parts = None if plain else split_backbone_and_head(policy)
+        if remat:
+            blocks_of(policy if self.parts is None else self.parts[0])
         # A subclassed model shows its inputs only when it is called.
         structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
         if structure is not None and (not isinstance(structure, dict) or set(structure) != _INPUTS):
@@ -145,16 +156,18 @@ class ResponseScorer:
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
 
-    def _attention(self, batch: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-        if "layout" not in batch:
-            return contextlib.nullcontext()
-        assert self.parts is not None
-        together = contextlib.ExitStack()
-        together.enter_context(tree_attention(self.parts[0], batch["layout"]))
-        if self._fuses(batch):
-            self._fused = self._fused or FusedLayers(self.parts[0])
-            together.enter_context(self._fused.active())
-        return together
+    def _swaps(self, batch: dict[str, Any]) -> list[Swap]:
+        """What the model's layers do otherwise while this batch runs."""
+        backbone = self.policy if self.parts is None else self.parts[0]
+        swaps = low_rank_calls(backbone)
+        if "layout" in batch:
+            swaps += tree_calls(backbone, batch["layout"])
+            if self._fuses(batch):
+                self._fused = self._fused or fused_calls(backbone)
+                swaps += self._fused
+        if self.remat:
+            swaps += recomputed_calls(backbone, list(swaps), self.static)
+        return swaps
 
     def _fuses(self, batch: dict[str, Any]) -> bool:
         # Where shapes are static XLA compiles the whole step; within a replica it is not safe.
@@ -175,7 +188,7 @@ class ResponseScorer:
             "padding_mask": ops.reshape(padding_mask, (rows * sequences, length)),
         }
         model = self.policy if self.parts is None else self.parts[0]
-        with self._attention(batch):
+        with swapped(self._swaps(batch)):
             states = model(inputs, training=training)
         if len(states.shape) != 3:
             raise InputError(

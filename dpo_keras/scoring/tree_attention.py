@@ -8,7 +8,6 @@ soft cap and window off each kind of attention layer; a kind that is not there i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from dpo_keras.scoring.swapped import Swap, swapped
+from dpo_keras.scoring.swapped import Swap
 from dpo_keras.scoring.tree_layout import TreeLayout
 
 
@@ -132,17 +131,15 @@ def why_not_packed(backbone: keras.Model) -> str | None:
     return None
 
 
-def tree_attention(
-    backbone: keras.Model, layout: TreeLayout
-) -> contextlib.AbstractContextManager[None]:
-    """While this is open, the backbone runs on packed rows.
+def tree_calls(backbone: keras.Model, layout: TreeLayout) -> list[Swap]:
+    """What the layers of a backbone do on packed rows.
 
     Args:
         backbone: one for which `why_not_packed` gives None.
         layout: of the batch.
 
     Returns:
-        A context manager.
+        What `swapped` takes.
     """
     swaps: list[Swap] = []
     for layer in backbone._flatten_layers():
@@ -151,7 +148,7 @@ def tree_attention(
         elif type(layer).__name__ in ATTENTION:
             attention = ATTENTION[type(layer).__name__](layer)
             swaps.append((layer, "_compute_attention", _within_trees(attention, layout)))
-    return swapped(swaps)
+    return swaps
 
 
 def _at_positions(call: Callable[..., Any], layout: TreeLayout) -> Callable[..., Any]:

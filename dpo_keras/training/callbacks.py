@@ -103,7 +103,7 @@ class RunLog(keras.callbacks.Callback):
         """Writes the step's values."""
         self.step += self.model.steps_per_execution
         if self.step % self.every == 0:
-            hidden = {"tokens", "pairs", "at_reference"}
+            hidden = {"tokens", "pairs", "stop", "at_reference"}
             values = {k: float(v) for k, v in self.model.step_logs.items() if k not in hidden}
             _append(self.path, {"step": self.step, **values})
 

@@ -51,13 +51,14 @@ class RunCheckpoint(keras.callbacks.Callback):
         """Saves where `every` steps have gone by."""
         before, self.step = self.step, self.step + self.model.steps_per_execution
         if self.every is not None and before // self.every != self.step // self.every:
-            self._save()
+            self.save_now()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
-        self._save()
+        self.save_now()
 
-    def _save(self) -> None:
+    def save_now(self) -> None:
+        """Saves, unless this step is saved already."""
         if self.save and self.saved != self.step:
             save_checkpoint(self.model, self.directory, self.step, keep=self.keep)
             self.saved = self.step
@@ -84,7 +85,8 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
     partial = directory / f".partial-{step:08d}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_behind in directory.glob(".partial-*"):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
     try:
         _check_room(model, directory)
         partial.mkdir()

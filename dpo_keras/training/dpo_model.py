@@ -48,6 +48,7 @@ class DPOModel(PolicyTrainer):
             a model with the policy's vocabulary. It is state of this model: saved, loaded, and
             never confused with the policy.
         dropout: whether the policy's dropout is active in training. Off by default.
+        remat: gradient checkpointing: compute transformer blocks anew in the backward pass.
 
     Raises:
         InputError: a policy or a reference that cannot be used.
@@ -72,9 +73,10 @@ class DPOModel(PolicyTrainer):
         policy: keras.Model,
         reference: str | keras.Model = "auto",
         dropout: bool = False,
+        remat: bool = False,
         **kwargs: Any,
     ):
-        super().__init__(policy, dropout=dropout, **kwargs)
+        super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
         self._may_drop_reference = isinstance(reference, str) and reference == "auto"
         # The name puts it behind `policy` in the order in which Keras loads.
@@ -226,6 +228,7 @@ class DPOModel(PolicyTrainer):
             "reference": reference,
             "adapters": adapter_config(self.policy),
             "dropout": self.dropout,
+            "remat": self.scorer.remat,
         }
 
     @classmethod

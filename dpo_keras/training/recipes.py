@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from dpo_keras.batching import TokenizedPairs
+from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError
 from dpo_keras.training.callbacks import (
     Progress,
@@ -25,8 +26,12 @@ from dpo_keras.training.callbacks import (
 from dpo_keras.training.checkpoints import load_checkpoint
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.layouts import BatchingChoice, Layout, choose_layout
+from dpo_keras.training.optimizers import make_optimizer
 from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.stop_together import StopTogether
 from dpo_keras.training.supervised import SupervisedModel, chosen_alone, supervised_dataset
+
+__all__ = ["make_optimizer", "train_preferences", "warm_up"]
 
 Report = Callable[[dict[str, Any]], None]
 Path = str | os.PathLike[str]
@@ -57,7 +62,7 @@ def warm_up(
             `dpo_keras.training.layouts.choose_layout`; or a `Layout`.
         row_length: tokens per packed row; by default chosen.
         **options: as `train_preferences`: `every`, `checkpoints`, `checkpoint_every`, `keep`,
-            `resume`, `log`, `progress`, `callbacks`, `verbose`.
+            `resume`, `log`, `progress`, `stop`, `watchdog`, `callbacks`, `verbose`.
 
     Returns:
         Steps taken in all, earlier runs included.
@@ -106,7 +111,9 @@ def train_preferences(
             `checkpoint_every` (steps, besides), `keep` (how many), `resume` (go on from the newest
             checkpoint), `save` (False on workers that are not chief), `log` (JSONL path),
             `progress` (function, see `callbacks.Progress`), `sync_reference` (every, alpha: see
-            `callbacks.SyncReference`), `callbacks`, `verbose`.
+            `callbacks.SyncReference`), `stop` (a `dpo_keras.cluster.StopRequest`: the run ends
+            behind the step in which it is asked to), `watchdog` (of a cluster's run), `callbacks`,
+            `verbose`.
 
     Returns:
         Steps taken in all, earlier runs included.
@@ -114,6 +121,7 @@ def train_preferences(
     Raises:
         InputError: options that do not fit together.
         RuntimeError: the loss is no number any more, or does not start where it must.
+        RunStopped: `stop` was asked; the step in progress has ended and is saved.
     """
     reference = getattr(model.reference, "model", None)
     layout = _layout(model, batching, buckets, row_length, reference)
@@ -197,6 +205,8 @@ def _fit(
     callbacks: Sequence[keras.callbacks.Callback] = (),
     sync_reference: tuple[int, float] | None = None,
     validation_data: tf.data.Dataset | None = None,
+    stop: StopRequest | None = None,
+    watchdog: Watchdog | None = None,
     verbose: int = 0,
 ) -> int:
     every = every or per_epoch
@@ -214,6 +224,9 @@ def _fit(
             f"checkpoints directory {checkpoints} holds those of another run. Resume it, or give "
             "another directory."
         )
+    if watchdog is not None:
+        watchdog.agree("newest checkpoint (its step)", position, hint=_SHARED)
+    stop = stop or StopRequest()
     ours: list[keras.callbacks.Callback] = [StopOnNonFinite()]
     if log is not None and save:
         ours.append(RunLog(log, start_step=position))
@@ -222,11 +235,34 @@ def _fit(
     if sync_reference is not None:
         ours.append(SyncReference(*sync_reference, start_step=position))
     ours += callbacks
+    checkpoint = None
     if checkpoints is not None:
-        ours.append(RunCheckpoint(checkpoints, checkpoint_every, keep, position, save))
+        checkpoint = RunCheckpoint(checkpoints, checkpoint_every, keep, position, save)
+        ours.append(checkpoint)
     counter = _Steps(position)
-    ours.append(counter)
+    ours += [counter, StopTogether(stop, position, checkpoint, watchdog)]
     model.stop_training = False
+    with stop.at_step_end():
+        _run(model, stream, position, steps, every, ours, validation_data, verbose)
+    if stop.requested:  # behind the last step
+        raise stop.stopped(None if checkpoint is None else counter.step)
+    return counter.step
+
+
+_SHARED = "All workers must see the same run directory: put it on storage that they share."
+
+
+def _run(
+    model: PolicyTrainer,
+    stream: Callable[[int], tf.data.Dataset],
+    position: int,
+    steps: int,
+    every: int,
+    callbacks: list[keras.callbacks.Callback],
+    validation_data: tf.data.Dataset | None,
+    verbose: int,
+) -> None:
+    at_once = model.steps_per_execution
     while position < steps and not model.stop_training:
         number, offset = divmod(position, every)
         rounds = 0 if offset else (steps - position) // every
@@ -237,8 +273,7 @@ def _fit(
             initial_epoch=number,
             epochs=number + max(rounds, 1),
             validation_data=validation_data,
-            callbacks=list(ours),
+            callbacks=list(callbacks),
             verbose=verbose,
         )
         position += taken * max(rounds, 1)
-    return counter.step

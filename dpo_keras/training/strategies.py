@@ -1,12 +1,14 @@
 """Which devices take part: names for `tf.distribute` strategies."""
 
-import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
+from dpo_keras.cluster import Watchdog, read_tf_config
 from dpo_keras.errors import InputError
 
 
@@ -24,23 +26,28 @@ def _mirrored(**options: Any) -> tf.distribute.Strategy:
 
 
 def _multi_worker(**options: Any) -> tf.distribute.Strategy:
-    text = os.environ.get("TF_CONFIG")
-    if not text:
+    cluster = read_tf_config()
+    if cluster is None:
         raise InputError(
             "strategy 'multi_worker' needs the environment variable TF_CONFIG: "
             '{"cluster": {"worker": ["host1:port", "host2:port"]}, '
             '"task": {"type": "worker", "index": 0}}, with each worker\'s own index.'
         )
-    try:
-        cluster = json.loads(text)["cluster"]
-        if not isinstance(cluster, dict) or not cluster.get("worker"):
-            raise KeyError("cluster.worker")
-    except (ValueError, KeyError, TypeError) as error:
+    if cluster.this not in cluster.in_step:
         raise InputError(
-            f"TF_CONFIG must be JSON with cluster.worker (a list of host:port) and task; got "
-            f"{text!r} ({type(error).__name__}: {error})."
-        ) from error
-    return tf.distribute.MultiWorkerMirroredStrategy()
+            f"strategy 'multi_worker' has chief and workers only, and TF_CONFIG makes this process "
+            f"{cluster.this}."
+        )
+    if "watchdog" not in options:
+        # TensorFlow itself waits without end for a worker that does not come.
+        with Watchdog(cluster).meet(options.get("timeout", 300.0)):
+            pass
+    before = signal.getsignal(signal.SIGTERM)
+    made = tf.distribute.MultiWorkerMirroredStrategy()
+    if before is not None and threading.current_thread() is threading.main_thread():
+        # TensorFlow's coordination takes SIGTERM, and nothing ends the process any more.
+        signal.signal(signal.SIGTERM, before)
+    return made
 
 
 def _tpu(**options: Any) -> tf.distribute.Strategy:
@@ -87,13 +94,16 @@ def strategy(name: str = "auto", **options: Any) -> tf.distribute.Strategy:
             `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`; `"auto"`:
             `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more, else
             `one_device`.
-        **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`.
+        **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
+            `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
+            `dpo_keras.cluster.Watchdog` whose workers have met.
 
     Returns:
         The strategy. Make it before anything else touches TensorFlow's devices.
 
     Raises:
         InputError: an unknown name, or what the strategy needs is not there.
+        ClusterError: a worker did not come in time.
 
     Example:
         >>> strategy("one_device").num_replicas_in_sync

@@ -25,6 +25,8 @@ class SupervisedModel(PolicyTrainer):
     Args:
         policy: as `DPOModel` takes.
         dropout: whether the policy's dropout is active. On by default, as usual in fine-tuning.
+        remat: gradient checkpointing: compute transformer blocks anew in the backward pass. With
+            dropout, not possible: it would be drawn twice.
 
     Example:
         >>> import keras_hub
@@ -38,8 +40,10 @@ class SupervisedModel(PolicyTrainer):
         The fine-tuning stage of Rafailov et al., arXiv 2305.18290, section 3.
     """
 
-    def __init__(self, policy: keras.Model, dropout: bool = True, **kwargs: Any):
-        super().__init__(policy, dropout=dropout, **kwargs)
+    def __init__(
+        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: Any
+    ):
+        super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
 
     def metric_names(self) -> list[str]:
         """`loss` (nats per token) and `chosen_logps` (nats per response)."""
@@ -66,8 +70,12 @@ class SupervisedModel(PolicyTrainer):
 
     def get_config(self) -> dict[str, Any]:
         """Policy and dropout."""
-        policy = serialized_policy(self.policy)
-        return {**super().get_config(), "policy": policy, "dropout": self.dropout}
+        return {
+            **super().get_config(),
+            "policy": serialized_policy(self.policy),
+            "dropout": self.dropout,
+            "remat": self.scorer.remat,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "SupervisedModel":

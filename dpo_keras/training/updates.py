@@ -46,7 +46,8 @@ def update_in_one_pass(optimizer: Any) -> None:
         number = inner._get_variable_index(variable)
         variable = variable.value if isinstance(variable, keras.Variable) else variable
         dtype = variable.dtype
-        step = tf.cast(inner.iterations.value + 1, dtype)
+        # With accumulation Keras computes the number of updates; else it is a variable.
+        step = keras.ops.cast(inner.iterations + 1, dtype)
         beta_1, beta_2 = tf.cast(inner.beta_1, dtype), tf.cast(inner.beta_2, dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from families import FAMILIES
 
-from dpo_keras.scoring.fused import FusedLayers, fused
+from dpo_keras.scoring.fused import fused, fused_calls
+from dpo_keras.scoring.swapped import swapped
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
@@ -15,15 +16,12 @@ def test_a_backbone_with_fused_layers_is_the_same_backbone(family):
     ids = np.random.default_rng(0).integers(0, 97, (2, 8))
     inputs = {"token_ids": tf.constant(ids), "padding_mask": tf.ones((2, 8), "int32")}
     found = []
-    layers = FusedLayers(backbone)
-    assert len(layers) >= 3
-    for context in (FusedLayers.active, None):
+    calls = fused_calls(backbone)
+    assert len(calls) >= 3
+    for swaps in (calls, []):
         with tf.GradientTape() as tape:
-            if context is None:
+            with swapped(swaps):
                 states = backbone(inputs)
-            else:
-                with context(layers):
-                    states = backbone(inputs)
             loss = tf.reduce_mean(tf.sin(states))
         gradients = tape.gradient(loss, backbone.trainable_variables)
         found.append([states, *(tf.convert_to_tensor(g) for g in gradients if g is not None)])
@@ -38,7 +36,7 @@ def test_norms_of_the_same_settings_share_a_kernel_but_not_their_weights():
     layers[1].gamma.assign([1.0, 2.0, 3.0, 4.0])
     states = tf.constant([[1.0, 2.0, 4.0, 9.0]])
     expected = model(states)
-    with FusedLayers(model).active():
+    with swapped(fused_calls(model)):
         np.testing.assert_allclose(model(states), expected, rtol=1e-6)
 
 

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tiny import gpt2
+from tiny import gpt2, llama
 
 from dpo_keras.batching import TokenizedPairs, collate, preference_dataset
 from dpo_keras.batching.packed import collate_packed
 from dpo_keras.batching.packing import packed_order, plan_packing
+from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
+from dpo_keras.scoring import scorer as scorer_module
 from dpo_keras.scoring.cache import cache_reference
 from dpo_keras.training import DPOModel, strategy
 
@@ -59,14 +61,14 @@ def train(data, loss=None, steps=STEPS, optimizer=None, policy=None, reference="
     model = DPOModel(policy, reference)
     optimizer = optimizer or keras.optimizers.Adam(3e-3, global_clipnorm=0.5)
     model.compile(optimizer, loss=loss or DPOLoss(penalties=EVERYTHING), **options)
-    logs = []
+    steps_logged = []
     record = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, _: logs.append(
+        on_train_batch_end=lambda batch, logs: steps_logged.append(
             {name: float(value) for name, value in model.step_logs.items()}
         )
     )
     model.fit(data, steps_per_epoch=steps, verbose=0, callbacks=[record])
-    return [variable.numpy() for variable in policy.weights], logs
+    return [variable.numpy() for variable in policy.weights], steps_logged
 
 
 def assert_same(one, other, atol=1e-5, names=("loss", "reward_margin", "grad_norm", "entropy")):
@@ -149,6 +151,42 @@ def test_adapters_and_their_absence_as_reference_work_packed(weighed):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_gradient_of_a_frozen_kernels_size_is_formed(packed, weighed, monkeypatch):
+    (batch, *_) = batches(weighed, packed)
+
+    def formed():
+        policy = llama(num_layers=1)
+        policy.backbone.enable_lora(3)
+        model = DPOModel(policy)
+        model.compile("sgd")
+        step = tf.function(model.train_step, autograph=False)
+        graph = step.get_concrete_function({k: tf.constant(v) for k, v in batch.items()}).graph
+        frozen = [v.shape for v in policy.backbone.non_trainable_variables if len(v.shape) > 1]
+        kernels = {(shape[0], int(np.prod(shape[1:]))) for shape in frozen}
+        # What nothing is updated from is laid out at most, and never run.
+        run, waiting = set(), [op for op in graph.get_operations() if op.type.startswith("Assign")]
+        waiting += [output.op for output in graph.outputs]
+        while waiting:
+            operation = waiting.pop()
+            if operation.name not in run:
+                run.add(operation.name)
+                waiting += [tensor.op for tensor in operation.inputs]
+        return [
+            operation.name
+            for operation in graph.get_operations()
+            if operation.name in run
+            and "gradient_tape" in operation.name
+            and "MatMul" in operation.type
+            and tuple(operation.outputs[0].shape[-2:]) in kernels
+        ]
+
+    assert formed() == []
+    # What this test looks for is there to be seen: Keras' own way forms one per adapted kernel.
+    monkeypatch.setattr(scorer_module, "low_rank_calls", lambda model: [])
+    assert len(formed()) >= 2
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -182,6 +220,23 @@ def test_mixed_precision_starts_at_log_2_packed(weighed):
         keras.config.set_dtype_policy("float32")
     assert abs(logs[0]["loss"] - np.log(2)) < 5e-2
     assert logs[-1]["loss"] < logs[0]["loss"]
+
+
+def test_recomputed_blocks_train_the_same_and_are_saved_as_such(packed, weighed):
+    policy = gpt2(num_layers=1)
+    model = DPOModel(policy, remat=True)
+    assert DPOModel.from_config(model.get_config()).scorer.remat
+    model.compile(keras.optimizers.Adam(3e-3, global_clipnorm=0.5), DPOLoss(penalties=EVERYTHING))
+    model.fit(stream(weighed, packed=True), steps_per_epoch=STEPS, verbose=0)
+    for one, other in zip(policy.weights, packed[0], strict=True):
+        np.testing.assert_allclose(one.numpy(), other, atol=1e-5)
+
+
+def test_recomputed_dropout_is_refused():
+    """It would be drawn twice, and the gradient be that of another network."""
+    with pytest.raises(InputError, match="remat=True needs dropout=False"):
+        DPOModel(gpt2(num_layers=1), dropout=True, remat=True)
+    assert DPOModel(gpt2(num_layers=1, dropout=0.0), dropout=True, remat=True).dropout
 
 
 def test_evaluation_and_predictions_are_those_of_unpacked_rows(tokenized):

@@ -16,6 +16,7 @@ import pytest
 from tiny import Letters, gpt2, pairs
 
 from dpo_keras.batching import tokenize_pairs
+from dpo_keras.cluster import RunStopped, StopRequest
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import (
@@ -32,7 +33,7 @@ from dpo_keras.training import (
 STEPS = 12  # four epochs of three batches
 
 
-def run(folder, tokenized, resume=False, stop_after=None, slow=False, **options):
+def run(folder, tokenized, resume=False, stop_after=None, slow=False, callback=None, **options):
     """The run whose end must not depend on what happened in its middle."""
     model = DPOModel(gpt2(num_layers=1))
     optimizer = make_optimizer(STEPS, learning_rate=1e-2, schedule="cosine", warmup_fraction=0.2)
@@ -57,7 +58,7 @@ def run(folder, tokenized, resume=False, stop_after=None, slow=False, **options)
         checkpoint_every=2,
         resume=resume,
         log=folder / "metrics.jsonl",
-        callbacks=[Interrupt()],
+        callbacks=[callback or Interrupt()],
         **options,
     )
     return model
@@ -92,6 +93,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tokenized, stop_after=stop_after)
     assert latest_checkpoint(tmp_path / "checkpoints")[0] == stop_after - 1
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
+
+
+def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(tokenized, undisturbed, tmp_path):
+    stop = StopRequest()
+
+    class Ask(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 6:  # no checkpoint is due behind step 7
+                stop.request("SIGTERM")
+
+    with pytest.raises(RunStopped, match="stopped by SIGTERM after step 7, which is saved"):
+        run(tmp_path, tokenized, callback=Ask(), stop=stop)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 7
     assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
 
 

@@ -1,0 +1,16 @@
+"""Runs of several processes: who takes part, and how they begin, stop and end together."""
+
+from dpo_keras.cluster.links import ClusterError
+from dpo_keras.cluster.stopping import RunStopped, StopRequest
+from dpo_keras.cluster.tf_config import Cluster, Task, read_tf_config
+from dpo_keras.cluster.watchdog import Watchdog
+
+__all__ = [
+    "Cluster",
+    "ClusterError",
+    "RunStopped",
+    "StopRequest",
+    "Task",
+    "Watchdog",
+    "read_tf_config",
+]

@@ -1,0 +1,243 @@
+"""One TCP connection from each worker to the chief, carrying a line of JSON per message."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from dpo_keras.cluster.tf_config import Cluster, Task
+from dpo_keras.errors import InputError
+
+Message = dict[str, Any]
+Greeting = Mapping[str, str]
+_HELLO_SECONDS = 5.0
+
+
+class ClusterError(RuntimeError):
+    """A worker is not there, or not there any more; nothing in the input is wrong."""
+
+
+class Link:
+    """A connection that lines of JSON go through.
+
+    A process that ends, however it ends, closes its connections: its peer reads the end at once.
+    A machine that is gone closes nothing, so the kernel probes the silent connection and gives it
+    up after about 30 seconds. Threads that a busy interpreter starves have no part in that.
+
+    Args:
+        connection: a connected TCP socket.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self.socket = connection
+        self._lines = connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
+        self._sending = threading.Lock()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (
+            ("TCP_KEEPIDLE", 10),
+            ("TCP_KEEPINTVL", 5),
+            ("TCP_KEEPCNT", 4),
+            ("TCP_USER_TIMEOUT", 30_000),
+        ):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def send(self, **message: Any) -> None:
+        """Sends a message; a peer that is gone is noticed by whoever reads.
+
+        Args:
+            **message: values that JSON has.
+        """
+        with self._sending, suppress(OSError):
+            self.socket.sendall((json.dumps(message) + "\n").encode())
+
+    def receive(self, seconds: float | None) -> Message | None:
+        """Waits for a message.
+
+        Args:
+            seconds: how long at most; None: as long as it takes.
+
+        Returns:
+            The message; None if the connection ended, timed out or carried something else.
+        """
+        try:
+            self.socket.settimeout(seconds)
+            message = json.loads(self._lines.readline(1 << 16))
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def messages(self) -> Iterator[Message]:
+        """Yields messages until the connection ends."""
+        while (message := self.receive(None)) is not None:
+            yield message
+
+    def finish(self) -> None:
+        """Says that nothing more comes from here; what was sent still arrives."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._lines.close()
+        self.socket.close()
+
+
+def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
+    """Waits until every worker is there and has the same greeting.
+
+    The workers meet on the chief's own address, before TensorFlow listens there: no further port
+    has to be open. TensorFlow's own wait has no end where the chief is there and a worker is not.
+
+    Args:
+        cluster: the processes.
+        timeout: seconds to wait.
+        greeting: what all must have alike, by name.
+
+    Returns:
+        On the chief the links by place among `cluster.in_step`, elsewhere the chief's as 0.
+
+    Raises:
+        ClusterError: somebody did not come in time; the message names who.
+        InputError: the greetings differ, or a port is not free.
+    """
+    if len(cluster.in_step) == 1:
+        return {}
+    _check_port(cluster.this)
+    deadline = time.monotonic() + timeout
+    if cluster.is_chief:
+        return _welcome(cluster, deadline, timeout, dict(greeting))
+    return {0: _join(cluster, deadline, timeout, dict(greeting))}
+
+
+def _check_port(task: Task, patience: float = 10.0) -> None:
+    # The process that this one replaces may still be on its way out.
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            _listener(task).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"TF_CONFIG: port {task.port} of {task} can not be used on this machine "
+                    f"({error.strerror}); end the process that has it, or name another port."
+                ) from error
+        time.sleep(0.2)
+
+
+def _listener(task: Task) -> socket.socket:
+    family = socket.AF_INET6 if ":" in task.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # TensorFlow must get the port while the links that came through it are still open.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("", task.port))
+        listener.listen(64)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _welcome(
+    cluster: Cluster, deadline: float, timeout: float, greeting: dict[str, str]
+) -> dict[int, Link]:
+    links: dict[int, Link] = {}
+    problems: list[str] = []
+    with _listener(cluster.chief) as listener:
+        while len(links) < len(cluster.in_step) - 1 and not problems:
+            if time.monotonic() > deadline:
+                raise _missing(cluster, links, timeout)
+            waiting = {link.socket: place for place, link in links.items()}
+            for ready in select.select([listener, *waiting], [], [], 0.2)[0]:
+                if ready is listener:
+                    problems += _greet(listener, cluster, links, greeting)
+                else:  # nobody speaks before the welcome: this one is gone
+                    links.pop(waiting[ready]).close()
+    if problems:
+        _dismiss(links, refused=problems)
+        raise InputError(problems)
+    for link in links.values():
+        link.send(welcome=True)
+    return links
+
+
+def _dismiss(links: Mapping[int, Link], **message: Any) -> None:
+    for link in links.values():
+        link.send(**message)
+        link.close()
+
+
+def _greet(
+    listener: socket.socket, cluster: Cluster, links: dict[int, Link], greeting: dict[str, str]
+) -> list[str]:
+    """Takes in one caller; returns what is wrong with it."""
+    connection, _ = listener.accept()
+    link = Link(connection)
+    hello = link.receive(_HELLO_SECONDS) or {}
+    place = hello.get("place")
+    if not isinstance(place, int) or not 0 < place < len(cluster.in_step):
+        link.close()  # a port scanner, a health check, a worker of a cluster that is no more
+        return []
+    task = cluster.in_step[place]
+    links[place] = link
+    if hello.get("addresses") != _addresses(cluster):
+        return [f"TF_CONFIG of {task} has another cluster than that of {cluster.chief}."]
+    theirs = hello.get("greeting", {})
+    return [
+        f"{task} has {name} {theirs.get(name)}, but {cluster.chief} has {value}: start all of them "
+        "with the same."
+        for name, value in greeting.items()
+        if theirs.get(name) != value
+    ]
+
+
+def _missing(cluster: Cluster, links: Mapping[int, Link], timeout: float) -> ClusterError:
+    missing = [str(task) for n, task in enumerate(cluster.in_step) if n and n not in links]
+    text = (
+        f"{' and '.join(missing)} did not come within {timeout:g} seconds. Start every process "
+        "that TF_CONFIG names, check that its addresses are right and reachable, or wait longer "
+        "with training.worker_timeout=SECONDS."
+    )
+    _dismiss(links, missing=text)
+    return ClusterError(text)
+
+
+def _join(cluster: Cluster, deadline: float, timeout: float, greeting: dict[str, str]) -> Link:
+    chief, place = cluster.chief, cluster.in_step.index(cluster.this)
+    problem = "it did not answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            connection = socket.create_connection((chief.host, chief.port), min(left, 5.0))
+        except OSError as error:
+            problem = error.strerror or str(error)
+            time.sleep(0.2)
+            continue
+        link = Link(connection)
+        link.send(place=place, addresses=_addresses(cluster), greeting=greeting)
+        # The chief's clock may have started later than this one.
+        answer = link.receive(timeout + 5.0) or {}
+        if "welcome" in answer:
+            return link
+        link.close()
+        if "refused" in answer:
+            raise InputError(answer["refused"])
+        if "missing" in answer:
+            raise ClusterError(answer["missing"])
+        time.sleep(0.2)
+    raise ClusterError(
+        f"{cluster.this} could not reach {chief} within {timeout:g} seconds ({problem}). Start it, "
+        "check that its address in TF_CONFIG is right and reachable, or wait longer with "
+        "training.worker_timeout=SECONDS."
+    )
+
+
+def _addresses(cluster: Cluster) -> list[str]:
+    return [str(task) for task in cluster.in_step]

@@ -1,0 +1,112 @@
+"""Gradient checkpointing and factored LoRA: the same numbers, less memory and fewer products."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tiny
+from families import FAMILIES
+
+from dpo_keras.batching import Ragged, TokenizedPairs, collate, collate_packed
+from dpo_keras.errors import InputError
+from dpo_keras.scoring import scorer as scorer_module
+from dpo_keras.scoring.scorer import ResponseScorer
+
+LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    random = np.random.default_rng(0)
+    columns = [
+        Ragged.from_lists([random.integers(0, tiny.VOCABULARY, sizes[k]) for sizes in LENGTHS])
+        for k in range(3)
+    ]
+    ones = np.ones(len(LENGTHS), np.float32)
+    tokenized = TokenizedPairs(*columns, ones, ones)
+    found = {
+        "packed": collate_packed(tokenized, [[0, 1], [2]]),
+        "buckets": collate(tokenized, [0, 1, 2]),
+    }
+    return {kind: {k: tf.constant(v) for k, v in batch.items()} for kind, batch in found.items()}
+
+
+def gradients(policy, batch, jit_compile=False, **options):
+    scorer = ResponseScorer(policy, static=jit_compile, **options)
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def step(batch):
+        with tf.GradientTape() as tape:
+            logps = scorer(batch)["logps"]
+            loss = tf.reduce_mean(logps * [1.0, -0.7])
+        found = tape.gradient(loss, policy.trainable_variables)
+        return logps, [tf.convert_to_tensor(g) for g in found if g is not None]
+
+    return step, step(batch)
+
+
+def assert_same(found, expected):
+    assert len(found[1]) == len(expected[1])
+    for one, other in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(other).max(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "jit_compile"),
+    [
+        ("gpt2", "packed", False),
+        ("gpt2", "packed", True),
+        ("gpt2", "buckets", False),
+        ("gemma3", "packed", False),
+        ("llama", "buckets", False),
+    ],
+)
+def test_recomputed_blocks_have_the_same_gradients(family, kind, jit_compile, batches):
+    policy = FAMILIES[family]()
+    _, expected = gradients(policy, batches[kind])
+    _, found = gradients(policy, batches[kind], jit_compile, remat=True)
+    assert_same(found, expected)
+
+
+def test_recomputed_blocks_work_with_fused_layers_and_adapters(batches, monkeypatch):
+    monkeypatch.setattr(scorer_module, "FUSED_FROM", 0)
+    policy = FAMILIES["gpt2"]()
+    policy.backbone.enable_lora(2)
+    for layer in policy.backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            layer.lora_kernel_b.assign(0.1 * keras.random.normal(layer.lora_kernel_b.shape, seed=1))
+    _, expected = gradients(policy, batches["buckets"])
+    _, found = gradients(policy, batches["packed"], remat=True)
+    # Pairs stand in other rows; the mean over all of them, empty slots included, is scaled by it.
+    scale = expected[0].shape[0] / found[0].shape[0]
+    for one, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(one / scale, other, atol=2e-5 * max(np.abs(other).max(), 1.0))
+
+
+def test_blocks_are_computed_again_on_the_way_back_and_only_then(batches):
+    """As many softmaxes again, each waiting for the gradient that comes from above."""
+
+    def softmaxes(**options):
+        step, _ = gradients(FAMILIES["gpt2"](), batches["buckets"], **options)
+        graph = step.get_concrete_function(batches["buckets"]).graph
+        return sum(operation.type == "Softmax" for operation in graph.get_operations())
+
+    assert softmaxes(remat=True) == softmaxes() + 2  # one more for each of two layers
+
+
+def test_remat_needs_blocks():
+    with pytest.raises(InputError, match="remat needs a model made of transformer blocks"):
+        ResponseScorer(tiny.plain_model(), remat=True)
+
+
+@pytest.mark.parametrize("kind", ["packed", "buckets"])
+def test_factored_adapters_are_the_adapters_of_keras(kind, batches, monkeypatch):
+    policy = FAMILIES["llama"]()
+    policy.backbone.enable_lora(3)
+    for layer in policy.backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            layer.lora_kernel_b.assign(0.1 * keras.random.normal(layer.lora_kernel_b.shape, seed=1))
+    _, found = gradients(policy, batches[kind])
+    monkeypatch.setattr(scorer_module, "low_rank_calls", lambda model: [])
+    _, expected = gradients(policy, batches[kind])
+    assert_same(found, expected)
