@@ -16,7 +16,8 @@ is short. Two variants: the reference's log-probs in the run, and computed befor
 * memory: the highest resident memory of the process.
 * losses: 8 steps on the rival's own first batches, pair by pair, laid out as packed rows.
 
-Figures are medians over the rounds.
+Figures are medians over the rounds. On a shared machine rounds may be run one by one, when it is
+free: `--append` adds to the rounds that the `--json` file has.
 """
 
 import argparse
@@ -168,7 +169,7 @@ def summary(rounds: list[dict[str, Any]], variant: str) -> dict[str, Any]:
     """Medians over rounds, and ratios of medians."""
 
     def median(side: str, name: str) -> float:
-        return statistics.median(turn[variant][side][name] for turn in rounds)
+        return statistics.median(turn[variant][side][name] for turn in rounds if variant in turn)
 
     named = {
         "steady": "steady_pairs_per_second",
@@ -211,10 +212,11 @@ def main() -> None:
     common.baseline_option(parser)
     parser.add_argument("--checkpoint", help="from trl_baseline.py checkpoint")
     parser.add_argument("--rival", help="python of the rival's environment")
-    parser.add_argument("--pairs", type=int, default=96, help="the same on both sides")
+    parser.add_argument("--pairs", type=int, default=64, help="the same on both sides")
     parser.add_argument("--epochs", type=int, default=6, help="of ours, over those pairs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--append", action="store_true", help="to the rounds in the --json file")
     parser.add_argument("--no-losses", action="store_true", help="skip the comparison of losses")
     args = parser.parse_args()
     if args.task:
@@ -225,9 +227,13 @@ def main() -> None:
     # The rival runs in a folder of its own. Not resolve(): an environment's python is a link.
     for name in ("checkpoint", "baseline", "rival"):
         setattr(args, name, os.path.abspath(getattr(args, name)))
-    rounds = [one_round(args) for _ in range(args.rounds)]
-    medians = {variant: summary(rounds, variant) for variant in args.variants}
-    check = None if args.no_losses else compare_losses(args)
+    earlier: dict[str, Any] = {"rounds": [], "losses": None}
+    if args.append and args.json is not None and args.json.exists():
+        earlier = json.loads(args.json.read_text())
+    rounds = earlier["rounds"] + [one_round(args) for _ in range(args.rounds)]
+    ran = [variant for variant in VARIANTS if any(variant in turn for turn in rounds)]
+    medians = {variant: summary(rounds, variant) for variant in ran}
+    check = earlier["losses"] if args.no_losses else compare_losses(args)
     show(medians, check)
     common.write(args.json, {"medians": medians, "losses": check, "rounds": rounds})
 
