@@ -23,7 +23,7 @@ from dpo_keras.scoring.packed import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
-from dpo_keras.training.start import Throughput
+from dpo_keras.training.start import ReleasesTracing, Throughput
 from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
 COUNTS = ("tokens", "pairs")
@@ -195,7 +195,7 @@ class PolicyTrainer(keras.Model):
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that every `fit` has, in front of the user's."""
-        return [Throughput()]
+        return [ReleasesTracing(), Throughput()]
 
     def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
         """As `keras.Model.fit`, on a dataset of dict batches.

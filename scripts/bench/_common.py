@@ -81,6 +81,41 @@ def hh_pairs(baseline: str, count: int | None = None) -> list[Any]:
     return [PreferencePair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
 
 
+def random_pairs(count: int, length: int, vocabulary: int, seed: int = 0) -> Any:
+    """Pairs of random tokens: prompts of up to half of `length`, responses of up to the rest."""
+    import numpy as np
+
+    from dpo_keras.batching import Ragged, TokenizedPairs
+
+    random = np.random.default_rng(seed)
+
+    def tokens(most: int) -> Any:
+        sizes = random.integers(max(most // 8, 1), most + 1, count)
+        return Ragged.from_lists([random.integers(2, vocabulary, size) for size in sizes])
+
+    ones = np.ones(count, np.float32)
+    parts = tokens(length // 2), tokens(length - length // 2), tokens(length - length // 2)
+    return TokenizedPairs(*parts, ones, ones, max_length=length)
+
+
+def gpt2(layers: int, width: int, vocabulary: int, length: int) -> Any:
+    """A GPT-2 of random weights, heads of 64."""
+    import keras
+    import keras_hub
+
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=vocabulary,
+        num_layers=layers,
+        num_heads=max(width // 64, 1),
+        hidden_dim=width,
+        intermediate_dim=4 * width,
+        max_sequence_length=length,
+        dropout=0.0,
+    )
+    return keras_hub.models.GPT2CausalLM(backbone)
+
+
 class Timed:
     """A run of `DPOModel.fit`, watched: when each step ended, its loss, pairs and traces.
 
