@@ -9,6 +9,7 @@ Preference pairs flow in one direction, and each stage is one subpackage:
     training      DPOModel: a keras.Model whose train_step takes that gradient
     evaluation    held-out accuracy, calibration, samples before and after
     serving       SavedModel: strings in, log-probs, preferences and text out
+    legacy        the same training for models of tf-keras, and on parameter servers
     feedback      people choose between responses: store, page, quality, pairs for training
 
 The whole of it in ten lines:
@@ -37,6 +38,8 @@ _HOME = {
     "InputError": "dpo_keras.errors",
     "PreferencePair": "dpo_keras.preferences",
     "Preferences": "dpo_keras.preferences",
+    "StoredPreferences": "dpo_keras.preferences",
+    "build_preferences": "dpo_keras.preferences",
     "read_preferences": "dpo_keras.preferences",
     "write_preferences": "dpo_keras.preferences",
     "preference_dataset": "dpo_keras.batching",
@@ -57,6 +60,7 @@ _STAGES = {
     "errors",
     "evaluation",
     "feedback",
+    "legacy",
     "losses",
     "preferences",
     "scoring",
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
     from dpo_keras.preferences import (
         PreferencePair,
         Preferences,
+        StoredPreferences,
+        build_preferences,
         read_preferences,
         write_preferences,
     )
@@ -90,7 +96,9 @@ __all__ = [
     "InputError",
     "PreferencePair",
     "Preferences",
+    "StoredPreferences",
     "SupervisedModel",
+    "build_preferences",
     "cache_reference",
     "callbacks",
     "export",

@@ -10,11 +10,10 @@ from dpo_keras.app.checks import build_loss
 from dpo_keras.app.laying_out import layout_of
 from dpo_keras.app.measuring import Measured
 from dpo_keras.app.models import check_length, load_model, load_reference
-from dpo_keras.app.prepare import tokenize
+from dpo_keras.app.prepare import read_pairs, tokenize
 from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import RunDirectory, open_run, versions
 from dpo_keras.app.sections import REFERENCES, Export
-from dpo_keras.preferences import read_preferences
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
@@ -67,7 +66,7 @@ def evaluate(
 
     Args:
         run: the run's directory.
-        file: the pairs: a file, or `builtin:support`.
+        file: the pairs, as `data.path` takes them.
         limit: read this many pairs at most.
         progress: hears what happens; None: nobody.
 
@@ -83,12 +82,13 @@ def evaluate(
     directory = open_run(run)
     config = directory.config()
     progress.stage("Data")
-    pairs = read_preferences(file, on_error=config.data.on_error, limit=limit)
-    progress.note(pairs.report.summary())
+    pairs = read_pairs(
+        [str(file)], config.data.model_copy(update={"format": "auto"}), progress, limit
+    )
     progress.stage("Policy and reference")
     model = load_trained(directory)
     check_length(model.policy, config.data.max_length)
-    tokenized = tokenize(config, pairs, model.policy, "evaluation", progress)
+    tokenized = tokenize(config, pairs, model.policy, "evaluation", progress, directory)
     progress.stage("Evaluation")
     other = getattr(model.reference, "model", "none")
     held_out = evaluate_preferences(
@@ -111,7 +111,7 @@ def evaluate(
         "run": str(directory.path),
         "file": str(file),
         "pairs": len(tokenized),
-        "dropped": pairs.report.dropped + len(tokenized.report.dropped),
+        "dropped": pairs.report.dropped + tokenized.report.pairs - tokenized.report.kept,
         **Measured(held_out, None).as_dict(),
         "report": {kind: str(path) for kind, path in report.paths.items()},
         "findings": [f"{finding.severity}: {finding.text}" for finding in report.findings],

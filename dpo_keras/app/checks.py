@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_keras.app.faults import Fault
 from dpo_keras.app.sections import REFERENCES, Data, Loss, Model, reference_hint
 from dpo_keras.errors import InputError
+from dpo_keras.preferences.manifest import MANIFEST, is_built
+from dpo_keras.preferences.tfds_source import parse_name
 
 if TYPE_CHECKING:
     from dpo_keras.losses import DPOLoss
@@ -77,9 +79,22 @@ def _loss_has_its_reference(loss: Loss, reference: str) -> Iterator[Fault]:
 def _files_are_there(data: Data) -> Iterator[Fault]:
     for key in ("path", "held_out_path"):
         for name in getattr(data, key) or ():
-            if not name.startswith("builtin:") and not Path(name).is_file():
-                what = "is a directory" if Path(name).is_dir() else "does not exist"
-                yield Fault(("data", key), f"names {name}, which {what}; give a file.")
+            for problem in _source_problems(name):
+                yield Fault(("data", key), problem)
+
+
+def _source_problems(name: str) -> list[str]:
+    if name.startswith("tfds:"):
+        try:
+            parse_name(name)
+        except InputError as error:
+            return [f": {problem}" for problem in error.problems]
+    if name.startswith(("builtin:", "tfds:")) or Path(name).is_file() or is_built(name):
+        return []
+    if Path(name).is_dir():
+        return [f"names {name}, which is a directory and has no {MANIFEST}; give a file, or what "
+                "dpo-keras data build made."]  # fmt: skip
+    return [f"names {name}, which does not exist; give a file."]
 
 
 def _model_is_there(model: Model) -> Iterator[Fault]:

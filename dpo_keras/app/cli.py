@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+data = typer.Typer(help="Look at preference data, and make records of it.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
@@ -155,6 +155,54 @@ def data_inspect(
         picture = audit(pairs)
         content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
         terminal.result(content, *views.data_views(pairs, picture))
+
+
+@data.command("build")
+def data_build(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Preference files, or tfds:NAME/CONFIG:SPLIT."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The directory to make; data.path of a run.")
+    ],
+    format: Annotated[
+        str, typer.Option(help="How to read them; auto goes by name and columns.")
+    ] = "auto",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt=question reads the prompt from that column; repeatable."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where TensorFlow Datasets keeps its data.")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="report keeps the good records, fail builds nothing if any is bad.")
+    ] = "report",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read this many pairs at most.")] = None,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 256,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make sharded, checksummed records of data of any size, to train on without loading it."""
+    with reporting(as_json, debug) as terminal:
+        prepare_keras()
+        from dpo_keras.app import building, views
+        from dpo_keras.app.terminal_progress import TerminalProgress
+
+        with TerminalProgress(terminal.log) as progress:
+            result = building.build(
+                files,
+                out,
+                column or (),
+                format=format,
+                data_dir=data_dir,
+                on_error=on_error,
+                limit=limit,
+                shard_bytes=shard_megabytes * 2**20,
+                progress=progress,
+            )
+        terminal.result(result, *views.build_views(result))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_keras.app.prepare import choose_rows
+from dpo_keras.app.prepare import Pairs, choose_rows
 from dpo_keras.app.stages import Context
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.schema import plain_text
@@ -16,7 +16,7 @@ from dpo_keras.preferences.schema import plain_text
 if TYPE_CHECKING:
     from dpo_keras.batching import TokenizedPairs
     from dpo_keras.evaluation import HeldOut, Samples
-    from dpo_keras.preferences import PreferencePair, Preferences
+    from dpo_keras.preferences import PreferencePair
     from dpo_keras.training import DPOModel
 
 # Data whose generator can say whether a response is good: path to judge of (prompt, response).
@@ -75,7 +75,7 @@ class Examiner:
         context: Context,
         model: DPOModel,
         tokenized: TokenizedPairs | None,
-        pairs: Preferences | None,
+        pairs: Pairs | None,
     ):
         self.context = context
         self.model = model
@@ -86,7 +86,7 @@ class Examiner:
         if tokenized is not None and pairs is not None:
             self._choose(tokenized, pairs)
 
-    def _choose(self, tokenized: TokenizedPairs, pairs: Preferences) -> None:
+    def _choose(self, tokenized: TokenizedPairs, pairs: Pairs) -> None:
         config = self.context.config
         rows = choose_rows(tokenized, pairs, config.evaluation.prompts, config.seed)
         sources = range(len(pairs)) if tokenized.source is None else tokenized.source

@@ -14,7 +14,7 @@ from dpo_keras.app.comparing import build_model, given_reference
 from dpo_keras.app.laying_out import check_steps
 from dpo_keras.app.measuring import Examiner, Measured
 from dpo_keras.app.models import check_length, load_policy, save_policy
-from dpo_keras.app.prepare import read_sides, texts_of, tokenize
+from dpo_keras.app.prepare import Pairs, read_sides, texts_of, tokenize
 from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import RunDirectory, check_run, start_run, versions
 from dpo_keras.app.stages import (
@@ -30,7 +30,6 @@ from dpo_keras.errors import InputError
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
     from dpo_keras.batching import TokenizedPairs
-    from dpo_keras.preferences import Preferences
 
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
 
@@ -137,10 +136,10 @@ def _train(
         policy = load_policy(config.model, texts_of(sides.train))
     check_length(policy, config.data.max_length)
     progress.note(f"{type(policy).__name__}, {policy.count_params():,} weights")
-    pairs = tokenize(config, sides.train, policy, "training", progress)
+    pairs = tokenize(config, sides.train, policy, "training", progress, run)
     held_out = None
     if sides.held_out is not None:
-        held_out = tokenize(config, sides.held_out, policy, "held-out", progress)
+        held_out = tokenize(config, sides.held_out, policy, "held-out", progress, run)
     _check_same_data(run, watchdog, pairs, held_out)
 
     reference = given_reference(context, policy)
@@ -161,7 +160,11 @@ def _train(
             "train": len(pairs),
             "held_out": 0 if held_out is None else len(held_out),
             "dropped": sides.dropped
-            + sum(len(side.report.dropped) for side in (pairs, held_out) if side is not None),
+            + sum(
+                side.report.pairs - side.report.kept
+                for side in (pairs, held_out)
+                if side is not None
+            ),
         },
     )
     if run.writes:
@@ -210,7 +213,7 @@ def _save_policy(run: RunDirectory, policy: Any) -> None:
 
 def _report(
     context: Context,
-    held_out: Preferences | None,
+    held_out: Pairs | None,
     before: Measured,
     after: Measured,
     result: RunResult,

@@ -33,12 +33,14 @@ def train_tokenizer(
         >>> vocabulary["<|endoftext|>"], merges[0]
         (0, 'l o')
     """
+    import itertools
     import json
 
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    texts = [text for text in texts if text]
-    if not texts:
+    some = filter(None, texts)
+    first = next(some, None)
+    if first is None:
         raise InputError("a tokenizer needs text to learn from; there is no training pair.")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +52,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer=trainer)
+    bpe.train_from_iterator(itertools.chain([first], some), trainer=trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in learned["merges"]]
     return dict(sorted(learned["vocab"].items(), key=lambda item: item[1])), merges

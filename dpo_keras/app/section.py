@@ -14,6 +14,7 @@ from pydantic import (
     PlainSerializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from dpo_keras.app.faults import Fault, raise_faults
 
@@ -37,6 +38,22 @@ _SWITCH = {"true": True, "on": True, "yes": True, "false": False, "off": False, 
 AutoSwitch = Annotated[
     Literal["auto", True, False],
     BeforeValidator(lambda v: _SWITCH.get(v.lower(), v) if isinstance(v, str) else v),
+]
+
+
+def _strategy_of_keras_3(value: Any) -> Any:
+    if value == "parameter_server":
+        raise PydanticCustomError(
+            "parameter_server",
+            "must be a strategy that Keras 3 has (for parameter servers write a program with "
+            "dpo_keras.legacy, which trains models of tf-keras)",
+        )
+    return value
+
+
+Strategy = Annotated[
+    Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"],
+    BeforeValidator(_strategy_of_keras_3),
 ]
 
 Count = Annotated[int, Field(ge=1)]

@@ -17,6 +17,7 @@ from dpo_keras.app.section import (
     OneOrMore,
     Section,
 )
+from dpo_keras.preferences.sources import Reading
 
 
 class Scratch(Section):
@@ -86,7 +87,12 @@ class Data(Section):
     """The preference pairs and how they become tokens.
 
     Args:
-        path: a file, a list of files, or `builtin:support`.
+        path: a file, a list of files, a directory that `dpo-keras data build` made (it is streamed
+            and its tokens are kept on disk), `tfds:NAME/CONFIG:SPLIT`, or `builtin:support`.
+        columns: our name of a column to the one that the data have, for instance
+            `{prompt: question, chosen: answer_a}`.
+        data_dir: where TensorFlow Datasets keeps its data.
+        tokens: where the tokens of a built directory are kept; null: in it.
         format: how to read it; `auto` goes by the file's name and columns.
         on_error: `report` keeps the good lines, `fail` stops at bad ones (naming all).
         held_out: share of the pairs, by `split_by`, kept for evaluation; 0.1 unless
@@ -101,6 +107,9 @@ class Data(Section):
     """
 
     path: OneOrMore | None = None
+    columns: dict[str, str] | None = None
+    data_dir: str | None = None
+    tokens: str | None = None
     format: Literal["auto", "jsonl", "json", "csv", "parquet"] = "auto"
     on_error: Literal["report", "fail"] = "report"
     held_out: Fraction | None = None
@@ -125,13 +134,16 @@ class Data(Section):
             yield Fault(
                 ("path",),
                 "is required: a file of preference pairs (JSONL, JSONL.gz, CSV or Parquet), a "
-                "list of them, or builtin:support; on the command line data.path=FILE.",
+                "list of them, a directory of dpo-keras data build, tfds:NAME/CONFIG:SPLIT, or "
+                "builtin:support; on the command line data.path=FILE.",
             )
         if self.held_out is not None and self.held_out_path is not None:
             yield Fault(
                 ("held_out",),
                 "must not be given together with data.held_out_path; set one of the two to null.",
             )
+        for problem in Reading(self.format, self.columns).check():
+            yield Fault(("columns",), f": {problem}")
 
 
 class Loss(BaseModel):

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dpo_keras.app.faults import Fault
-from dpo_keras.app.section import AutoSwitch, Count, Fraction, NotNegative, Positive, Section
+from dpo_keras.app.section import (
+    AutoSwitch,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    Strategy,
+)
 
 
 class Optimization(Section):
@@ -74,7 +82,7 @@ class Training(Optimization):
     gradient_accumulation: Count = 1
     jit_compile: AutoSwitch = "auto"
     steps_per_execution: Count = 1
-    strategy: Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"] = "auto"
+    strategy: Strategy = "auto"
     worker_timeout: Positive = 300.0
     evaluate_every: Count | None = None
     checkpoint_every: Count | None = None

@@ -50,6 +50,21 @@ def data_views(pairs: Preferences, picture: Audit) -> list[Any]:
     return views
 
 
+def build_views(result: Mapping[str, Any]) -> list[Any]:
+    """Draws what `dpo-keras data build` made.
+
+    Args:
+        result: of `dpo_keras.app.building.build`.
+    """
+    shards = len(result["shards"])
+    return [
+        result["summary"],
+        f"{result['pairs']:,} pairs ({result['bytes'] / 1e6:,.1f} MB in {shards:,} "
+        f"shard{'s' if shards > 1 else ''}) are in {result['directory']}; train on them with "
+        f"data.path={result['directory']}",
+    ]
+
+
 def _counts(picture: Audit) -> Table:
     table = _table("Pairs", "what", "count", numbers=[1])
     rows: dict[str, Any] = {

@@ -22,7 +22,7 @@ _CUT = "\ufdd0"
 
 
 def encode_conversations(
-    pairs: Sequence[PreferencePair], encoder: TextEncoder, template: ChatTemplate
+    pairs: Sequence[PreferencePair], encoder: TextEncoder, template: ChatTemplate, first: int = 0
 ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
     r"""Renders and tokenizes pairs: prompt with the generation prompt, responses as what follows.
 
@@ -40,6 +40,7 @@ def encode_conversations(
         pairs: the pairs.
         encoder: the tokenizer.
         template: the chat template.
+        first: number of the first pair, for messages.
 
     Returns:
         prompt, chosen and rejected ids, and warnings.
@@ -54,7 +55,7 @@ def encode_conversations(
     responses: tuple[list[list[str]], list[list[str]]] = ([], [])
     rendered: dict[Any, str] = {}
     problems: list[str] = []
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs, first):
         texts = (pair.chosen, pair.rejected)
         try:
             if strings_stay and isinstance(pair.prompt, str):

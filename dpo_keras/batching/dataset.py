@@ -21,6 +21,8 @@ from dpo_keras.errors import InputError
 
 Batching = Literal["buckets", "packed"]
 
+AHEAD = 32  # batches that disks are told of before they are needed
+
 
 def steps_per_epoch(
     pairs: int | TokenizedPairs,
@@ -92,6 +94,7 @@ def preference_dataset(
     row_length: int | None = None,
     rows: int | None = None,
     replicas: int = 1,
+    worker: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
     """Makes the batches that `DPOModel.fit` and `evaluate` take.
 
@@ -115,7 +118,9 @@ def preference_dataset(
     **Distribution.** Pass the dataset to `fit` as it is. Every worker builds the same dataset, of
     the *global* batch size; the strategy cuts each batch along its rows, and the pieces that all
     replicas get in a step are together exactly that batch (`batch_size` must be a multiple of the
-    number of replicas).
+    number of replicas). With `worker=(index, count)` a worker makes, and reads from disk, only its
+    own rows of each global batch, the same that the strategy would have cut for it: for
+    `strategy.distribute_datasets_from_function`, where each worker has one replica.
 
     Args:
         pairs: `Preferences` or any pairs that `tokenize_pairs` takes, or `TokenizedPairs`.
@@ -136,6 +141,7 @@ def preference_dataset(
         row_length: tokens per row of packed batches; None chooses (see `plan_packing`).
         rows: rows per packed batch, over all replicas; None chooses.
         replicas: how many share a packed batch, so that they get as many rows each.
+        worker: (index, count): bring the rows of this worker only; None brings all.
 
     Returns:
         A dataset of known cardinality, deterministic, prefetching.
@@ -176,6 +182,12 @@ def preference_dataset(
         ]
     elif drop_remainder:
         problems.append("drop_remainder has no effect with batching='packed'; leave it out.")
+    if worker is not None and not 0 <= worker[0] < worker[1]:
+        problems.append(f"worker must be (index, count) with 0 <= index < count, got {worker}.")
+    elif worker is not None and batching != "packed" and batch_size % worker[1]:
+        problems.append(
+            f"batch_size must be a multiple of the {worker[1]} workers, got {batch_size}."
+        )
     if problems:
         raise InputError(problems)
     if isinstance(pairs, TokenizedPairs):
@@ -185,9 +197,9 @@ def preference_dataset(
             pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
         )
     if batching == "packed":
-        source = _packed(tokenized, batch_size, row_length, rows, replicas, seed, shuffle)
+        source = _packed(tokenized, batch_size, row_length, rows, replicas, seed, shuffle, worker)
     else:
-        source = _bucketed(tokenized, batch_size, buckets, seed, shuffle, drop_remainder)
+        source = _bucketed(tokenized, batch_size, buckets, seed, shuffle, drop_remainder, worker)
     if source.steps == 0:
         raise InputError(
             f"drop_remainder leaves no batch: {len(tokenized)} pairs, batch_size {batch_size}."
@@ -208,6 +220,7 @@ def _bucketed(
     seed: int,
     shuffle: bool,
     drop_remainder: bool,
+    worker: tuple[int, int] | None,
 ) -> Source:
     plan = plan_buckets(tokenized, batch_size, buckets)
     order = functools.lru_cache(maxsize=2)(
@@ -217,12 +230,14 @@ def _bucketed(
     )
 
     def make(epoch: int, step: int) -> Batch:
-        shape, rows = order(epoch).bucket[step], order(epoch).rows[step]
+        shape, batches = order(epoch).bucket[step], order(epoch).rows
+        rows = _rows_of(tokenized, batches, step, worker)
         return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
 
     # Batches of one shape are static throughout; else only length and slots are left open.
     one = len(plan.lengths) == 1
-    sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], batch_size)
+    rows = batch_size // (1 if worker is None else worker[1])
+    sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], rows)
     return Source(
         steps_per_epoch(tokenized, batch_size, drop_remainder),
         make,
@@ -238,6 +253,7 @@ def _packed(
     replicas: int,
     seed: int,
     shuffle: bool,
+    worker: tuple[int, int] | None,
 ) -> Source:
     plan = plan_packing(
         tokenized,
@@ -251,7 +267,25 @@ def _packed(
     order = functools.lru_cache(maxsize=2)(lambda epoch: packed_order(plan, epoch))
 
     def make(epoch: int, step: int) -> Batch:
-        pairs = order(epoch if shuffle else 0).pairs[step]
+        batches = order(epoch if shuffle else 0).pairs
+        pairs = _rows_of(tokenized, batches, step, worker)
         return collate_packed(tokenized, pairs, plan.length, plan.slots)
 
     return Source(plan.steps, make, signature_of(make(0, 0), {}))
+
+
+def _rows_of(
+    tokenized: TokenizedPairs, batches: np.ndarray, step: int, worker: tuple[int, int] | None
+) -> np.ndarray:
+    """Takes a batch's rows, or a worker's share of them, and announces those of a later batch."""
+    index, count = worker or (0, 1)
+    size = batches.shape[1]
+    if size % count:
+        raise InputError(
+            f"a batch of {size} packed rows cannot be shared by {count} workers; pass "
+            f"replicas={count}."
+        )
+    mine = batches[:, index * size // count : (index + 1) * size // count]
+    soon = mine[0 if step == 0 else step + AHEAD : step + AHEAD + 1]
+    tokenized.expect(soon[soon >= 0])
+    return mine[step]

@@ -32,6 +32,8 @@ class TokenizedPairs:
         source: int64 `[N]`, each pair's place among the pairs that were given.
         max_length: the limit that the pairs were cut to; buckets never reach beyond it.
         report: what tokenization did.
+        identity: stands for the tokens in `fingerprint` where these are on disk: whoever made them
+            says what they are, so that nobody has to read all of them.
     """
 
     prompt: Ragged
@@ -47,6 +49,7 @@ class TokenizedPairs:
     source: np.ndarray | None = None
     max_length: int | None = None
     report: TokenizationReport = field(default_factory=TokenizationReport)
+    identity: str | None = None
 
     def __len__(self) -> int:
         """Number of pairs."""
@@ -73,13 +76,25 @@ class TokenizedPairs:
 
         Tokenizer, template and truncation all show in the tokens, so two sets of equal fingerprint
         have the same log-probs under the same model: the key of a cache of reference log-probs.
-        Preferences and weights do not enter.
+        Preferences and weights do not enter. Pairs on disk have the digest of what their tokens
+        were made from instead.
         """
+        if self.identity is not None:
+            return self.identity
         digest = hashlib.sha256(b"dpo_keras tokens 1")
         for part in (self.prompt, self.chosen, self.rejected):
             digest.update(np.ascontiguousarray(part.row_splits, "<i8").tobytes())
             digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
         return digest.hexdigest()
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Announces pairs that will be read soon, so that a disk can begin; nothing waits for it.
+
+        Args:
+            rows: int `[n]` row numbers.
+        """
+        for part in (self.prompt, self.chosen, self.rejected):
+            part.expect(rows)
 
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
         """Returns the same pairs carrying reference log-probs into every batch.
@@ -103,7 +118,7 @@ class TokenizedPairs:
         return replace(self, reference=values)
 
     def take(self, rows: np.ndarray) -> TokenizedPairs:
-        """Returns some of the pairs, in the order given.
+        """Returns some of the pairs, in the order given; tokens on disk stay there.
 
         Args:
             rows: int `[n]` row numbers.
@@ -112,21 +127,26 @@ class TokenizedPairs:
             A new set of n pairs; the report stays that of the whole.
         """
         rows = np.asarray(rows, np.int64)
+        identity = self.identity
+        if identity is not None:
+            chosen = np.ascontiguousarray(rows, "<i8").tobytes()
+            identity = hashlib.sha256(identity.encode() + chosen).hexdigest()
 
         def pick(values: Any) -> Any:
             return None if values is None else values[rows]
 
         return replace(
             self,
-            prompt=self.prompt.take(rows),
-            chosen=self.chosen.take(rows),
-            rejected=self.rejected.take(rows),
+            prompt=self.prompt.select(rows),
+            chosen=self.chosen.select(rows),
+            rejected=self.rejected.select(rows),
             preference=self.preference[rows],
             weight=self.weight[rows],
             reference=pick(self.reference),
             group=pick(self.group),
             margin=pick(self.margin),
             source=pick(self.source),
+            identity=identity,
         )
 
 

@@ -103,10 +103,34 @@ class Ragged:
             [[2, 3], [2, 3], [1]]
         """
         rows = np.asarray(rows, np.int64)
-        lengths = self.lengths[rows]
+        starts = self.row_splits[rows]
+        # Not self.lengths[rows]: a batch must not cost more where there are more rows.
+        lengths = self.row_splits[rows + 1] - starts
         splits = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=splits[1:])
-        return Ragged(self.flat_values[places(self.row_splits[rows], lengths)], splits)
+        return Ragged(self.flat_values[places(starts, lengths)], splits)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> Ragged:
+        """Picks rows without reading their tokens where these are on disk; else as `take`.
+
+        Args:
+            rows: int `[n]` row numbers.
+
+        Returns:
+            n rows.
+
+        Example:
+            >>> Ragged.from_lists([[1], [2, 3]]).select([1]).tolist()
+            [[2, 3]]
+        """
+        return self.take(rows)
+
+    def expect(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Announces rows that will be read soon; rows in memory need no announcement.
+
+        Args:
+            rows: int `[n]` row numbers.
+        """
 
     def tolist(self) -> list[list[int]]:
         """The rows as lists of Python integers.

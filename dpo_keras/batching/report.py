@@ -42,7 +42,8 @@ class TokenizationReport:
     Args:
         pairs: pairs given.
         kept: pairs that survived.
-        dropped: those that did not, in order.
+        dropped: those that did not, in order; of pairs on disk only the first are named, and the
+            others show in `pairs - kept`.
         truncated_prompts: kept pairs whose prompt was cut, from its left.
         truncated_responses: kept pairs of which a response was cut, from its right; such a
             response has no end token.
@@ -93,12 +94,12 @@ class TokenizationReport:
             )
         if self.identical_responses:
             lines.append(f"Identical responses (they teach nothing): {self.identical_responses}.")
-        if self.dropped:
+        if count := max(self.pairs - self.kept, len(self.dropped)):
             rules = ", ".join(f"{rule} {n}" for rule, n in sorted(self._by_rule().items()))
-            lines.append(f"Dropped {len(self.dropped)}: {rules}.")
+            lines.append(f"Dropped {count}: {rules}.")
             lines += [f"  {pair}" for pair in self.dropped[:limit]]
-            if len(self.dropped) > limit:
-                lines.append(f"  … and {len(self.dropped) - limit} more.")
+            if count > limit:
+                lines.append(f"  … and {count - min(limit, len(self.dropped))} more.")
         return "\n".join(lines + [f"Warning: {warning}" for warning in self.warnings])
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,4 +118,6 @@ class TokenizationReport:
         return values
 
     def _by_rule(self) -> dict[str, int]:
-        return dict(Counter(pair.rule for pair in self.dropped))
+        rules = Counter(pair.rule for pair in self.dropped)
+        rules["not named here"] = max(self.pairs - self.kept - len(self.dropped), 0)
+        return dict(+rules)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.report import DroppedPair, TokenizationReport
 from dpo_keras.batching.templates import ChatTemplate, get_template
 from dpo_keras.errors import InputError
+from dpo_keras.preferences.stored import StoredPreferences
 
 if TYPE_CHECKING:
     from dpo_keras.preferences import PreferencePair
@@ -30,6 +31,7 @@ def tokenize_pairs(
     max_length: int = 1024,
     template: str | ChatTemplate | None = None,
     overlength: Overlength = "truncate",
+    cache: str | os.PathLike[str] | None = None,
 ) -> TokenizedPairs:
     r"""Tokenizes preference pairs through the model's own tokenizer.
 
@@ -43,7 +45,8 @@ def tokenize_pairs(
     did not end there.
 
     Args:
-        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them.
+        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Those of a built
+            directory (`StoredPreferences`) are tokenized once, and their tokens stay on disk.
         preprocessor: the model's KerasHub preprocessor (`policy.preprocessor`), its tokenizer, or
             anything that `TextEncoder` takes.
         max_length: most tokens of prompt and response together, >= 4.
@@ -53,6 +56,7 @@ def tokenize_pairs(
             turn and a string response one assistant turn.
         overlength: what happens to a pair that is too long: "truncate", "drop" or "error". Dropped
             pairs are named in the report.
+        cache: where tokens of a built directory are kept; None: in `tokens/` in it.
 
     Returns:
         The surviving pairs, with a report of the others.
@@ -78,14 +82,64 @@ def tokenize_pairs(
     if overlength not in get_args(Overlength):
         names = ", ".join(map(repr, get_args(Overlength)))
         problems.append(f"overlength must be one of {names}, got {overlength!r}.")
+    stored = isinstance(pairs, StoredPreferences)
+    if cache is not None and not stored:
+        problems.append(f"cache is for pairs of a built directory, got {type(pairs).__name__}.")
     if problems:
         raise InputError(problems)
-    encoder = TextEncoder(preprocessor)
+    rules = Rules(TextEncoder(preprocessor), get_template(template), max_length, overlength)
+    if isinstance(pairs, StoredPreferences):
+        from dpo_keras.batching.token_store import tokenize_stored
+
+        return tokenize_stored(pairs, rules, cache)
     records = _records(pairs)
-    prompt, chosen, rejected, warnings = _encode(records, encoder, get_template(template))
-    tokens, report = _cut(records, encoder, prompt, chosen, rejected, max_length, overlength)
-    report.warnings.extend(warnings)
-    return replace(tokens, report=report)
+    tokens, _ = tokenize_chunk(records, rules)
+    if not len(tokens):
+        raise InputError(
+            [f"None of the {len(records)} pairs is left after tokenization."]
+            + [str(pair) for pair in tokens.report.dropped[:_NAMED]]
+        )
+    return tokens
+
+
+class Rules(NamedTuple):
+    """How text becomes tokens.
+
+    Args:
+        encoder: the tokenizer.
+        template: the chat template, or None.
+        max_length: most tokens of prompt and response together.
+        overlength: what happens to a pair that is too long.
+    """
+
+    encoder: TextEncoder
+    template: ChatTemplate | None
+    max_length: int
+    overlength: Overlength
+
+
+def tokenize_chunk(
+    records: list[PreferencePair], rules: Rules, first: int = 0
+) -> tuple[TokenizedPairs, np.ndarray]:
+    """Tokenizes some of the pairs of a larger set, without complaint where none is left.
+
+    Args:
+        records: the pairs.
+        rules: how.
+        first: the number of the first one in the larger set, for `source`, report and messages.
+
+    Returns:
+        The surviving pairs with their report, and bool `[n, 3]`: whether the prompt was cut, a
+        response was cut, both responses have the same tokens.
+
+    Raises:
+        InputError: as `tokenize_pairs`.
+    """
+    encoder, template, max_length, overlength = rules
+    prompt, chosen, rejected, warnings = _encode(records, encoder, template, first)
+    tokens, cuts = _cut(records, encoder, prompt, chosen, rejected, max_length, overlength, first)
+    tokens.report.warnings.extend(warnings)
+    return tokens, cuts
 
 
 def _records(pairs: Iterable[Any]) -> list[PreferencePair]:
@@ -98,13 +152,16 @@ def _records(pairs: Iterable[Any]) -> list[PreferencePair]:
 
 
 def _encode(
-    records: list[PreferencePair], encoder: TextEncoder, template: ChatTemplate | None
+    records: list[PreferencePair],
+    encoder: TextEncoder,
+    template: ChatTemplate | None,
+    first: int,
 ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
     if template is not None:
-        return encode_conversations(records, encoder, template)
+        return encode_conversations(records, encoder, template, first)
     columns: list[list[str]] = [[], [], []]
     messages = []
-    for number, pair in enumerate(records):
+    for number, pair in enumerate(records, first):
         for column, text in zip(columns, (pair.prompt, pair.chosen, pair.rejected), strict=True):
             if isinstance(text, str):
                 column.append(text)
@@ -128,12 +185,13 @@ def _cut(
     rejected: Ragged,
     max_length: int,
     overlength: str,
-) -> tuple[TokenizedPairs, TokenizationReport]:
+    first: int,
+) -> tuple[TokenizedPairs, np.ndarray]:
     longer = np.maximum(chosen.lengths, rejected.lengths)
     total = prompt.lengths + longer
     over = total > max_length
     if overlength == "error" and over.any():
-        raise InputError(_too_long(records, np.flatnonzero(over), total, max_length))
+        raise InputError(_too_long(records, np.flatnonzero(over), total, max_length, first))
 
     # Which rule drops a pair, if any. A response of the end token alone says nothing.
     rule = np.full(len(records), "", object)
@@ -143,7 +201,7 @@ def _cut(
         rule[over & (rule == "")] = "overlength"
     dropped = [
         DroppedPair(
-            int(i),
+            first + int(i),
             records[i].id,
             str(rule[i]),
             f"prompt {prompt.lengths[i]}, chosen {chosen.lengths[i]}, "
@@ -152,35 +210,33 @@ def _cut(
         for i in np.flatnonzero(rule != "")
     ]
     keep = np.flatnonzero(rule == "")
-    if not len(keep):
-        raise InputError(
-            [f"None of the {len(records)} pairs is left after tokenization."]
-            + [str(pair) for pair in dropped[:_NAMED]]
-        )
     records = [records[i] for i in keep]
     prompt, chosen, rejected = prompt.take(keep), chosen.take(keep), rejected.take(keep)
     cut_prompt, cut_chosen, cut_rejected = truncate(
         prompt, chosen, rejected, max_length, encoder.start
     )
+    identical = np.zeros(len(keep), bool)
+    for i in np.flatnonzero(cut_chosen.lengths == cut_rejected.lengths):
+        identical[i] = np.array_equal(cut_chosen[int(i)], cut_rejected[int(i)])
+    cuts = np.stack(
+        [
+            cut_prompt.lengths < prompt.lengths,
+            (cut_chosen.lengths < chosen.lengths) | (cut_rejected.lengths < rejected.lengths),
+            identical,
+        ],
+        axis=1,
+    )
+    lengths = cut_prompt.lengths + np.maximum(cut_chosen.lengths, cut_rejected.lengths)
     report = TokenizationReport(
         pairs=len(rule),
         kept=len(keep),
         dropped=dropped,
-        truncated_prompts=int((cut_prompt.lengths < prompt.lengths).sum()),
-        truncated_responses=int(
-            (
-                (cut_chosen.lengths < chosen.lengths) | (cut_rejected.lengths < rejected.lengths)
-            ).sum()
-        ),
-        identical_responses=sum(
-            np.array_equal(cut_chosen[int(i)], cut_rejected[int(i)])
-            for i in np.flatnonzero(cut_chosen.lengths == cut_rejected.lengths)
-        ),
+        truncated_prompts=int(cuts[:, 0].sum()),
+        truncated_responses=int(cuts[:, 1].sum()),
+        identical_responses=int(identical.sum()),
         prompt_tokens=len(cut_prompt.flat_values),
         response_tokens=len(cut_chosen.flat_values) + len(cut_rejected.flat_values),
-        longest=int(
-            (cut_prompt.lengths + np.maximum(cut_chosen.lengths, cut_rejected.lengths)).max()
-        ),
+        longest=int(lengths.max(initial=0)),
     )
     groups = [pair.group for pair in records]
     names = tuple(sorted({name for name in groups if name is not None}))
@@ -195,10 +251,11 @@ def _cut(
         group=_numbered(groups, names) if names else None,
         margin=_margins(margins),
         group_names=names,
-        source=keep,
+        source=first + keep,
         max_length=max_length,
+        report=report,
     )
-    return tokens, report
+    return tokens, cuts
 
 
 def _blank(responses: Ragged, encoder: TextEncoder) -> np.ndarray:
@@ -222,7 +279,11 @@ def _margins(margins: list[float | None]) -> np.ndarray | None:
 
 
 def _too_long(
-    records: list[PreferencePair], rows: np.ndarray, total: np.ndarray, max_length: int
+    records: list[PreferencePair],
+    rows: np.ndarray,
+    total: np.ndarray,
+    max_length: int,
+    first: int,
 ) -> list[str]:
     problems = [
         f"{len(rows)} of {len(records)} pairs are longer than max_length={max_length} tokens. "
@@ -230,7 +291,7 @@ def _too_long(
     ]
     for i in rows[:_NAMED]:
         name = f" (id {records[i].id!r})" if records[i].id is not None else ""
-        problems.append(f"pair {i}{name}: {total[i]} tokens")
+        problems.append(f"pair {first + i}{name}: {total[i]} tokens")
     if len(rows) > _NAMED:
         problems.append(f"… and {len(rows) - _NAMED} more.")
     return problems

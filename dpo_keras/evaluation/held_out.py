@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from dpo_keras.evaluation.pair_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
 from dpo_keras.scoring.packed import check_packing
 from dpo_keras.training import DPOModel
+from dpo_keras.training.measures import outputs_of
 
 
 def evaluate_preferences(
@@ -106,7 +108,9 @@ def _given(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
     group = np.full(count, -1, np.int32) if tokenized.group is None else tokenized.group
     number: dict[bytes, int] = {}
     prompt = [
-        number.setdefault(tokenized.prompt[row].tobytes(), len(number)) for row in range(count)
+        # A digest: the prompts themselves may be more than memory holds.
+        number.setdefault(hashlib.blake2b(tokenized.prompt[row].tobytes()).digest(), len(number))
+        for row in range(count)
     ]
     return {
         "source": np.asarray(source, np.int64),
@@ -135,7 +139,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     """Per pair what `DPOModel.measure` sums."""
     loss = model.preference_loss
     assert loss is not None
-    outputs = model.outputs(batch)
+    outputs = outputs_of(model, batch)
     terms = loss.terms(ops.reshape(batch["preference"], (-1,)), outputs)
     scores = loss.scores(outputs)
     found = {

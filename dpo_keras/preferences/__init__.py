@@ -1,7 +1,9 @@
-"""Preference pairs: read, validated, audited, split and written. Imports no TensorFlow."""
+"""Preference pairs: read, validated, audited, split, written. Imports no TensorFlow by itself."""
 
 from dpo_keras.preferences.audit import Audit, audit
+from dpo_keras.preferences.building import build_preferences
 from dpo_keras.preferences.collection import Preferences
+from dpo_keras.preferences.manifest import is_built
 from dpo_keras.preferences.readers import read_preferences
 from dpo_keras.preferences.report import InvalidPreferences, Problem, ReadReport
 from dpo_keras.preferences.schema import (
@@ -11,6 +13,8 @@ from dpo_keras.preferences.schema import (
     Text,
     plain_text,
 )
+from dpo_keras.preferences.stored import StoredPreferences
+from dpo_keras.preferences.streaming import PreferenceStream
 from dpo_keras.preferences.support import Verdict, judge, support_pairs
 from dpo_keras.preferences.writers import write_preferences
 
@@ -20,12 +24,16 @@ __all__ = [
     "InvalidPreferences",
     "Message",
     "PreferencePair",
+    "PreferenceStream",
     "Preferences",
     "Problem",
     "ReadReport",
+    "StoredPreferences",
     "Text",
     "Verdict",
     "audit",
+    "build_preferences",
+    "is_built",
     "judge",
     "plain_text",
     "read_preferences",

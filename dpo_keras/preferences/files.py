@@ -13,13 +13,13 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.records import COLUMNS, missing_columns
-from dpo_keras.preferences.schema import Fault, shown
+from dpo_keras.preferences.schema import Fault, PreferencePair, shown
 
 Records: TypeAlias = Iterator[tuple[int | None, Any]]
 
@@ -62,13 +62,16 @@ def file_format(path: Path, format: str) -> str:
     return SUFFIXES[suffix]
 
 
-def read_file(path: Path, format: str, unused: Counter[str]) -> Records:
+def read_file(
+    path: Path, format: str, unused: Counter[str], renaming: Mapping[str, str] | None = None
+) -> Records:
     """Yields the records of one file.
 
     Args:
         path: the file; whether it is gzipped is seen from its first bytes.
         format: a key of `READERS`.
         unused: counts the columns that are left out here already.
+        renaming: the file's names of columns to ours.
 
     Yields:
         `(line, record)`; a `Fault` instead of a record where there is none to be had.
@@ -76,7 +79,7 @@ def read_file(path: Path, format: str, unused: Counter[str]) -> Records:
     last: int | None = 0
     try:
         with _open(path) as stream:
-            for last, record in READERS[format](stream, unused):
+            for last, record in READERS[format](stream, unused, renaming or {}):
                 yield last, record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         rule = f"the file is broken or cut off after line {last}: {error}"
@@ -107,14 +110,14 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def _read_jsonl(stream: BinaryIO, unused: Counter[str]) -> Records:
+def _read_jsonl(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
     # Lines end at "\n" only: other separators may stand inside JSON strings.
     for number, line in enumerate(stream, 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.isspace() or not line:
             continue
-        yield number, _parse_json(line)
+        yield number, rename_record(_parse_json(line), renaming)
 
 
 def _parse_json(line: bytes) -> Any:
@@ -128,23 +131,23 @@ def _parse_json(line: bytes) -> Any:
         return Fault("not JSON", "line", text, f"not JSON ({error}), got {text}.")
 
 
-def _read_json(stream: BinaryIO, unused: Counter[str]) -> Records:
+def _read_json(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
     """Reads one JSON list of records, or JSONL under that name."""
     start = b""
     while not start and (line := stream.readline()):
         start = line.removeprefix(b"\xef\xbb\xbf").strip()
     stream.seek(0)
     if not start.startswith(b"["):
-        yield from _read_jsonl(stream, unused)
+        yield from _read_jsonl(stream, unused, renaming)
         return
     records = _parse_json(stream.read().removeprefix(b"\xef\xbb\xbf"))
     if isinstance(records, Fault):
         yield None, records
         return
-    yield from enumerate(records, 1)
+    yield from enumerate((rename_record(record, renaming) for record in records), 1)
 
 
-def _read_csv(stream: BinaryIO, unused: Counter[str]) -> Records:
+def _read_csv(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     # Cells hold whole conversations. The limit is the module's, so it is put back.
     limit = csv.field_size_limit(2**31 - 1)
@@ -163,7 +166,7 @@ def _read_csv(stream: BinaryIO, unused: Counter[str]) -> Records:
             if not any(row):
                 continue
             if header is None:
-                header = [name.strip() for name in row]
+                header = _our_names([name.strip() for name in row], renaming)
                 if faults := missing_columns(header):
                     for fault in faults:
                         yield None, fault
@@ -178,7 +181,7 @@ def _read_csv(stream: BinaryIO, unused: Counter[str]) -> Records:
         text.detach()  # or its end would close the stream of the caller
 
 
-def _read_parquet(stream: BinaryIO, unused: Counter[str]) -> Records:
+def _read_parquet(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -186,22 +189,59 @@ def _read_parquet(stream: BinaryIO, unused: Counter[str]) -> Records:
         raise InputError("Parquet files need pyarrow: pip install 'dpo-keras[parquet]'.") from error
     try:
         table = pyarrow.parquet.ParquetFile(stream)
-        header = table.schema_arrow.names
+        names = table.schema_arrow.names
+        header = _our_names(names, renaming)
         if faults := missing_columns(header):
             for fault in faults:
                 yield None, fault
             return
-        used = [name for name in header if name in COLUMNS]
-        unused.update(f"column {name!r}" for name in header if name not in COLUMNS)
-        batches = table.iter_batches(columns=used)
-        rows = (record for batch in batches for record in batch.to_pylist())
+        used = {name: ours for name, ours in zip(names, header, strict=True) if ours in COLUMNS}
+        unused.update(f"column {name!r}" for name in names if name not in used)
+        # Few rows at a time: they may hold long conversations.
+        batches = table.iter_batches(batch_size=4096, columns=list(used))
+        rows = (
+            {used[name]: value for name, value in record.items()}
+            for batch in batches
+            for record in batch.to_pylist()
+        )
         yield from enumerate(rows, 1)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
         yield None, Fault("broken file", "file", None, f"not a Parquet file: {error}.")
 
 
+def _our_names(header: list[str], renaming: Mapping[str, str]) -> list[str]:
+    """Returns a header in our names; a column in the place of a renamed one gets its old name."""
+    ours = set(renaming.values()) - renaming.keys()
+    return [renaming.get(name, f"unused {name}" if name in ours else name) for name in header]
+
+
+def rename_record(record: Any, renaming: Mapping[str, str]) -> Any:
+    """Gives the columns of a record our names.
+
+    Args:
+        record: a mapping; anything else is returned as it is.
+        renaming: the source's names to ours. A column that has one of our names already, and is
+            not the one that is meant, counts as unused.
+
+    Raises:
+        InputError: if the record is a pair, whose columns have no other names.
+
+    Example:
+        >>> rename_record({"question": "Hi", "prompt": 7}, {"question": "prompt"})
+        {'prompt': 'Hi', 'unused prompt': 7}
+    """
+    if renaming and isinstance(record, PreferencePair):
+        raise InputError(
+            f"columns ({', '.join(renaming.values())}) have no effect on records that are pairs "
+            "already; leave them out."
+        )
+    if not renaming or not isinstance(record, Mapping):
+        return record
+    return dict(zip(_our_names(list(record), renaming), record.values(), strict=True))
+
+
 _DECODER = json.JSONDecoder().decode
-READERS: dict[str, Callable[[BinaryIO, Counter[str]], Records]] = {
+READERS: dict[str, Callable[[BinaryIO, Counter[str], Mapping[str, str]], Records]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,

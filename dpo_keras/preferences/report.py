@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class ReadReport:
         warnings: what was kept but should be looked at: duplicates, contradictions, columns that
             are not used, prompts repeated in the responses.
         layouts: how many kept records came as "chosen/rejected" and as "response_a/response_b".
+        omitted: problems and warnings that are only counted, by rule: of data that are streamed the
+            first ones are listed, so that the report stays small.
 
     Example:
         >>> report = ReadReport(["pairs.jsonl"], read=3, kept=2)
@@ -80,6 +82,7 @@ class ReadReport:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
+    omitted: Counter[str] = field(default_factory=Counter)
 
     @property
     def dropped(self) -> int:
@@ -96,14 +99,28 @@ class ReadReport:
             "layouts": dict(self.layouts),
             "problems": [problem.as_dict() for problem in self.problems],
             "warnings": [problem.as_dict() for problem in self.warnings],
+            "omitted": dict(self.omitted),
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReadReport:
+        """Makes the report again that `as_dict` made these values of."""
+        return cls(
+            values["sources"],
+            values["read"],
+            values["kept"],
+            [Problem(**entry) for entry in values["problems"]],
+            [Problem(**entry) for entry in values["warnings"]],
+            Counter(values["layouts"]),
+            Counter(values["omitted"]),
+        )
 
     def summary(self) -> str:
         """Returns the counts, and each rule with how often and where, as plain text."""
         sources = ", ".join(self.sources) or "records"
         lines = [f"{sources}: {self.read:,} read, {self.kept:,} kept, {self.dropped:,} dropped"]
-        lines += [f"  {line}" for line in by_rule(self.problems)]
-        lines += [f"  warning: {line}" for line in by_rule(self.warnings)]
+        lines += [f"  {line}" for line in by_rule(self.problems, omitted=self.omitted)]
+        lines += [f"  warning: {line}" for line in by_rule(self.warnings, omitted=self.omitted)]
         return "\n".join(lines)
 
 
@@ -119,13 +136,21 @@ class InvalidPreferences(InputError):
     def __init__(self, headline: str, report: ReadReport, shown_problems: int = 20):
         self.report = report
         messages = [headline, *(str(problem) for problem in report.problems[:shown_problems])]
-        if (more := len(report.problems) - shown_problems) > 0:
+        more = max(len(report.problems) - shown_problems, 0) + sum(report.omitted.values())
+        if more:
             messages.append(f"... and {more:,} more.")
         super().__init__(messages)
 
 
-def by_rule(problems: Sequence[Problem], places: int = 5) -> list[str]:
+def by_rule(
+    problems: Sequence[Problem], places: int = 5, omitted: Mapping[str, int] | None = None
+) -> list[str]:
     """Returns one line for each rule: its name, how often it was broken, the first places.
+
+    Args:
+        problems: those that are listed.
+        places: how many are named for each rule.
+        omitted: how many more there were, by rule.
 
     Example:
         >>> by_rule([Problem("a.csv", n, "empty prompt", "prompt", "", "") for n in range(1, 9)])
@@ -145,7 +170,9 @@ def by_rule(problems: Sequence[Problem], places: int = 5) -> list[str]:
             f"{problem.source}:{problem.line}" if several else str(problem.line)
             for problem in placed[:places]
         ]
-        more = f" and {len(placed) - places:,} more" if len(placed) > places else ""
+        unlisted = (omitted or {}).get(rule, 0)
+        rest = max(len(placed) - places, 0) + unlisted
+        more = f" and {rest:,} more" if rest else ""
         word = "line" if len(placed) == 1 else "lines"
-        lines.append(f"{rule}: {len(group):,} ({word} {', '.join(names)}{more})")
+        lines.append(f"{rule}: {len(group) + unlisted:,} ({word} {', '.join(names)}{more})")
     return lines

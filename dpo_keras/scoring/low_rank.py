@@ -22,7 +22,8 @@ def low_rank_calls(model: keras.Model) -> list[Swap]:
     """The calls of all layers with LoRA switched on, factored.
 
     Args:
-        model: any model; layers of other kinds, and quantized ones, are left as they are.
+        model: any model; layers of other kinds, and quantized ones, are left as they are, and so
+            is whatever is no model of Keras 3.
 
     Returns:
         What `swapped` takes.
@@ -37,6 +38,8 @@ def low_rank_calls(model: keras.Model) -> list[Swap]:
         >>> len(low_rank_calls(model))
         1
     """
+    if not isinstance(model, keras.Model):
+        return []
     return [
         (layer, "call", _factored(layer))
         for layer in model._flatten_layers()

@@ -15,6 +15,7 @@ from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, Server, missing_reference, scores_of
 from dpo_keras.serving.verification import Call, largest_difference
+from dpo_keras.training.measures import outputs_of
 
 Examples = Sequence[tuple[str, str, str]]
 Answers = Mapping[str, Sequence[Any]]
@@ -139,7 +140,7 @@ class Comparison:
         expected = {"log_prob": _column(scored["logps"]), "tokens": _column(scored["lengths"])}
         if missing_reference(self.server.model) is None:
             model = self.server.model
-            outputs = dict(model.outputs(batch))
+            outputs = dict(outputs_of(model, batch))
             # On its own, a response is shared with nothing shorter (LD-DPO).
             for name in ("policy", "reference"):
                 if f"{name}_shared" in outputs:
@@ -150,7 +151,7 @@ class Comparison:
     def _prefer(self, examples: Examples) -> tuple[dict[str, Any], list[int]]:
         batch, kept = self._batch(list(examples))
         model = self.server.model
-        scores = scores_of(model.preference_loss, model.outputs(batch))
+        scores = scores_of(model.preference_loss, outputs_of(model, batch))
         probabilities = preference_probabilities(scores)
         return {
             "probability_a": _column(probabilities),

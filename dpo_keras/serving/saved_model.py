@@ -60,8 +60,9 @@ def export(
     that a server can see is whole.
 
     Args:
-        model: a compiled `DPOModel`, or a policy alone (a KerasHub causal language model, or any
-            Keras model from `{"token_ids", "padding_mask"}` to logits).
+        model: a compiled `DPOModel` (of `dpo_keras` or of `dpo_keras.legacy`), or a policy alone:
+            a KerasHub causal language model, or any Keras or tf-keras model from
+            `{"token_ids", "padding_mask"}` to logits.
         path: `<anywhere>/<name>/<version>`, version a whole number; without a number at the end,
             the next free version in that directory.
         max_length: most tokens of prompt and response together; longer prompts are cut from the
@@ -165,7 +166,7 @@ def _signatures(model: Any, names: Sequence[str]) -> tuple[tuple[str, ...], list
 
 def _problems(policy: Any, preprocessor: Any, max_length: int, decoding: Decoding) -> list[str]:
     problems = []
-    if not isinstance(policy, keras.Model):
+    if not _is_model(policy):
         problems.append(f"model must be a DPOModel or a keras.Model, got {type(policy).__name__}.")
     if preprocessor is None:
         problems.append(
@@ -193,6 +194,12 @@ def _problems(policy: Any, preprocessor: Any, max_length: int, decoding: Decodin
             "likeliest token; give a temperature, or leave top_p."
         )
     return problems
+
+
+def _is_model(policy: Any) -> bool:
+    # By the name of the package: tf-keras is imported by those who use it, never here.
+    families = {kind.__module__.partition(".")[0] for kind in type(policy).__mro__}
+    return isinstance(policy, keras.Model) or (callable(policy) and "tf_keras" in families)
 
 
 def _verify(

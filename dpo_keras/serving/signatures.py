@@ -13,7 +13,7 @@ from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabili
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.decoding import generate_ids, prompt_ids
 from dpo_keras.serving.graph_encoder import GraphEncoder, neutral_columns
-from dpo_keras.training import DPOModel
+from dpo_keras.training.measures import outputs_of
 
 Outputs = dict[str, tf.Tensor]
 INPUTS = {
@@ -58,8 +58,9 @@ class Server:
         special_ids: tuple[int, ...] = (),
     ):
         self.model = model
-        self.policy = getattr(model, "policy", model)
-        self.scorer = getattr(model, "scorer", None) or ResponseScorer(self.policy)
+        self.scorer = getattr(model, "scorer", None) or ResponseScorer(model)
+        # As the scorer calls it: with a dict of ids and mask, whatever the model itself takes.
+        self.policy = self.scorer.policy
         self.encoder = encoder
         self.decoding = decoding
         self.special_ids = special_ids
@@ -85,7 +86,7 @@ class Server:
     def prefer(self, prompt: tf.Tensor, response_a: tf.Tensor, response_b: tf.Tensor) -> Outputs:
         """P(a is preferred) and P(b is preferred), from the scores that training compares."""
         _same_length(prompt, response_a, response_b)
-        outputs = self.model.outputs(self.encoder.batch(prompt, [response_a, response_b]))
+        outputs = outputs_of(self.model, self.encoder.batch(prompt, [response_a, response_b]))
         scores = scores_of(self.model.preference_loss, outputs)
         probabilities = preference_probabilities(scores)
         return {
@@ -127,7 +128,7 @@ class Server:
 
 def loss_of(model: Any) -> DPOLoss | None:
     """The loss that a model was compiled with, or None for a policy alone."""
-    return model.preference_loss if isinstance(model, DPOModel) else None
+    return getattr(model, "preference_loss", None)
 
 
 def scores_of(loss: DPOLoss, outputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
@@ -156,7 +157,7 @@ def missing_reference(model: Any) -> str | None:
     Returns:
         One clause for people.
     """
-    if not isinstance(model, DPOModel):
+    if not hasattr(model, "preference_loss"):
         return "a policy alone has no reference and no beta; export the DPOModel around it"
     loss = model.preference_loss
     if loss is None:

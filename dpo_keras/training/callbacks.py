@@ -11,7 +11,6 @@ from typing import Any
 import keras
 
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.references import AdaptersOff, FrozenCopy
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
 
@@ -184,9 +183,8 @@ class SyncReference(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Refuses a reference that cannot move."""
-        reference = getattr(self.model, "reference", None)
-        if not isinstance(reference, FrozenCopy) or isinstance(reference, AdaptersOff):
-            mode = getattr(reference, "mode", None)
+        mode = getattr(getattr(self.model, "reference", None), "mode", None)
+        if mode != "frozen_copy":
             raise InputError(
                 f"a synchronised reference must be reference='frozen_copy', got {mode!r}."
             )

@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-from keras import ops
 
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
@@ -14,15 +13,10 @@ from dpo_keras.training.adapters import (
     restore_adapters,
     serialized_policy,
 )
-from dpo_keras.training.measures import loss_outputs, metric_names, metric_sums
-from dpo_keras.training.policy_trainer import (
-    Batch,
-    PolicyTrainer,
-    Sums,
-    gather_over_replicas,
-    sum_over_replicas,
-)
+from dpo_keras.training.measures import Batch, Sums, loss_outputs, metric_names, worst_group
+from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.training.start import StartsAtReference
+from dpo_keras.training.steps import preference_step
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
@@ -188,28 +182,12 @@ class DPOModel(PolicyTrainer):
 
     def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
         """`worst_group_loss`, where the loss is robust over groups."""
-        losses = [mean for name, mean in means.items() if name.startswith("group_loss/")]
-        return {"worst_group_loss": ops.max(ops.stack(losses))} if losses else {}
+        return worst_group(means)
 
     def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
         """The loss, its terms and the metrics over this replica's pairs."""
         assert self.preference_loss is not None
-        loss, replicas = self.preference_loss, self.distribute_strategy.num_replicas_in_sync
-        outputs = self.outputs(batch, training)
-        preference = ops.reshape(batch["preference"], (-1,))
-        together = loss.batchwise and replicas > 1
-        if together:
-            # A pair's loss depends on all pairs of the step: every replica computes the whole of
-            # it and contributes its part.
-            entropy = outputs.pop("entropy")
-            outputs = gather_over_replicas({**outputs, "preference": preference})
-            preference = outputs.pop("preference")
-            outputs["entropy"] = entropy
-        terms = loss.terms(preference, outputs)
-        all_reduce = None if together else sum_over_replicas
-        share = loss.combine(terms, outputs["weight"], outputs, training, all_reduce)
-        sums = metric_sums(loss, terms, preference, outputs, batch)
-        return share / replicas if together else share, sums
+        return preference_step(self.preference_loss, batch, self.outputs(batch, training), training)
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """As every trainer's, and the check that the first loss is that of an equal reference."""

@@ -1,22 +1,28 @@
 """From a batch to what the loss needs, and from that to what is logged: pure functions."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from keras import ops
 
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss, kl_to_reference, log_likelihood_ratio
-from dpo_keras.scoring.references import Reference
 from dpo_keras.scoring.scorer import ResponseScorer, sum_by_owner
 
 Batch = dict[str, Any]
 Sums = dict[str, tuple[Any, Any]]
 
 
+class ScoresResponses(Protocol):
+    """Anything that gives reference log-probs: `Reference`, or its counterpart for tf-keras."""
+
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> dict[str, Any]:
+        """`logps` `[N, 2]` and, with `shared`, `shared_logps`; nothing where there is none."""
+
+
 def loss_outputs(
     needs: frozenset[str],
     scorer: ResponseScorer,
-    reference: Reference,
+    reference: ScoresResponses,
     batch: Batch,
     training: bool = False,
 ) -> dict[str, Any]:
@@ -70,6 +76,11 @@ def loss_outputs(
     return outputs
 
 
+def outputs_of(model: Any, batch: Batch) -> dict[str, Any]:
+    """As `loss_outputs`, of a compiled `DPOModel` of Keras 3 or of tf-keras, without dropout."""
+    return loss_outputs(model.preference_loss.needs, model.scorer, model.reference, batch)
+
+
 def wpo_log_weight(batch: Batch, scored: dict[str, Any]) -> Any:
     """Mean over a response's tokens of log p_t - log sum p^2 (arXiv 2406.11827), no gradient.
 
@@ -97,6 +108,12 @@ def group_names(loss: DPOLoss) -> list[str]:
     """`group_loss/0`, `group_loss/1`, …, where the loss is robust over groups."""
     groups = (loss.options.get("group_robust") or {}).get("groups", 0)
     return [f"group_loss/{number}" for number in range(groups)]
+
+
+def worst_group(means: dict[str, Any]) -> dict[str, Any]:
+    """`worst_group_loss`, where there are losses of groups among the averages."""
+    losses = [mean for name, mean in means.items() if name.startswith("group_loss/")]
+    return {"worst_group_loss": ops.max(ops.stack(losses))} if losses else {}
 
 
 def metric_sums(

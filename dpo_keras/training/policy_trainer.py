@@ -23,7 +23,9 @@ from dpo_keras.scoring.packed import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.replicas import sum_over_replicas
 from dpo_keras.training.start import ReleasesTracing, Throughput
+from dpo_keras.training.steps import step_counts
 from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
 COUNTS = ("tokens", "pairs")
@@ -53,6 +55,11 @@ class PolicyTrainer(keras.Model):
             raise InputError(
                 f"policy must be a keras.Model, got {type(policy).__name__}. Load one with "
                 "keras_hub.models.CausalLM.from_preset(…)."
+            )
+        if isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy):
+            raise InputError(
+                "Keras 3 cannot train on parameter servers (keras#18624). Use dpo_keras.legacy."
+                f"{type(self).__name__} with a tf-keras policy, or another strategy."
             )
         super().__init__(**kwargs)
         if not policy.built:
@@ -121,17 +128,11 @@ class PolicyTrainer(keras.Model):
             self.accumulation.weigh(sum_over_replicas(tf.convert_to_tensor(sums["loss"][1])))
         self.optimizer.apply(gradients, [variable for _, variable in used])
         one = ops.ones_like(norm)
-        return {**sums, "grad_norm": (norm, one), **self._counts(batch)}
+        return {**sums, "grad_norm": (norm, one), **step_counts(batch)}
 
     def test_step(self, batch: Batch) -> Sums:
         """Metrics of one batch, nothing updated."""
-        return {**self.measure(batch, training=False)[1], **self._counts(batch)}
-
-    def _counts(self, batch: Batch) -> Sums:
-        real = ops.cast(ops.any(batch["weight"] > 0, axis=-1), "float32")[:, None, None]
-        tokens = ops.sum(real * ops.cast(batch["padding_mask"], "float32"))
-        pairs = ops.sum(ops.cast(batch["weight"] > 0, "float32"))
-        return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
+        return {**self.measure(batch, training=False)[1], **step_counts(batch)}
 
     # -- fit's machinery -------------------------------------------------------------------
 
@@ -192,6 +193,12 @@ class PolicyTrainer(keras.Model):
             # Now, not in the first step: a model saved before it must load as well.
             self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
+
+    def steps_taken(self) -> int:
+        """Steps since the optimizer was made, micro-batches included."""
+        # The public `iterations` counts updates, not the micro-batches before the first one.
+        taken: Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        return int(ops.convert_to_numpy(taken._iterations))
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that every `fit` has, in front of the user's."""
@@ -306,27 +313,6 @@ class PolicyTrainer(keras.Model):
 def _named_means(names: list[str], sums: Any) -> dict[str, Any]:
     means = tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1]))
     return dict(zip(names, means, strict=True))
-
-
-def sum_over_replicas(values: Any) -> Any:
-    """Adds up tensors (one, or a list) over all replicas; outside a strategy they stay as is."""
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-
-
-def gather_over_replicas(values: dict[str, Any]) -> dict[str, Any]:
-    """Puts the rows of all replicas behind one another; gradients go back to where they came from.
-
-    Args:
-        values: tensors with rows in dimension 0.
-
-    Returns:
-        The same names, with the rows of all replicas, on every replica.
-    """
-    context = tf.distribute.get_replica_context()
-    return {name: context.all_gather(value, axis=0) for name, value in values.items()}
 
 
 def _drops_out(policy: keras.Model) -> bool:

@@ -28,6 +28,7 @@ from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.layouts import BatchingChoice, Layout, choose_layout
 from dpo_keras.training.optimizers import make_optimizer
 from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.sharing import Worker, per_worker
 from dpo_keras.training.stop_together import StopTogether
 from dpo_keras.training.supervised import SupervisedModel, chosen_alone, supervised_dataset
 
@@ -69,11 +70,8 @@ def warm_up(
     """
     layout = _layout(model, batching, buckets, row_length)
     pairs = chosen_alone(tokenized) if layout.packed else tokenized
-    endless = _endless(layout, pairs, batch_size, seed)
-
-    def stream(start: int) -> tf.data.Dataset:
-        return endless(start) if layout.packed else supervised_dataset(endless(start))
-
+    change = None if layout.packed else supervised_dataset
+    stream = _endless(model, layout, pairs, batch_size, seed, change)
     per_epoch = layout.steps(pairs, batch_size, seed)
     return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
 
@@ -125,7 +123,7 @@ def train_preferences(
     """
     reference = getattr(model.reference, "model", None)
     layout = _layout(model, batching, buckets, row_length, reference)
-    stream = _endless(layout, tokenized, batch_size, seed)
+    stream = _endless(model, layout, tokenized, batch_size, seed)
     _check_groups(model, tokenized, held_out)
     if held_out is not None and len(held_out):
         options["validation_data"] = layout.dataset(
@@ -154,12 +152,25 @@ def _layout(
 
 
 def _endless(
-    layout: Layout, tokenized: TokenizedPairs, batch_size: int, seed: int
+    model: PolicyTrainer,
+    layout: Layout,
+    tokenized: TokenizedPairs,
+    batch_size: int,
+    seed: int,
+    change: Callable[[tf.data.Dataset], tf.data.Dataset] | None = None,
 ) -> Callable[[int], tf.data.Dataset]:
-    """The stream of all batches, from any step on."""
-    return lambda start: layout.dataset(
-        tokenized, batch_size, seed=seed, epochs=None, start_step=start
-    )
+    """The stream of all batches, changed or as they are, from any step on."""
+
+    def stream(start: int) -> tf.data.Dataset:
+        def make(worker: Worker | None) -> tf.data.Dataset:
+            dataset = layout.dataset(
+                tokenized, batch_size, seed=seed, epochs=None, start_step=start, worker=worker
+            )
+            return dataset if change is None else change(dataset)
+
+        return per_worker(model.distribute_strategy, make)
+
+    return stream
 
 
 class _Steps(keras.callbacks.Callback):

@@ -7,7 +7,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 
 class StartsAtReference(keras.callbacks.Callback):
@@ -24,9 +23,7 @@ class StartsAtReference(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds out whether this run is one to look at."""
         model = self.model
-        # The public `iterations` counts updates, not the micro-batches before the first one.
-        taken = getattr(model.optimizer, "inner_optimizer", model.optimizer)._iterations
-        fresh = int(ops.convert_to_numpy(taken)) == 0 and not model.dropout
+        fresh = model.steps_taken() == 0 and not model.dropout
         self.due = (
             fresh and model.reference.starts_as_policy and model.preference_loss.needs_reference
         )

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from dpo_keras.cluster import Watchdog, read_tf_config
 from dpo_keras.errors import InputError
+from dpo_keras.training.parameter_servers import parameter_server
 
 
 def _one_device(**options: Any) -> tf.distribute.Strategy:
@@ -76,6 +77,7 @@ STRATEGIES: dict[str, Callable[..., tf.distribute.Strategy]] = {
     "mirrored": _mirrored,
     "multi_worker": _multi_worker,
     "tpu": _tpu,
+    "parameter_server": parameter_server,
 }
 
 
@@ -91,9 +93,10 @@ def strategy(name: str = "auto", **options: Any) -> tf.distribute.Strategy:
 
     Args:
         name: `"one_device"`; `"mirrored"` (all GPUs of this machine, or all logical CPUs);
-            `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`; `"auto"`:
-            `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more, else
-            `one_device`.
+            `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`;
+            `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy` only);
+            `"auto"`: `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more,
+            else `one_device`.
         **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
             `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
             `dpo_keras.cluster.Watchdog` whose workers have met.

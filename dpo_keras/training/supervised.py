@@ -6,11 +6,12 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import ops
 
 from dpo_keras.batching import Ragged, TokenizedPairs
 from dpo_keras.training.adapters import serialized_policy
-from dpo_keras.training.policy_trainer import Batch, PolicyTrainer, Sums, sum_over_replicas
+from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.steps import supervised_step
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
@@ -51,17 +52,7 @@ class SupervisedModel(PolicyTrainer):
 
     def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
         """The loss and its sums over the chosen responses of this replica."""
-        scored = self.scorer(batch, training and self.dropout)
-        weight = ops.reshape(batch["weight"], (-1,))
-        logps = scored["logps"][:, 0]
-        tokens = ops.cast(scored["lengths"][:, 0], "float32")
-        total = ops.sum(ops.where(weight > 0, weight * logps, 0.0))
-        count = ops.sum(weight * tokens)
-        loss = -total / ops.maximum(sum_over_replicas(count), 1e-12)
-        return loss, {
-            "loss": (-total, count),
-            "chosen_logps": (ops.stop_gradient(total), ops.sum(weight)),
-        }
+        return supervised_step(batch, self.scorer(batch, training and self.dropout))
 
     def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
         """Log-probs and lengths of the responses."""
@@ -94,7 +85,7 @@ def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
         The same pairs with rejected responses of no token.
     """
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(len(tokenized) + 1, np.int64))
-    return replace(tokenized, rejected=nothing, reference=None)
+    return replace(tokenized, rejected=nothing, reference=None, identity=None)
 
 
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:

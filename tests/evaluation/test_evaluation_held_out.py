@@ -6,10 +6,11 @@ from tiny import gpt2
 
 from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation import evaluate_preferences
+from dpo_keras.evaluation import evaluate_preferences, held_out
 from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring import score_pairs
 from dpo_keras.training import DPOModel
+from dpo_keras.training.measures import outputs_of
 
 SIGMOID = DPOLoss(
     "sigmoid",
@@ -80,8 +81,9 @@ def test_rows_are_in_the_order_of_the_pairs_whatever_the_batches(moved, tokenize
 def test_all_batches_of_all_lengths_take_one_trace(moved, tokenized, monkeypatch):
     moved.compile(loss=DPOLoss("sigmoid"))
     traces, done = [], []
-    outputs = moved.outputs
-    monkeypatch.setattr(moved, "outputs", lambda batch: traces.append(1) or outputs(batch))
+    monkeypatch.setattr(
+        held_out, "outputs_of", lambda *given: traces.append(1) or outputs_of(*given)
+    )
     evaluate_preferences(moved, tokenized, batch_size=2, on_batch=lambda *at: done.append(at))
     assert len(traces) == 1
     assert done == [(n, 12) for n in (2, 4, 6, 8, 10, 12)]

@@ -17,6 +17,7 @@ from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import STRATEGIES, DPOModel, SupervisedModel, strategy, supervised_dataset
+from dpo_keras.training.sharing import per_worker
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -26,11 +27,17 @@ def train(scope, tokenized, supervised=False):
     with scope.scope():
         policy = gpt2(num_layers=1)
         optimizer = keras.optimizers.Adam(1e-2, global_clipnorm=0.05)
-        data = preference_dataset(tokenized, batch_size=4, buckets=2, epochs=None)
+
+        def make(worker):
+            data = preference_dataset(
+                tokenized, batch_size=4, buckets=2, epochs=None, worker=worker
+            )
+            return supervised_dataset(data) if supervised else data
+
+        data = per_worker(scope, make)
         if supervised:
             model = SupervisedModel(policy, dropout=False)
             model.compile(optimizer)
-            data = supervised_dataset(data)
         else:
             model = DPOModel(policy)
             loss = DPOLoss(penalties={"insufficient_confidence": 0.1, "nll": 0.1})
@@ -69,7 +76,7 @@ def test_supervised_training_is_the_same_on_two_replicas(tokenized):
 
 
 def test_two_workers_are_one_device(one_device, tmp_path):
-    """Two processes on the loopback, each with the whole data set."""
+    """Two processes on the loopback, of which each makes and reads its own rows of a batch."""
     ports = []
     for _ in range(2):
         with socket.socket() as free:

@@ -1,0 +1,223 @@
+"""The part that both recipes for tf-keras share: one update, on any number of replicas.
+
+The counterpart of `dpo_keras.training.policy_trainer`: what is computed in a step is the same code;
+here is only how tf-keras takes gradients, keeps metrics and calls callbacks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+import tf_keras
+
+from dpo_keras.errors import InputError
+from dpo_keras.legacy.callbacks import adapted_all
+from dpo_keras.legacy.measured import StepSums
+from dpo_keras.legacy.policy import PolicyCall
+from dpo_keras.scoring import ResponseScorer
+from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.replicas import sum_over_replicas
+from dpo_keras.training.start import Throughput
+from dpo_keras.training.steps import step_counts
+
+_COUNTS = ("tokens", "pairs")
+
+
+class _Held:
+    """Holds what tf-keras would take for parts of the model: metrics, loss, reference."""
+
+    train: StepSums
+    test: StepSums
+    current: StepSums
+    reference: Any
+    loss: Any
+
+
+class PolicyTrainer(tf_keras.Model):
+    """A `tf_keras.Model` that trains another model, its policy.
+
+    Args:
+        policy: a tf-keras model from `{"token_ids", "padding_mask"}`, or from token ids alone, to
+            logits `[batch, length, vocabulary]`.
+        dropout: whether the policy's dropout is active while it trains.
+    """
+
+    def __init__(self, policy: tf_keras.Model, dropout: bool = False, **options: Any):
+        call = PolicyCall(policy)
+        # Labels and weights stay float32 whatever the policy computes in.
+        super().__init__(autocast=False, **options)
+        self.policy = policy
+        self.dropout = dropout
+        self.scorer = ResponseScorer(call, plain=True)
+        self._held = _Held()
+        self.built = True
+
+    # -- what subclasses give --------------------------------------------------------------
+
+    def metric_names(self) -> list[str]:
+        """Names that `measure` returns, in the order they are logged."""
+        raise NotImplementedError
+
+    def hidden_names(self) -> list[str]:
+        """Further names that `measure` returns, kept out of the logs."""
+        return []
+
+    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
+        """This replica's share of the loss, and `{name: (weighted sum, weight)}`."""
+        raise NotImplementedError
+
+    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
+        """Figures of the averages themselves, such as the worst of several."""
+        return {}
+
+    def default_callbacks(self) -> list[Any]:
+        """Callbacks that every `fit` has, in front of the user's."""
+        return [Throughput()]
+
+    # -- one step --------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> dict[str, Any]:
+        """One update of the policy; returns the averages so far."""
+        variables = self.trainable_variables
+        scaled = getattr(self.optimizer, "get_scaled_loss", lambda value: value)
+        unscaled = getattr(self.optimizer, "get_unscaled_gradients", lambda values: values)
+        with tf.GradientTape() as tape:
+            loss, sums = self.measure(batch, training=True)
+            loss = scaled(loss)
+        gradients = tape.gradient(loss, variables)
+        used = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
+        if not used:
+            raise InputError("policy has no trainable weights that the loss depends on.")
+        dense = [tf.convert_to_tensor(gradient) for gradient, _ in used]
+        # Summed here, so that clipping sees the gradient of the whole batch, and so does the norm.
+        dense = sum_over_replicas(unscaled(dense))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        summed = {"experimental_aggregate_gradients": False} if replicas > 1 else {}
+        pairs = [(gradient, variable) for gradient, (_, variable) in zip(dense, used, strict=True)]
+        self.optimizer.apply_gradients(pairs, **summed)
+        norm = tf.cast(tf.linalg.global_norm(dense), tf.float32)
+        self._held.train.update_state({**sums, "grad_norm": (norm, 1.0), **step_counts(batch)})
+        return self._held.train.result()
+
+    def test_step(self, batch: Batch) -> dict[str, Any]:
+        """Averages with one batch more, nothing updated."""
+        sums = self.measure(batch, training=False)[1]
+        self._held.test.update_state({**sums, **step_counts(batch)})
+        return self._held.test.result()
+
+    # -- fit's machinery -------------------------------------------------------------------
+
+    def compile(self, optimizer: Any = "adamw", **options: Any) -> None:
+        """As `tf_keras.Model.compile`, without Keras losses and metrics.
+
+        Raises:
+            InputError: an optimizer of Keras 3, or metrics that would never be updated.
+        """
+        useless = sorted({"metrics", "weighted_metrics", "loss_weights"} & set(options))
+        problems = [f"compile({name}=…) has no effect here; leave it out." for name in useless]
+        if type(optimizer).__module__.partition(".")[0] == "keras":
+            problems.append(
+                f"optimizer must be one of tf_keras.optimizers, got {type(optimizer).__name__} of "
+                "Keras 3."
+            )
+        if problems:
+            raise InputError(problems)
+        super().compile(optimizer, **options)
+        logged, counted = self.metric_names(), [*self.hidden_names(), *_COUNTS]
+        with self.distribute_strategy.scope():
+            # Now, not in the first step: a model saved before it must load as well.
+            if hasattr(self.optimizer, "build"):
+                self.optimizer.build(self.trainable_variables)
+            held, derive = self._held, self.derived_metrics
+            held.train = StepSums([*logged, "grad_norm", *counted], counted, derive, name="train")
+            held.test = StepSums([*logged, *counted], counted, derive, name="test")
+            held.current = held.train
+
+    @property
+    def metrics(self) -> list[Any]:
+        """What `reset_metrics` resets."""
+        return [self._held.train, self._held.test] if hasattr(self._held, "train") else []
+
+    @property
+    def metrics_names(self) -> list[str]:
+        """Names in the order in which `evaluate` returns their averages."""
+        return list(self._held.test.result())
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Averages since the last reset, by name."""
+        return self._held.current.result()
+
+    def fit(self, x: Any = None, y: Any = None, *, callbacks: Any = None, **options: Any) -> Any:
+        """As `tf_keras.Model.fit`, on a dataset of dict batches.
+
+        Callbacks may be those of tf-keras, of Keras 3, or `dpo_keras.callbacks`. Of this package's
+        own, `RunCheckpoint` and `SampleResponses` are for Keras 3; checkpoints are made by
+        `tf_keras.callbacks.BackupAndRestore`. On parameter servers there is no first batch to
+        look at, no rate of tokens, and no callback for batches.
+        """
+        own = [] if self._on_parameter_servers() else self.default_callbacks()
+        if not isinstance(callbacks, tf_keras.callbacks.CallbackList):
+            callbacks = adapted_all([*own, *adapted_all(callbacks)])
+        return super().fit(x, y, callbacks=callbacks, **options)
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """As `tf_keras.Model.evaluate`."""
+        if not isinstance(options.get("callbacks"), tf_keras.callbacks.CallbackList):
+            options["callbacks"] = adapted_all(options.get("callbacks"))
+        with self._measuring(self._held.test):
+            return super().evaluate(*args, **options)
+
+    @contextmanager
+    def _measuring(self, sums: StepSums) -> Iterator[None]:
+        before, self._held.current = self._held.current, sums
+        try:
+            yield
+        finally:
+            self._held.current = before
+
+    def _on_parameter_servers(self) -> bool:
+        return isinstance(self.distribute_strategy, tf.distribute.ParameterServerStrategy)
+
+    # -- what this package's callbacks look at -----------------------------------------------
+
+    @property
+    def steps_per_execution(self) -> int:
+        """Steps in one call."""
+        return int(self._steps_per_execution or 1)
+
+    @property
+    def first_step_logs(self) -> dict[str, Any]:
+        """What the first training step since the last reset measured, hidden names included."""
+        return self._held.train.means(self._held.train.first)
+
+    @property
+    def step_logs(self) -> dict[str, Any]:
+        """What the latest training step measured, hidden names included."""
+        return self._held.train.means(self._held.train.last)
+
+    def steps_taken(self) -> int:
+        """Updates since the optimizer was made."""
+        return int(tf.convert_to_tensor(self.optimizer.iterations))
+
+    def counts(self) -> dict[str, float]:
+        """Tokens and pairs trained on since the last reset."""
+        return {name: self._held.train.total(name) for name in _COUNTS}
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Name, policy and dropout."""
+        policy = tf_keras.saving.serialize_keras_object(self.policy)
+        policy.pop("compile_config", None)
+        return {"name": self.name, "policy": policy, "dropout": self.dropout}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Rebuilds the model."""
+        config = dict(config)
+        policy = tf_keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        return cls(policy, **config)
+
+    def get_build_config(self) -> None:
+        """Nothing: the model is built with its policy."""

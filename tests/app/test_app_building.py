@@ -1,0 +1,143 @@
+"""Records from the command line, and runs that train on what stays on disk."""
+
+import json
+
+import pytest
+from app_tiny import SIZES, same_logits
+
+from dpo_keras.app import runs
+from dpo_keras.app.cli import main
+from dpo_keras.app.config import Config, parse_config
+from dpo_keras.app.models import load_model
+from dpo_keras.app.prepare import read_sides
+from dpo_keras.app.progress import Silent
+from dpo_keras.errors import InputError
+from dpo_keras.preferences import (
+    StoredPreferences,
+    read_preferences,
+    support_pairs,
+    write_preferences,
+)
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pairs as files and as records: 40 to train on, 12 held out."""
+    folder = tmp_path_factory.mktemp("data")
+    pairs = list(support_pairs(60))
+    write_preferences(pairs[:40], folder / "train.jsonl")
+    write_preferences(pairs[48:], folder / "held_out.jsonl")
+    assert main(["data", "build", str(folder / "train.jsonl"), "--out", str(folder / "train")]) == 0
+    return folder
+
+
+def settings(output, path, prompts=0, **data):
+    return Config(
+        output=str(output),
+        model={"scratch": {**SIZES, "num_layers": 1, "max_sequence_length": 96}},
+        data={"path": str(path), "max_length": 96, **data},
+        training={"batch_size": 8, "learning_rate": 1e-3, "buckets": 1},
+        evaluation={"prompts": prompts, "max_new_tokens": 4, "batch_size": 8},
+    )
+
+
+def test_build_prints_what_it_made_and_inspect_reads_it(run, files, tmp_path):
+    path = files / "train.jsonl"
+    code, out, _ = run("data", "build", path, "-o", tmp_path / "out", "--limit", 9, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["pairs"] == 9 and len(result["shards"]) == 1
+    assert result["checksum"] == StoredPreferences.open(tmp_path / "out").checksum
+    code, out, _ = run("data", "inspect", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["audit"]["pairs"] == 9
+    code, _, err = run("data", "build", path, "-o", tmp_path / "out", "--column", "prompt")
+    assert code == 2 and "--column must be ours=theirs" in err
+    code, _, err = run("data", "build", path, "-o", tmp_path / "out")
+    assert code == 2 and err.count("error:") == 1 and "must be a new or an empty directory" in err
+
+
+def test_a_run_on_records_ends_with_the_weights_of_a_run_on_the_file(files, tmp_path):
+    held_out = str(files / "held_out.jsonl")
+    results, policies = [], []
+    for name in ("train.jsonl", "train"):
+        config = settings(tmp_path / name, files / name, held_out_path=held_out)
+        results.append(runs.train(config))
+        policies.append(load_model(str(tmp_path / name / "policy")))
+    same_logits(*policies)
+    assert results[0].pairs == results[1].pairs == {"train": 40, "held_out": 12, "dropped": 0}
+    assert results[0].after == results[1].after
+    assert any((files / "train" / "tokens").iterdir())
+
+
+def test_records_are_split_by_prompt_and_measured(files, tmp_path):
+    given = {"held_out": 0.3, "tokens": str(tmp_path / "t"), "prompts": 2}
+    result = runs.train(settings(tmp_path / "run", files / "train", **given))
+    assert sum(result.pairs.values()) == 40 and 4 <= result.pairs["held_out"] <= 20
+    assert result.after["figures"]["reward_accuracy"] and result.samples
+    assert len(list((tmp_path / "t").iterdir())) == 1
+    with pytest.raises(InputError, match="by must be 'prompt'"):
+        runs.train(settings(tmp_path / "b", files / "train", split_by="group"))
+    with pytest.raises(InputError, match="data.columns has no effect"):
+        runs.train(settings(tmp_path / "c", files / "train", columns={"prompt": "q"}))
+
+
+@pytest.mark.parametrize("how", ["cut off", "damaged"])
+def test_a_damaged_shard_is_one_message_and_exit_code_2(run, files, tmp_path, how):
+    out = tmp_path / "built"
+    assert run("data", "build", files / "train.jsonl", "-o", out)[0] == 0
+    shard = next(entry for entry in out.iterdir() if "tfrecord" in entry.name)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content[:-9] if how == "cut off" else content)
+    config = tmp_path / "a.yaml"
+    config.write_text(settings(tmp_path / "run", out).resolved())
+    code, _, err = run("train", config)
+    assert code == 2 and err.count("error:") == 1
+    assert shard.name in err.replace("\n", "") and how in err and "Traceback" not in err
+
+
+def test_a_configuration_can_name_tensorflow_datasets(files, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from dpo_keras.preferences.preference_pairs import PreferencePairsConfig
+
+    mine = PreferencePairsConfig(name="mine", files=[str(files / "train.jsonl")])
+    tfds.builder("preference_pairs", config=mine, data_dir=tmp_path).download_and_prepare()
+    given = {"data_dir": str(tmp_path), "held_out": 0.2}
+    config = settings(tmp_path / "run", "tfds:preference_pairs/mine:train[:20]", **given)
+    sides = read_sides(config, Silent())
+    assert (len(sides.train), len(sides.held_out)) == (16, 4)
+    assert set(sides.train) <= set(read_preferences(files / "train.jsonl"))
+    given["columns"] = {"prompt": "question"}
+    config = settings(tmp_path / "run", "tfds:preference_pairs/mine", **given)
+    with pytest.raises(InputError, match="no effect on records that are pairs already"):
+        read_sides(config, Silent())
+
+
+MODEL = "model: {scratch: {}}\nevaluation: {max_new_tokens: 8}\n"
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("{path: 'tfds:', max_length: 64}", "data.path: source must be tfds:NAME/CONFIG:SPLIT"),
+        ("{path: FOLDER, max_length: 64}", "which is a directory and has no manifest.json"),
+        (
+            "{path: 'builtin:support', max_length: 64, columns: {promt: a}}",
+            "data.columns: columns has 'promt'",
+        ),
+    ],
+)
+def test_wrong_sources_are_found_before_anything_runs(tmp_path, data, message):
+    data = data.replace("FOLDER", str(tmp_path))
+    with pytest.raises(InputError) as error:
+        parse_config(MODEL + f"data: {data}\n", outside=True)
+    assert message in str(error.value)
