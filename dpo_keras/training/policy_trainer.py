@@ -24,7 +24,7 @@ from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
 from dpo_keras.training.replicas import sum_over_replicas
-from dpo_keras.training.start import Throughput
+from dpo_keras.training.start import ReleasesTracing, Throughput
 from dpo_keras.training.steps import step_counts
 from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
 
@@ -202,7 +202,7 @@ class PolicyTrainer(keras.Model):
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Callbacks that every `fit` has, in front of the user's."""
-        return [Throughput()]
+        return [ReleasesTracing(), Throughput()]
 
     def fit(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
         """As `keras.Model.fit`, on a dataset of dict batches.

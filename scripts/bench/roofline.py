@@ -1,0 +1,236 @@
+#!/usr/bin/env python
+"""How much of this machine's matrix-multiply rate a training step reaches.
+
+    python scripts/bench/roofline.py --checkpoint DIR [--baseline FILE]
+
+The rate is measured here, by TensorFlow in float32: of a large square product, the denominator, and
+of the products that the step itself is made of, weighed by their arithmetic. Rate and steps are
+measured in turn, so that what else runs on the machine slows both.
+
+Counted is only what packed trees need: for T tokens, of which R are responses', and S pairs of a
+token with a token that it sees,
+
+    forward = 2 T (kernels of all layers) + 4 S (width) (layers) + 2 R (width) (vocabulary)
+
+once for the reference and three times for the policy (forward, and twice as much on the way back).
+Not counted: places without a token, pairs of tokens that do not see each other, logits computed
+again on the way back, softmax, norms, activations, the optimizer, and the input's embedding.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import _common as common
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a model's arithmetic depends on.
+
+    Attributes:
+        layers: transformer layers.
+        width: of hidden states; queries and values of all heads together are as wide.
+        kernels: numbers in the layers' matrices, embeddings and head left out.
+        vocabulary: logits per token.
+    """
+
+    layers: int
+    width: int
+    kernels: int
+    vocabulary: int
+
+
+def tree_sizes(tree: np.ndarray) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of every tree: int `[trees, 3]`.
+
+    Args:
+        tree: int `[rows, 1, length]`, as in the contract of packed batches.
+    """
+    rows = tree.reshape(len(tree), -1)
+    slots = int(rows.max()) // 3 + 1
+    sizes = [np.bincount(row[row >= 0], minlength=3 * slots) for row in rows]
+    found = np.stack(sizes).reshape(-1, 3)
+    return found[found.sum(1) > 0]
+
+
+def visible(sizes: np.ndarray) -> int:
+    """Pairs (i, j) where token i sees token j, itself included, in trees of these sizes."""
+    prompt, *responses = sizes.T.astype(np.int64)
+    own = sum(size * (size + 1) // 2 + size * prompt for size in responses)
+    return int(np.sum(prompt * (prompt + 1) // 2 + own))
+
+
+def forward_flops(sizes: np.ndarray, shape: Shape) -> int:
+    """Additions and multiplications of one pass over trees, without gradient."""
+    tokens, responses = int(sizes.sum()), int(sizes[:, 1:].sum())
+    attention = 4 * visible(sizes) * shape.width * shape.layers
+    head = 2 * responses * shape.width * shape.vocabulary
+    return 2 * tokens * shape.kernels + attention + head
+
+
+def step_flops(sizes: np.ndarray, shape: Shape, reference: bool) -> int:
+    """What a training step on these trees needs."""
+    return (3 + reference) * forward_flops(sizes, shape)
+
+
+def shape_of(policy: Any) -> Shape:
+    """Reads a KerasHub causal language model's shape off its backbone."""
+    backbone = policy.backbone
+    kernels = [v for v in backbone.trainable_variables if v.path.endswith("kernel")]
+    return Shape(
+        backbone.num_layers,
+        backbone.hidden_dim,
+        sum(int(np.prod(kernel.shape)) for kernel in kernels),
+        backbone.vocabulary_size,
+    )
+
+
+def products(backbone: Any, tokens: int, chunk: int) -> list[tuple[int, int, int, float]]:
+    """The products [m, k] x [k, n] of a forward pass and its gradients, and their weights.
+
+    Args:
+        backbone: whose kernels count, each viewed as a matrix from width to the rest.
+        tokens: rows of hidden states.
+        chunk: rows of logits at a time.
+
+    Returns:
+        `(m, k, n, flops)`: the arithmetic that a step with a reference spends in that shape. A
+        third of it is forward and one more third each of the gradients, and the reference's pass.
+    """
+    width = backbone.hidden_dim
+    kinds: dict[tuple[int, int, int], float] = {}
+    matrices = [
+        (tokens, width, int(np.prod(v.shape)) // width)
+        for v in backbone.trainable_variables
+        if v.path.endswith("kernel")
+    ]
+    head = [(chunk, width, backbone.vocabulary_size)] * max(tokens // 2 // chunk, 1)
+    for m, k, n in matrices + head:
+        flops = 2.0 * m * k * n
+        for product, times in (((m, k, n), 2), ((m, n, k), 1), ((k, m, n), 1)):
+            kinds[product] = kinds.get(product, 0.0) + times * flops
+    return [(*product, flops) for product, flops in kinds.items()]
+
+
+def measured_rate(shapes: list[tuple[int, int, int, float]]) -> Callable[[], float]:
+    """A function that measures flops per second over products, weighed by their flops."""
+    import tensorflow as tf
+
+    def runner(m: int, k: int, n: int) -> Callable[[], float]:
+        left, right = tf.random.normal((m, k)), tf.random.normal((k, n))
+        product = tf.function(lambda: tf.reduce_sum(tf.matmul(left, right)[:1]))
+        product()
+        repeat = max(int(2e9 / (2.0 * m * k * n)), 1)
+
+        def seconds_per_flop() -> float:
+            started = time.perf_counter()
+            for _ in range(repeat):
+                product()
+            return (time.perf_counter() - started) / (2.0 * m * k * n * repeat)
+
+        return seconds_per_flop
+
+    runners = [(runner(m, k, n), flops) for m, k, n, flops in shapes]
+    total = sum(flops for _, flops in runners)
+
+    def rate() -> float:
+        return total / sum(flops * run() for run, flops in runners)
+
+    return rate
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Rates and steps in turn, in this process."""
+    import keras_hub
+    import tensorflow as tf
+
+    from dpo_keras import preference_dataset, tokenize_pairs
+    from dpo_keras.scoring import cache_reference
+    from dpo_keras.scoring.head import chunk_size
+
+    policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
+    shape = shape_of(policy)
+    pairs = common.hh_pairs(task["baseline"], task["pairs"])
+    tokenized = tokenize_pairs(pairs, policy.preprocessor, max_length=common.MAX_LENGTH)
+    if task["cached"]:
+        tokenized = cache_reference(policy, tokenized, batch_size=8, batching="packed")
+    dataset = preference_dataset(tokenized, batch_size=8, batching="packed", epochs=None)
+    model = common.dpo_model(policy, "cached" if task["cached"] else "frozen_copy")
+    step = model.make_train_function()
+    sizes: list[np.ndarray] = []
+
+    def batches() -> Iterator[Any]:
+        for batch in dataset:
+            sizes.append(tree_sizes(batch["tree"].numpy()))
+            yield batch
+
+    # Few at a time, each ready before the clock starts.
+    stream = batches()
+    spec = dataset.element_spec
+    length = spec["token_ids"].shape[0] * spec["token_ids"].shape[2]
+    square = measured_rate([(2048, 2048, 2048, 1.0)])
+    own = measured_rate(products(policy.backbone, length, chunk_size(shape.vocabulary)))
+    found: dict[str, list[float]] = {"square": [], "own": [], "step": [], "pairs": [], "fill": []}
+    for turn in range(-1, task["rounds"]):
+        sizes.clear()
+        ready = iter(_dataset([next(stream) for _ in range(task["steps"])], spec, tf))
+        rates = square(), own()
+        started = time.perf_counter()
+        for _ in range(task["steps"]):
+            step(ready)
+        seconds = time.perf_counter() - started
+        if turn < 0:  # traces, compiles and warms up
+            continue
+        flops = sum(step_flops(trees, shape, not task["cached"]) for trees in sizes)
+        found["square"].append(rates[0])
+        found["own"].append(rates[1])
+        found["step"].append(flops / seconds)
+        found["pairs"].append(sum(map(len, sizes)) / seconds)
+        found["fill"].append(sum(int(s.sum()) for s in sizes) / (task["steps"] * length))
+    return {**found, "shape": dataclasses.asdict(shape), "tokens_per_step": length}
+
+
+def _dataset(batches: list[Any], spec: Any, tf: Any) -> Any:
+    stacked = {name: tf.stack([batch[name] for batch in batches]) for name in spec}
+    return tf.data.Dataset.from_tensor_slices(stacked).prefetch(len(batches))
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = common.parser_of(__doc__)
+    common.baseline_option(parser)
+    parser.add_argument("--checkpoint", help="a KerasHub or Hugging Face model directory")
+    parser.add_argument("--pairs", type=int, default=800)
+    parser.add_argument("--rounds", type=int, default=7, help="of rate and steps in turn")
+    parser.add_argument("--steps", type=int, default=8, help="in each round")
+    args = parser.parse_args()
+    if args.task:
+        print(json.dumps(measure(args.task)))
+        return
+    if args.checkpoint is None:
+        parser.error("--checkpoint is needed")
+    task = {"checkpoint": args.checkpoint, "baseline": args.baseline, "pairs": args.pairs}
+    task |= {"rounds": args.rounds, "steps": args.steps}
+    figures, rows = {}, []
+    for name in ("in the run", "cached"):
+        cached = name == "cached"
+        found = common.in_a_process(__file__, {**task, "cached": cached}, args.launcher)
+        rates = {key: statistics.median(found[key]) for key in ("square", "own", "step", "pairs")}
+        ratios = zip(found["step"], found["square"], found["own"], strict=True)
+        shares = [(step / square, step / own) for step, square, own in ratios]
+        of_square, of_own = (statistics.median(column) for column in zip(*shares, strict=True))
+        figures[name] = {**found, "of_square": of_square, "of_own": of_own}
+        gigaflops = (f"{rates[key] / 1e9:.1f}" for key in ("square", "own", "step"))
+        rows.append((name, *gigaflops, f"{of_square:.0%}", f"{of_own:.0%}", rates["pairs"]))
+    columns = ("reference", "2048³ GF/s", "own products GF/s", "needed in a step GF/s")
+    common.show("Roofline", (*columns, "of 2048³", "of own products", "pairs/s"), rows)
+    common.write(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()
