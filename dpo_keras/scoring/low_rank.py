@@ -68,8 +68,12 @@ def _factored(layer: Any) -> Callable[..., Any]:
         return ops.einsum(layer.equation, inputs, kernel)
 
     def call(inputs: Any, training: bool | None = None) -> Any:
-        through = ops.matmul(product(inputs, layer.lora_kernel_a), layer.lora_kernel_b)
-        states = product(inputs, layer._kernel) + scale * through
+        # Adapters stay in float32 where the kernel does not.
+        down, up, kernel = (
+            ops.cast(weight, layer.compute_dtype)
+            for weight in (layer.lora_kernel_a, layer.lora_kernel_b, layer._kernel)
+        )
+        states = product(inputs, kernel) + scale * ops.matmul(product(inputs, down), up)
         if layer.bias is not None:
             states = states + layer.bias
         return states if layer.activation is None else layer.activation(states)

@@ -105,8 +105,10 @@ def test_xla_compiles_the_packed_step_to_the_same(packed, weighed):
 
 def test_two_replicas_share_the_rows_of_a_step(packed, weighed):
     with strategy("mirrored").scope():
-        found = train(stream(weighed, packed=True), policy=gpt2(num_layers=1))
-    assert_same(found, packed, names=("loss", "reward_margin", "grad_norm"))
+        _, found = train(stream(weighed, packed=True), steps=4, policy=gpt2(num_layers=1))
+    for name in ("loss", "reward_margin", "grad_norm"):
+        expected = [log[name] for log in packed[1][:4]]
+        np.testing.assert_allclose([log[name] for log in found], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_accumulated_rows_are_one_batch_however_many_pairs_each_has(weighed):
@@ -191,13 +193,11 @@ def test_no_gradient_of_a_frozen_kernels_size_is_formed(packed, weighed, monkeyp
     "loss",
     [
         DPOLoss("simpo", beta=2.0, gamma=0.5),
-        DPOLoss("ipo"),
         DPOLoss("sigmoid", ld_alpha=0.5),
         DPOLoss("sigmoid", wpo=True),
-        DPOLoss("bco_pair"),
         DPOLoss(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     ],
-    ids=["simpo", "ipo", "ld", "wpo", "bco", "mpo"],
+    ids=["simpo", "ld", "wpo", "mpo"],
 )
 def test_objectives_see_the_same_pairs(loss, weighed):
     found, expected = (
