@@ -20,6 +20,9 @@ from typing import Any
 import tensorflow as tf
 
 SEGMENT = 256
+# Pieces are filled up to a multiple of this. oneDNN compiles its products for each shape anew and
+# keeps what it compiled: for all the lengths that pieces can have, hundreds of megabytes.
+GRID = 32
 _NEVER = -1e9
 
 
@@ -52,6 +55,7 @@ class TreeLayout:
         self._biases: dict[int | None, list[Any]] = {}
         if not self.dense:
             self._sizes = segment_sizes(tree, segment)
+            self._missing = tf.unstack(-self._sizes % GRID)
 
     def biases(self, window: int | None) -> list[Any]:
         """What is added to attention scores: 0 where a token sees another, else -1e9.
@@ -60,23 +64,34 @@ class TreeLayout:
             window: how many positions a layer looks back over, itself included; None for all.
 
         Returns:
-            One float32 tensor for each piece: `[1, n, n]` for segments; `[rows, 1, length, length]`
-            as the only one if dense.
+            One float32 tensor for each piece: `[1, n, n]` for segments, n a multiple of `GRID`;
+            `[rows, 1, length, length]` as the only one if dense.
         """
         if window not in self._biases:
             self._biases[window] = [
                 _bias(tree, positions, window)
                 for tree, positions in zip(
-                    self._pieces(self._tree), self._pieces(self.positions), strict=True
+                    self._rows(self._tree, empty=-1), self._rows(self.positions), strict=True
                 )
             ]
         return self._biases[window]
 
-    def _pieces(self, values: Any) -> list[Any]:
+    def _rows(self, values: Any, empty: int = 0) -> list[Any]:
         if self.dense:
             return [values[:, None]]
-        flat = tf.reshape(values, (1, -1))
-        return tf.split(flat, self._sizes, axis=1, num=self._sizes.shape[0])
+        return self._pieces(tf.reshape(values, (1, -1)), empty)
+
+    def _pieces(self, values: Any, empty: int = 0) -> list[Any]:
+        """Cuts `[rows, all tokens, …]` into pieces, filled up to the grid."""
+        rest = [[0, 0]] * (len(values.shape) - 2)
+        return [
+            tf.pad(piece, [[0, 0], [0, missing], *rest], constant_values=empty)
+            for piece, missing in zip(
+                tf.split(values, self._sizes, axis=1, num=self._sizes.shape[0]),
+                self._missing,
+                strict=True,
+            )
+        ]
 
     def attend(
         self,
@@ -117,13 +132,17 @@ class TreeLayout:
 
         def pieces(states: Any) -> list[Any]:
             states = tf.reshape(states, (rows * length, heads, states.shape[-1]))
-            states = tf.transpose(states, (1, 0, 2))
-            return tf.split(states, self._sizes, axis=1, num=self._sizes.shape[0])
+            return self._pieces(tf.transpose(states, (1, 0, 2)))
 
         found = [
-            _attend(q, k, v, bias, soft_cap, dropout)
-            for q, k, v, bias in zip(
-                pieces(query), pieces(key), pieces(value), self.biases(window), strict=True
+            _attend(q, k, v, bias, soft_cap, dropout)[:, :size]
+            for q, k, v, bias, size in zip(
+                pieces(query),
+                pieces(key),
+                pieces(value),
+                self.biases(window),
+                tf.unstack(self._sizes),
+                strict=True,
             )
         ]
         together = tf.transpose(tf.concat(found, axis=1), (1, 0, 2))

@@ -1,0 +1,48 @@
+"""The benchmarks start, and the arithmetic that they count is what packed trees need."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parents[2] / "scripts/bench"
+
+
+@pytest.fixture
+def roofline(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("roofline")
+
+
+# Two trees of (prompt, chosen, rejected) = (2, 1, 2) and (1, 1, 1), the second with empty places.
+TREE = np.array([[[0, 0, 1, 2, 2]], [[0, 1, 2, -1, -1]]])
+
+
+@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling"])
+def test_every_benchmark_says_what_it_measures(name):
+    command = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "--json" in said and "each" in said
+
+
+def test_sizes_are_read_off_the_batch(roofline):
+    assert roofline.tree_sizes(TREE).tolist() == [[2, 1, 2], [1, 1, 1]]
+
+
+def test_pairs_of_tokens_are_counted_where_one_sees_the_other(roofline):
+    # By hand: the prompt's 1 + 2; chosen 3; rejected 3 + 4. And 1; 2; 2.
+    assert roofline.visible(np.array([[2, 1, 2]])) == 13
+    assert roofline.visible(roofline.tree_sizes(TREE)) == 13 + 5
+
+
+def test_a_step_is_three_forward_passes_and_one_for_the_reference(roofline):
+    shape = roofline.Shape(layers=2, width=4, kernels=100, vocabulary=10)
+    # 8 tokens, 5 of them responses', 18 visible pairs.
+    forward = 2 * 8 * 100 + 4 * 18 * 4 * 2 + 2 * 5 * 4 * 10
+    sizes = roofline.tree_sizes(TREE)
+    assert roofline.forward_flops(sizes, shape) == forward
+    assert roofline.step_flops(sizes, shape, reference=False) == 3 * forward
+    assert roofline.step_flops(sizes, shape, reference=True) == 4 * forward
