@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -285,8 +286,21 @@ def run(app: ASGIApp, listening: socket.socket) -> None:
         limit_concurrency=500,
         timeout_graceful_shutdown=5,
     )
-    with contextlib.suppress(KeyboardInterrupt):  # how people end it
-        uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+
+    def end(*_: Any) -> None:
+        server.should_exit = True
+
+    # Uvicorn takes signals once its loop runs; one that comes while it starts must end it as well,
+    # and not raise KeyboardInterrupt wherever Python happens to be.
+    ours = (signal.SIGINT, signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, end) for number in ours if in_main}
+    try:
+        server.run(sockets=[listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def allowed_hosts(host: str, url: str | None) -> tuple[frozenset[str], bool]:
