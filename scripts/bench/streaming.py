@@ -27,7 +27,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-TURN = 2000  # batches of one set before the other has its turn
+TURN = 5000  # batches of one set before the other has its turn
 
 
 def sentences(seed: int, count: int = 5000) -> list[str]:
@@ -108,32 +108,29 @@ def iterate(args: argparse.Namespace) -> dict[str, float]:
     """Takes every batch of an epoch of the large set in its shuffled order; the small in turns."""
     from dpo_keras import preference_dataset
 
+    sets, speeds = {}, {}
     started = time.perf_counter()
-    batches, seen, seconds = {}, {}, {}
     for count in (args.small, args.pairs):
-        pairs = tokens(args, count)
-        # The last epoch has to be a whole one.
-        epochs = -(-args.pairs // count)
-        dataset = preference_dataset(pairs, batch_size=args.batch_size, epochs=epochs)
-        batches[count], seen[count], seconds[count] = iter(dataset), 0, 0.0
+        sets[count], speeds[count] = tokens(args, count), [0, 0.0]
     opened = time.perf_counter() - started
-    going = set(batches)
-    while going:
-        for count in sorted(going):
+    steps = -(-args.pairs // args.batch_size)
+    for start in range(0, steps, TURN):
+        for count, pairs in sets.items():
+            # A stream of its own for each turn: none makes batches while the other is measured.
+            dataset = preference_dataset(
+                pairs, batch_size=args.batch_size, epochs=None, start_step=start
+            )
             begun = time.perf_counter()
-            taken = 0
-            for batch in itertools.islice(batches[count], TURN):
-                seen[count] += int((batch["weight"].numpy() > 0).sum())
-                taken += 1
-            seconds[count] += time.perf_counter() - begun
-            if taken < TURN:
-                going.remove(count)
-    assert seen[args.pairs] == args.pairs
+            for batch in itertools.islice(dataset, min(TURN, steps - start)):
+                speeds[count][0] += int((batch["weight"].numpy() > 0).sum())
+            speeds[count][1] += time.perf_counter() - begun
+            del dataset
+    assert speeds[args.pairs][0] == args.pairs
     return {
         "pairs": args.pairs,
         "opening_seconds": opened,
-        "small_pairs_per_second": seen[args.small] / seconds[args.small],
-        "pairs_per_second": seen[args.pairs] / seconds[args.pairs],
+        "small_pairs_per_second": speeds[args.small][0] / speeds[args.small][1],
+        "pairs_per_second": speeds[args.pairs][0] / speeds[args.pairs][1],
     }
 
 
