@@ -222,20 +222,24 @@ def main() -> None:
     if args.task:
         print(json.dumps({"ours": ours, "losses": losses}[args.task["what"]](args.task)))
         return
-    if args.checkpoint is None or args.rival is None:
-        parser.error("--checkpoint and --rival are needed")
+    if args.checkpoint is None or args.rival is None or args.rounds < 1:
+        parser.error("--checkpoint and --rival are needed, and at least one round")
     # The rival runs in a folder of its own. Not resolve(): an environment's python is a link.
     for name in ("checkpoint", "baseline", "rival"):
         setattr(args, name, os.path.abspath(getattr(args, name)))
     earlier: dict[str, Any] = {"rounds": [], "losses": None}
     if args.append and args.json is not None and args.json.exists():
         earlier = json.loads(args.json.read_text())
-    rounds = earlier["rounds"] + [one_round(args) for _ in range(args.rounds)]
-    ran = [variant for variant in VARIANTS if any(variant in turn for turn in rounds)]
-    medians = {variant: summary(rounds, variant) for variant in ran}
-    check = earlier["losses"] if args.no_losses else compare_losses(args)
+    rounds, check = earlier["rounds"], earlier["losses"]
+    if not args.no_losses:
+        check = compare_losses(args)
+    for _ in range(args.rounds):
+        rounds.append(one_round(args))
+        ran = [variant for variant in VARIANTS if any(variant in turn for turn in rounds)]
+        medians = {variant: summary(rounds, variant) for variant in ran}
+        # Now, for a run that is stopped.
+        common.write(args.json, {"medians": medians, "losses": check, "rounds": rounds})
     show(medians, check)
-    common.write(args.json, {"medians": medians, "losses": check, "rounds": rounds})
 
 
 if __name__ == "__main__":
