@@ -38,14 +38,21 @@ HERE = pathlib.Path(__file__).resolve()
 VARIANTS = ("in the run", "cached")
 
 
-def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """One run of ours, in this process."""
+def load(checkpoint: str) -> Any:
+    """The policy, with the tokens that the rival gives it: no start token before the prompt."""
     import keras_hub
 
+    policy = keras_hub.models.CausalLM.from_preset(checkpoint)
+    policy.preprocessor.add_start_token = False
+    return policy
+
+
+def ours(task: dict[str, Any]) -> dict[str, Any]:
+    """One run of ours, in this process."""
     from dpo_keras import preference_dataset, tokenize_pairs
     from dpo_keras.scoring import cache_reference
 
-    policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
+    policy = load(task["checkpoint"])
     everything = common.hh_pairs(task["baseline"])
     loaded_mb, loaded = common.peak_megabytes(), time.perf_counter()
     tokenized = tokenize_pairs(
@@ -74,14 +81,13 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
 
 def losses(task: dict[str, Any]) -> dict[str, Any]:
     """Trains on the rival's batches, each as one packed batch of a shape that holds them all."""
-    import keras_hub
     import numpy as np
     import tensorflow as tf
 
     from dpo_keras import tokenize_pairs
     from dpo_keras.batching import Ragged, TokenizedPairs, collate_packed
 
-    policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
+    policy = load(task["checkpoint"])
     batches = json.loads(pathlib.Path(task["batches"]).read_text())
     rows = [pair for batch in batches for pair in batch]
     ones = np.ones(len(rows), np.float32)
