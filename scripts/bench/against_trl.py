@@ -38,14 +38,21 @@ HERE = pathlib.Path(__file__).resolve()
 VARIANTS = ("in the run", "cached")
 
 
-def ours(task: dict[str, Any]) -> dict[str, Any]:
-    """One run of ours, in this process."""
+def load(checkpoint: str) -> Any:
+    """The policy, with the tokens that the rival gives it: no start token before the prompt."""
     import keras_hub
 
+    policy = keras_hub.models.CausalLM.from_preset(checkpoint)
+    policy.preprocessor.add_start_token = False
+    return policy
+
+
+def ours(task: dict[str, Any]) -> dict[str, Any]:
+    """One run of ours, in this process."""
     from dpo_keras import preference_dataset, tokenize_pairs
     from dpo_keras.scoring import cache_reference
 
-    policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
+    policy = load(task["checkpoint"])
     everything = common.hh_pairs(task["baseline"])
     loaded_mb, loaded = common.peak_megabytes(), time.perf_counter()
     tokenized = tokenize_pairs(
@@ -74,14 +81,13 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
 
 def losses(task: dict[str, Any]) -> dict[str, Any]:
     """Trains on the rival's batches, each as one packed batch of a shape that holds them all."""
-    import keras_hub
     import numpy as np
     import tensorflow as tf
 
     from dpo_keras import tokenize_pairs
     from dpo_keras.batching import Ragged, TokenizedPairs, collate_packed
 
-    policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
+    policy = load(task["checkpoint"])
     batches = json.loads(pathlib.Path(task["batches"]).read_text())
     rows = [pair for batch in batches for pair in batch]
     ones = np.ones(len(rows), np.float32)
@@ -229,20 +235,24 @@ def main() -> None:
     if args.task:
         print(json.dumps({"ours": ours, "losses": losses}[args.task["what"]](args.task)))
         return
-    if args.checkpoint is None or args.rival is None:
-        parser.error("--checkpoint and --rival are needed")
+    if args.checkpoint is None or args.rival is None or args.rounds < 1:
+        parser.error("--checkpoint and --rival are needed, and at least one round")
     # The rival runs in a folder of its own. Not resolve(): an environment's python is a link.
     for name in ("checkpoint", "baseline", "rival"):
         setattr(args, name, os.path.abspath(getattr(args, name)))
     earlier: dict[str, Any] = {"rounds": [], "losses": None}
     if args.append and args.json is not None and args.json.exists():
         earlier = json.loads(args.json.read_text())
-    rounds = earlier["rounds"] + [one_round(args) for _ in range(args.rounds)]
-    ran = [variant for variant in VARIANTS if any(variant in turn for turn in rounds)]
-    medians = {variant: summary(rounds, variant) for variant in ran}
-    check = earlier["losses"] if args.no_losses else compare_losses(args)
+    rounds, check = earlier["rounds"], earlier["losses"]
+    if not args.no_losses:
+        check = compare_losses(args)
+    for _ in range(args.rounds):
+        rounds.append(one_round(args))
+        ran = [variant for variant in VARIANTS if any(variant in turn for turn in rounds)]
+        medians = {variant: summary(rounds, variant) for variant in ran}
+        # Now, for a run that is stopped.
+        common.write(args.json, {"medians": medians, "losses": check, "rounds": rounds})
     show(medians, check)
-    common.write(args.json, {"medians": medians, "losses": check, "rounds": rounds})
 
 
 if __name__ == "__main__":

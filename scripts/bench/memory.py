@@ -84,13 +84,13 @@ def main() -> None:
         task = {**shared, "length": length, "variant": variant}
         found = common.in_a_process(__file__, task, args.launcher)
         figures.append({"length": length, "variant": variant, **found})
+        common.write(args.json, {**shared, "runs": figures})
         if "skipped" in found:
             print(f"{variant}: skipped, {found['skipped']}")
             continue
         rows.append((f"{length}: {variant}", *found.values()))
     columns = ("length", "process MB", "steps MB", "seconds/step", "pairs/s")
     common.show(f"Memory, {args.pairs} pairs per step", columns, rows)
-    common.write(args.json, {**shared, "runs": figures})
 
 
 if __name__ == "__main__":
