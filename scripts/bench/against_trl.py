@@ -106,13 +106,8 @@ def losses(task: dict[str, Any]) -> dict[str, Any]:
     mine = tokenize_pairs(
         common.hh_pairs(task["baseline"], task["pairs"]), policy.preprocessor, max_length=10_000
     )
-    # Our prompts begin as KerasHub's preprocessor begins them; the rival adds no start token.
-    begin = int(policy.preprocessor.add_start_token)
     texts = {
-        tuple(
-            tuple(part[number].tolist()[begin if part is mine.prompt else 0 :])
-            for part in (mine.prompt, mine.chosen, mine.rejected)
-        )
+        tuple(tuple(part[number].tolist()) for part in (mine.prompt, mine.chosen, mine.rejected))
         for number in range(len(mine))
     }
     uncut = [pair for pair in rows if max(map(len, pair[1:])) + len(pair[0]) < common.MAX_LENGTH]
@@ -214,9 +209,7 @@ def show(medians: dict[str, Any], check: dict[str, Any] | None) -> None:
         common.show("Losses on the same batches", ("step", "ours", "rival"), rows)
         alike, all_pairs = check["same_tokens"]
         print(f"largest difference {check['largest_difference']:.1e}")
-        print(
-            f"but for a start token, ours equal the rival's tokens in {alike} of {all_pairs} pairs that neither cuts"
-        )
+        print(f"our tokens equal the rival's in {alike} of {all_pairs} pairs that neither cuts")
 
 
 def main() -> None:
