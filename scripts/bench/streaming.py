@@ -27,7 +27,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
-TURN = 5000  # batches of one set before the other has its turn
+TURN = 16_000  # batches of one set before the other has its turn
 
 
 def sentences(seed: int, count: int = 5000) -> list[str]:
