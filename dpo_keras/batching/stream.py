@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching.collate import Batch
+from dpo_keras.batching.python_calls import PythonCalls
 
 # The dimensions in which batches of different buckets differ.
 DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
@@ -66,12 +66,11 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     names = list(signature)
     advances = total is not None and start == 0
     iterations = itertools.count()
-    lock = threading.Lock()
+    calls = PythonCalls()
 
-    def first_step() -> np.int64:
-        with lock:
-            iteration = next(iterations)
-        return np.int64(start + (iteration * total if advances and total is not None else 0))
+    def first_step() -> list[np.int64]:
+        iteration = next(iterations)
+        return [np.int64(start + (iteration * total if advances and total is not None else 0))]
 
     def arrays(step: np.ndarray) -> list[np.ndarray]:
         batch = source.make(*divmod(int(step), source.steps))
@@ -79,7 +78,7 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
 
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
         types = [signature[name].dtype for name in names]
-        tensors = tf.numpy_function(arrays, [step], types, stateful=False)
+        tensors = calls.numpy_function(arrays, [step], types)
         return {
             name: tf.ensure_shape(tensor, signature[name].shape)
             for name, tensor in zip(names, tensors, strict=True)
@@ -88,7 +87,8 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     steps = np.iinfo(np.int64).max if total is None else total - start
 
     def iterate(_: tf.Tensor) -> tf.data.Dataset:
-        first = tf.ensure_shape(tf.numpy_function(first_step, [], tf.int64), [])
+        (step,) = calls.numpy_function(first_step, [], [tf.int64], stateful=True)
+        first = tf.ensure_shape(step, [])
         stop = steps if total is None else first + steps
         return tf.data.Dataset.range(first, stop).map(load)
 
