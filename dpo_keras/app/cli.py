@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.data_commands import data
 from dpo_keras.app.feedback_commands import annotate, feedback
+from dpo_keras.app.options import AsJson, Debug, PairLimit
 from dpo_keras.app.terminal import prepare_keras, reporting
 
 app = typer.Typer(
@@ -24,7 +26,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Look at preference data, and make records of it.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
@@ -38,8 +39,6 @@ Overrides = Annotated[
         help="Override the file, for instance training.epochs=2 or model.lora_rank=null.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -134,84 +133,13 @@ def validate(
         terminal.say(f"{config} is valid.")
 
 
-@data.command("inspect")
-def data_inspect(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Preference files, or builtin:support.")
-    ],
-    format: Annotated[
-        str, typer.Option(help="How to read them; auto goes by name and columns.")
-    ] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many pairs at most.")] = None,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show counts, lengths, bad lines, duplicates, contradictions and biases of the data."""
-    with reporting(as_json, debug) as terminal:
-        from dpo_keras.app import views
-        from dpo_keras.preferences import audit, read_preferences
-
-        pairs = read_preferences(files, format=format, limit=limit)
-        picture = audit(pairs)
-        content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
-        terminal.result(content, *views.data_views(pairs, picture))
-
-
-@data.command("build")
-def data_build(
-    files: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE...", help="Preference files, or tfds:NAME/CONFIG:SPLIT."),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The directory to make; data.path of a run.")
-    ],
-    format: Annotated[
-        str, typer.Option(help="How to read them; auto goes by name and columns.")
-    ] = "auto",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="prompt=question reads the prompt from that column; repeatable."),
-    ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where TensorFlow Datasets keeps its data.")
-    ] = None,
-    on_error: Annotated[
-        str, typer.Option(help="report keeps the good records, fail builds nothing if any is bad.")
-    ] = "report",
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many pairs at most.")] = None,
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 256,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Make sharded, checksummed records of data of any size, to train on without loading it."""
-    with reporting(as_json, debug) as terminal:
-        prepare_keras()
-        from dpo_keras.app import building, views
-        from dpo_keras.app.terminal_progress import TerminalProgress
-
-        with TerminalProgress(terminal.log) as progress:
-            result = building.build(
-                files,
-                out,
-                column or (),
-                format=format,
-                data_dir=data_dir,
-                on_error=on_error,
-                limit=limit,
-                shard_bytes=shard_megabytes * 2**20,
-                progress=progress,
-            )
-        terminal.result(result, *views.build_views(result))
-
-
 @app.command()
 def evaluate(
     run: Run,
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="Preference pairs, or builtin:support.")
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Read this many pairs at most.")] = None,
+    limit: PairLimit = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

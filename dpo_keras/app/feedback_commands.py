@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpo_keras.app.options import AsJson, Debug
 from dpo_keras.app.terminal import reporting
 from dpo_keras.errors import InputError
 
@@ -19,8 +20,6 @@ feedback = typer.Typer(
 )
 
 StoreFile = Annotated[Path, typer.Argument(metavar="STORE", help="The SQLite file of a round.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def annotate(

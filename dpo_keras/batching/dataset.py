@@ -12,7 +12,7 @@ import tensorflow as tf
 from dpo_keras.batching.buckets import epoch_order, plan_buckets
 from dpo_keras.batching.collate import Batch, collate
 from dpo_keras.batching.packed import collate_packed
-from dpo_keras.batching.packing import packed_order, plan_packing
+from dpo_keras.batching.packing import PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.pairs import TokenizedPairs
 from dpo_keras.batching.stream import DYNAMIC, Source, signature_of, stream
 from dpo_keras.batching.templates import ChatTemplate
@@ -63,15 +63,7 @@ def steps_per_epoch(
     if batching == "packed":
         if not isinstance(pairs, TokenizedPairs):
             raise InputError(f"pairs must be TokenizedPairs to count packed batches, got {pairs}.")
-        return plan_packing(
-            pairs,
-            batch_size,
-            length=row_length,
-            rows=rows,
-            replicas=replicas,
-            seed=seed,
-            shuffle=shuffle,
-        ).steps
+        return _plan(pairs, batch_size, row_length, rows, replicas, seed, shuffle).steps
     count = pairs if isinstance(pairs, int) else len(pairs)
     return count // batch_size if drop_remainder else -(-count // batch_size)
 
@@ -197,7 +189,8 @@ def preference_dataset(
             pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
         )
     if batching == "packed":
-        source = _packed(tokenized, batch_size, row_length, rows, replicas, seed, shuffle, worker)
+        plan = _plan(tokenized, batch_size, row_length, rows, replicas, seed, shuffle)
+        source = _packed(tokenized, plan, worker)
     else:
         source = _bucketed(tokenized, batch_size, buckets, seed, shuffle, drop_remainder, worker)
     if source.steps == 0:
@@ -245,7 +238,7 @@ def _bucketed(
     )
 
 
-def _packed(
+def _plan(
     tokenized: TokenizedPairs,
     batch_size: int,
     row_length: int | None,
@@ -253,9 +246,8 @@ def _packed(
     replicas: int,
     seed: int,
     shuffle: bool,
-    worker: tuple[int, int] | None,
-) -> Source:
-    plan = plan_packing(
+) -> PackingPlan:
+    return plan_packing(
         tokenized,
         batch_size,
         length=row_length,
@@ -264,10 +256,13 @@ def _packed(
         seed=seed,
         shuffle=shuffle,
     )
+
+
+def _packed(tokenized: TokenizedPairs, plan: PackingPlan, worker: tuple[int, int] | None) -> Source:
     order = functools.lru_cache(maxsize=2)(lambda epoch: packed_order(plan, epoch))
 
     def make(epoch: int, step: int) -> Batch:
-        batches = order(epoch if shuffle else 0).pairs
+        batches = order(epoch if plan.shuffle else 0).pairs
         pairs = _rows_of(tokenized, batches, step, worker)
         return collate_packed(tokenized, pairs, plan.length, plan.slots)
 

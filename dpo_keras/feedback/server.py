@@ -1,24 +1,18 @@
-"""The server of the annotation page: Starlette on uvicorn, on the loopback by default."""
+"""The server of the annotation page: a Starlette application, and how it is served."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import signal
-import socket
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback.annotators import Annotator
@@ -35,7 +29,10 @@ from dpo_keras.feedback.guard import (
     csrf,
 )
 from dpo_keras.feedback.judging import Conflict
+from dpo_keras.feedback.listening import allowed_hosts, bind, run
 from dpo_keras.feedback.store import Store
+
+__all__ = ["allowed_hosts", "bind", "make_app", "run"]
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 SESSION_DAYS = 30
@@ -242,85 +239,3 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return Refused(500, "the server failed; nothing was saved. Try again.").response()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Takes an address for the server; nobody can connect before it listens.
-
-    Args:
-        host: an address of this machine.
-        port: 0 takes any free one.
-
-    Raises:
-        InputError: the port is taken, or the address is not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio switches Nagle's algorithm off only where the protocol is named; on, it costs 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise InputError(
-            f"{host} port {port} cannot be listened on ({error.strerror}); give another with "
-            "--port, 0 takes any free one."
-        ) from error
-    return listening
-
-
-def run(app: ASGIApp, listening: socket.socket) -> None:
-    """Serves until interrupted.
-
-    Args:
-        app: from `make_app`.
-        listening: from `bind`.
-    """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_keep_alive=30,
-        limit_concurrency=500,
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
-
-    def end(*_: Any) -> None:
-        server.should_exit = True
-
-    # Uvicorn takes signals once its loop runs; one that comes while it starts must end it as well,
-    # and not raise KeyboardInterrupt wherever Python happens to be.
-    ours = (signal.SIGINT, signal.SIGTERM)
-    in_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, end) for number in ours if in_main}
-    try:
-        server.run(sockets=[listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def allowed_hosts(host: str, url: str | None) -> tuple[frozenset[str], bool]:
-    """The names that a server is reached by, and whether by https.
-
-    Args:
-        host: the address it listens on.
-        url: how people reach it, where that differs.
-
-    Raises:
-        InputError: it listens on all addresses, and no url says by which name it is reached.
-    """
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"url must be like https://feedback.example.org, got {url!r}.")
-        return frozenset({parts.hostname}), parts.scheme == "https"
-    if host in ("0.0.0.0", "::"):  # noqa: S104
-        raise InputError(
-            f"host {host} listens on every address; say with --url how annotators reach it, for "
-            "instance --url https://feedback.example.org."
-        )
-    return frozenset({host.lower()}), False

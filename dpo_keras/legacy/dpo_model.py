@@ -8,14 +8,14 @@ import tf_keras
 from dpo_keras.errors import InputError
 from dpo_keras.legacy.policy_trainer import PolicyTrainer
 from dpo_keras.legacy.references import Reference, make_reference
-from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
-from dpo_keras.training.measures import Batch, Sums, loss_outputs, metric_names, worst_group
+from dpo_keras.losses import DPOLoss
+from dpo_keras.training.measures import Batch
+from dpo_keras.training.shared_recipes import PreferenceRecipe, check_has_reference, loss_from
 from dpo_keras.training.start import StartsAtReference
-from dpo_keras.training.steps import preference_step
 
 
 @tf_keras.saving.register_keras_serializable("dpo_keras")
-class DPOModel(PolicyTrainer):
+class DPOModel(PreferenceRecipe, PolicyTrainer):
     """`dpo_keras.DPOModel` for policies of tf-keras: the same loss, metrics and batches.
 
         loss = -[p log P(y_1) + (1 - p) log P(y_2)] + penalties,  P = softmax(beta log(pi / pi_ref))
@@ -70,36 +70,9 @@ class DPOModel(PolicyTrainer):
 
     # -- log-probs -------------------------------------------------------------------------
 
-    def policy_logps(self, batch: Batch, training: bool = False) -> Any:
-        """Log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
-        return self.scorer(batch, training=training)["logps"]
-
     def reference_logps(self, batch: Batch) -> Any:
         """Log pi_ref(y | x) of each response, `[rows * pairs, 2]` float32; None without one."""
         return self.reference.scored(self.scorer, batch).get("logps")
-
-    def loss_outputs(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """As `dpo_keras.DPOModel.outputs`, a name that tf-keras has for something else."""
-        loss = self.preference_loss
-        needs = frozenset({"reference"}) if loss is None else loss.needs
-        return loss_outputs(needs, self.scorer, self.reference, batch, training and self.dropout)
-
-    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """Scores and preferences of a batch: what `predict` returns.
-
-        Returns:
-            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]`, `policy`, `reference`,
-            `lengths`.
-        """
-        outputs = self.loss_outputs(batch, training)
-        scores = (self.preference_loss or DPOLoss()).scores(outputs)
-        outputs = {name: v for name, v in outputs.items() if name not in ("entropy", "weight")}
-        return {
-            "probabilities": preference_probabilities(scores),
-            "llr": log_likelihood_ratio(scores),
-            "scores": scores,
-            **outputs,
-        }
 
     # -- the loss --------------------------------------------------------------------------
 
@@ -116,9 +89,7 @@ class DPOModel(PolicyTrainer):
             InputError: a loss that is no DPOLoss, needs a reference where there is none, or keeps
                 state of its own on parameter servers.
         """
-        loss = DPOLoss(loss) if isinstance(loss, str) else loss
-        if not isinstance(loss, DPOLoss):
-            raise InputError(f"loss must be a dpo_keras.DPOLoss or its name, got {loss!r}.")
+        loss = loss_from(loss)
         stateful = bool(loss.group_robust) or loss.shift_momentum is not None
         if stateful and self._on_parameter_servers():
             raise InputError(
@@ -131,40 +102,13 @@ class DPOModel(PolicyTrainer):
             self._held.reference = make_reference(self.policy, "none")
             self.reference_model = None
         self._may_drop_reference = False
-        if loss.needs_reference and self.reference.mode == "none":
-            raise InputError(
-                f"loss {loss.loss_type!r} compares the policy with a reference, and this model "
-                "has reference='none' (which reference='auto' becomes where the first loss needs "
-                "none). Make DPOModel(policy, reference='frozen_copy'), or use a loss without "
-                "reference."
-            )
+        check_has_reference(loss, self.reference.mode)
         self._held.loss = loss
         with self.distribute_strategy.scope():
             # Keras 3 holds them; tf-keras saves them as this model's own.
             variables = [] if loss.state is None else [v.value for v in loss.state.variables]
         self.objective_variables = variables
         super().compile(optimizer, **options)
-
-    def hidden_names(self) -> list[str]:
-        """Names that are measured and not logged."""
-        loss = self.preference_loss
-        return ["at_reference"] if loss is not None and loss.needs_reference else []
-
-    def metric_names(self) -> list[str]:
-        """The logged names, `loss` first."""
-        assert self.preference_loss is not None
-        return metric_names(self.preference_loss)
-
-    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
-        """`worst_group_loss`, where the loss is robust over groups."""
-        return worst_group(means)
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """The loss, its terms and the metrics over this replica's pairs."""
-        assert self.preference_loss is not None
-        return preference_step(
-            self.preference_loss, batch, self.loss_outputs(batch, training), training
-        )
 
     def default_callbacks(self) -> list[Any]:
         """As every trainer's, and the check that the first loss is that of an equal reference."""

@@ -16,8 +16,9 @@ from dpo_keras.legacy.callbacks import adapted_all
 from dpo_keras.legacy.measured import StepSums
 from dpo_keras.legacy.policy import PolicyCall
 from dpo_keras.scoring import ResponseScorer
-from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.measures import Batch
 from dpo_keras.training.replicas import sum_over_replicas
+from dpo_keras.training.shared_recipes import Recipe
 from dpo_keras.training.start import Throughput
 from dpo_keras.training.steps import step_counts
 
@@ -34,8 +35,10 @@ class _Held:
     loss: Any
 
 
-class PolicyTrainer(tf_keras.Model):
+class PolicyTrainer(Recipe, tf_keras.Model):
     """A `tf_keras.Model` that trains another model, its policy.
+
+    Subclasses say what the loss is, in `measure` (see `Recipe`).
 
     Args:
         policy: a tf-keras model from `{"token_ids", "padding_mask"}`, or from token ids alone, to
@@ -52,28 +55,6 @@ class PolicyTrainer(tf_keras.Model):
         self.scorer = ResponseScorer(call, plain=True)
         self._held = _Held()
         self.built = True
-
-    # -- what subclasses give --------------------------------------------------------------
-
-    def metric_names(self) -> list[str]:
-        """Names that `measure` returns, in the order they are logged."""
-        raise NotImplementedError
-
-    def hidden_names(self) -> list[str]:
-        """Further names that `measure` returns, kept out of the logs."""
-        return []
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """This replica's share of the loss, and `{name: (weighted sum, weight)}`."""
-        raise NotImplementedError
-
-    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
-        """Figures of the averages themselves, such as the worst of several."""
-        return {}
-
-    def default_callbacks(self) -> list[Any]:
-        """Callbacks that every `fit` has, in front of the user's."""
-        return [Throughput()]
 
     # -- one step --------------------------------------------------------------------------
 
@@ -147,6 +128,10 @@ class PolicyTrainer(tf_keras.Model):
     def get_metrics_result(self) -> dict[str, Any]:
         """Averages since the last reset, by name."""
         return self._held.current.result()
+
+    def default_callbacks(self) -> list[Any]:
+        """Callbacks that every `fit` has, in front of the user's."""
+        return [Throughput()]
 
     def fit(self, x: Any = None, y: Any = None, *, callbacks: Any = None, **options: Any) -> Any:
         """As `tf_keras.Model.fit`, on a dataset of dict batches.

@@ -8,7 +8,7 @@ from keras import ops
 
 from dpo_keras.errors import InputError
 from dpo_keras.legacy.policy import PolicyCall, copy_of
-from dpo_keras.scoring import ResponseScorer, references, vocabulary_size
+from dpo_keras.scoring import ResponseScorer, check_same_vocabulary, references
 
 
 class Reference:
@@ -29,16 +29,7 @@ class Reference:
     def scored(
         self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
     ) -> dict[str, Any]:
-        """What is found under the reference, without gradient.
-
-        Args:
-            scorer: the policy's.
-            batch: the batch contract.
-            shared: as `ResponseScorer` takes.
-
-        Returns:
-            `logps` (and `shared_logps`), or nothing where there is no reference.
-        """
+        """As `dpo_keras.scoring.Reference.scored`."""
         return {}
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
@@ -72,13 +63,7 @@ class OtherModel(Reference):
     mode = "model"
 
     def __init__(self, model: tf_keras.Model, policy: tf_keras.Model):
-        ours, theirs = vocabulary_size(policy), vocabulary_size(model)
-        if ours != theirs and None not in (ours, theirs):
-            raise InputError(
-                f"reference has a vocabulary of {theirs} tokens and the policy one of {ours}: "
-                "log-probs of different tokens cannot be compared. Use a reference with the "
-                "policy's tokenizer."
-            )
+        check_same_vocabulary(policy, model)
         if model is policy:
             raise InputError("reference is the policy itself; use reference='frozen_copy'.")
         self.model = model

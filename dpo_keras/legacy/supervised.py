@@ -5,12 +5,11 @@ from typing import Any
 import tf_keras
 
 from dpo_keras.legacy.policy_trainer import PolicyTrainer
-from dpo_keras.training.measures import Batch, Sums
-from dpo_keras.training.steps import supervised_step
+from dpo_keras.training.shared_recipes import SupervisedRecipe
 
 
 @tf_keras.saving.register_keras_serializable("dpo_keras")
-class SupervisedModel(PolicyTrainer):
+class SupervisedModel(SupervisedRecipe, PolicyTrainer):
     """`dpo_keras.SupervisedModel` for tf-keras: the same loss, metrics and batches.
 
     Args:
@@ -28,16 +27,3 @@ class SupervisedModel(PolicyTrainer):
 
     def __init__(self, policy: tf_keras.Model, dropout: bool = True, **options: Any):
         super().__init__(policy, dropout=dropout, **options)
-
-    def metric_names(self) -> list[str]:
-        """`loss` (nats per token) and `chosen_logps` (nats per response)."""
-        return ["loss", "chosen_logps"]
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """The loss and its sums over the chosen responses of this replica."""
-        return supervised_step(batch, self.scorer(batch, training and self.dropout))
-
-    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """Log-probs and lengths of the responses."""
-        scored = self.scorer(batch, training and self.dropout)
-        return {"policy": scored["logps"], "lengths": scored["lengths"]}

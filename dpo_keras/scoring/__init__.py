@@ -1,9 +1,11 @@
 """Log-probs of responses under a policy, and under what it is compared with."""
 
 from dpo_keras.scoring.cache import cache_key, cache_reference, weights_fingerprint
-from dpo_keras.scoring.head import LanguageModelHead, token_log_probs
+from dpo_keras.scoring.chunked import token_log_probs
+from dpo_keras.scoring.head import LanguageModelHead
 from dpo_keras.scoring.log_probs import response_log_probs, score_pairs
-from dpo_keras.scoring.references import REFERENCES, Reference, make_reference, vocabulary_size
+from dpo_keras.scoring.policies import check_same_vocabulary, vocabulary_size
+from dpo_keras.scoring.references import REFERENCES, Reference, make_reference
 from dpo_keras.scoring.scorer import ResponseScorer, split_backbone_and_head
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "ResponseScorer",
     "cache_key",
     "cache_reference",
+    "check_same_vocabulary",
     "make_reference",
     "response_log_probs",
     "score_pairs",

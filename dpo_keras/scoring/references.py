@@ -12,6 +12,12 @@ import keras
 from keras import ops
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.policies import (
+    adapted_layers,
+    adapter_variables,
+    adapters_are_fresh,
+    check_same_vocabulary,
+)
 from dpo_keras.scoring.scorer import ResponseScorer
 
 Pairs = list[tuple[Any, Any]]
@@ -26,26 +32,6 @@ class _Untracked:
 
 def _without_gradient(scored: dict[str, Any]) -> dict[str, Any]:
     return {name: ops.stop_gradient(value) for name, value in scored.items()}
-
-
-def adapted_layers(policy: keras.Model) -> list[Any]:
-    """The layers of `policy` with LoRA switched on.
-
-    Example:
-        >>> adapted_layers(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
-        []
-    """
-    return [layer for layer in policy._flatten_layers() if getattr(layer, "lora_enabled", False)]
-
-
-def _adapter_variables(layers: list[Any]) -> list[Any]:
-    return [variable for layer in layers for variable in layer.weights if "lora_" in variable.name]
-
-
-def adapters_are_fresh(policy: keras.Model) -> bool:
-    """Whether every LoRA product is still zero, so that the adapted model is the base model."""
-    seconds = [v for v in _adapter_variables(adapted_layers(policy)) if v.name.endswith("_b")]
-    return bool(seconds) and all(not ops.convert_to_numpy(v).any() for v in seconds)
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
@@ -143,7 +129,7 @@ class FrozenCopy(Reference):
             InputError: naming the weights that would drift in both policy and reference.
         """
         known = {id(variable) for variable in self._sources.variables}
-        known |= {id(v) for v in _adapter_variables(adapted_layers(policy))}
+        known |= {id(v) for v in adapter_variables(adapted_layers(policy))}
         moved = [v.path for v in policy.trainable_variables if id(v) not in known]
         if moved:
             raise InputError(
@@ -197,7 +183,7 @@ class AdaptersOff(FrozenCopy):
                 "policy.backbone.enable_lora(8) first, or use reference='frozen_copy'."
             )
         self._adapted = _Untracked(layers)
-        adapters = {id(variable) for variable in _adapter_variables(layers)}
+        adapters = {id(variable) for variable in adapter_variables(layers)}
         return [v for v in policy.trainable_variables if id(v) not in adapters]
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
@@ -260,13 +246,8 @@ class OtherModel(Reference):
 
     def __init__(self, model: keras.Model, policy: keras.Model | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        ours, theirs = (vocabulary_size(policy), vocabulary_size(model)) if policy else (None, None)
-        if ours != theirs and None not in (ours, theirs):
-            raise InputError(
-                f"reference has a vocabulary of {theirs} tokens and the policy one of {ours}: "
-                "log-probs of different tokens cannot be compared. Use a reference with the "
-                "policy's tokenizer."
-            )
+        if policy is not None:
+            check_same_vocabulary(policy, model)
         self.model = model
         self.model.trainable = False
         self.scorer = ResponseScorer(model)
@@ -311,14 +292,3 @@ def make_reference(policy: keras.Model, reference: str | keras.Model) -> Referen
         raise InputError(f"reference must be one of {names}, or a model; got {reference!r}.")
     kind = REFERENCES[reference]
     return kind(policy) if issubclass(kind, FrozenCopy) else kind()
-
-
-def vocabulary_size(model: Any) -> int | None:
-    """The number of logits of a model, where it can be told without running it.
-
-    Example:
-        >>> vocabulary_size(keras.Sequential([keras.Input((2,)), keras.layers.Dense(7)]))
-        7
-    """
-    shape = getattr(model, "output_shape", None)
-    return shape[-1] if isinstance(shape, tuple) else None

@@ -7,8 +7,9 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.chunked import log_probs_of
 from dpo_keras.scoring.fused import FUSED_FROM, fused_calls
-from dpo_keras.scoring.head import LanguageModelHead, log_probs_of
+from dpo_keras.scoring.head import LanguageModelHead
 from dpo_keras.scoring.low_rank import low_rank_calls
 from dpo_keras.scoring.remat import blocks_of, recomputed_calls
 from dpo_keras.scoring.swapped import Swap, swapped
@@ -129,7 +130,7 @@ class ResponseScorer:
                 `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`; of packed
                 rows `positions`, `tree` `[rows, 1, length]`, too.
             training: whether layers such as dropout are active.
-            statistics: extra per-token figures from `scoring.head.STATISTICS`.
+            statistics: extra per-token figures from `scoring.chunked.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
 
         Returns:

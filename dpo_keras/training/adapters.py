@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from dpo_keras.scoring.references import adapted_layers
+from dpo_keras.scoring.policies import adapted_layers
 
 
 def serialized_policy(policy: keras.Model) -> dict[str, Any]:

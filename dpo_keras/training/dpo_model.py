@@ -4,8 +4,7 @@ from typing import Any
 
 import keras
 
-from dpo_keras.errors import InputError
-from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
+from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
 from dpo_keras.training.adapters import (
     AdapterState,
@@ -13,14 +12,14 @@ from dpo_keras.training.adapters import (
     restore_adapters,
     serialized_policy,
 )
-from dpo_keras.training.measures import Batch, Sums, loss_outputs, metric_names, worst_group
+from dpo_keras.training.measures import Batch
 from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.shared_recipes import PreferenceRecipe, check_has_reference, loss_from
 from dpo_keras.training.start import StartsAtReference
-from dpo_keras.training.steps import preference_step
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
-class DPOModel(PolicyTrainer):
+class DPOModel(PreferenceRecipe, PolicyTrainer):
     r"""Trains a policy on preference pairs, against a reference.
 
     For a prompt x with responses y_1 (chosen) and y_2 (rejected):
@@ -62,6 +61,8 @@ class DPOModel(PolicyTrainer):
         Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, equation 7.
     """
 
+    preference_loss: DPOLoss | None = None  # the one that it was compiled with
+
     def __init__(
         self,
         policy: keras.Model,
@@ -75,50 +76,16 @@ class DPOModel(PolicyTrainer):
         self._may_drop_reference = isinstance(reference, str) and reference == "auto"
         # The name puts it behind `policy` in the order in which Keras loads.
         self.policy_adapters = AdapterState(policy) if adapter_config(policy) else None
-        self.preference_loss: DPOLoss | None = None
 
     # -- log-probs -------------------------------------------------------------------------
-
-    def policy_logps(self, batch: Batch, training: bool = False) -> Any:
-        """Log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
-        return self.scorer(batch, training=training)["logps"]
 
     def reference_logps(self, batch: Batch) -> Any:
         """Log pi_ref(y | x) of each response, `[rows * pairs, 2]` float32; None without one."""
         return self.reference.logps(self.scorer, batch)
 
     def outputs(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """What the loss is computed from, with the policy's entropy beside it.
-
-        Args:
-            batch: the batch contract of `dpo_keras.batching`.
-            training: True while gradients are taken.
-
-        Returns:
-            `policy`, `reference` `[N, 2]` float32 (no `reference` where there is none), `lengths`
-            `[N, 2]` int32, `weight` `[N]`, `entropy` scalar (mean over response tokens), and what
-            else the loss needs; N = rows * pairs.
-        """
-        loss = self.preference_loss
-        needs = frozenset({"reference"}) if loss is None else loss.needs
-        return loss_outputs(needs, self.scorer, self.reference, batch, training and self.dropout)
-
-    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """Scores and preferences of a batch: what `predict` returns.
-
-        Returns:
-            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]`, `policy`, `reference`,
-            `lengths`.
-        """
-        outputs = self.outputs(batch, training)
-        scores = (self.preference_loss or DPOLoss()).scores(outputs)
-        outputs = {name: v for name, v in outputs.items() if name not in ("entropy", "weight")}
-        return {
-            "probabilities": preference_probabilities(scores),
-            "llr": log_likelihood_ratio(scores),
-            "scores": scores,
-            **outputs,
-        }
+        """As `loss_outputs`, by a name that tf-keras has for something else."""
+        return self.loss_outputs(batch, training)
 
     # -- the loss --------------------------------------------------------------------------
 
@@ -142,20 +109,11 @@ class DPOModel(PolicyTrainer):
         Raises:
             InputError: a loss that is no DPOLoss, or needs a reference where there is none.
         """
-        if isinstance(loss, str):
-            loss = DPOLoss(loss)
-        if not isinstance(loss, DPOLoss):
-            raise InputError(f"loss must be a dpo_keras.DPOLoss or its name, got {loss!r}.")
+        loss = loss_from(loss)
         if self._may_drop_reference and not loss.needs_reference:
             self._drop_reference()
         self._may_drop_reference = False
-        if loss.needs_reference and self.reference.mode == "none":
-            raise InputError(
-                f"loss {loss.loss_type!r} compares the policy with a reference, and this model "
-                "has reference='none' (which reference='auto' becomes where the first loss needs "
-                "none). Make DPOModel(policy, reference='frozen_copy'), or use a loss without "
-                "reference."
-            )
+        check_has_reference(loss, self.reference.mode)
         if isinstance(self.reference, FrozenCopy):
             self.reference.check(self.policy)
         self.preference_loss = loss
@@ -169,25 +127,6 @@ class DPOModel(PolicyTrainer):
         # never made again: a copy of weights trained since would be another reference.
         self._tracker.untrack(self.reference)
         self.reference = make_reference(self.policy, "none")
-
-    def hidden_names(self) -> list[str]:
-        """Names that are measured and not logged."""
-        assert self.preference_loss is not None
-        return ["at_reference"] if self.preference_loss.needs_reference else []
-
-    def metric_names(self) -> list[str]:
-        """The logged names, `loss` first."""
-        assert self.preference_loss is not None
-        return metric_names(self.preference_loss)
-
-    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
-        """`worst_group_loss`, where the loss is robust over groups."""
-        return worst_group(means)
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """The loss, its terms and the metrics over this replica's pairs."""
-        assert self.preference_loss is not None
-        return preference_step(self.preference_loss, batch, self.outputs(batch, training), training)
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """As every trainer's, and the check that the first loss is that of an equal reference."""

@@ -5,7 +5,12 @@ from typing import Any, Protocol
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.losses import DPOLoss, kl_to_reference, log_likelihood_ratio
+from dpo_keras.losses import (
+    DPOLoss,
+    kl_to_reference,
+    log_likelihood_ratio,
+    preference_probabilities,
+)
 from dpo_keras.scoring.scorer import ResponseScorer, sum_by_owner
 
 Batch = dict[str, Any]
@@ -76,9 +81,40 @@ def loss_outputs(
     return outputs
 
 
-def outputs_of(model: Any, batch: Batch) -> dict[str, Any]:
-    """As `loss_outputs`, of a compiled `DPOModel` of Keras 3 or of tf-keras, without dropout."""
-    return loss_outputs(model.preference_loss.needs, model.scorer, model.reference, batch)
+def outputs_of(model: Any, batch: Batch, training: bool = False) -> dict[str, Any]:
+    """As `loss_outputs`, of a `DPOModel` of Keras 3 or of tf-keras.
+
+    Args:
+        model: the model; before it is compiled, all that has a reference is scored under it.
+        batch: the batch contract of `dpo_keras.batching`.
+        training: whether dropout is active, where the model's own may be.
+
+    Returns:
+        What `loss_outputs` returns.
+    """
+    loss = model.preference_loss
+    needs = frozenset({"reference"}) if loss is None else loss.needs
+    return loss_outputs(needs, model.scorer, model.reference, batch, training and model.dropout)
+
+
+def predictions(loss: DPOLoss | None, outputs: dict[str, Any]) -> dict[str, Any]:
+    """Scores and preferences: what `predict` returns.
+
+    Args:
+        loss: what the model was compiled with; None scores as the default loss does.
+        outputs: from `loss_outputs`.
+
+    Returns:
+        `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]`, and `outputs` without `entropy`
+        and `weight`.
+    """
+    scores = (loss or DPOLoss()).scores(outputs)
+    return {
+        "probabilities": preference_probabilities(scores),
+        "llr": log_likelihood_ratio(scores),
+        "scores": scores,
+        **{name: v for name, v in outputs.items() if name not in ("entropy", "weight")},
+    }
 
 
 def wpo_log_weight(batch: Batch, scored: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.accumulation import WeighedAccumulation, accumulates
 from dpo_keras.training.measures import Batch, Sums
 from dpo_keras.training.replicas import sum_over_replicas
+from dpo_keras.training.shared_recipes import Recipe
 from dpo_keras.training.start import ReleasesTracing, Throughput
 from dpo_keras.training.steps import step_counts
 from dpo_keras.training.updates import sum_gradients_ourselves, update_in_one_pass
@@ -33,11 +34,11 @@ COUNTS = ("tokens", "pairs")
 STOP = "stop"
 
 
-class PolicyTrainer(keras.Model):
+class PolicyTrainer(Recipe, keras.Model):
     """A `keras.Model` that trains another model, its policy.
 
-    Subclasses say what the loss is, in `measure`. Everything that may be averaged is returned
-    as a weighted sum with its weight, since only sums can be added over replicas.
+    Subclasses say what the loss is, in `measure` (see `Recipe`). Everything that may be averaged
+    is returned as a weighted sum with its weight, since only sums can be added over replicas.
 
     Args:
         policy: a KerasHub causal language model, or any Keras model from
@@ -84,29 +85,6 @@ class PolicyTrainer(keras.Model):
         self.test_function: Any = None
         self.built = True
 
-    # -- what subclasses give --------------------------------------------------------------
-
-    def metric_names(self) -> list[str]:
-        """Names that `measure` returns, in the order they are logged."""
-        raise NotImplementedError
-
-    def hidden_names(self) -> list[str]:
-        """Further names that `measure` returns, kept out of the logs."""
-        return []
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """The loss to minimise and all that is logged, of this replica's rows.
-
-        Args:
-            batch: the batch contract.
-            training: whether gradients are taken.
-
-        Returns:
-            This replica's share of the loss (the replicas' shares add up to it), and
-            `{name: (weighted sum, weight)}`.
-        """
-        raise NotImplementedError
-
     # -- one step --------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> Sums:
@@ -149,10 +127,6 @@ class PolicyTrainer(keras.Model):
         hidden = {*COUNTS, STOP, *self.hidden_names()}
         means_by_name = {name: mean for name, mean in logs if name not in hidden}
         return {**means_by_name, **self.derived_metrics(means_by_name)}
-
-    def derived_metrics(self, means: dict[str, Any]) -> dict[str, Any]:
-        """Figures of the averages themselves, such as the worst of several."""
-        return {}
 
     def counts(self) -> dict[str, float]:
         """Tokens and pairs since the last reset."""

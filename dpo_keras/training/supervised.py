@@ -9,13 +9,13 @@ import tensorflow as tf
 
 from dpo_keras.batching import Ragged, TokenizedPairs
 from dpo_keras.training.adapters import serialized_policy
-from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.measures import Batch
 from dpo_keras.training.policy_trainer import PolicyTrainer
-from dpo_keras.training.steps import supervised_step
+from dpo_keras.training.shared_recipes import SupervisedRecipe
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
-class SupervisedModel(PolicyTrainer):
+class SupervisedModel(SupervisedRecipe, PolicyTrainer):
     """Trains a policy to give the chosen responses, by their tokens' mean negative log-likelihood.
 
         loss = - sum_pairs w sum_t log pi(y_t | x, y_<t) / sum_pairs w |y|
@@ -45,19 +45,6 @@ class SupervisedModel(PolicyTrainer):
         self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: Any
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
-
-    def metric_names(self) -> list[str]:
-        """`loss` (nats per token) and `chosen_logps` (nats per response)."""
-        return ["loss", "chosen_logps"]
-
-    def measure(self, batch: Batch, training: bool) -> tuple[Any, Sums]:
-        """The loss and its sums over the chosen responses of this replica."""
-        return supervised_step(batch, self.scorer(batch, training and self.dropout))
-
-    def call(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """Log-probs and lengths of the responses."""
-        scored = self.scorer(batch, training and self.dropout)
-        return {"policy": scored["logps"], "lengths": scored["lengths"]}
 
     def get_config(self) -> dict[str, Any]:
         """Policy and dropout."""
