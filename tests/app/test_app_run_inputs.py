@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from app_runs import settings, steps_of
+from app_tiny import SIZES, TEXTS
 
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
-from dpo_keras.app.models import load_model, save_policy
+from dpo_keras.app.models import load_model, load_policy, save_policy
+from dpo_keras.app.sections import Model
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import support_pairs, write_preferences
 
@@ -73,6 +75,15 @@ def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_p
         runs.train(bare)
 
 
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """One layer, as what a reference is does not depend on their number."""
+    path = tmp_path_factory.mktemp("models") / "preset"
+    scratch = {"family": "gpt2", **SIZES, "num_layers": 1}
+    save_policy(load_policy(Model(scratch=scratch), TEXTS), path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("changes", "reference"),
     [
@@ -82,11 +93,11 @@ def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_p
         ({"loss": {"type": "simpo", "beta": 2.0, "gamma": 0.5}}, "none"),
     ],
 )
-def test_references_of_every_kind(gpt2_preset, tmp_path, changes, reference):
+def test_references_of_every_kind(preset, tmp_path, changes, reference):
     changes = {"warmup": None, **changes}
-    changes["model"] = {"scratch": None, "path": str(gpt2_preset), **changes.get("model", {})}
+    changes["model"] = {"scratch": None, "path": str(preset), **changes.get("model", {})}
     if changes.get("reference") == "SELF":
-        changes["reference"] = str(gpt2_preset)
+        changes["reference"] = str(preset)
     notes = []
 
     class Notes(runs.Silent):
