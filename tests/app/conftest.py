@@ -1,16 +1,28 @@
-"""Tiny models in the formats that real ones come in."""
+"""The command line, and tiny models in the formats that real ones come in."""
 
-import io
 import json
 
 import keras
 import keras_hub
 import pytest
-import sentencepiece
 from app_tiny import SIZES, TEXTS
+from assembling import GEMMA_PIECES, assemble, sentence_pieces
 
+from dpo_keras.app.cli import main
 from dpo_keras.app.models import load_policy, save_policy
 from dpo_keras.app.sections import Model
+
+
+@pytest.fixture
+def run(capsys):
+    """Calls the command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")
@@ -47,28 +59,17 @@ def gpt2_hugging_face(gpt2, tmp_path_factory):
 @pytest.fixture(scope="session")
 def gemma3_preset(tmp_path_factory):
     """A text-only Gemma 3 like the 1B one, but for its size, as a KerasHub preset."""
-    pieces = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=pieces,
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
+    pieces = sentence_pieces(
+        TEXTS,
+        330,
         add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        bos_piece="<bos>",
-        eos_piece="<eos>",
+        **GEMMA_PIECES,
         user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
     )
-    tokenizer = keras_hub.models.Gemma3Tokenizer(pieces.getvalue(), has_vision_tokens=False)
-    backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
+    policy = assemble(
+        "Gemma3",
+        keras_hub.models.Gemma3Tokenizer(pieces, has_vision_tokens=False),
+        {"sequence_length": 64},
         image_size=None,
         num_layers=2,
         num_query_heads=2,
@@ -81,7 +82,6 @@ def gemma3_preset(tmp_path_factory):
         use_sliding_window_attention=True,
         sliding_window_size=32,
     )
-    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=64)
     path = tmp_path_factory.mktemp("models") / "gemma3_preset"
-    save_policy(keras_hub.models.Gemma3CausalLM(preprocessor, backbone), path)
+    save_policy(policy, path)
     return path

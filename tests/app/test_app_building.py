@@ -20,16 +20,6 @@ from dpo_keras.preferences import (
 )
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Pairs as files and as records: 40 to train on, 12 held out."""

@@ -8,20 +8,9 @@ from pathlib import Path
 import pytest
 
 from dpo_keras.app import terminal
-from dpo_keras.app.cli import main
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"prompt": "How are you?", "chosen": "Fine, thanks.", "rejected": "No."}
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def lines(path, *records):

@@ -12,39 +12,18 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from app_tiny import SIZES
+from app_runs import settings, steps_of
 
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
-from dpo_keras.app.config import Config, parse_config
-from dpo_keras.app.models import load_model, save_policy
+from dpo_keras.app.config import parse_config
+from dpo_keras.app.models import load_model
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.app.sections import Export
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import read_preferences, support_pairs, write_preferences
+from dpo_keras.preferences import read_preferences, write_preferences
 
 ROOT = Path(__file__).parents[2]
-
-
-def settings(output, **changes):
-    """A run of seconds: 40 pairs, one layer, five steps of warm-up and five of training."""
-    content = {
-        "output": str(output),
-        "model": {"scratch": {**SIZES, "num_layers": 1, "max_sequence_length": 96}},
-        "data": {"path": "builtin:support", "limit": 50, "held_out": 0.2, "max_length": 96},
-        "warmup": {"batch_size": 8, "learning_rate": 1e-3},
-        "training": {"batch_size": 8, "learning_rate": 1e-3, "buckets": 1, "checkpoint_every": 2},
-        "evaluation": {"prompts": 0, "max_new_tokens": 8, "batch_size": 8},
-    }
-    for key, change in changes.items():
-        old = content.get(key)
-        content[key] = {**old, **change} if isinstance(old, dict) and change else change
-    return Config(**content)
-
-
-def steps_of(directory):
-    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "epoch" not in record]
 
 
 def same_weights(one, other, tolerance=1e-6):
@@ -176,28 +155,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert len(steps_of(tmp_path / "run")) == 5
 
 
-def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
-    data = tmp_path / "pairs.jsonl"
-    write_preferences(support_pairs(50), data)
-    config = settings(tmp_path / "run", data={"path": str(data)}, warmup=None)
-
-    class Stop(Exception):
-        pass
-
-    class Stopping(runs.Silent):
-        def stage(self, title):
-            if title == "Preference training":
-                raise Stop
-
-    with pytest.raises(Stop):
-        runs.train(config, progress=Stopping())
-    write_preferences(support_pairs(50, seed=1), data)
-    with pytest.raises(InputError, match="the train and held_out pairs are not those"):
-        runs.train(config, resume=True)
-    write_preferences(support_pairs(50), data)
-    assert runs.train(config, resume=True).steps == 5
-
-
 def test_evaluate_measures_against_the_reference_of_the_training(trained, tmp_path):
     result, config = trained
     _, held_out = read_preferences("builtin:support", limit=50).split(0.2, seed=0)
@@ -230,44 +187,6 @@ def test_generate_writes_several_candidates_and_repeats_them(trained, tmp_path, 
     assert len(set(candidates[0]["responses"])) > 1
     assert [json.loads(line) for line in output.read_text().splitlines()] == candidates
     assert runs.generate(result.directory, prompts, responses=3) == candidates
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_path):
-    data = tmp_path / "chat.jsonl"
-    records = [
-        {
-            "prompt": [turn("system", "Be kind."), turn("user", f"Question {number}?")],
-            "chosen": [turn("assistant", "Gladly!")],
-            "rejected": [turn("assistant", "No.")],
-        }
-        for number in range(6)
-    ]
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    config = settings(
-        tmp_path / "run",
-        data={"path": str(data), "held_out": 0.5, "template": "chatml", "limit": None},
-        evaluation={"prompts": 1},
-        warmup=None,
-    )
-    result = runs.train(config)
-    assert result.steps == 1
-    assert "Question" in result.samples[0]["prompt"] and "<|im_" not in result.samples[0]["prompt"]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": records[0]["prompt"]}) + '\n{"prompt": "Hi"}\n')
-    candidates = runs.generate(result.directory, prompts, max_new_tokens=4)
-    assert candidates[0]["prompt"] == records[0]["prompt"] and len(candidates[1]["responses"]) == 2
-    bare = config.model_copy(
-        update={
-            "output": str(tmp_path / "bare"),
-            "data": config.data.model_copy(update={"template": None}),
-        }
-    )
-    with pytest.raises(InputError, match="pass data.template='chatml'"):
-        runs.train(bare)
 
 
 @pytest.mark.parametrize(
@@ -322,74 +241,6 @@ def test_a_cached_reference_trains_exactly_as_a_frozen_copy(trained, tmp_path):
     write_preferences(read_preferences("builtin:support", limit=50).split(0.2)[1], held_out)
     measured = runs.evaluate(cached.directory, held_out)["metrics"]
     assert measured == pytest.approx(result.after["metrics"], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reference"),
-    [
-        ({"model": {"lora_rank": 2}}, "adapters_off"),
-        ({"model": {"lora_rank": 2}, "warmup": {"batch_size": 8, "learning_rate": 1e-3}}, "frozen"),
-        ({"reference": "SELF"}, "model"),
-        ({"loss": {"type": "simpo", "beta": 2.0, "gamma": 0.5}}, "none"),
-    ],
-)
-def test_references_of_every_kind(gpt2_preset, tmp_path, changes, reference):
-    changes = {"warmup": None, **changes}
-    changes["model"] = {"scratch": None, "path": str(gpt2_preset), **changes.get("model", {})}
-    if changes.get("reference") == "SELF":
-        changes["reference"] = str(gpt2_preset)
-    notes = []
-
-    class Notes(runs.Silent):
-        def note(self, text):
-            notes.append(text)
-
-    config = settings(tmp_path / "run", data={"max_length": 64, "limit": 20}, **changes)
-    result = runs.train(config, progress=Notes())
-    assert any(note.startswith(f"reference: {reference}") for note in notes), notes
-    first = steps_of(result.directory)[0]["loss"]
-    if reference != "none":
-        assert first == pytest.approx(np.log(2), abs=1e-4)
-    measured = runs.evaluate(result.directory, "builtin:support", limit=8)
-    assert np.isfinite(measured["metrics"]["loss"])
-    if "lora_rank" in changes["model"]:
-        reloaded = load_model(result.directory + "/policy")
-        assert not any("lora" in weight.path for weight in reloaded.weights), "adapters are merged"
-
-
-def test_a_reference_with_another_vocabulary_ends_before_any_training(llama, tmp_path, capsys):
-    save_policy(llama, tmp_path / "llama")
-    path = tmp_path / "a.yaml"
-    path.write_text(settings(tmp_path / "run").resolved())
-    assert main(["train", str(path), f"reference={tmp_path / 'llama'}"]) == 2
-    assert "another vocabulary than the policy" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_bad_lines_are_named_and_left_out_or_end_the_run_as_configured(tmp_path, capsys):
-    data = tmp_path / "pairs.jsonl"
-    write_preferences(support_pairs(30), data)
-    lines = data.read_text().splitlines()
-    lines[16] = "{not json"
-    data.write_text("\n".join(lines) + "\n")
-    path = tmp_path / "a.yaml"
-    path.write_text(settings(tmp_path / "run", data={"path": str(data)}, warmup=None).resolved())
-    assert main(["train", str(path), "data.on_error=fail", f"output={tmp_path / 'no'}"]) == 2
-    assert "line 17" in capsys.readouterr().err
-    # Without held-out pairs a run trains, and says nothing of quality.
-    assert main(["train", str(path), "data.held_out=0", "--json"]) == 0
-    out, err = capsys.readouterr()
-    result = json.loads(out)
-    assert "not JSON: 1 (line 17)" in err
-    assert result["pairs"] == {"train": 29, "held_out": 0, "dropped": 1}
-    assert result["steps"] == 4 and result["before"] is None and result["report"] == {}
-    assert (tmp_path / "run" / "policy").is_dir()
-
-
-def test_steps_that_do_not_divide_are_refused_before_any_training(tmp_path):
-    with pytest.raises(InputError, match="steps_per_execution must divide the 5 steps"):
-        runs.train(settings(tmp_path / "run", training={"steps_per_execution": 2}))
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_what_is_no_run_is_said_to_be_none(tmp_path, capsys):

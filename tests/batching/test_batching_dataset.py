@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from batching_compared import assert_same, batches
 
 from dpo_keras.batching import (
     collate,
@@ -35,17 +36,6 @@ def tokens(pair):
 
     pairs = [pair(word(60), word(30) + "y", word(30) + "n") for _ in range(43)]
     return tokenize_pairs(pairs, Letters(), max_length=64)
-
-
-def batches(dataset):
-    return list(dataset.as_numpy_iterator())
-
-
-def assert_same(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a)
 
 
 def names(found):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batching_compared import assert_same, batches
 
 from dpo_keras.batching import (
     Ragged,
@@ -38,17 +39,6 @@ def tokens():
     random = np.random.default_rng(0)
     sizes = np.minimum(random.lognormal([[3], [2.4], [2.4]], 0.9, (3, 211)).astype(int) + 1, 100)
     return of_lengths(*sizes)
-
-
-def batches(dataset):
-    return list(dataset.as_numpy_iterator())
-
-
-def assert_same(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        assert all((a[name] == b[name]).all() for name in a)
 
 
 def numbers(batch):

@@ -74,3 +74,8 @@ def check_books(store):
             assert verdict in (None, "undo")
     current = {row["presentation"] for row in rows("SELECT presentation FROM current")}
     assert current == {p for p, verdict in last.items() if verdict != "undo"}
+
+
+def count(store):
+    """How many judgements there are."""
+    return store.database.rows("SELECT count(*) FROM judgements")[0][0]

@@ -1,19 +1,12 @@
 """Two logical CPUs, and the tests' pairs."""
 
 import pytest
-import tensorflow as tf
 from tiny import Letters, pairs
+from two_cpus import split_cpu
 
 from dpo_keras.batching import preference_dataset, tokenize_pairs
 
-# Before anything runs on TensorFlow: devices cannot be split afterwards.
-if len(tf.config.list_physical_devices("CPU")) == 1:
-    try:
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-        )
-    except RuntimeError:  # another folder's tests did it already
-        assert len(tf.config.list_logical_devices("CPU")) == 2
+split_cpu()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,12 @@ from dpo_keras.preferences import PreferencePair
 from dpo_keras.preferences.schema import Message
 
 FORGED = '[{"role": "user", "content": "text that only looks like messages"}]'
+GOOD = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+USER = [{"role": "user", "content": "2 + 2?"}]
+
+
+def reply(content):
+    return [{"role": "assistant", "content": content}]
 
 
 def every_kind():
@@ -49,4 +55,13 @@ def hh_lines(count=6):
 def write_jsonl(path, records):
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def numbered(number):
+    return {"prompt": f"{number} =", "chosen": f" {number}", "rejected": " no"}
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

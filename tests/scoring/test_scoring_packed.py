@@ -7,8 +7,9 @@ import pytest
 import tensorflow as tf
 import tiny
 from families import FAMILIES
+from scoring_samples import random_pairs
 
-from dpo_keras.batching import Ragged, TokenizedPairs, collate, collate_packed
+from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.packed import check_packing, supports_packing
 from dpo_keras.scoring.scorer import ResponseScorer
@@ -24,13 +25,7 @@ LENGTH = 54
 
 @pytest.fixture(scope="module")
 def tokenized():
-    random = np.random.default_rng(0)
-    columns = [
-        Ragged.from_lists([random.integers(0, tiny.VOCABULARY, sizes[k]) for sizes in LENGTHS])
-        for k in range(3)
-    ]
-    weight = random.uniform(0.5, 2.0, len(LENGTHS)).astype(np.float32)
-    return TokenizedPairs(*columns, np.ones(len(LENGTHS), np.float32), weight)
+    return random_pairs(LENGTHS, weighed=True)
 
 
 @pytest.fixture(scope="module")

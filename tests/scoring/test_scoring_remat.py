@@ -6,8 +6,9 @@ import pytest
 import tensorflow as tf
 import tiny
 from families import FAMILIES
+from scoring_samples import random_pairs
 
-from dpo_keras.batching import Ragged, TokenizedPairs, collate, collate_packed
+from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import scorer as scorer_module
 from dpo_keras.scoring.scorer import ResponseScorer
@@ -17,13 +18,7 @@ LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3)]
 
 @pytest.fixture(scope="module")
 def batches():
-    random = np.random.default_rng(0)
-    columns = [
-        Ragged.from_lists([random.integers(0, tiny.VOCABULARY, sizes[k]) for sizes in LENGTHS])
-        for k in range(3)
-    ]
-    ones = np.ones(len(LENGTHS), np.float32)
-    tokenized = TokenizedPairs(*columns, ones, ones)
+    tokenized = random_pairs(LENGTHS)
     found = {
         "packed": collate_packed(tokenized, [[0, 1], [2]]),
         "buckets": collate(tokenized, [0, 1, 2]),

@@ -1,12 +1,12 @@
 """Tiny policies with real tokenizers: byte-level BPE, and SentencePiece of two kinds."""
 
 import functools
-import io
 import itertools
 from collections import Counter
 
 import keras
 import keras_hub
+from assembling import GEMMA_PIECES, assemble, sentence_pieces
 from tokenizers import pre_tokenizers
 
 CORPUS = [
@@ -16,6 +16,7 @@ CORPUS = [
     "Ünïcödé text – naïve café 東京 你好 🙂",
 ] * 3
 LENGTH = 64
+GROUPED = {"num_query_heads": 4, "num_key_value_heads": 2}
 
 
 @functools.cache
@@ -51,98 +52,49 @@ def _merge(word, pair):
 
 
 def sentencepiece(kind):
-    import sentencepiece
-
-    gemma = {
-        "pad_id": 0,
-        "eos_id": 1,
-        "bos_id": 2,
-        "unk_id": 3,
-        "pad_piece": "<pad>",
-        "bos_piece": "<bos>",
-        "eos_piece": "<eos>",
-        "user_defined_symbols": [
-            "<start_of_turn>",
-            "<end_of_turn>",
-            "<start_of_image>",
-            "<img>",
-            "<end_of_image>",
-        ],
+    vision = ["<start_of_image>", "<img>", "<end_of_image>"]
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    options = {
+        "gemma": {**GEMMA_PIECES, "user_defined_symbols": turns + vision},
+        "llama": {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2},
     }
-    llama = {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2}
-    file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=file,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **(gemma if kind == "gemma" else llama),
-    )
-    return file.getvalue()
+    return sentence_pieces(CORPUS, 340, **options[kind])
 
 
-def _scatter(backbone, seed):
-    # Large weights, so that the likeliest token is never in doubt.
+def _scattered(seed, family, tokenizer, preprocessing=None, **sizes):
+    """Large weights, so that the likeliest token is never in doubt."""
+    preprocessing = {"sequence_length": LENGTH, **(preprocessing or {})}
+    sizes = {"num_layers": 2, "hidden_dim": 32, "intermediate_dim": 64, **sizes}
+    policy = assemble(family, tokenizer, preprocessing, **sizes)
     random = keras.random.SeedGenerator(seed)
-    for weight in backbone.weights:
+    for weight in policy.backbone.weights:
         weight.assign(keras.random.normal(weight.shape, stddev=0.3, seed=random))
+    return policy
 
 
 def gpt2(seed=0, add_start_token=True, vocabulary=None):
-    vocabulary, merges = vocabulary or bpe()
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
-        keras_hub.models.GPT2Tokenizer(vocabulary, merges),
-        sequence_length=LENGTH,
-        add_start_token=add_start_token,
-    )
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(vocabulary),
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=32,
-        intermediate_dim=64,
-        max_sequence_length=LENGTH,
-    )
-    _scatter(backbone, seed)
-    return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=preprocessor)
+    tokenizer = keras_hub.models.GPT2Tokenizer(*(vocabulary or bpe()))
+    preprocessing = {"add_start_token": add_start_token}
+    sizes = {"num_heads": 2, "max_sequence_length": LENGTH}
+    return _scattered(seed, "GPT2", tokenizer, preprocessing, **sizes)
 
 
 def llama(seed=0):
     tokenizer = keras_hub.models.LlamaTokenizer(sentencepiece("llama"))
-    backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=32,
-        intermediate_dim=64,
-    )
-    _scatter(backbone, seed)
-    preprocessor = keras_hub.models.LlamaCausalLMPreprocessor(tokenizer, sequence_length=LENGTH)
-    return keras_hub.models.LlamaCausalLM(backbone=backbone, preprocessor=preprocessor)
+    return _scattered(seed, "Llama", tokenizer, **GROUPED)
 
 
 def gemma3(seed=0):
     tokenizer = keras_hub.models.Gemma3Tokenizer(sentencepiece("gemma"))
-    backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        image_size=16,
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        hidden_dim=32,
-        intermediate_dim=64,
-        use_sliding_window_attention=True,
-        sliding_window_size=8,
-        vision_encoder=None,
-    )
-    _scatter(backbone, seed)
-    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=LENGTH)
-    return keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
+    sizes = {
+        **GROUPED,
+        "image_size": 16,
+        "head_dim": 8,
+        "use_sliding_window_attention": True,
+        "sliding_window_size": 8,
+        "vision_encoder": None,
+    }
+    return _scattered(seed, "Gemma3", tokenizer, **sizes)
 
 
 def plain(vocabulary_size, seed=0):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import serving_tiny
 import tensorflow as tf
+from serving_messages import serving_messages, texts_of
 
 from dpo_keras.batching import batch_from_strings
 from dpo_keras.errors import InputError
@@ -20,6 +21,7 @@ from dpo_keras.serving import (
     saved_model,
     version_path,
 )
+from dpo_keras.serving.warmup import PLACE
 from dpo_keras.training import DPOModel
 
 PROMPTS = ["Hello, how are you?", "a", "12345 " * 40]
@@ -157,6 +159,18 @@ def test_what_was_fixed_at_export_is_written_down(report):
     assert settings["versions"]["tensorflow"] == tf.__version__
 
 
+def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures):
+    records = list(tf.data.TFRecordDataset(str(report.path / PLACE)).as_numpy_iterator())
+    logs = [serving_messages().FromString(record) for record in records]
+    specifications = [log.predict_log.request.model_spec for log in logs]
+    assert [spec.signature_name for spec in specifications] == ["score", "prefer", "generate"]
+    assert {spec.name for spec in specifications} == {"support"}
+    for log in logs:
+        request = log.predict_log.request
+        given = {name: tf.constant(texts_of(value)) for name, value in request.inputs.items()}
+        assert signatures[request.model_spec.signature_name](**given)
+
+
 def test_adapters_and_a_template_are_served(tmp_path):
     policy = serving_tiny.gemma3()
     policy.backbone.enable_lora(4)
@@ -284,47 +298,3 @@ def test_an_export_that_answers_wrongly_is_not_kept(llama, tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="answers otherwise than the model in Python: score"):
         export(llama, tmp_path / "wrong" / "1", signatures=("score",))
     assert not (tmp_path / "wrong" / "1").exists()
-
-
-# -- wrong arguments ----------------------------------------------------------------------------
-
-
-def test_all_faults_of_the_arguments_are_named_together(model, tmp_path):
-    with pytest.raises(InputError) as caught:
-        export(
-            model,
-            tmp_path / "x",
-            max_length=65,  # the model has 64 positions
-            max_new_tokens=0,
-            temperature=-1.0,
-            top_p=1.5,
-            template="chatlm",
-            signatures=["rank"],
-        )
-    text = str(caught.value)
-    assert len(caught.value.problems) == 6
-    for part in ("64 positions", "got 65", "got 0", "got -1.0", "got 1.5", "chatlm", "rank"):
-        assert part in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"signatures": ("score", "rank")}, "must be some of score, prefer, generate"),
-        ({"signatures": ()}, "must be some of"),
-        ({"max_new_tokens": 63}, "leave room for a prompt"),
-        ({"top_p": 0.5}, "no effect at temperature=0"),
-        ({"template": "chatlm"}, "did you mean 'chatml'"),
-    ],
-)
-def test_each_wrong_argument_says_what_to_do(model, tmp_path, arguments, says):
-    with pytest.raises(InputError, match=says):
-        export(model, tmp_path / "x", **arguments)
-    assert not (tmp_path / "x").exists()
-
-
-def test_what_is_no_model_or_has_no_tokenizer_is_refused(tmp_path):
-    with pytest.raises(InputError, match="got str"):
-        export("policy", tmp_path / "x")
-    with pytest.raises(InputError, match="preprocessor is needed"):
-        export(serving_tiny.plain(10), tmp_path / "x")

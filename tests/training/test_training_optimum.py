@@ -12,6 +12,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from assembling import assemble
 
 from dpo_keras.batching import preference_dataset
 from dpo_keras.losses import DPOLoss
@@ -36,8 +37,10 @@ def policy():
     tokenizer = keras_hub.models.GPT2Tokenizer(
         vocabulary={token: place for place, token in enumerate(TOKENS)}, merges=["a b"]
     )
-    backbone = keras_hub.models.GPT2Backbone(
-        vocabulary_size=len(TOKENS),
+    policy = assemble(
+        "GPT2",
+        tokenizer,
+        {"sequence_length": 8},
         num_layers=1,
         num_heads=2,
         hidden_dim=32,
@@ -45,11 +48,10 @@ def policy():
         max_sequence_length=8,
         dropout=0.0,
     )
-    for weight in backbone.trainable_variables:
+    for weight in policy.backbone.trainable_variables:
         if weight.name in ("embeddings", "kernel"):
             weight.assign(weight * 3.0)
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=8)
-    return keras_hub.models.GPT2CausalLM(backbone=backbone, preprocessor=preprocessor)
+    return policy
 
 
 def log_softmax(logits):
