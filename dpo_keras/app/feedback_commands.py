@@ -90,14 +90,15 @@ def annotate(
                     "https in front, and give its --url."
                 )
             page = make_app(round, guidelines=shown, assess=overview, hosts=hosts, secure=secure)
-            # From here on connections wait rather than fail, so that printed links work at once.
-            listening.listen(512)
-            terminal.result({"url": base, "links": links}, *_link_views(links))
-            if not as_json:
-                terminal.say("Ctrl-C ends the server; answers are kept as they come.")
-            # Programs read the links before the server runs.
-            sys.stdout.flush()
-            run(page, listening)
+
+            def announce() -> None:
+                terminal.result({"url": base, "links": links}, *_link_views(links))
+                if not as_json:
+                    terminal.say("Ctrl-C ends the server; answers are kept as they come.")
+                # Programs read the links before the server ends.
+                sys.stdout.flush()
+
+            run(page, listening, announce)
             round.close()
         finally:
             listening.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,12 +40,16 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def run(app: ASGIApp, listening: socket.socket) -> None:
+def run(
+    app: ASGIApp, listening: socket.socket, announce: Callable[[], None] = lambda: None
+) -> None:
     """Serves until interrupted.
 
     Args:
         app: from `make_app`.
         listening: from `bind`.
+        announce: tells people, or the program that waits for it, that the server is there: called
+            when connections are accepted and an interruption ends the server in good order.
     """
     config = uvicorn.Config(
         app,
@@ -67,6 +72,9 @@ def run(app: ASGIApp, listening: socket.socket) -> None:
     in_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, end) for number in ours if in_main}
     try:
+        # From here on connections wait rather than fail, so that printed links work at once.
+        listening.listen(512)
+        announce()
         server.run(sockets=[listening])
     finally:
         for number, handler in before.items():
