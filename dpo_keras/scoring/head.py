@@ -5,9 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from dpo_keras.scoring.chunked import STATISTICS, chunk_size, log_probs_of, token_log_probs
-
-__all__ = ["STATISTICS", "LanguageModelHead", "chunk_size", "log_probs_of", "token_log_probs"]
+from dpo_keras.scoring.chunked import token_log_probs
 
 
 class LanguageModelHead:
@@ -79,7 +77,7 @@ class LanguageModelHead:
             hidden: `[N, D]`.
             targets: `[N]` int32.
             count: scalar int32, rows at the front that matter, or None.
-            statistics: names from `STATISTICS`.
+            statistics: names from `scoring.chunked.STATISTICS`.
             chunk: rows of logits at a time.
 
         Returns:
