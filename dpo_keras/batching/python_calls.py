@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 _mutexes: list[tf.Tensor] = []
-_held: list[tf.Tensor] = []
 
 
 class PythonCalls:
@@ -68,4 +68,8 @@ class PythonCalls:
 
 @atexit.register
 def _end_calls() -> None:
-    _held.extend(tf.raw_ops.MutexLock(mutex=mutex) for mutex in _mutexes)
+    for mutex in _mutexes:
+        lock = tf.raw_ops.MutexLock(mutex=mutex)
+        # Never freed, hence never given back: a variable of this module would be, before iterators
+        # that live longer than it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(lock))
