@@ -1,23 +1,70 @@
-"""Errors that are the user's to mend: the command line ends with exit code 2 on these."""
+"""The error for input that the user can correct. The command line exits with code 2 on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_NO_VALUE = object()
+
+
+class InputProblem(str):
+    """One broken rule: its message, which carries the parts that it is made of.
+
+    Args:
+        argument: name of the argument, dotted for a part of it: `"beta"`, `"penalties.nll"`. Empty
+            where no single argument is at fault; then `rule` is the whole message.
+        rule: what the argument must be, as it follows the name: `"must be > 0"`.
+        value: the value received. Omit it where it says nothing.
+        hint: what to do, a sentence of its own.
+
+    Example:
+        >>> print(InputProblem("beta", "must be > 0", -1.0, "0.1 is a usual value."))
+        beta must be > 0, got -1.0. 0.1 is a usual value.
+        >>> print(InputProblem("beta", "must be > 0", -1.0).renamed("loss.beta"))
+        loss.beta must be > 0, got -1.0.
+    """
+
+    argument: str
+    rule: str
+    value: Any
+    hint: str
+
+    def __new__(
+        cls, argument: str, rule: str, value: Any = _NO_VALUE, hint: str = ""
+    ) -> InputProblem:
+        """Compose the message."""
+        text = f"{argument} {rule}" if argument else rule
+        if value is not _NO_VALUE:
+            text += f", got {value!r}"
+        if argument and not text.endswith((".", "?")):
+            text += "."
+        problem = super().__new__(cls, f"{text} {hint}" if hint else text)
+        problem.argument, problem.rule, problem.value, problem.hint = argument, rule, value, hint
+        return problem
+
+    def renamed(self, argument: str) -> InputProblem:
+        """Return the problem under another name, such as that of a configuration's key."""
+        return InputProblem(argument, self.rule, self.value, self.hint)
 
 
 class InputError(ValueError):
     """Input (a file, a configuration, an argument) breaks a rule.
 
-    The message names the argument or the line, the rule and the value received, and says what to
-    do. Several faults of one input are reported together, one a line.
+    All problems of one input are reported together, one a line.
 
     Args:
-        problems: one message, or several, each a full sentence.
+        problems: one problem or several; a plain string is a problem without an argument.
 
     Example:
-        >>> raise InputError(["beta must be > 0, got -1.0.", "epochs must be >= 1, got 0."])
+        >>> raise InputError([InputProblem("beta", "must be > 0", -1.0), "The file is empty."])
         Traceback (most recent call last):
         ...
         dpo_keras.errors.InputError: beta must be > 0, got -1.0.
-        epochs must be >= 1, got 0.
+        The file is empty.
     """
 
-    def __init__(self, problems: str | list[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: str | Iterable[str]):
+        given = [problems] if isinstance(problems, str) else problems
+        self.problems = [p if isinstance(p, InputProblem) else InputProblem("", p) for p in given]
         super().__init__("\n".join(self.problems))

@@ -1,0 +1,88 @@
+"""Files and directories that are whole or absent, even after a crash in the middle of writing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path to write to; move it to `path` once the block ends without an error.
+
+    Args:
+        path: the file or directory to make. What stands there stays until the new one is complete.
+
+    Yields:
+        A path in the same folder with the same suffix. Write a file or make a directory there. It
+        is removed after an error.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replaced(folder / "log.json") as partial:
+        ...     _ = partial.write_text("{}")
+        >>> [file.name for file in folder.iterdir()]
+        ['log.json']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: Keras and pandas choose the format by it.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    _remove(partial)
+    try:
+        yield partial
+        flush_to_disk(partial)
+        if path.is_dir():
+            # A directory that holds files cannot be replaced in one step.
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            _remove(old)
+            os.replace(path, old)
+            os.replace(partial, path)
+            _remove(old)
+        else:
+            os.replace(partial, path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file that is whole or absent.
+
+    Args:
+        path: the file.
+        text: its content.
+    """
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def flush_to_disk(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or a directory with the files in it, is on the disk."""
+    path = Path(path)
+    if path.is_dir():
+        for inner in path.rglob("*"):
+            if inner.is_file():
+                _flush(inner)
+    with contextlib.suppress(OSError):  # not every file system flushes directories
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
