@@ -32,7 +32,7 @@ The method is that of Rafailov et al. (arXiv 2305.18290). Subpackages are import
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dpo_keras.version import __version__
 
 _HOME = {
     "InputError": "dpo_keras.errors",
@@ -109,6 +109,7 @@ __all__ = [
     "strategy",
     "tokenize_pairs",
     "write_preferences",
+    "__version__",
 ]
 
 
@@ -124,4 +125,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(__all__) | _STAGES | {"__version__"})
+    return sorted(set(__all__) | _STAGES)

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.console import prepare_keras, reporting
 from dpo_keras.app.data_commands import data
 from dpo_keras.app.feedback_commands import annotate, feedback
 from dpo_keras.app.options import AsJson, Debug, PairLimit
-from dpo_keras.app.terminal import prepare_keras, reporting
 
 app = typer.Typer(
     name="dpo-keras",
@@ -50,7 +50,7 @@ def _show_version(wanted: bool) -> None:
 
 def _version(name: str) -> str:
     if name == "dpo-keras":
-        from dpo_keras import __version__
+        from dpo_keras.version import __version__
 
         return __version__
     try:
@@ -90,7 +90,7 @@ def train(
     with reporting(as_json, debug) as terminal:
         from dpo_keras.app.config import build_config, config_document, given_text
         from dpo_keras.app.progress import Silent
-        from dpo_keras.app.workers import cluster_of
+        from dpo_keras.app.runs import cluster_of
         from dpo_keras.cluster import StopRequest, read_tf_config
 
         read_tf_config()  # refused before anybody waits for TensorFlow
@@ -99,7 +99,7 @@ def train(
         given = given_text(config, overrides or ())
         prepare_keras()
         from dpo_keras.app import runs, views
-        from dpo_keras.app.terminal_progress import TerminalProgress
+        from dpo_keras.app.console import TerminalProgress
 
         settings = build_config(document, outside=True)
         cluster, stop = cluster_of(settings), StopRequest()
@@ -147,7 +147,7 @@ def evaluate(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
-        from dpo_keras.app.terminal_progress import TerminalProgress
+        from dpo_keras.app.console import TerminalProgress
 
         with TerminalProgress(terminal.log) as progress:
             result = runs.evaluate(run, file, limit=limit, progress=progress)
@@ -191,7 +191,7 @@ def generate(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
-        from dpo_keras.app.terminal_progress import TerminalProgress
+        from dpo_keras.app.console import TerminalProgress
 
         with TerminalProgress(terminal.log) as progress:
             candidates = runs.generate(
@@ -227,7 +227,7 @@ def export(
     with reporting(as_json, debug) as terminal:
         prepare_keras()
         from dpo_keras.app import runs, views
-        from dpo_keras.app.terminal_progress import TerminalProgress
+        from dpo_keras.app.console import TerminalProgress
 
         with TerminalProgress(terminal.log) as progress:
             result = runs.export_run(run, path, max_new_tokens=max_new_tokens, progress=progress)

@@ -10,18 +10,18 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from dpo_keras.app.document import Document, read_document
-from dpo_keras.app.faults import Fault, faults_of, render
-from dpo_keras.app.rules import cross_faults
-from dpo_keras.app.section import Section
-from dpo_keras.app.sections import (
+from dpo_keras.app.config_problems import Fault, faults_of, render
+from dpo_keras.app.config_rules import cross_faults
+from dpo_keras.app.config_sections import (
     Data,
     Evaluation,
     Export,
     Loss,
     Model,
+    Section,
 )
 from dpo_keras.app.training_sections import Training, Warmup
+from dpo_keras.app.yaml_document import Document, read_document
 from dpo_keras.errors import InputError
 
 
@@ -156,7 +156,7 @@ def build_config(document: Document, *, outside: bool = False) -> Config:
             parts = _valid_parts(document.tree, failed)
             faults += cross_faults(parts)
     if outside:
-        from dpo_keras.app.checks import OUTSIDE_RULES
+        from dpo_keras.app.config_rules import OUTSIDE_RULES
 
         faults += cross_faults(parts, OUTSIDE_RULES)
     problems += render(faults, document)

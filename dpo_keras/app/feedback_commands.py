@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpo_keras.app.console import reporting
 from dpo_keras.app.options import AsJson, Debug
-from dpo_keras.app.terminal import reporting
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def annotate(
     with reporting(as_json, debug) as terminal:
         needs_extra()
         from dpo_keras.feedback import Settings, open_store, read_candidates
+        from dpo_keras.feedback.annotation_server import allowed_hosts, bind, make_app, run
         from dpo_keras.feedback.quality import overview
-        from dpo_keras.feedback.server import allowed_hosts, bind, make_app, run
 
         hosts, secure = allowed_hosts(host, url)
         shown = _read_guidelines(guidelines)
@@ -122,7 +122,7 @@ def feedback_report(
     with reporting(as_json, debug) as terminal:
         needs_extra()
         from dpo_keras.feedback import assess, open_store
-        from dpo_keras.feedback.report import text, write
+        from dpo_keras.feedback.quality_report import text, write
 
         round = open_store(store)
         quality = assess(round, resamples=resamples)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.model_sources import source_problems
-from dpo_keras.app.scratch import build_policy
+from dpo_keras.app.new_models import build_policy
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
-    from dpo_keras.app.sections import Model
+    from dpo_keras.app.config_sections import Model
 
 
 def load_model(path: str, dtype: str = "float32") -> Any:

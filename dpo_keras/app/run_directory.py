@@ -26,9 +26,17 @@ from typing import Any
 from dpo_keras.app.config import Config, parse_config, read_text
 from dpo_keras.errors import InputError
 
-_PACKAGES = (
-    "dpo-keras tensorflow tensorflow-text keras keras-hub numpy tokenizers pydantic jinja2".split()
-)
+_PACKAGES = [
+    "dpo-keras",
+    "tensorflow",
+    "tensorflow-text",
+    "keras",
+    "keras-hub",
+    "numpy",
+    "tokenizers",
+    "pydantic",
+    "jinja2",
+]
 
 
 _BEFORE_TRAINING = (

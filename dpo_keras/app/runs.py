@@ -1,35 +1,91 @@
-"""What the commands do, as functions: train, evaluate, generate, export."""
+"""The part of a run that depends on how many processes take part in it."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dpo_keras.app.afterwards import evaluate, export_run, export_trained
-from dpo_keras.app.candidates import generate
-from dpo_keras.app.comparing import build_model, given_reference
-from dpo_keras.app.laying_out import check_steps
-from dpo_keras.app.measuring import Examiner, Measured
+from dpo_keras.app.build_model import build_model, given_reference
+from dpo_keras.app.candidate_generation import generate
+from dpo_keras.app.finished_run import evaluate, export_run, export_trained
 from dpo_keras.app.models import check_length, load_policy, save_policy
-from dpo_keras.app.prepare import Pairs, read_sides, texts_of, tokenize
 from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import RunDirectory, check_run, start_run, versions
-from dpo_keras.app.stages import (
+from dpo_keras.app.run_inputs import Pairs, read_sides, texts_of, tokenize
+from dpo_keras.app.run_measurements import Examiner, Measured
+from dpo_keras.app.training_stages import (
     Context,
+    check_steps,
     leave_together,
     train_policy,
     warm_up_policy,
 )
-from dpo_keras.app.workers import End, cluster_of, meet_workers
-from dpo_keras.cluster import Cluster, StopRequest, Watchdog
+from dpo_keras.cluster import Cluster, StopRequest, Watchdog, read_tf_config
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
     from dpo_keras.batching import TokenizedPairs
+
+
+End = Callable[[str, int], None]
+_IN_STEP = ("auto", "multi_worker")
+
+
+def cluster_of(config: Config) -> Cluster | None:
+    """Returns the cluster that a run trains on; None for a single process.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        InputError: if TF_CONFIG is wrong, or this process has no part in such a run.
+    """
+    if config.training.strategy not in _IN_STEP:
+        return None
+    cluster = read_tf_config()
+    if cluster is not None and cluster.this not in cluster.in_step:
+        raise InputError(
+            f"training.strategy multi_worker has chief and workers only, but TF_CONFIG makes this "
+            f"process {cluster.this}."
+        )
+    return cluster
+
+
+def meet_workers(
+    cluster: Cluster | None,
+    config: Config,
+    *,
+    resume: bool,
+    stop: StopRequest,
+    end: End | None = None,
+) -> AbstractContextManager[Watchdog | None]:
+    """Waits for all workers of a run, and watches over them until the context is left.
+
+    Args:
+        cluster: None gives a context that does nothing.
+        config: all workers must have the same.
+        resume: all workers must have the same.
+        stop: of this process.
+        end: how a process ends whose peer was lost: prints the message, exits with the code.
+
+    Raises:
+        ClusterError: somebody did not come within `training.worker_timeout`.
+        InputError: the workers were not started with the same configuration.
+    """
+    if cluster is None or len(cluster.in_step) == 1:
+        return nullcontext()
+    options = {} if end is None else {"end": end}
+    digest = hashlib.sha256(config.resolved().encode()).hexdigest()
+    greeting = {"the configuration": digest[:12], "--resume": str(resume)}
+    return Watchdog(cluster, stop, **options).meet(config.training.worker_timeout, greeting)
+
 
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
 

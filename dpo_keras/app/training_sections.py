@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dpo_keras.app.faults import Fault
-from dpo_keras.app.section import (
+from dpo_keras.app.config_problems import Fault
+from dpo_keras.app.config_sections import (
     AutoSwitch,
     Count,
     Fraction,

@@ -54,7 +54,7 @@ def build_views(result: Mapping[str, Any]) -> list[Any]:
     """Draws what `dpo-keras data build` made.
 
     Args:
-        result: of `dpo_keras.app.building.build`.
+        result: of `dpo_keras.app.data_commands.build`.
     """
     shards = len(result["shards"])
     return [
@@ -84,7 +84,7 @@ def _counts(picture: Audit) -> Table:
 
 
 def _lengths(picture: Audit) -> Table:
-    table = _table("Lengths", "text", "unit", "mean", *"0 10 50 90 99 100".split())
+    table = _table("Lengths", "text", "unit", "mean", *["0", "10", "50", "90", "99", "100"])
     for column in table.columns[2:]:
         column.justify = "right"
     for name, units in picture.lengths.items():

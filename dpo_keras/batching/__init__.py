@@ -5,18 +5,17 @@ static shapes, or packs them into rows of one. `collate` and `collate_packed` ar
 itself, in NumPy.
 """
 
-from dpo_keras.batching.buckets import BucketPlan, EpochOrder, epoch_order, plan_buckets
+from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets
+from dpo_keras.batching.chat_templates import ChatTemplate, available_templates, get_template
 from dpo_keras.batching.collate import batch_from_strings, collate, collate_single
 from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
-from dpo_keras.batching.encoding import TextEncoder
-from dpo_keras.batching.packed import collate_packed
+from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.packed_rows import collate_packed
 from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
-from dpo_keras.batching.pairs import TokenizedPairs
-from dpo_keras.batching.passes import one_pass, pass_signature
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.batching.report import DroppedPair, TokenizationReport
-from dpo_keras.batching.templates import ChatTemplate, available_templates, get_template
+from dpo_keras.batching.single_pass import one_pass, pass_signature
 from dpo_keras.batching.tokenization import tokenize_pairs
+from dpo_keras.batching.tokenized_pairs import DroppedPair, TokenizationReport, TokenizedPairs
 
 __all__ = [
     "Batching",

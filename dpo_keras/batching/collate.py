@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo_keras.batching.encoding import TextEncoder
-from dpo_keras.batching.pairs import TokenizedPairs, truncate
+from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.ragged import Ragged, places
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError
 
 Batch = dict[str, np.ndarray]

@@ -9,14 +9,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.buckets import epoch_order, plan_buckets
+from dpo_keras.batching.batch_stream import DYNAMIC, Source, signature_of, stream
+from dpo_keras.batching.bucketing import epoch_order, plan_buckets
+from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.collate import Batch, collate
-from dpo_keras.batching.packed import collate_packed
+from dpo_keras.batching.packed_rows import collate_packed
 from dpo_keras.batching.packing import PackingPlan, packed_order, plan_packing
-from dpo_keras.batching.pairs import TokenizedPairs
-from dpo_keras.batching.stream import DYNAMIC, Source, signature_of, stream
-from dpo_keras.batching.templates import ChatTemplate
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError
 
 Batching = Literal["buckets", "packed"]
@@ -95,8 +95,8 @@ def preference_dataset(
     * `"buckets"`, for any model: every batch is a dict (see `dpo_keras.batching.collate`) of
       exactly `batch_size` rows, one pair each as two padded sequences, in one of a few static
       shapes; only the last batch of an epoch may hold empty rows.
-    * `"packed"`, for models that `dpo_keras.scoring.packed` supports: rows hold several pairs, each
-      prompt once (see `dpo_keras.batching.packed`), in one static shape and almost without padding.
+    * `"packed"`, for models without a packing obstacle: rows hold several pairs, each prompt once
+      (see `dpo_keras.batching.packed_rows`), in one static shape and almost without padding.
       A batch holds `batch_size` pairs in the mean.
 
     **Order.** Global batch k is a pure function of the arguments and k; k // steps_per_epoch is its

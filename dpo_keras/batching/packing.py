@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dpo_keras.batching.bins import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
+from dpo_keras.batching.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
 from dpo_keras.batching.collate import round_up
-from dpo_keras.batching.pairs import TokenizedPairs
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError
 
 ROW_LENGTH = 1024  # the length that rows have at least, unless a step needs less

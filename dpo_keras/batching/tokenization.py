@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from dpo_keras.batching.conversation import encode_conversations
-from dpo_keras.batching.encoding import TextEncoder
-from dpo_keras.batching.pairs import TokenizedPairs, truncate
+from dpo_keras.batching.chat_templates import ChatTemplate, get_template
+from dpo_keras.batching.encoders import TextEncoder, encode_conversations
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.batching.report import DroppedPair, TokenizationReport
-from dpo_keras.batching.templates import ChatTemplate, get_template
+from dpo_keras.batching.tokenized_pairs import (
+    DroppedPair,
+    TokenizationReport,
+    TokenizedPairs,
+    truncate,
+)
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.stored import StoredPreferences
+from dpo_keras.preferences.stored_preferences import StoredPreferences
 
 if TYPE_CHECKING:
     from dpo_keras.preferences import PreferencePair
@@ -89,7 +92,7 @@ def tokenize_pairs(
         raise InputError(problems)
     rules = Rules(TextEncoder(preprocessor), get_template(template), max_length, overlength)
     if isinstance(pairs, StoredPreferences):
-        from dpo_keras.batching.token_store import tokenize_stored
+        from dpo_keras.batching.token_cache import tokenize_stored
 
         return tokenize_stored(pairs, rules, cache)
     records = _records(pairs)

@@ -1,9 +1,8 @@
 """Runs of several processes: who takes part, and how they begin, stop and end together."""
 
-from dpo_keras.cluster.links import ClusterError
-from dpo_keras.cluster.stopping import RunStopped, StopRequest
 from dpo_keras.cluster.tf_config import Cluster, Task, read_tf_config
-from dpo_keras.cluster.watchdog import Watchdog
+from dpo_keras.cluster.watchdog import RunStopped, StopRequest, Watchdog
+from dpo_keras.cluster.worker_links import ClusterError
 
 __all__ = [
     "Cluster",

@@ -1,19 +1,154 @@
-"""Ends a cluster's workers together, and says which one was lost."""
+"""Stopping a run on SIGTERM or Ctrl-C where nothing is lost: behind the step in progress."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from dpo_keras.cluster.links import ClusterError, Greeting, Link, Message, meet
-from dpo_keras.cluster.stopping import RunStopped, StopRequest
 from dpo_keras.cluster.tf_config import Cluster
+from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, meet
 from dpo_keras.errors import InputError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class RunStopped(KeyboardInterrupt):
+    """A run was asked to stop, and stopped where it can go on.
+
+    Args:
+        reason: who asked.
+        step: the step that was saved last; None where no training was under way.
+
+    Example:
+        >>> str(RunStopped("SIGTERM", 7))
+        'stopped by SIGTERM after step 7, which is saved.'
+    """
+
+    def __init__(self, reason: str, step: int | None = None):
+        self.reason, self.step = reason, step
+        where = "between steps" if step is None else f"after step {step}, which is saved"
+        super().__init__(f"stopped by {reason} {where}.")
+
+
+class StopRequest:
+    """Whether a run has been asked to stop.
+
+    Within `at_step_end`, a request waits for whoever looks at `requested`; elsewhere it ends the
+    main thread's work at once with `RunStopped`: a run's files are written whole or not at all.
+    SIGTERM may come any number of times; a second Ctrl-C is a `KeyboardInterrupt`.
+
+    Attributes:
+        announce: called once, from whatever thread, with the name of a signal that came here.
+
+    Example:
+        >>> stop = StopRequest()
+        >>> with stop.at_step_end():
+        ...     stop.request("SIGTERM at worker 1")
+        ...     stop.requested, stop.reason
+        (True, 'SIGTERM at worker 1')
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.announce: Callable[[str], None] | None = None
+        self._requested = threading.Event()
+        self._announced = threading.Lock()
+        self._waiting = 0
+        self._interrupts = 0
+        self._leaving = False
+        self._installed = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked."""
+        return self._requested.is_set()
+
+    def request(self, reason: str) -> None:
+        """Asks, from any thread.
+
+        Args:
+            reason: who asks.
+        """
+        if self.requested:
+            return
+        self.reason = reason
+        self._requested.set()
+        # Others are told of signals that came here, not of what they said themselves.
+        self._announced.acquire(blocking=False)
+        if self._installed:
+            # Only a signal reaches a main thread that works in Python and looks at nothing.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def at_step_end(self) -> Iterator[None]:
+        """Within this, requests wait to be looked at."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def stopped(self, step: int | None = None) -> RunStopped:
+        """Makes the exception that ends the run.
+
+        Args:
+            step: see `RunStopped`.
+        """
+        self._leaving = True
+        return RunStopped(self.reason or "another worker", step)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Takes SIGTERM and SIGINT for requests; does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # A main thread inside TensorFlow runs no handler; a pipe learns of the signal at once.
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._installed = True
+        try:
+            yield
+        finally:
+            self._installed = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            theirs.close()
+
+    def _listen(self, pipe: socket.socket) -> None:
+        with pipe:
+            while received := pipe.recv(16):
+                for number in received:
+                    if number in _SIGNALS:
+                        self._announce(signal.Signals(number).name)
+
+    def _announce(self, name: str) -> None:
+        # Once in a process: the lock is never given back.
+        if self.announce is not None and self._announced.acquire(blocking=False):
+            with suppress(OSError):
+                self.announce(name)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name
+        self._requested.set()
+        if not self._waiting and not self._leaving:
+            raise self.stopped()
+
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 RESUME = "Start all workers again with --resume; the run goes on from its newest checkpoint."

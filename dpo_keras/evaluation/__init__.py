@@ -8,15 +8,15 @@
 A figure is a `Figure`: a value with its 95 % interval, or the reason why there is none.
 """
 
+from dpo_keras.evaluation.before_after import change
 from dpo_keras.evaluation.calibration import Bin, Calibration, calibrate
-from dpo_keras.evaluation.comparison import change
-from dpo_keras.evaluation.content import most_wrong
-from dpo_keras.evaluation.figures import Figure
 from dpo_keras.evaluation.findings import Finding
 from dpo_keras.evaluation.held_out import evaluate_preferences
-from dpo_keras.evaluation.pair_figures import HeldOut
-from dpo_keras.evaluation.report import Report, write_report
+from dpo_keras.evaluation.held_out_figures import HeldOut
+from dpo_keras.evaluation.report_content import most_wrong
+from dpo_keras.evaluation.run_report import Report, write_report
 from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
+from dpo_keras.evaluation.statistics import Figure
 from dpo_keras.evaluation.training_log import TrainingLog, read_training_log
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_keras.evaluation.figures import Figure, mean, share, undefined
+from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
 
 BINS = 10
 _DRAWS = 200

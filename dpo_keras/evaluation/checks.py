@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_keras.evaluation.comparison import change, same_pairs
-from dpo_keras.evaluation.figures import Figure, mean, short
-from dpo_keras.evaluation.pair_figures import HeldOut
+from dpo_keras.evaluation.before_after import change, same_pairs
+from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
+from dpo_keras.evaluation.statistics import Figure, mean, short
 from dpo_keras.evaluation.training_log import TrainingLog
 
 LENGTH_GAP = 0.1  # difference in accuracy between longer and shorter that is worth a word

@@ -11,11 +11,11 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batching, TokenizedPairs, one_pass, pass_signature
-from dpo_keras.batching.passes import Part
+from dpo_keras.batching.single_pass import Part
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation.pair_figures import HeldOut
+from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
-from dpo_keras.scoring.packed import check_packing
+from dpo_keras.scoring.offline_scoring import check_packing
 from dpo_keras.training import DPOModel
 from dpo_keras.training.measures import outputs_of
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dpo_keras.evaluation.before_after import change
 from dpo_keras.evaluation.checks import Measured, above, below
-from dpo_keras.evaluation.comparison import change
-from dpo_keras.evaluation.figures import Figure, short
+from dpo_keras.evaluation.statistics import Figure, short
 
 LONGER = 1.25  # growth of generated responses that is worth a word
 CUT = 0.2  # share of responses cut off that is worth a word

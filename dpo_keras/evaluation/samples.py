@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_keras.batching import TextEncoder
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation.figures import Figure, mean, share, undefined
+from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
 from dpo_keras.training import generate_responses
 
 Judge = Callable[[str, str], Any]

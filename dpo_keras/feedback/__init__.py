@@ -13,21 +13,21 @@ imported when first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dpo_keras.feedback.candidates import Candidates, Response, read_candidates
+from dpo_keras.feedback.assignment import Settings
+from dpo_keras.feedback.candidate_files import Candidates, Response, read_candidates
 from dpo_keras.feedback.database import StoreError
-from dpo_keras.feedback.judging import Conflict, Receipt
-from dpo_keras.feedback.settings import Settings
+from dpo_keras.feedback.judgements import Conflict, Receipt
 from dpo_keras.feedback.store import Imported, Store, open_store
 
 if TYPE_CHECKING:
-    from dpo_keras.feedback.exporting import Exported, to_pairs
+    from dpo_keras.feedback.pair_export import Exported, to_pairs
     from dpo_keras.feedback.quality import Quality, assess
 
 _HOME = {
-    "Exported": "dpo_keras.feedback.exporting",
+    "Exported": "dpo_keras.feedback.pair_export",
     "Quality": "dpo_keras.feedback.quality",
     "assess": "dpo_keras.feedback.quality",
-    "to_pairs": "dpo_keras.feedback.exporting",
+    "to_pairs": "dpo_keras.feedback.pair_export",
 }
 
 __all__ = [

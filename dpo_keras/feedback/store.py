@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from dpo_keras.feedback import adding, assignment, judging
 from dpo_keras.feedback import annotators as people
-from dpo_keras.feedback.adding import Imported
+from dpo_keras.feedback import assignment, candidate_import, judgements
 from dpo_keras.feedback.annotators import Annotator
-from dpo_keras.feedback.assignment import Presentation, Progress
-from dpo_keras.feedback.candidates import Candidates
+from dpo_keras.feedback.assignment import Presentation, Progress, Settings
+from dpo_keras.feedback.candidate_files import Candidates
+from dpo_keras.feedback.candidate_import import Imported
 from dpo_keras.feedback.database import Database
-from dpo_keras.feedback.judging import Receipt
-from dpo_keras.feedback.settings import Settings
+from dpo_keras.feedback.judgements import Receipt
 
 __all__ = ["Imported", "Store", "open_store"]
 
@@ -82,7 +81,7 @@ class Store:
             StoreError: nothing was added.
         """
         with self.database.writing() as connection:
-            return adding.add(connection, self.chance, candidates)
+            return candidate_import.add(connection, self.chance, candidates)
 
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
         """What a person is to judge now: what they were given and have not judged, then new pairs.
@@ -148,9 +147,9 @@ class Store:
             InputError: naming every value that breaks a rule.
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
-        given = judging.Given(presentation, choice, key, strength, reason, seconds)
+        given = judgements.Given(presentation, choice, key, strength, reason, seconds)
         return self.database.batched(
-            lambda connection: judging.submit(
+            lambda connection: judgements.submit(
                 connection, self.settings, self.clock(), annotator, given
             )
         )
@@ -167,7 +166,7 @@ class Store:
             Conflict: (an `InputError`) there is no judgement to take back.
         """
         return self.database.batched(
-            lambda connection: judging.undo(
+            lambda connection: judgements.undo(
                 connection, self.settings, self.clock(), annotator, presentation, key
             )
         )
@@ -178,7 +177,7 @@ class Store:
         Args:
             annotator: their id.
         """
-        return judging.last_judged(self.database, annotator)
+        return judgements.last_judged(self.database, annotator)
 
     def add_annotator(
         self, name: str, group: str | None = None, *, admin: bool = False, days: float = 30.0

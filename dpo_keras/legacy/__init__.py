@@ -17,19 +17,18 @@ from typing import TYPE_CHECKING, Any
 from dpo_keras.errors import InputError
 
 _HOME = {
-    "DPOModel": "dpo_keras.legacy.dpo_model",
-    "PolicyCall": "dpo_keras.legacy.policy",
-    "SupervisedModel": "dpo_keras.legacy.supervised",
-    "run_server": "dpo_keras.legacy.server",
-    "worker_batches": "dpo_keras.legacy.datasets",
+    "DPOModel": "dpo_keras.legacy.tf_keras_model",
+    "PolicyCall": "dpo_keras.legacy.tf_keras_policy",
+    "SupervisedModel": "dpo_keras.legacy.tf_keras_model",
+    "run_server": "dpo_keras.legacy.parameter_server",
+    "worker_batches": "dpo_keras.legacy.worker_datasets",
 }
 
 if TYPE_CHECKING:
-    from dpo_keras.legacy.datasets import worker_batches
-    from dpo_keras.legacy.dpo_model import DPOModel
-    from dpo_keras.legacy.policy import PolicyCall
-    from dpo_keras.legacy.server import run_server
-    from dpo_keras.legacy.supervised import SupervisedModel
+    from dpo_keras.legacy.parameter_server import run_server
+    from dpo_keras.legacy.tf_keras_model import DPOModel, SupervisedModel
+    from dpo_keras.legacy.tf_keras_policy import PolicyCall
+    from dpo_keras.legacy.worker_datasets import worker_batches
 
 __all__ = ["DPOModel", "PolicyCall", "SupervisedModel", "run_server", "worker_batches"]
 

@@ -1,22 +1,21 @@
 """Preference pairs: read, validated, audited, split, written. Imports no TensorFlow by itself."""
 
 from dpo_keras.preferences.audit import Audit, audit
-from dpo_keras.preferences.building import build_preferences
 from dpo_keras.preferences.collection import Preferences
-from dpo_keras.preferences.manifest import is_built
-from dpo_keras.preferences.readers import read_preferences
-from dpo_keras.preferences.report import InvalidPreferences, Problem, ReadReport
-from dpo_keras.preferences.schema import (
+from dpo_keras.preferences.file_writers import write_preferences
+from dpo_keras.preferences.pair import (
     InvalidPair,
     Message,
     PreferencePair,
     Text,
     plain_text,
 )
-from dpo_keras.preferences.stored import StoredPreferences
-from dpo_keras.preferences.streaming import PreferenceStream
-from dpo_keras.preferences.support import Verdict, judge, support_pairs
-from dpo_keras.preferences.writers import write_preferences
+from dpo_keras.preferences.quickstart_data import Verdict, judge, support_pairs
+from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
+from dpo_keras.preferences.reader import PreferenceStream, read_preferences
+from dpo_keras.preferences.record_builder import build_preferences
+from dpo_keras.preferences.record_files import is_built
+from dpo_keras.preferences.stored_preferences import StoredPreferences
 
 __all__ = [
     "Audit",

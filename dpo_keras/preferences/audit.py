@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.collection import Preferences
-from dpo_keras.preferences.schema import PreferencePair, Text, plain_text
+from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.files import READERS, Records, file_format, read_file, rename_record
-from dpo_keras.preferences.manifest import is_built
+from dpo_keras.preferences.file_formats import (
+    READERS,
+    Records,
+    file_format,
+    read_file,
+    rename_record,
+)
+from dpo_keras.preferences.pair import shown
+from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.record_files import is_built
 from dpo_keras.preferences.records import COLUMNS
-from dpo_keras.preferences.schema import shown
-from dpo_keras.preferences.stored import StoredPreferences
-from dpo_keras.preferences.support import support_pairs
+from dpo_keras.preferences.stored_preferences import StoredPreferences
 
 PathLike: TypeAlias = str | os.PathLike[str]
 BUILTIN = {"builtin:support": support_pairs}

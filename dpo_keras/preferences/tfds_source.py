@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.examples import FEATURES, from_features
+from dpo_keras.preferences.record_files import FEATURES, from_features
 
 _NAME = re.compile(r"tfds:(?P<name>[\w/.=,-]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[^:].*))?")
 
@@ -89,7 +89,7 @@ def import_tfds() -> Any:
         raise InputError(
             "TensorFlow Datasets is needed for this: pip install 'dpo-keras[tfds]'."
         ) from error
-    import dpo_keras.preferences.preference_pairs  # noqa: F401
+    import dpo_keras.preferences.tfds_builder  # noqa: F401
 
     return tfds
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from dpo_keras.scoring.chunked import token_log_probs
+from dpo_keras.scoring.chunked_log_probs import token_log_probs
 
 
 class LanguageModelHead:

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.policies import (
+from dpo_keras.scoring.lora import (
     adapted_layers,
     adapter_variables,
     adapters_are_fresh,

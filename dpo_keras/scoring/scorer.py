@@ -7,12 +7,17 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.chunked import log_probs_of
-from dpo_keras.scoring.fused import FUSED_FROM, fused_calls
+from dpo_keras.scoring.chunked_log_probs import log_probs_of
 from dpo_keras.scoring.head import LanguageModelHead
-from dpo_keras.scoring.low_rank import low_rank_calls
-from dpo_keras.scoring.remat import blocks_of, recomputed_calls
-from dpo_keras.scoring.swapped import Swap, swapped
+from dpo_keras.scoring.layer_overrides import (
+    FUSED_FROM,
+    Swap,
+    blocks_of,
+    fused_calls,
+    recomputed_calls,
+    swapped,
+)
+from dpo_keras.scoring.lora import low_rank_calls
 from dpo_keras.scoring.tree_attention import tree_calls
 from dpo_keras.scoring.tree_layout import TreeLayout
 

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from dpo_keras.scoring.swapped import Swap
+from dpo_keras.scoring.layer_overrides import Swap
 from dpo_keras.scoring.tree_layout import TreeLayout
 
 

@@ -6,11 +6,10 @@ signatures, the check in a process without Keras (`verification`, `standalone`, 
 warm-up requests.
 """
 
-from dpo_keras.serving.comparison import EXAMPLES
-from dpo_keras.serving.report import ExportReport
-from dpo_keras.serving.saved_model import SIGNATURES, export
+from dpo_keras.serving.answer_comparison import EXAMPLES
+from dpo_keras.serving.model_versions import next_version, version_path
+from dpo_keras.serving.saved_model import SIGNATURES, ExportReport, export
 from dpo_keras.serving.verification import GraphFindings, inspect_graph, run_standalone
-from dpo_keras.serving.versions import next_version, version_path
 
 __all__ = [
     "EXAMPLES",

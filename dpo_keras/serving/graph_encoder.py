@@ -10,8 +10,8 @@ import tensorflow as tf
 from dpo_keras.batching import ChatTemplate, TextEncoder, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.serving.graph_templates import read_turns
 from dpo_keras.serving.graph_tokenizers import graph_tokenizer
-from dpo_keras.serving.turns import read_turns
 
 # One of each kind of trouble: case, digits, runs of spaces, line ends, scripts, NUL, specials.
 PROBES = (

@@ -1,15 +1,224 @@
-"""A policy's tokenizer as TensorFlow ops: strings to ids and back inside a SavedModel."""
+"""Byte-pair encoding as plain TensorFlow ops: exact, without a cache that grows as it serves."""
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
 import keras_hub
+import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
 from dpo_keras.errors import InputError
-from dpo_keras.serving.byte_pair import BytePairGraph
+from dpo_keras.serving.word_patterns import literal, read_pre_tokenizer, split
+
+_NO_RANK = np.iinfo(np.int64).max
+
+
+class BytePairGraph(tf.Module):
+    """Tokenizes and detokenizes in a graph exactly as a byte-level `tokenizers.Tokenizer` does.
+
+    KerasHub's own graph path for byte-pair tokenizers will not do in a server: it keeps every word
+    it ever saw in a table (memory grows without end), and it cuts text into words by another rule
+    than the Python path that training uses, so that some texts get other ids.
+
+    All stretches of the text are merged at once. Text is cut wherever no token of the vocabulary
+    holds the two neighbouring bytes, because no merge can cross such a place; within a stretch the
+    pair of lowest rank is merged first, the leftmost first among equals.
+
+    Args:
+        backend: the `tokenizers.Tokenizer` (byte-level BPE) to reproduce.
+
+    Raises:
+        InputError: the tokenizer does something that is not reproduced here.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+        >>> backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")]))
+        >>> backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+        >>> BytePairGraph(backend).tokenize(tf.constant(["abcab", "", "ba"])).to_list()
+        [[4, 3], [], [1, 0]]
+    """
+
+    def __init__(self, backend: Any):
+        super().__init__()
+        specification = json.loads(backend.to_str())
+        self.patterns, self.prefix_space = read_pre_tokenizer(specification)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocabulary.values())
+        characters = _byte_characters()
+        byte_of = {character: byte for byte, character in enumerate(characters)}
+        self.byte_ids = np.array([vocabulary.get(c, -1) for c in characters], np.int64)
+        self._read_merges(specification["model"], byte_of)
+
+        self.texts = np.full(self.size, b"", object)
+        for token, number in vocabulary.items():
+            spelled = all(c in byte_of for c in token)
+            self.texts[number] = bytes(byte_of[c] for c in token) if spelled else token.encode()
+
+        # Traced once for all signatures that tokenize.
+        self._traced = tf.function(
+            self._tokenize, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False
+        )
+        special = {token["content"]: token["id"] for token in specification["added_tokens"]}
+        # The longest first: the tokenizers library takes the longest match where several begin.
+        self.special_pattern = "|".join(map(literal, sorted(special, key=len, reverse=True)))
+        self.special_ids = _table(list(special) or [""], list(special.values()) or [-1], default=-1)
+
+    def _read_merges(self, model: dict[str, Any], byte_of: dict[str, int]) -> None:
+        vocabulary = model["vocab"]
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        left = np.array([vocabulary[a] for a, _ in merges], np.int64)
+        right = np.array([vocabulary[b] for _, b in merges], np.int64)
+        made = np.array([vocabulary[a + b] for a, b in merges], np.int64)
+        # Of two rules for one pair the last counts, as in the tokenizers library.
+        ranks = {key: rank for rank, key in enumerate((left * self.size + right).tolist())}
+        self.ranks = _table(list(ranks) or [-1], list(ranks.values()) or [_NO_RANK], _NO_RANK)
+        self.made = np.append(made, -1)
+        # Where every token is made before it is used, all equal pairs can be merged in one step:
+        # no pair that a merge brings about could come before the pairs that are left.
+        maker = np.full(self.size, -1, np.int64)
+        np.maximum.at(maker, made, np.arange(len(made)))
+        self.ordered = bool((np.maximum(maker[left], maker[right]) < np.arange(len(made))).all())
+        neighbours = np.zeros((256, 256), bool)
+        for a, b in merges:
+            token = [byte_of[c] for c in a + b]
+            neighbours[token[:-1], token[1:]] = True
+        self.neighbours = neighbours.reshape(-1)
+
+    def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        """Tokenizes.
+
+        Args:
+            texts: string `[batch]`, valid UTF-8.
+
+        Returns:
+            int32 `[batch, (tokens)]`.
+        """
+        return self._traced(texts)
+
+    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
+        """Joins the bytes of tokens.
+
+        Args:
+            ids: int32 `[batch, (tokens)]`.
+
+        Returns:
+            string `[batch]`; what is not valid UTF-8 is replaced by U+FFFD.
+        """
+        pieces = ids.with_values(tf.gather(tf.constant(self.texts), ids.values))
+        joined = tf.strings.reduce_join(pieces, axis=-1)
+        return tf.strings.unicode_transcode(joined, "UTF-8", "UTF-8")
+
+    def _tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
+        words, row, special = self._words(texts)
+        # A special token goes along as one byte, which stands for its id.
+        spelled = tf.where(special >= 0, "x", words)
+        word = tf.repeat(tf.range(tf.size(words)), tf.strings.length(spelled))
+        data = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(spelled), tf.uint8), tf.int32)
+        given = tf.gather(special, word)
+        ids = tf.where(given >= 0, given, tf.gather(tf.constant(self.byte_ids), data))
+        known = ids >= 0  # the tokenizers library passes over bytes that have no token
+        ids, word, data = (tf.boolean_mask(values, known) for values in (ids, word, data))
+        joined = tf.gather(tf.constant(self.neighbours), data[:-1] * 256 + data[1:])
+        cut = tf.pad((word[1:] != word[:-1]) | ~joined, [[1, 0]])[: tf.size(ids)]
+        ids, word = self._merge(ids, word, tf.cumsum(tf.cast(cut, tf.int32)))
+        return tf.RaggedTensor.from_value_rowids(
+            tf.cast(ids, tf.int32), tf.gather(row, word), nrows=tf.size(texts, tf.int64)
+        )
+
+    def _words(self, texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Words `[n]`, the row of `texts` that each is from, its id if it is special, else -1."""
+        row = tf.range(tf.size(texts, tf.int64))
+        words, special = texts, tf.fill(tf.shape(texts), tf.constant(-1, tf.int64))
+        if self.special_pattern:
+            pieces = split(texts, self.special_pattern)
+            words, row = pieces.values, pieces.value_rowids()
+            special = self.special_ids.lookup(words)
+        for pattern in self.patterns:
+            pieces = pattern.split(words)
+            # A special token stays whole.
+            pieces = tf.concat(
+                [_where(_rows(words), special >= 0), _where(pieces, special < 0)], axis=1
+            )
+            origin = pieces.value_rowids()
+            words, row, special = pieces.values, tf.gather(row, origin), tf.gather(special, origin)
+        if self.prefix_space:
+            bare = (special < 0) & ~tf.strings.regex_full_match(words, r"(?s) .*|")
+            words = tf.where(bare, tf.strings.join([" ", words]), words)
+        return words, row, special
+
+    def _merge(
+        self, ids: tf.Tensor, word: tf.Tensor, stretch: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        def find(ids: tf.Tensor, stretch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            stretch_of_pair = stretch[:-1]
+            ranks = self.ranks.lookup(ids[:-1] * self.size + ids[1:])
+            ranks = tf.where(stretch[1:] == stretch_of_pair, ranks, _NO_RANK)
+            best = tf.math.unsorted_segment_min(ranks, stretch_of_pair, tf.size(ids))
+            chosen = (ranks < _NO_RANK) & (ranks == tf.gather(best, stretch_of_pair))
+            if self.ordered:
+                return ranks, _every_other(chosen)
+            return ranks, _first_of_each(chosen, stretch_of_pair)
+
+        def body(
+            ids: tf.Tensor, word: tf.Tensor, stretch: tf.Tensor, ranks: tf.Tensor, chosen: tf.Tensor
+        ) -> tuple[tf.Tensor, ...]:
+            made = tf.gather(tf.constant(self.made), tf.where(chosen, ranks, 0))
+            ids = tf.concat([tf.where(chosen, made, ids[:-1]), ids[-1:]], axis=0)
+            left = tf.concat([[True], ~chosen], axis=0)
+            ids, word, stretch = (tf.boolean_mask(v, left) for v in (ids, word, stretch))
+            return ids, word, stretch, *find(ids, stretch)
+
+        ids, word, *_ = tf.while_loop(
+            lambda ids, word, stretch, ranks, chosen: tf.reduce_any(chosen),
+            body,
+            (ids, word, stretch, *find(ids, stretch)),
+            shape_invariants=(tf.TensorShape([None]),) * 5,
+        )
+        return ids, word
+
+
+def _every_other(chosen: tf.Tensor) -> tf.Tensor:
+    """Of chosen places side by side (which overlap), keeps every other one, from the left."""
+    first = chosen & ~tf.pad(chosen, [[1, 0]])[:-1]
+    place = tf.range(tf.size(chosen))
+    begins = tf.concat([tf.boolean_mask(place, first), [0]], axis=0)
+    begin = tf.gather(begins, tf.maximum(tf.cumsum(tf.cast(first, tf.int32)) - 1, 0))
+    return chosen & ((place - begin) % 2 == 0)
+
+
+def _first_of_each(chosen: tf.Tensor, stretch: tf.Tensor) -> tf.Tensor:
+    """Of the chosen places in each stretch, keeps the first."""
+    place = tf.range(tf.size(chosen))
+    candidates = tf.where(chosen, place, place.dtype.max)
+    first = tf.math.unsorted_segment_min(candidates, stretch, tf.size(chosen) + 1)
+    return chosen & (place == tf.gather(first, stretch))
+
+
+def _rows(words: tf.Tensor) -> tf.RaggedTensor:
+    return tf.RaggedTensor.from_uniform_row_length(words, 1)
+
+
+def _where(rows: tf.RaggedTensor, keep: tf.Tensor) -> tf.RaggedTensor:
+    """Empties the rows that are not kept."""
+    values = tf.boolean_mask(rows.values, tf.gather(keep, rows.value_rowids()))
+    return tf.RaggedTensor.from_row_lengths(values, tf.where(keep, rows.row_lengths(), 0))
+
+
+def _table(keys: list[Any], values: list[int], default: int) -> tf.lookup.StaticHashTable:
+    keys = tf.constant(keys, tf.string if isinstance(keys[0], str) else tf.int64)
+    initializer = tf.lookup.KeyValueTensorInitializer(keys, tf.constant(values, tf.int64))
+    return tf.lookup.StaticHashTable(initializer, default)
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 class GraphTokenizer(Protocol):

@@ -5,17 +5,17 @@ from typing import Any
 import keras
 
 from dpo_keras.losses import DPOLoss
-from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
-from dpo_keras.training.adapters import (
+from dpo_keras.scoring.lora import (
     AdapterState,
     adapter_config,
     restore_adapters,
     serialized_policy,
 )
+from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
+from dpo_keras.training.default_callbacks import StartsAtReference
 from dpo_keras.training.measures import Batch
-from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.training.shared_recipes import PreferenceRecipe, check_has_reference, loss_from
-from dpo_keras.training.start import StartsAtReference
+from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

@@ -6,8 +6,8 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.losses import DPOLoss
+from dpo_keras.training.distribution import gather_over_replicas, sum_over_replicas
 from dpo_keras.training.measures import Batch, Sums, metric_sums
-from dpo_keras.training.replicas import gather_over_replicas, sum_over_replicas
 
 
 def preference_step(

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_keras.feedback import open_store
-from dpo_keras.feedback.server import bind
+from dpo_keras.feedback.annotation_server import bind
 
 
 class Annotator:

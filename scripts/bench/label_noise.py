@@ -35,7 +35,7 @@ import numpy as np
 from dpo_keras import DPOLoss, DPOModel, SupervisedModel, cache_reference, preference_dataset
 from dpo_keras.app.config import Config, load_config
 from dpo_keras.app.models import load_policy
-from dpo_keras.app.prepare import texts_of
+from dpo_keras.app.run_inputs import texts_of
 from dpo_keras.batching import TokenizedPairs, steps_per_epoch, tokenize_pairs
 from dpo_keras.preferences import read_preferences
 from dpo_keras.training import make_optimizer, train_preferences, warm_up

@@ -9,8 +9,8 @@ from app_tiny import SIZES, TEXTS
 from assembling import GEMMA_PIECES, assemble, sentence_pieces
 
 from dpo_keras.app.cli import main
+from dpo_keras.app.config_sections import Model
 from dpo_keras.app.models import load_policy, save_policy
-from dpo_keras.app.sections import Model
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from dpo_keras.app import runs
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import Config, parse_config
 from dpo_keras.app.models import load_model
-from dpo_keras.app.prepare import read_sides
 from dpo_keras.app.progress import Silent
+from dpo_keras.app.run_inputs import read_sides
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import (
     StoredPreferences,
@@ -97,7 +97,7 @@ def test_a_damaged_shard_is_one_message_and_exit_code_2(run, files, tmp_path, ho
 
 def test_a_configuration_can_name_tensorflow_datasets(files, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
-    from dpo_keras.preferences.preference_pairs import PreferencePairsConfig
+    from dpo_keras.preferences.tfds_builder import PreferencePairsConfig
 
     mine = PreferencePairsConfig(name="mine", files=[str(files / "train.jsonl")])
     tfds.builder("preference_pairs", config=mine, data_dir=tmp_path).download_and_prepare()

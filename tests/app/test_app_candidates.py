@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dpo_keras.app import candidates as module
-from dpo_keras.app.candidates import generate
+from dpo_keras.app import candidate_generation as module
+from dpo_keras.app.candidate_generation import generate
 from dpo_keras.app.config import Config
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import read_candidates

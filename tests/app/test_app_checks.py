@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_keras.app.checks import build_loss
 from dpo_keras.app.config import load_config, parse_config
-from dpo_keras.app.sections import Loss
+from dpo_keras.app.config_rules import build_loss
+from dpo_keras.app.config_sections import Loss
 from dpo_keras.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_keras.app import terminal
+from dpo_keras.app import console as terminal
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"prompt": "How are you?", "chosen": "Fine, thanks.", "rejected": "No."}
@@ -133,7 +133,7 @@ def test_data_without_one_good_line_exit_with_2(run, tmp_path):
 
 
 def test_unforeseen_errors_exit_with_1_and_ctrl_c_with_130(run, monkeypatch):
-    from dpo_keras.preferences import readers
+    from dpo_keras.preferences import reader as readers
 
     for error, code, words in (
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom (--debug shows the traceback.)"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_keras.app.document import Plain, guess_types, read_document
+from dpo_keras.app.yaml_document import Plain, guess_types, read_document
 
 
 def tree(text):

@@ -6,8 +6,8 @@ import pytest
 from tiny import Letters, gpt2, pairs, plain_model
 
 from dpo_keras.app.config import Config
-from dpo_keras.app.laying_out import check_steps, layout_of, steps_per_epoch
 from dpo_keras.app.progress import Silent
+from dpo_keras.app.training_stages import check_steps, layout_of, steps_per_epoch
 from dpo_keras.batching import tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.training import Layout

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from app_tiny import SIZES, TEXTS, same_logits
 
+from dpo_keras.app.config_sections import Model, Scratch
 from dpo_keras.app.model_sources import source_problems
 from dpo_keras.app.models import (
     check_length,
@@ -19,8 +20,7 @@ from dpo_keras.app.models import (
     load_reference,
     save_policy,
 )
-from dpo_keras.app.scratch import FAMILIES, train_tokenizer
-from dpo_keras.app.sections import Model, Scratch
+from dpo_keras.app.new_models import FAMILIES, train_tokenizer
 from dpo_keras.errors import InputError
 
 

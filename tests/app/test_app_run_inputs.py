@@ -9,8 +9,8 @@ from app_tiny import SIZES, TEXTS
 
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
+from dpo_keras.app.config_sections import Model
 from dpo_keras.app.models import load_model, load_policy, save_policy
-from dpo_keras.app.sections import Model
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import support_pairs, write_preferences
 

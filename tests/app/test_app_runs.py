@@ -17,9 +17,9 @@ from app_runs import settings, steps_of
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import parse_config
+from dpo_keras.app.config_sections import Export
 from dpo_keras.app.models import load_model
 from dpo_keras.app.run_directory import RunDirectory
-from dpo_keras.app.sections import Export
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import read_preferences, write_preferences
 

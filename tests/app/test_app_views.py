@@ -5,8 +5,7 @@ import io
 from rich.console import Console
 
 from dpo_keras.app import views
-from dpo_keras.app.terminal import Terminal, failure
-from dpo_keras.app.terminal_progress import TerminalProgress
+from dpo_keras.app.console import Terminal, TerminalProgress, failure
 
 
 def console(terminal):

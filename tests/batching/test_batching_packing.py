@@ -15,7 +15,7 @@ from dpo_keras.batching import (
     steps_per_epoch,
     tokenize_pairs,
 )
-from dpo_keras.batching.bins import Capacity, Sizes, best_fit, split_rows, squeeze_rows
+from dpo_keras.batching.bin_packing import Capacity, Sizes, best_fit, split_rows, squeeze_rows
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import read_preferences
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from dpo_keras.batching import preference_dataset, token_writing, tokenize_pairs
-from dpo_keras.batching.stored_ragged import TokenFile
+from dpo_keras.batching import preference_dataset, tokenize_pairs
+from dpo_keras.batching import token_cache as token_writing
+from dpo_keras.batching.ragged import TokenFile
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair, build_preferences
 

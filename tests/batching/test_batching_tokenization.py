@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_keras.batching import Ragged, tokenize_pairs
-from dpo_keras.batching.pairs import truncate
+from dpo_keras.batching.tokenized_pairs import truncate
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Message
 

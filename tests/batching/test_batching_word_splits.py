@@ -7,7 +7,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
 
 from dpo_keras.batching import TextEncoder
-from dpo_keras.batching.word_splits import WORD_SPLITS, mend_word_splits
+from dpo_keras.utils.keras_hub_internals import WORD_SPLITS, mend_word_splits
 
 TEXTS = [
     "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water  and   yeast.",

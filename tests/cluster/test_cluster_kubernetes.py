@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_keras.app.terminal import STOPPED, WRONG_INPUT
+from dpo_keras.app.console import STOPPED, WRONG_INPUT
 from dpo_keras.cluster import read_tf_config
 
 MANIFEST = Path(__file__).parents[2] / "scripts" / "kubernetes" / "train.yaml"

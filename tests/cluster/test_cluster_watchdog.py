@@ -129,7 +129,7 @@ def test_workers_started_differently_are_refused_and_told_why():
 
 def test_a_port_in_use_is_named(monkeypatch):
     first, _ = clusters(2)
-    monkeypatch.setattr("dpo_keras.cluster.links._check_port.__defaults__", (0.1,))
+    monkeypatch.setattr("dpo_keras.cluster.worker_links._check_port.__defaults__", (0.1,))
     with socket.create_server((first.this.host, first.this.port)):
         with pytest.raises(InputError, match=rf"port {first.this.port} of worker 0 .* in use"):
             Watchdog(first).meet(1.0)

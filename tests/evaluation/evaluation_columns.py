@@ -3,7 +3,7 @@
 import numpy as np
 
 from dpo_keras.evaluation import HeldOut, Samples
-from dpo_keras.evaluation.figures import Figure, mean, share
+from dpo_keras.evaluation.statistics import Figure, mean, share
 
 
 def columns(margin, **others):

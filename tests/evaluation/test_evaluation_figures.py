@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dpo_keras.evaluation.figures import (
+from dpo_keras.evaluation.statistics import (
     Figure,
     Z,
     correlation,

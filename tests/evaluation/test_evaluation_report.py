@@ -11,7 +11,7 @@ from evaluation_columns import held_out, samples
 
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation import most_wrong, write_report
-from dpo_keras.evaluation.rendering import cell, fence, shown
+from dpo_keras.evaluation.run_report import cell, fence, shown
 from dpo_keras.preferences import PreferencePair
 
 random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from dpo_keras.feedback.server import bind, make_app
+from dpo_keras.feedback.annotation_server import bind, make_app
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (

@@ -2,7 +2,7 @@
 
 from starlette.testclient import TestClient
 
-from dpo_keras.feedback.server import make_app
+from dpo_keras.feedback.annotation_server import make_app
 
 BASE = "http://127.0.0.1"
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from dpo_keras.feedback.listening import bind, run
+from dpo_keras.feedback.annotation_server import bind, run
 
 
 async def app(scope, receive, send):

@@ -14,12 +14,11 @@ from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Response, assess
-from dpo_keras.feedback.agreement import agreement_figures
-from dpo_keras.feedback.dawid_skene import dawid_skene
-from dpo_keras.feedback.quality import assess_table, fit_labels
-from dpo_keras.feedback.report import html, text, write
-from dpo_keras.feedback.strengths import cycles, policy_strengths
-from dpo_keras.feedback.table import BOTH_BAD, FIRST, SECOND, TIE, read_table
+from dpo_keras.feedback.annotator_quality import dawid_skene
+from dpo_keras.feedback.judgement_table import BOTH_BAD, FIRST, SECOND, TIE, read_table
+from dpo_keras.feedback.policy_strengths import cycles, policy_strengths
+from dpo_keras.feedback.quality import agreement_figures, assess_table, fit_labels
+from dpo_keras.feedback.quality_report import html, text, write
 
 
 def majority_right(table, truth):
@@ -275,8 +274,8 @@ def test_nothing_here_imports_tensorflow():
     import sys
 
     code = (
-        "import sys; import dpo_keras.feedback, dpo_keras.feedback.server; "
-        "import dpo_keras.feedback.report, dpo_keras.feedback.exporting; "
+        "import sys; import dpo_keras.feedback, dpo_keras.feedback.annotation_server; "
+        "import dpo_keras.feedback.quality_report, dpo_keras.feedback.pair_export; "
         "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     )
     path = ":".join(sys.path)

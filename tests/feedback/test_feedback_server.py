@@ -6,7 +6,7 @@ from feedback_rounds import check_books, count
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Response
-from dpo_keras.feedback.server import allowed_hosts, bind
+from dpo_keras.feedback.annotation_server import allowed_hosts, bind
 
 
 def test_a_person_judges_all_pairs_and_sees_the_progress(store, ann):

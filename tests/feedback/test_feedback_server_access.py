@@ -6,7 +6,7 @@ import pytest
 from feedback_http import Person, client_of
 from feedback_rounds import count
 
-from dpo_keras.feedback.bundle import page
+from dpo_keras.feedback.annotation_api import page
 
 
 @pytest.mark.parametrize("path", ["/api/me", "/api/next", "/api/admin"])

@@ -59,7 +59,7 @@ def cluster_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cluster")
     addresses = free_addresses(4)
     cluster = {"chief": addresses[:1], "ps": addresses[1:2], "worker": addresses[2:]}
-    server = ["-m", "dpo_keras.legacy.server"]
+    server = ["-m", "dpo_keras.legacy.parameter_server"]
     with contextlib.ExitStack() as stack:
         for job, index in (("ps", 0), ("worker", 0), ("worker", 1)):
             log = directory / f"{job}-{index}.log"
@@ -129,7 +129,9 @@ def test_rows_for_workers_are_those_of_the_batch_contract(in_files, tmp_path):
 def test_rows_that_are_too_many_for_the_graph_want_a_directory(monkeypatch):
     import importlib
 
-    monkeypatch.setattr(importlib.import_module("dpo_keras.legacy.datasets"), "GRAPH_LIMIT", 1000)
+    monkeypatch.setattr(
+        importlib.import_module("dpo_keras.legacy.worker_datasets"), "GRAPH_LIMIT", 1000
+    )
     with pytest.raises(InputError) as error:
         legacy.worker_batches(sides()[0], batch_size=100, workers=2)
     assert "2 x 100 pairs" in error.value.problems[0]
@@ -157,7 +159,7 @@ TASKS = {
     ),
     "a worker": (
         {"cluster": CLUSTER, "task": {"type": "worker", "index": 1}},
-        "python -m dpo_keras.legacy.server",
+        "python -m dpo_keras.legacy.parameter_server",
     ),
 }
 

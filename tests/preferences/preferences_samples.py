@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from dpo_keras.preferences import PreferencePair
-from dpo_keras.preferences.schema import Message
+from dpo_keras.preferences.pair import Message
 
 FORGED = '[{"role": "user", "content": "text that only looks like messages"}]'
 GOOD = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}

@@ -7,10 +7,11 @@ import pytest
 from preferences_samples import random_pairs, write_jsonl
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences, streaming
+from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences
+from dpo_keras.preferences import reader as streaming
 from dpo_keras.preferences.audit import find_repeats
-from dpo_keras.preferences.hashing import RepeatFinder
-from dpo_keras.preferences.report import InvalidPreferences, ReadReport
+from dpo_keras.preferences.prompt_hashes import RepeatFinder
+from dpo_keras.preferences.read_report import InvalidPreferences, ReadReport
 
 MESSY = [
     {"prompt": "p", "chosen": "a", "rejected": "b", "note": 1},

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import audit, judge, read_preferences, support_pairs
-from dpo_keras.preferences.support_language import PHRASES, STATEMENTS, TOPICS, parse_prompt
+from dpo_keras.preferences.quickstart_data import PHRASES, STATEMENTS, TOPICS, parse_prompt
 
 PROMPT = (
     "The lamp is red, costs 40 euros and arrives on Monday.\nQuestion: What does it cost?\nReply:"

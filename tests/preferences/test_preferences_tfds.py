@@ -11,7 +11,7 @@ from dpo_keras.preferences import build_preferences, read_preferences, write_pre
 from dpo_keras.preferences.tfds_source import TfdsName, parse_name
 
 tfds = pytest.importorskip("tensorflow_datasets")
-from dpo_keras.preferences.preference_pairs import (  # noqa: E402
+from dpo_keras.preferences.tfds_builder import (  # noqa: E402
     PreferencePairs,
     PreferencePairsConfig,
 )

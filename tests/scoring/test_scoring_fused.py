@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 from families import FAMILIES
 
-from dpo_keras.scoring.fused import fused, fused_calls
-from dpo_keras.scoring.swapped import swapped
+from dpo_keras.scoring.layer_overrides import fused, fused_calls, swapped
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])

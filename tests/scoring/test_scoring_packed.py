@@ -11,9 +11,9 @@ from scoring_samples import random_pairs
 
 from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.packed import check_packing, supports_packing
+from dpo_keras.scoring.layer_overrides import swapped
+from dpo_keras.scoring.offline_scoring import check_packing, supports_packing
 from dpo_keras.scoring.scorer import ResponseScorer
-from dpo_keras.scoring.swapped import swapped
 from dpo_keras.scoring.tree_layout import TreeLayout, segment_sizes
 
 # Prompt, chosen and rejected: ones of a single token, short trees, and texts of up to 21 tokens.

@@ -6,7 +6,7 @@ import tensorflow as tf
 from serving_tiny import llama as tiny_llama
 
 from dpo_keras.losses import DPOLoss
-from dpo_keras.serving.comparison import EMPTY, Comparison, calls
+from dpo_keras.serving.answer_comparison import EMPTY, Comparison, calls
 from dpo_keras.serving.graph_encoder import GraphEncoder
 from dpo_keras.serving.signatures import Decoding, Server
 from dpo_keras.training import DPOModel

@@ -17,7 +17,7 @@ from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import STRATEGIES, DPOModel, SupervisedModel, strategy, supervised_dataset
-from dpo_keras.training.sharing import per_worker
+from dpo_keras.training.distribution import per_worker
 
 FOLDER = pathlib.Path(__file__).parent
 

@@ -16,7 +16,7 @@ from dpo_keras.training import (
     train_preferences,
     warm_up,
 )
-from dpo_keras.training.supervised import chosen_alone
+from dpo_keras.training.supervised_model import chosen_alone
 
 
 def test_auto_packs_where_every_model_can_and_says_once_why_not():

@@ -1,0 +1,234 @@
+"""`build_preferences`: preference files of any size become checked records on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_keras.errors import InputError
+from dpo_keras.preferences.pair import PreferencePair
+from dpo_keras.preferences.prompt_hashes import prompt_hash
+from dpo_keras.preferences.reader import PreferenceStream
+from dpo_keras.preferences.record_files import (
+    FLAGS,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    NAMES,
+    NUMBERS,
+    TEXTS,
+    StoredFile,
+    serialize,
+    sha256_of,
+)
+from dpo_keras.preferences.sources import PathLike
+from dpo_keras.preferences.stored_preferences import (
+    INDEX_ROW,
+    RECORD_HEAD,
+    RECORD_TAIL,
+    StoredPreferences,
+)
+
+NAME, VERSION = "preference_pairs", "1.0.0"
+SHARD_BYTES = 256 * 2**20
+EVERY = 2000  # pairs between two calls of `on_pairs`
+
+
+def build_preferences(
+    source: PathLike | Sequence[PathLike] | Iterable[Any],
+    out: PathLike,
+    *,
+    format: str = "auto",
+    on_error: str = "report",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_dir: PathLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    on_pairs: Callable[[int], None] | None = None,
+) -> StoredPreferences:
+    """Writes pairs as sharded, checksummed records; memory does not grow with their number.
+
+    The directory appears whole or not at all: everything is written into `.OUT.partial` beside it,
+    which is then moved. One that a killed build has left is written anew.
+
+    Args:
+        source: as for `read_preferences`, as are the next five.
+        out: the directory to make; an empty one may be there.
+        format: of the files.
+        on_error: "fail" builds nothing where any record is bad.
+        limit: keep this many pairs at most.
+        columns: our name of a column to the one that the data have.
+        data_dir: where TensorFlow Datasets keeps its data.
+        shard_bytes: a shard that has reached this size is closed.
+        on_pairs: called now and then with the number of pairs written.
+
+    Returns:
+        The built pairs, opened.
+
+    Raises:
+        InputError: as `read_preferences`; if `out` is there and not empty, or another build of it
+            is running.
+
+    Example:
+        >>> import tempfile
+        >>> pairs = [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": f" {n}"} for n in (5, 6)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     built = build_preferences(pairs, f"{folder}/built")
+        ...     len(built), built[1].rejected, len(built.shards)
+        (2, ' 6', 1)
+    """
+    folder = Path(out)
+    faults = []
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        faults.append(f"out must be a new or an empty directory, {folder} is not.")
+    if not folder.absolute().parent.is_dir():
+        faults.append(f"the folder of {folder} does not exist; create it first.")
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        faults.append(f"shard_bytes must be an integer >= 1, got {shard_bytes!r}.")
+    if faults:
+        raise InputError(faults)
+    stream = PreferenceStream(
+        source, format=format, on_error=on_error, limit=limit, columns=columns, data_dir=data_dir
+    )
+    with _unfinished(folder) as partial:
+        shards = _write_records(stream, partial, shard_bytes, on_pairs)
+        index = _described(partial / INDEX, sum(shard.pairs for shard in shards))
+        manifest = {
+            "format": FORMAT,
+            "pairs": index.pairs,
+            "shards": [vars(shard) for shard in shards],
+            "index": vars(index),
+            "report": stream.report.as_dict(),
+        }
+        # For tfds.builder_from_directory.
+        _write_json(partial / "features.json", _features())
+        _write_json(partial / "dataset_info.json", _dataset_info(shards))
+        _write_json(partial / MANIFEST, manifest)
+    return StoredPreferences.open(folder)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Yields a directory beside `folder` that takes its place if all goes well."""
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another build of {folder} is running; wait for it.") from error
+        for entry in partial.iterdir():
+            entry.unlink()
+        try:
+            yield partial
+            os.replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _write_records(
+    pairs: Iterable[PreferencePair],
+    folder: Path,
+    shard_bytes: int,
+    on_pairs: Callable[[int], None] | None,
+) -> list[StoredFile]:
+    """Writes shards and index, and gives the shards the names that tell their number."""
+    counts: list[int] = []
+    done = 0
+    writer = None
+    with open(folder / INDEX, "wb") as index:
+        try:
+            for pair in pairs:
+                record = serialize(pair)
+                if writer is None:
+                    writer, place = _writer(folder / f"shard-{len(counts)}"), 0
+                    counts.append(0)
+                writer.write(record)
+                row = (len(counts) - 1, place, len(record), prompt_hash(pair.prompt))
+                index.write(np.array(row, INDEX_ROW).tobytes())
+                place += RECORD_HEAD + len(record) + RECORD_TAIL
+                counts[-1] += 1
+                done += 1
+                if on_pairs is not None and done % EVERY == 0:
+                    on_pairs(done)
+                if place >= shard_bytes:
+                    writer.close()
+                    writer = None
+        finally:
+            if writer is not None:
+                writer.close()
+    shards = []
+    for number, count in enumerate(counts):
+        file = folder / f"{NAME}-train.tfrecord-{number:05d}-of-{len(counts):05d}"
+        os.replace(folder / f"shard-{number}", file)
+        shards.append(_described(file, count))
+    if on_pairs is not None:
+        on_pairs(done)
+    return shards
+
+
+def _writer(path: Path) -> Any:
+    import tensorflow as tf
+
+    return tf.io.TFRecordWriter(str(path))
+
+
+def _described(path: Path, pairs: int) -> StoredFile:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return StoredFile(path.name, pairs, path.stat().st_size, sha256_of(path))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _dataset_info(shards: Sequence[StoredFile]) -> dict[str, Any]:
+    split = {
+        "name": "train",
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "numBytes": str(sum(shard.bytes for shard in shards)),
+        "shardLengths": [str(shard.pairs) for shard in shards],
+    }
+    return {
+        "name": NAME,
+        "version": VERSION,
+        "fileFormat": "tfrecord",
+        "disableShuffling": True,
+        "splits": [split],
+    }
+
+
+def _features() -> dict[str, Any]:
+    """Returns `preference_pairs.features()` as TFDS writes it, without needing TFDS."""
+    kind = "tensorflow_datasets.core.features."
+    text = {"pythonClassName": f"{kind}text_feature.Text", "text": {}}
+    number = {
+        "pythonClassName": f"{kind}tensor_feature.Tensor",
+        "tensor": {"shape": {}, "dtype": "float64", "encoding": "bytes"},
+    }
+    flag = {
+        "pythonClassName": f"{kind}scalar.Scalar",
+        "tensor": {"shape": {}, "dtype": "bool", "encoding": "none"},
+    }
+    kinds = {**dict.fromkeys((*TEXTS, *NAMES), text), **dict.fromkeys(NUMBERS, number)}
+    return {
+        "pythonClassName": f"{kind}features_dict.FeaturesDict",
+        "featuresDict": {"features": {**kinds, **dict.fromkeys(FLAGS, flag)}},
+    }

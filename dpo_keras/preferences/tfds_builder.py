@@ -1,0 +1,165 @@
+"""The TensorFlow Datasets builder `preference_pairs`: preference files as a TFDS set.
+
+    tfds build --imports dpo_keras.preferences.tfds_builder preference_pairs/jsonl \
+        --manual_dir FOLDER
+
+or, in Python, with files of any place:
+
+    tfds.builder("preference_pairs", config=PreferencePairsConfig(name="mine", files=["a.csv"]))
+
+Importing this module registers the builder; it needs `pip install "dpo-keras[tfds]"`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dpo_keras.errors import InputError
+from dpo_keras.preferences.file_formats import SUFFIXES
+from dpo_keras.preferences.reader import PreferenceStream
+from dpo_keras.preferences.record_files import FLAGS, NUMBERS, to_features
+
+ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
+FOLDER_OF_HH = {"train": "train.jsonl.gz", "test": "test.jsonl.gz"}
+
+
+@dataclass(eq=False)
+class PreferencePairsConfig(tfds.core.BuilderConfig):
+    """Which files, and how to read them.
+
+    Args:
+        suffixes: files of the manual directory that are read. A folder in it is a split of its
+            name; files beside each other are the split "train".
+        names: exactly these files instead, by split.
+        files: these files instead of the manual directory's: a list, or lists by split.
+        format: as `read_preferences` takes it.
+        columns: as `read_preferences` takes them.
+        on_error: "fail" builds nothing from files with bad records.
+    """
+
+    suffixes: Sequence[str] = ANY
+    names: Mapping[str, str] | None = None
+    files: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    on_error: str = "report"
+
+    def splits(self, folder: Path | None) -> dict[str, list[str]]:
+        """Finds the files of each split.
+
+        Args:
+            folder: the manual directory; None where `files` are given.
+
+        Raises:
+            InputError: if there are none.
+        """
+        if self.files is not None:
+            given = self.files if isinstance(self.files, Mapping) else {"train": self.files}
+            return {split: [os.fspath(file) for file in files] for split, files in given.items()}
+        assert folder is not None
+        if self.names is not None:
+            found = {split: self._named(folder / name) for split, name in self.names.items()}
+        else:
+            folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+            found = {entry.name: self._matching(entry) for entry in folders}
+            found["train"] = found.get("train", []) + self._matching(folder)
+        found = {split: files for split, files in found.items() if files}
+        if not found:
+            wanted = ", ".join((self.names or {}).values()) or ", ".join(self.suffixes)
+            raise InputError(f"{folder} holds no file for preference_pairs/{self.name}: {wanted}.")
+        return found
+
+    def _matching(self, folder: Path) -> list[str]:
+        files = sorted(entry for entry in folder.iterdir() if entry.is_file())
+        return [str(file) for file in files if file.name.lower().endswith(tuple(self.suffixes))]
+
+    def _named(self, file: Path) -> list[str]:
+        return [str(file)] if file.is_file() else []
+
+
+def _config(name: str, description: str, *suffixes: str, **options: Any) -> PreferencePairsConfig:
+    return PreferencePairsConfig(
+        name=name, description=description, suffixes=suffixes or ANY, **options
+    )
+
+
+class PreferencePairs(tfds.core.GeneratorBasedBuilder):
+    """Preference pairs from files, validated, in the order of the files.
+
+    Features are those of `dpo_keras.preferences.record_files`: `prompt`, `chosen`, `rejected`
+    (text; JSON lists of role/content messages where `messages` is true), `preference`, `weight`,
+    `margin` (float64, NaN without), `annotator`, `group`, `id` (empty without), `swapped`. So
+    `read_preferences("tfds:preference_pairs/jsonl:train")` gives what it gives for the files.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Put the preference files into the manual directory (or folders in it, one per split), or "
+        "give a PreferencePairsConfig with `files`."
+    )
+    BUILDER_CONFIGS = [
+        _config("auto", "Every file of a known format."),
+        _config("jsonl", "JSON Lines.", ".jsonl", ".ndjson"),
+        _config("jsonl_gz", "JSON Lines, gzipped.", ".jsonl.gz", ".ndjson.gz"),
+        _config("json", "One JSON list of records.", ".json", ".json.gz"),
+        _config("csv", "CSV, messages as JSON.", ".csv", ".csv.gz"),
+        _config("parquet", "Parquet.", ".parquet"),
+        _config(
+            "hh",
+            "HH-RLHF's layout: train.jsonl.gz and test.jsonl.gz with whole conversations, whose "
+            "shared turns are the prompt.",
+            names=FOLDER_OF_HH,
+            format="jsonl",
+        ),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=PreferencePairs.__doc__,
+            features=tfds.features.FeaturesDict(features()),
+            # The order is that of the files; training shuffles by its own seed.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+        config: PreferencePairsConfig = self.builder_config
+        folder = None if config.files is not None else Path(os.fspath(dl_manager.manual_dir))
+        return {
+            split: self._generate_examples(files) for split, files in config.splits(folder).items()
+        }
+
+    def _generate_examples(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        config: PreferencePairsConfig = self.builder_config
+        stream = PreferenceStream(
+            files, format=config.format, columns=config.columns, on_error=config.on_error
+        )
+        for number, pair in enumerate(stream):
+            yield number, to_features(pair)
+
+
+def features() -> dict[str, Any]:
+    """Returns the features of a pair, as TensorFlow Datasets names them.
+
+    Example:
+        >>> sorted(features())[:4]
+        ['annotator', 'chosen', 'group', 'id']
+    """
+    kinds: dict[str, Any] = {
+        name: tfds.features.Text() for name in ("prompt", "chosen", "rejected")
+    }
+    kinds |= {name: tfds.features.Text() for name in ("annotator", "group", "id")}
+    for name in NUMBERS:
+        # As bytes: plain float features are cut to float32.
+        kinds[name] = tfds.features.Tensor(
+            shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES
+        )
+    return kinds | {name: tfds.features.Scalar(np.bool_) for name in FLAGS}
