@@ -7,7 +7,7 @@ itself, in NumPy.
 
 from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate, available_templates, get_template
-from dpo_keras.batching.collate import batch_from_strings, collate, collate_single
+from dpo_keras.batching.collate import Batch, batch_from_strings, collate, collate_single
 from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
 from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.packed_rows import collate_packed
@@ -18,6 +18,7 @@ from dpo_keras.batching.tokenization import tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import DroppedPair, TokenizationReport, TokenizedPairs
 
 __all__ = [
+    "Batch",
     "Batching",
     "BucketPlan",
     "ChatTemplate",

@@ -17,7 +17,7 @@ along that dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -25,8 +25,24 @@ from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.ragged import Ragged, places
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError
+from dpo_keras.utils.tensors import Tensor
 
-Batch = dict[str, np.ndarray]
+
+class Batch(TypedDict, total=False):
+    """The batch contract: what the dataset yields, as NumPy arrays or tensors."""
+
+    token_ids: Tensor
+    padding_mask: Tensor
+    positions: Tensor
+    tree: Tensor
+    source: Tensor
+    target: Tensor
+    owner: Tensor
+    preference: Tensor
+    weight: Tensor
+    reference: Tensor
+    group: Tensor
+    margin: Tensor
 
 
 def round_up(value: int, multiple: int) -> int:

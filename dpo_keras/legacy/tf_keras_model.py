@@ -5,12 +5,12 @@ from typing import Any
 import keras
 import tf_keras
 
+from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
 from dpo_keras.legacy.tf_keras_policy import Reference, make_reference
 from dpo_keras.legacy.tf_keras_trainer import PolicyTrainer
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.training.measures import Batch
 from dpo_keras.training.shared_recipes import (
     PreferenceRecipe,
     SupervisedRecipe,

@@ -8,12 +8,12 @@ import keras
 import tensorflow as tf
 import tf_keras
 
+from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
 from dpo_keras.legacy.tf_keras_policy import PolicyCall
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.training.default_callbacks import Throughput
 from dpo_keras.training.distribution import sum_over_replicas
-from dpo_keras.training.measures import Batch
 from dpo_keras.training.shared_recipes import Recipe
 from dpo_keras.training.steps import step_counts
 

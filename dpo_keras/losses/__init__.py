@@ -33,12 +33,14 @@ from dpo_keras.losses.penalties import (
     nll,
     overconfidence,
 )
+from dpo_keras.losses.scores import Outputs
 
 __all__ = [
     "OBJECTIVES",
     "PENALTIES",
     "DPOLoss",
     "Objective",
+    "Outputs",
     "available",
     "binary_cross_entropy",
     "insufficient_confidence",

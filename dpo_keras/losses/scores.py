@@ -15,14 +15,28 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import TypedDict
 
 from keras import ops
 
 from dpo_keras.losses.divergences import DIVERGENCES
 from dpo_keras.losses.numerics import Tensor, as_floating, capped_expm1, log1mexp
 
-Outputs = Mapping[str, Tensor]
+
+class Outputs(TypedDict, total=False):
+    """What the scorer returns for a batch of N pairs; column 0 is chosen, column 1 rejected."""
+
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor
+    policy_shared: Tensor
+    reference_shared: Tensor
+    wpo_log_weight: Tensor
+    entropy: Tensor
+    margin: Tensor
+    group: Tensor
+    weight: Tensor
 
 
 def per_token(values: Tensor, outputs: Outputs) -> Tensor:

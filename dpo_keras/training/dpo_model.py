@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring.lora import (
     AdapterState,
@@ -13,7 +14,6 @@ from dpo_keras.scoring.lora import (
 )
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.training.measures import Batch
 from dpo_keras.training.shared_recipes import PreferenceRecipe, check_has_reference, loss_from
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 

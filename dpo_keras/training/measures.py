@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from keras import ops
 
+from dpo_keras.batching.collate import Batch
 from dpo_keras.errors import InputError
 from dpo_keras.losses import (
     DPOLoss,
@@ -13,7 +14,6 @@ from dpo_keras.losses import (
 )
 from dpo_keras.scoring.scorer import ResponseScorer, sum_by_owner
 
-Batch = dict[str, Any]
 Sums = dict[str, tuple[Any, Any]]
 
 

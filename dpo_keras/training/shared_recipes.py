@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.measures import (
-    Batch,
     Sums,
     metric_names,
     outputs_of,

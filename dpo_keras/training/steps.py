@@ -5,9 +5,10 @@ from typing import Any
 import tensorflow as tf
 from keras import ops
 
+from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training.distribution import gather_over_replicas, sum_over_replicas
-from dpo_keras.training.measures import Batch, Sums, metric_sums
+from dpo_keras.training.measures import Sums, metric_sums
 
 
 def preference_step(

@@ -7,9 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching import Ragged, TokenizedPairs
+from dpo_keras.batching import Batch, Ragged, TokenizedPairs
 from dpo_keras.scoring.lora import serialized_policy
-from dpo_keras.training.measures import Batch
 from dpo_keras.training.shared_recipes import SupervisedRecipe
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 

@@ -17,12 +17,13 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.offline_scoring import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
-from dpo_keras.training.measures import Batch, Sums
+from dpo_keras.training.measures import Sums
 from dpo_keras.training.shared_recipes import Recipe
 from dpo_keras.training.steps import step_counts
 from dpo_keras.utils.keras_internals import sum_gradients_ourselves, update_in_one_pass
