@@ -1,32 +1,41 @@
-"""What people answered: an append-only log, in which the last entry of a presentation holds."""
+"""The log of judgements, to which entries are only added, and the judgements that hold as arrays.
+
+The last entry of a presentation holds; an undo is an entry too.
+"""
 
 from __future__ import annotations
 
 import math
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dpo_keras.errors import InputError
-from dpo_keras.feedback.assignment import Settings, take
-from dpo_keras.feedback.database import Database
+import numpy as np
+
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.assignment import Settings, in_sides, take_place
+from dpo_keras.feedback.database import Database, has_lone_surrogate
+from dpo_keras.utils.text import shortened
 
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
-LONGEST_REASON = 2_000
-LONGEST_TIME = 86_400.0
+MAX_REASON = 2_000  # characters
+MAX_SECONDS = 86_400.0
+
+FIRST, SECOND, TIE, BOTH_BAD = range(4)
+LABELS = ("first", "second", "tie", "both bad")
 
 
-class Conflict(InputError):
+class Conflict(InputError):  # noqa: N818  # a public name
     """The judgement does not fit what is in the store; the page fetches anew and goes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Says that a judgement, or its undoing, is on the disk.
+    """Confirms that a judgement, or its undoing, is on the disk.
 
     Args:
         judgement: the entry in the log.
         presentation: what was judged.
-        again: it was there before: this was a repeated submission.
+        again: the submission was a repetition; the entry was there before.
     """
 
     judgement: int
@@ -35,8 +44,8 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """A judgement as it was sent. See `Store.submit`."""
+class Submission:
+    """A judgement as it was sent; see `Store.submit` for its fields."""
 
     presentation: int
     choice: str
@@ -46,85 +55,94 @@ class Given:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        """Checks every rule."""
-        problems = []
-        if not _is_whole(self.presentation):
-            problems.append(f"presentation must be a whole number, got {self.presentation!r:.60}.")
+        """Check every rule: the values come from a browser and may have any type."""
+        problems = _presentation_problems(self.presentation)
         if self.choice not in CHOICES:
-            problems.append(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r:.60}.")
-        problems += key_problems(self.key)
+            problems.append(_problem("choice", f"must be one of {', '.join(CHOICES)}", self.choice))
+        problems += _key_problems(self.key)
         if self.strength is not None:
             if not _is_whole(self.strength) or not 1 <= self.strength <= 3:
-                problems.append(f"strength must be 1, 2 or 3, got {self.strength!r:.60}.")
+                problems.append(_problem("strength", "must be 1, 2 or 3", self.strength))
             elif self.choice not in ("left", "right"):
-                problems.append(f"strength goes with left or right, got {self.choice!r:.60}.")
+                problems.append(_problem("strength", "goes with left or right", self.choice))
         if self.reason is not None and not (
             isinstance(self.reason, str)
-            and len(self.reason) <= LONGEST_REASON
-            # JSON may spell half of a character, which no file can hold.
-            and not any("\ud800" <= letter <= "\udfff" for letter in self.reason)
+            and len(self.reason) <= MAX_REASON
+            and not has_lone_surrogate(self.reason)
         ):
-            problems.append(f"reason must be valid text of {LONGEST_REASON:,} characters at most.")
+            rule = f"must be valid text of {MAX_REASON:,} characters at most"
+            problems.append(InputProblem("reason", rule))
         if self.seconds is not None and not (
             isinstance(self.seconds, int | float)
             and not isinstance(self.seconds, bool)
             and math.isfinite(self.seconds)
             and self.seconds >= 0
         ):
-            problems.append(f"seconds must be finite and >= 0, got {self.seconds!r:.60}.")
+            problems.append(_problem("seconds", "must be finite and >= 0", self.seconds))
         if problems:
             raise InputError(problems)
 
 
-def key_problems(key: object) -> list[str]:
-    """The rules that a submission's key breaks.
+def _presentation_problems(presentation: object) -> list[InputProblem]:
+    if _is_whole(presentation):
+        return []
+    return [_problem("presentation", "must be a whole number", presentation)]
 
-    Args:
-        key: from the browser.
-    """
+
+def _key_problems(key: object) -> list[InputProblem]:
     if isinstance(key, str) and 1 <= len(key) <= 100 and key.isascii():
         return []
-    return [f"key must be 1 to 100 ASCII characters, got {key!r:.60}."]
+    return [_problem("key", "must be 1 to 100 ASCII characters", key)]
+
+
+def _problem(argument: str, rule: str, value: object) -> InputProblem:
+    return InputProblem(argument, f"{rule}, got {shortened(repr(value), 60)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def submit(
-    connection: sqlite3.Connection, settings: Settings, now: float, annotator: int, given: Given
+    connection: sqlite3.Connection,
+    settings: Settings,
+    now: float,
+    annotator: int,
+    submission: Submission,
 ) -> Receipt:
-    """Appends a judgement. Runs inside a transaction; see `Store.submit`."""
-    earlier = _by_key(connection, annotator, given.presentation, given.key, undo=False)
+    """Append a judgement, in a transaction."""
+    earlier = _receipt_of(connection, annotator, submission.presentation, submission.key, "submit")
     if earlier is not None:
         return earlier
-    row = _own(connection, annotator, given.presentation)
+    row = _presentation_of(connection, annotator, submission.presentation)
     if row["state"] in ("judged", "skipped"):
         raise Conflict(
             "this pair was judged before (in another tab?); the first answer holds. Undo takes it "
             "back."
         )
-    skip = given.choice == "skip"
+    skip = submission.choice == "skip"
     if row["state"] == "released" and not row["repeat"]:
-        # The lease ended, the pair may have gone to others.
+        # The lease ended; the pair may have gone to others.
         if not skip:
-            _check_place(row, settings)
-            take(connection, row["pair"], 1)
+            _check_free_place(row, settings)
+            take_place(connection, row["pair"], 1)
     elif skip and not row["repeat"]:
-        take(connection, row["pair"], -1)
-    sides = row["first"], row["second"]
-    left, right = sides if row["first_on_left"] else sides[::-1]
-    winner = {"left": left, "right": right}.get(given.choice)
-    verdict = given.choice if winner is None else "prefer"
-    seconds = None if given.seconds is None else min(float(given.seconds), LONGEST_TIME)
+        take_place(connection, row["pair"], -1)
+    left, right = in_sides(row)
+    winner = {"left": left, "right": right}.get(submission.choice)
+    seconds = None if submission.seconds is None else min(float(submission.seconds), MAX_SECONDS)
     entry = connection.execute(
         "INSERT INTO judgements (presentation, verdict, winner, strength, reason, seconds, at, key)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             row["id"],
-            verdict,
+            submission.choice if winner is None else "prefer",
             winner,
-            given.strength,
-            (given.reason or "").strip() or None,
+            submission.strength,
+            (submission.reason or "").strip() or None,
             seconds,
             now,
-            given.key,
+            submission.key,
         ),
     ).lastrowid
     connection.execute(
@@ -142,21 +160,19 @@ def undo(
     presentation: int,
     key: str,
 ) -> Receipt:
-    """Appends an undo. Runs inside a transaction; see `Store.undo`."""
-    problems = key_problems(key)
-    if not _is_whole(presentation):
-        problems.append(f"presentation must be a whole number, got {presentation!r:.60}.")
+    """Append an undo and lease the pair to its annotator again, in a transaction."""
+    problems = _presentation_problems(presentation) + _key_problems(key)
     if problems:
         raise InputError(problems)
-    earlier = _by_key(connection, annotator, presentation, key, undo=True)
+    earlier = _receipt_of(connection, annotator, presentation, key, "undo")
     if earlier is not None:
         return earlier
-    row = _own(connection, annotator, presentation)
+    row = _presentation_of(connection, annotator, presentation)
     if row["state"] not in ("judged", "skipped"):
         raise Conflict("there is no judgement of this pair to take back.")
     if row["state"] == "skipped" and not row["repeat"]:
-        _check_place(row, settings)
-        take(connection, row["pair"], 1)
+        _check_free_place(row, settings)
+        take_place(connection, row["pair"], 1)
     entry = connection.execute(
         "INSERT INTO judgements (presentation, verdict, at, key) VALUES (?, 'undo', ?, ?)",
         (row["id"], now, key),
@@ -168,17 +184,27 @@ def undo(
     return Receipt(entry or 0, row["id"])
 
 
-def last_judged(database: Database, annotator: int) -> int | None:
-    """What an undo would take back. See `Store.last_judged`."""
-    rows = database.rows(
-        "SELECT id FROM presentations WHERE annotator = ? AND state IN ('judged', 'skipped') "
-        "ORDER BY entry DESC LIMIT 1",
-        (annotator,),
-    )
-    return rows[0]["id"] if rows else None
+def _receipt_of(
+    connection: sqlite3.Connection, annotator: int, presentation: int, key: str, action: str
+) -> Receipt | None:
+    """Return the receipt of an earlier entry with this key; None if the key is new."""
+    row = connection.execute(
+        "SELECT j.id, j.verdict, j.presentation, p.annotator FROM judgements j "
+        "JOIN presentations p ON p.id = j.presentation WHERE j.key = ?",
+        (key,),
+    ).fetchone()
+    if row is None:
+        return None
+    earlier_action = "undo" if row["verdict"] == "undo" else "submit"
+    earlier = row["annotator"], row["presentation"], earlier_action
+    if earlier != (annotator, presentation, action):
+        raise Conflict("key was used for another judgement; the page makes a new one each time.")
+    return Receipt(row["id"], row["presentation"], again=True)
 
 
-def _own(connection: sqlite3.Connection, annotator: int, presentation: int) -> sqlite3.Row:
+def _presentation_of(
+    connection: sqlite3.Connection, annotator: int, presentation: int
+) -> sqlite3.Row:
     row = connection.execute(
         "SELECT p.*, pairs.first, pairs.second, pairs.taken, pairs.gold FROM presentations p "
         "JOIN pairs ON pairs.id = p.pair WHERE p.id = ? AND p.annotator = ?",
@@ -189,28 +215,101 @@ def _own(connection: sqlite3.Connection, annotator: int, presentation: int) -> s
     return row
 
 
-def _check_place(row: sqlite3.Row, settings: Settings) -> None:
+def _check_free_place(row: sqlite3.Row, settings: Settings) -> None:
     if row["gold"] is None and row["taken"] >= settings.overlap:
         raise Conflict(
             "the pair waited too long, and others have judged it in the meantime; it is done."
         )
 
 
-def _by_key(
-    connection: sqlite3.Connection, annotator: int, presentation: int, key: str, *, undo: bool
-) -> Receipt | None:
-    row = connection.execute(
-        "SELECT j.id, j.verdict, j.presentation, p.annotator FROM judgements j "
-        "JOIN presentations p ON p.id = j.presentation WHERE j.key = ?",
-        (key,),
-    ).fetchone()
-    if row is None:
-        return None
-    same = row["annotator"] == annotator and row["presentation"] == presentation
-    if not same or (row["verdict"] == "undo") != undo:
-        raise Conflict("key was used for another judgement; the page makes a new one each time.")
-    return Receipt(row["id"], row["presentation"], again=True)
+@dataclass(frozen=True)
+class Table:
+    """The judgements that hold, skips left out, as arrays of N judgements and of P pairs."""
+
+    annotators: tuple[str, ...]  # names
+    groups: tuple[str | None, ...]  # of the annotators
+    skipped: np.ndarray  # how many pairs each annotator skipped
+
+    pairs: np.ndarray  # [P] ids
+    lengths: np.ndarray  # [P, 2] characters of the first and second response
+    makers: list[tuple[str | None, str | None]]  # [P, 2] labels
+    prompts: np.ndarray  # [P] ids
+    responses: np.ndarray  # [P, 2] ids
+
+    annotator: np.ndarray  # [N] index into `annotators`
+    pair: np.ndarray  # [N] index into `pairs`
+    label: np.ndarray  # [N] FIRST, SECOND, TIE or BOTH_BAD
+    first_on_left: np.ndarray  # [N] bool
+    seconds: np.ndarray  # [N] NaN where the time is not known
+    strength: np.ndarray  # [N] 1 to 3, 0 where it was not given
+    repeat: np.ndarray  # [N] bool: the pair was shown to the same person again
+    gold: np.ndarray  # [N] FIRST or SECOND where the answer is known, else -1
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def keep(self, mask: np.ndarray) -> Table:
+        """Return the table with the judgements where `mask`, `[N]` bool, is true."""
+        return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
+
+    def work(self) -> Table:
+        """Return the judgements that become preferences: no hidden checks, no repeats."""
+        return self.keep(~self.repeat & (self.gold < 0))
+
+    def counts(self) -> np.ndarray:
+        """Count how often each pair got each label, `[P, 4]`."""
+        counts = np.zeros((len(self.pairs), len(LABELS)), np.int64)
+        np.add.at(counts, (self.pair, self.label), 1)
+        return counts
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+# The arrays of `Table` with one entry per judgement.
+_COLUMNS = ("annotator", "pair", "label", "first_on_left", "seconds", "strength", "repeat", "gold")
+_TYPES = {"first_on_left": np.bool_, "seconds": np.float64, "repeat": np.bool_}
+_JUDGED = f"""
+SELECT p.annotator, p.pair, p.first_on_left, p.repeat,
+  c.seconds, coalesce(c.strength, 0) AS strength,
+  CASE WHEN c.verdict = 'tie' THEN {TIE} WHEN c.verdict = 'both_bad' THEN {BOTH_BAD}
+    WHEN c.winner = q.first THEN {FIRST} ELSE {SECOND} END AS label,
+  CASE WHEN q.gold IS NULL THEN -1 WHEN q.gold = q.first THEN {FIRST} ELSE {SECOND} END AS gold
+FROM current c JOIN presentations p ON p.id = c.presentation JOIN pairs q ON q.id = p.pair
+WHERE c.verdict <> 'skip' ORDER BY c.id
+"""
+_PAIRS = """
+SELECT p.id, p.prompt, p.first, p.second, length(a.content) AS first_length,
+  length(b.content) AS second_length, a.maker AS first_maker, b.maker AS second_maker
+FROM pairs p JOIN responses a ON a.id = p.first JOIN responses b ON b.id = p.second ORDER BY p.id
+"""
+_ANNOTATORS = """
+SELECT id, name, grp, (SELECT count(*) FROM presentations p
+  WHERE p.annotator = annotators.id AND p.state = 'skipped') AS skipped FROM annotators ORDER BY id
+"""
+
+
+def read_table(database: Database) -> Table:
+    """Read the judgements that hold."""
+    annotators, pairs = database.rows(_ANNOTATORS), database.rows(_PAIRS)
+    judged = database.rows(_JUDGED)
+    columns: dict[str, np.ndarray] = {
+        name: np.array([row[name] for row in judged], _TYPES.get(name, np.int64))
+        for name in _COLUMNS  # a time that is None becomes NaN
+    }
+    ids = np.array([row["id"] for row in pairs], np.int64)
+    annotator_ids = np.array([row["id"] for row in annotators], np.int64)
+    columns["pair"] = np.searchsorted(ids, columns["pair"])
+    columns["annotator"] = np.searchsorted(annotator_ids, columns["annotator"])
+    return Table(
+        annotators=tuple(row["name"] for row in annotators),
+        groups=tuple(row["grp"] for row in annotators),
+        skipped=np.array([row["skipped"] for row in annotators], np.int64),
+        pairs=ids,
+        lengths=_two_columns([(row["first_length"], row["second_length"]) for row in pairs]),
+        makers=[(row["first_maker"], row["second_maker"]) for row in pairs],
+        prompts=np.array([row["prompt"] for row in pairs], np.int64),
+        responses=_two_columns([(row["first"], row["second"]) for row in pairs]),
+        **columns,
+    )
+
+
+def _two_columns(rows: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(rows, np.int64).reshape(-1, 2)

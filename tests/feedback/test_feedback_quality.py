@@ -8,16 +8,15 @@ import krippendorff
 import numpy as np
 import pytest
 from feedback_rounds import judge_all, prefers
-from feedback_simulated import ACCURACIES, simulated, table_of
+from feedback_tables import ACCURACIES, simulated, table_of
 from scipy.stats import binomtest
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Response, assess
-from dpo_keras.feedback.annotator_quality import dawid_skene
-from dpo_keras.feedback.judgement_table import BOTH_BAD, FIRST, SECOND, TIE, read_table
-from dpo_keras.feedback.policy_strengths import cycles, policy_strengths
-from dpo_keras.feedback.quality import agreement_figures, assess_table, fit_labels
+from dpo_keras.feedback.annotator_quality import dawid_skene, fit_labels
+from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, read_table
+from dpo_keras.feedback.quality import agreement_figures, assess_table, cycles, policy_strengths
 from dpo_keras.feedback.quality_report import html, text, write
 
 
@@ -155,7 +154,7 @@ def test_strengths_are_the_librarys():
     makers = [("a", "b"), ("b", "c"), ("a", "c")] * 60
     label = np.where(random.random(180) < 0.7, FIRST, SECOND)
     table = table_of([0] * 180, range(180), label, annotators=["ann"], pairs=180, makers=makers)
-    found = policy_strengths(table, resamples=100)["policies"]
+    found = policy_strengths(table, resamples=100).estimates
     index = {"a": 0, "b": 1, "c": 2}
     games = [
         (index[m[0]], index[m[1]]) if one == FIRST else (index[m[1]], index[m[0]])
@@ -173,16 +172,16 @@ def test_two_policies_and_ties_have_a_closed_form():
     """7 wins, 2 losses, 2 ties: (7 + 1) / (2 + 1), so the difference is log(8 / 3)."""
     label = [FIRST] * 7 + [SECOND] * 2 + [TIE, BOTH_BAD]
     table = table_of([0] * 11, range(11), label, annotators=["ann"], pairs=11)
-    found = policy_strengths(table, resamples=10)["policies"]
+    found = policy_strengths(table, resamples=10).estimates
     assert found["a"].value - found["b"].value == pytest.approx(np.log(8 / 3), abs=1e-6)
 
 
 def test_strengths_that_no_finite_number_fits_are_explained():
     table = table_of([0] * 5, range(5), [FIRST] * 5, annotators=["ann"], pairs=5)
-    found = policy_strengths(table, resamples=10)["policies"]
+    found = policy_strengths(table, resamples=10).estimates
     assert found["a"].value is None and "won (or lost) every comparison" in found["a"].reason
     unnamed = table_of([0], [0], [FIRST], annotators=["ann"], pairs=1, makers=[(None, None)])
-    assert policy_strengths(unnamed)["policies"] == {}
+    assert policy_strengths(unnamed).estimates == {}
 
 
 def test_cycles_are_counted_by_prompt():
@@ -224,7 +223,7 @@ def test_a_store_is_read_by_response_not_by_side(make_store, people):
     ann, bob = people(store, "ann", "bob")
     judge_all(store, ann, prefers("one"))
     judge_all(store, bob, prefers("two"))
-    table = read_table(store)
+    table = read_table(store.database)
     assert set(table.label[table.annotator == 0]) == {FIRST}
     assert set(table.label[table.annotator == 1]) == {SECOND}
     quality = assess(store, resamples=20)
@@ -240,7 +239,7 @@ def test_undone_and_skipped_judgements_do_not_count(make_store, people):
     store.undo(ann, first, key="b")
     store.submit(ann, first, "both_bad", key="c")
     store.submit(ann, store.next(ann)[0].id, "skip", key="d")
-    table = read_table(store)
+    table = read_table(store.database)
     assert table.label.tolist() == [BOTH_BAD] and table.skipped.tolist() == [1]
 
 

@@ -1,0 +1,325 @@
+"""Candidates: prompts with two or more responses, read from a file and added to the store."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import random
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.database import has_lone_surrogate, sha256
+from dpo_keras.preferences import Message
+from dpo_keras.preferences.pair import ROLES
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import shortened
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response to a prompt.
+
+    Args:
+        text: the response.
+        maker: label of the policy and setting that made it; policies are compared by it.
+        setting: everything known about how it was made.
+    """
+
+    text: str
+    maker: str | None = None
+    setting: Mapping[str, JSON] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A prompt and its responses.
+
+    Args:
+        prompt: text, or messages.
+        responses: two or more; identical and empty ones are left out when pairs are made.
+        id: a name for the prompt.
+        group: kept for group-robust training.
+        gold: index of the response that is better than all others, where that is known: a hidden
+            check of the annotators.
+
+    Example:
+        >>> candidates = Candidates("Hi", (Response("Hello!"), Response(" "), Response("Yes?")))
+        >>> [(first.text, second.text) for first, second in candidates.pairs()]
+        [('Hello!', 'Yes?')]
+    """
+
+    prompt: str | tuple[Message, ...]
+    responses: tuple[Response, ...]
+    id: str | None = None
+    group: str | None = None
+    gold: int | None = None
+
+    def usable(self) -> list[Response]:
+        """Return the responses that differ and are not empty."""
+        found: dict[str, Response] = {}
+        for response in self.responses:
+            if response.text.strip():
+                found.setdefault(response.text.strip(), response)
+        return list(found.values())
+
+    def pairs(self) -> list[tuple[Response, Response]]:
+        """Return every two of the usable responses."""
+        return list(itertools.combinations(self.usable(), 2))
+
+
+def read_candidates(path: str | os.PathLike[str]) -> list[Candidates]:
+    """Read a candidates file, as `dpo-keras generate` writes it.
+
+    Args:
+        path: JSONL (`.gz` too). Each line has `prompt` and `responses` (texts), and may have
+            `makers` (a label or the settings of each response), `id`, `group` and `gold`.
+            `response_a` and `response_b`, or `chosen` and `rejected`, stand for two responses too.
+
+    Raises:
+        InputError: naming every line that breaks a rule; or the file has no line.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> line = {"prompt": "Hi", "responses": ["Hello!", "No."], "makers": ["a", "b"]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "candidates.jsonl")
+        ...     _ = file.write_text(json.dumps(line))
+        ...     read_candidates(file)[0].responses[1].maker
+        'b'
+    """
+    path = Path(path)
+    problems: list[str] = []
+    found: list[Candidates] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path} line {number}:"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            problems.append(InputProblem(place, f"is not JSON: {error}"))
+            continue
+        broken = _record_problems(record)
+        problems += [problem.renamed(f"{place} {problem.argument}".strip()) for problem in broken]
+        if not broken:
+            found.append(_candidates(record))
+    if problems:
+        raise InputError(problems)
+    if not found:
+        raise InputError(f"{path}: there are no candidates in it.")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        # Not splitlines(), which takes more than line feeds as ends of lines.
+        return content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} must be UTF-8 text; byte {error.start} is not.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except EOFError as error:
+        raise InputError(f"{path} is a damaged gzip file: {error}.") from error
+
+
+def _record_problems(record: JSON) -> list[InputProblem]:
+    if not isinstance(record, dict):
+        return [InputProblem("", f"must be a JSON object, got {type(record).__name__}.")]
+    rules = {}
+    if _prompt(record.get("prompt")) is None:
+        rules["prompt"] = "must be text, or a list of role/content messages"
+    texts = _texts(record)
+    if texts is None:
+        rules["responses"] = (
+            "must be a list of two or more texts (or give response_a and response_b, or chosen "
+            "and rejected)"
+        )
+    count = len(texts or ())
+    makers, gold = record.get("makers"), record.get("gold")
+    if makers is not None and not (
+        isinstance(makers, list)
+        and len(makers) == count
+        and all(maker is None or isinstance(maker, str | dict) for maker in makers)
+    ):
+        rules["makers"] = (
+            "must name or describe the maker of each response, one text or object per response"
+        )
+    if gold is not None and not (
+        isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < count
+    ):
+        rules["gold"] = f"must be the index of a response, 0 to {count - 1}"
+    for name in ("id", "group"):
+        if not isinstance(record.get(name), str | int | None):
+            rules[name] = "must be text"
+    problems = [
+        InputProblem(name, f"{rule}, got {shortened(repr(record.get(name)), 60)}")
+        for name, rule in rules.items()
+    ]
+    if has_lone_surrogate(json.dumps(record, ensure_ascii=False)):
+        problems.append(
+            InputProblem("", "holds half of a character (a lone surrogate), which is not text.")
+        )
+    return problems
+
+
+def _candidates(record: dict[str, JSON]) -> Candidates:
+    """Return the candidates of a record without problems."""
+    texts, prompt = _texts(record), _prompt(record["prompt"])
+    assert texts is not None and prompt is not None  # for the type checker
+    makers = record.get("makers") or [None] * len(texts)
+    responses = []
+    for text, maker in zip(texts, makers, strict=True):
+        setting = maker if isinstance(maker, dict) else None
+        label = maker if setting is None else maker_label(setting)
+        responses.append(Response(text, label, setting))
+    names = {
+        name: str(record[name]) if record.get(name) is not None else None
+        for name in ("id", "group")
+    }
+    return Candidates(prompt, tuple(responses), gold=record.get("gold"), **names)
+
+
+def _texts(record: dict[str, JSON]) -> list[str] | None:
+    texts = record.get("responses")
+    for columns in (("response_a", "response_b"), ("chosen", "rejected")):
+        if texts is None and all(column in record for column in columns):
+            texts = [record[column] for column in columns]
+    if not isinstance(texts, list) or len(texts) < 2:
+        return None
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
+def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
+    if isinstance(prompt, str):
+        return prompt if prompt.strip() else None
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    turns = []
+    for turn in prompt:
+        if not isinstance(turn, dict):
+            return None
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            return None
+        turns.append(Message(role, content))
+    return tuple(turns)
+
+
+def maker_label(setting: Mapping[str, JSON]) -> str:
+    """Return the label under which responses of one policy and setting are compared.
+
+    Seeds are not part of it.
+
+    Example:
+        >>> maker_label({"policy": "runs/a", "temperature": 0.7, "top_p": 1.0, "seed": 3})
+        'runs/a temperature=0.7 top_p=1'
+    """
+    words = [str(setting.get("policy", "unnamed"))]
+    for name in ("temperature", "top_p", "top_k"):
+        if (value := setting.get(name)) is not None:
+            words.append(f"{name}={value:g}" if isinstance(value, int | float) else str(value))
+    return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What a candidates file added.
+
+    Args:
+        pairs: new pairs.
+        known: pairs that were there before.
+        gold: new pairs that are checks with a known answer.
+        identical: responses left out because they equal another one of their prompt.
+        empty: responses left out because they hold nothing but whitespace.
+        alone: prompts without two different responses.
+    """
+
+    pairs: int = 0
+    known: int = 0
+    gold: int = 0
+    identical: int = 0
+    empty: int = 0
+    alone: int = 0
+
+    def summary(self) -> str:
+        """Return what was added and left out, as a sentence.
+
+        Example:
+            >>> Imported(pairs=3, gold=1, empty=2).summary()
+            '3 new pairs (1 with a known answer), 0 known; left out: 0 identical and 2 empty
+             responses, 0 prompts without two different responses'
+        """
+        return (
+            f"{self.pairs:,} new pairs ({self.gold:,} with a known answer), {self.known:,} known; "
+            f"left out: {self.identical:,} identical and {self.empty:,} empty responses, "
+            f"{self.alone:,} prompts without two different responses"
+        )
+
+
+def add_candidates(
+    connection: sqlite3.Connection, chance: random.Random, candidates: Iterable[Candidates]
+) -> Imported:
+    """Add pairs in a random order of presentation, in a transaction; known pairs stay."""
+    counts = dict.fromkeys(Imported.__slots__, 0)
+    for prompt in candidates:
+        usable = prompt.usable()
+        empty = sum(not response.text.strip() for response in prompt.responses)
+        counts["empty"] += empty
+        counts["identical"] += len(prompt.responses) - empty - len(usable)
+        counts["alone"] += len(usable) < 2
+        if len(usable) >= 2:
+            _add_pairs(connection, chance, prompt, counts)
+    return Imported(**counts)
+
+
+def _add_pairs(
+    connection: sqlite3.Connection,
+    chance: random.Random,
+    candidates: Candidates,
+    counts: dict[str, int],
+) -> None:
+    prompt = candidates.prompt
+    turns = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+    content = json.dumps(turns, ensure_ascii=False, sort_keys=True)
+    connection.execute(
+        "INSERT INTO prompts (hash, content, name, grp) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (sha256(content), content, candidates.id, candidates.group),
+    )
+    prompt_id = connection.execute(
+        "SELECT id FROM prompts WHERE hash = ?", (sha256(content),)
+    ).fetchone()[0]
+    ids = {}
+    for response in candidates.usable():
+        setting = None
+        if response.setting is not None:
+            setting = json.dumps(response.setting, ensure_ascii=False, sort_keys=True, default=str)
+        key = prompt_id, sha256(response.text)
+        connection.execute(
+            "INSERT INTO responses (prompt, hash, content, maker, setting) "
+            "VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (*key, response.text, response.maker, setting),
+        )
+        ids[response.text] = connection.execute(
+            "SELECT id FROM responses WHERE prompt = ? AND hash = ?", key
+        ).fetchone()[0]
+    gold = candidates.gold
+    better = None if gold is None else candidates.responses[gold].text.strip()
+    for pair in candidates.pairs():
+        first, second = sorted(ids[response.text] for response in pair)
+        winner = next((ids[r.text] for r in pair if r.text.strip() == better), None)
+        added = connection.execute(
+            "INSERT INTO pairs (prompt, first, second, gold, shuffle) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT DO NOTHING",
+            (prompt_id, first, second, winner, chance.random()),
+        ).rowcount
+        counts["pairs"] += added
+        counts["known"] += 1 - added
+        counts["gold"] += added if winner is not None else 0
