@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import anyio.to_thread
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -71,16 +72,16 @@ def make_app(
         Route("/", _page("annotate")),
         Route("/admin", _page("admin")),
         Route("/api/session", sessions.sign_in, methods=["POST"]),
-        Route("/api/me", sessions.reading(lambda annotator, _: api.me(annotator))),
-        Route("/api/next", sessions.reading(api.next)),
-        Route("/api/admin", sessions.reading(lambda annotator, _: api.overview(annotator))),
-        Route("/api/judgements", sessions.writing(api.submit), methods=["POST"]),
-        Route("/api/undo", sessions.writing(api.undo), methods=["POST"]),
+        Route("/api/me", sessions.get(lambda annotator, _: api.me(annotator))),
+        Route("/api/next", sessions.get(api.next)),
+        Route("/api/admin", sessions.get(lambda annotator, _: api.overview(annotator))),
+        Route("/api/judgements", sessions.post(api.submit), methods=["POST"]),
+        Route("/api/undo", sessions.post(api.undo), methods=["POST"]),
     ]
     allowed = LOOPBACK | {host.lower() for host in hosts}
     guard = Middleware(GuardMiddleware, policy=content_security_policy(), hosts=frozenset(allowed))
-    failures = {404: _missing, 405: _missing, 500: _failed}
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=failures)
+    handlers = dict.fromkeys((404, 405, 500, Refused, InputError), _error)
+    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
 
 class _Sessions:
@@ -91,60 +92,51 @@ class _Sessions:
         # Cookies do not know ports: two rounds on one machine must not sign each other out.
         self.cookie = f"feedback_{store.id}"
 
-    def reading(self, work: Work) -> Endpoint:
+    def get(self, work: Work) -> Endpoint:
         """Make an endpoint that only answers."""
 
         async def endpoint(request: Request) -> Response:
             # One hop to a thread for all that touches the store: the loop never waits for the disk.
             query = dict(request.query_params)
-            return await anyio.to_thread.run_sync(self._answer, request, work, query, False)
+            return await anyio.to_thread.run_sync(self._answer, request, work, query)
 
         return endpoint
 
-    def writing(self, work: Work) -> Endpoint:
+    def post(self, work: Work) -> Endpoint:
         """Make an endpoint that takes JSON from the page and changes the store."""
 
         async def endpoint(request: Request) -> Response:
-            try:
-                body = await _json_body(request)
-            except Refused as refused:
-                return refused.response()
-            return await anyio.to_thread.run_sync(self._answer, request, work, body, True)
+            body = await _json_body(request)
+            return await anyio.to_thread.run_sync(self._answer, request, work, body)
 
         return endpoint
 
-    def _answer(self, request: Request, work: Work, body: JSON, writes: bool) -> Response:
-        try:
-            secret = request.cookies.get(self.cookie, "")
-            annotator = self.store.session(secret) if secret else None
-            if annotator is None:
-                self._count_failure(request)
-                raise Refused(401, "you are not signed in; open your link again.")
-            if not self.rates.allows(sha256(secret)):
-                raise Refused(429, "too many requests; wait a second.", retry_after=1)
-            if writes:
-                check_origin(request.headers)
-                check_csrf_token(request.headers, secret)
-            content = work(annotator, body)
-            if request.url.path == "/api/me":
-                content["csrf"] = csrf_token(secret)
-            return JSONResponse(content)
-        except Exception as error:
-            return _error_response(error)
+    def _answer(self, request: Request, work: Work, body: JSON) -> Response:
+        secret = request.cookies.get(self.cookie, "")
+        annotator = self.store.session(secret) if secret else None
+        if annotator is None:
+            self._count_failure(request)
+            raise Refused(401, "you are not signed in; open your link again.")
+        if not self.rates.allows(sha256(secret)):
+            raise Refused(429, "too many requests; wait a second.", retry_after=1)
+        if request.method == "POST":
+            check_origin(request.headers)
+            check_csrf_token(request.headers, secret)
+        content = work(annotator, body)
+        if request.url.path == "/api/me":
+            content["csrf"] = csrf_token(secret)
+        return JSONResponse(content)
 
     async def sign_in(self, request: Request) -> Response:
         """Exchange the token of a link for a cookie."""
-        try:
-            check_origin(request.headers)
-            token = (await _json_body(request)).get("token")
-            if not isinstance(token, str) or not 1 <= len(token) <= 200:
-                raise Refused(400, "token must be text of 1 to 200 characters.")
-            session = await anyio.to_thread.run_sync(self.store.start_session, token, SESSION_DAYS)
-            if session is None:
-                self._count_failure(request)
-                raise Refused(401, "this link is not valid, or has expired; ask for a new one.")
-        except Exception as error:
-            return _error_response(error)
+        check_origin(request.headers)
+        token = (await _json_body(request)).get("token")
+        if not isinstance(token, str) or not 1 <= len(token) <= 200:
+            raise Refused(400, "token must be text of 1 to 200 characters.")
+        session = await anyio.to_thread.run_sync(self.store.start_session, token, SESSION_DAYS)
+        if session is None:
+            self._count_failure(request)
+            raise Refused(401, "this link is not valid, or has expired; ask for a new one.")
         annotator, secret = session
         response = JSONResponse({"name": annotator.name, "admin": annotator.admin})
         response.set_cookie(
@@ -187,18 +179,6 @@ async def _json_body(request: Request) -> dict[str, JSON]:
     return body
 
 
-def _error_response(error: Exception) -> Response:
-    if isinstance(error, Conflict):
-        error = Refused(409, str(error))
-    elif isinstance(error, StoreError):
-        error = Refused(503, str(error), retry_after=5)
-    elif isinstance(error, InputError):
-        error = Refused(400, str(error))
-    if not isinstance(error, Refused):
-        raise error
-    return error.response()
-
-
 def _page(name: str) -> Endpoint:
     body = page(name).body
 
@@ -208,11 +188,18 @@ def _page(name: str) -> Endpoint:
     return endpoint
 
 
-async def _missing(request: Request, error: Exception) -> Response:
-    return Refused(getattr(error, "status_code", 404), "there is nothing here.").response()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
+async def _error(request: Request, error: Exception) -> Response:
+    """Answer an error with a sentence for the person."""
+    if isinstance(error, Refused):
+        return error.response()
+    if isinstance(error, Conflict):
+        return Refused(409, str(error)).response()
+    if isinstance(error, StoreError):
+        return Refused(503, str(error), retry_after=5).response()
+    if isinstance(error, InputError):
+        return Refused(400, str(error)).response()
+    if isinstance(error, HTTPException):
+        return Refused(error.status_code, "there is nothing here.").response()
     return Refused(500, "the server failed; nothing was saved. Try again.").response()
 
 

@@ -100,14 +100,11 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Candidates]:
             continue
         place = f"{path} line {number}:"
         try:
-            record = json.loads(line)
+            found.append(_candidates(json.loads(line)))
+        except InputError as error:
+            problems += [p.renamed(f"{place} {p.argument}".strip()) for p in error.problems]
         except ValueError as error:
             problems.append(InputProblem(place, f"is not JSON: {error}"))
-            continue
-        broken = _record_problems(record)
-        problems += [problem.renamed(f"{place} {problem.argument}".strip()) for problem in broken]
-        if not broken:
-            found.append(_candidates(record))
     if problems:
         raise InputError(problems)
     if not found:
@@ -130,71 +127,63 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path} is a damaged gzip file: {error}.") from error
 
 
-def _record_problems(record: JSON) -> list[InputProblem]:
+def _candidates(record: JSON) -> Candidates:
     if not isinstance(record, dict):
-        return [InputProblem("", f"must be a JSON object, got {type(record).__name__}.")]
-    rules = {}
-    if _prompt(record.get("prompt")) is None:
-        rules["prompt"] = "must be text, or a list of role/content messages"
-    texts = _texts(record)
-    if texts is None:
-        rules["responses"] = (
-            "must be a list of two or more texts (or give response_a and response_b, or chosen "
-            "and rejected)"
-        )
-    count = len(texts or ())
+        raise InputError(InputProblem("", f"must be a JSON object, got {type(record).__name__}."))
+    prompt, texts = _prompt(record.get("prompt")), _texts(record)
     makers, gold = record.get("makers"), record.get("gold")
-    if makers is not None and not (
-        isinstance(makers, list)
-        and len(makers) == count
-        and all(maker is None or isinstance(maker, str | dict) for maker in makers)
-    ):
-        rules["makers"] = (
-            "must name or describe the maker of each response, one text or object per response"
-        )
-    if gold is not None and not (
-        isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < count
-    ):
-        rules["gold"] = f"must be the index of a response, 0 to {count - 1}"
-    for name in ("id", "group"):
-        if not isinstance(record.get(name), str | int | None):
-            rules[name] = "must be text"
+    if makers is None:
+        makers = [None] * len(texts)
+    rules = {
+        "prompt": (prompt is not None, "must be text, or a list of role/content messages"),
+        "responses": (
+            len(texts) >= 2,
+            "must be a list of two or more texts (or give response_a and response_b, or chosen "
+            "and rejected)",
+        ),
+        "makers": (
+            isinstance(makers, list)
+            and len(makers) == len(texts)
+            and all(isinstance(maker, str | dict | None) for maker in makers),
+            "must name or describe the maker of each response, one text or object per response",
+        ),
+        "gold": (
+            gold is None
+            or (isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(texts)),
+            f"must be the index of a response, 0 to {len(texts) - 1}",
+        ),
+        "id": (isinstance(record.get("id"), str | int | None), "must be text"),
+        "group": (isinstance(record.get("group"), str | int | None), "must be text"),
+    }
     problems = [
         InputProblem(name, f"{rule}, got {shortened(repr(record.get(name)), 60)}")
-        for name, rule in rules.items()
+        for name, (kept, rule) in rules.items()
+        if not kept
     ]
     if has_lone_surrogate(json.dumps(record, ensure_ascii=False)):
-        problems.append(
-            InputProblem("", "holds half of a character (a lone surrogate), which is not text.")
-        )
-    return problems
-
-
-def _candidates(record: dict[str, JSON]) -> Candidates:
-    """Return the candidates of a record without problems."""
-    texts, prompt = _texts(record), _prompt(record["prompt"])
-    assert texts is not None and prompt is not None  # for the type checker
-    makers = record.get("makers") or [None] * len(texts)
+        rule = "holds half of a character (a lone surrogate), which is not valid text."
+        problems.append(InputProblem("", rule))
+    if problems or prompt is None:
+        raise InputError(problems)
     responses = []
     for text, maker in zip(texts, makers, strict=True):
         setting = maker if isinstance(maker, dict) else None
-        label = maker if setting is None else maker_label(setting)
-        responses.append(Response(text, label, setting))
-    names = {
-        name: str(record[name]) if record.get(name) is not None else None
-        for name in ("id", "group")
-    }
-    return Candidates(prompt, tuple(responses), gold=record.get("gold"), **names)
+        responses.append(
+            Response(text, maker if setting is None else maker_label(setting), setting)
+        )
+    names = {n: None if record.get(n) is None else str(record[n]) for n in ("id", "group")}
+    return Candidates(prompt, tuple(responses), gold=gold, **names)
 
 
-def _texts(record: dict[str, JSON]) -> list[str] | None:
+def _texts(record: dict[str, JSON]) -> list[str]:
+    """Return the responses of a record; none where they are not texts."""
     texts = record.get("responses")
     for columns in (("response_a", "response_b"), ("chosen", "rejected")):
         if texts is None and all(column in record for column in columns):
             texts = [record[column] for column in columns]
-    if not isinstance(texts, list) or len(texts) < 2:
-        return None
-    return texts if all(isinstance(text, str) for text in texts) else None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return []
+    return texts
 
 
 def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
@@ -202,15 +191,12 @@ def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
         return prompt if prompt.strip() else None
     if not isinstance(prompt, list) or not prompt:
         return None
-    turns = []
     for turn in prompt:
-        if not isinstance(turn, dict):
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             return None
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES or not isinstance(content, str):
+        if not isinstance(turn.get("content"), str):
             return None
-        turns.append(Message(role, content))
-    return tuple(turns)
+    return tuple(Message(turn["role"], turn["content"]) for turn in prompt)
 
 
 def maker_label(setting: Mapping[str, JSON]) -> str:
@@ -231,23 +217,14 @@ def maker_label(setting: Mapping[str, JSON]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What a candidates file added.
+    """What a candidates file added, and what was left out."""
 
-    Args:
-        pairs: new pairs.
-        known: pairs that were there before.
-        gold: new pairs that are checks with a known answer.
-        identical: responses left out because they equal another one of their prompt.
-        empty: responses left out because they hold nothing but whitespace.
-        alone: prompts without two different responses.
-    """
-
-    pairs: int = 0
-    known: int = 0
-    gold: int = 0
-    identical: int = 0
-    empty: int = 0
-    alone: int = 0
+    pairs: int = 0  # new ones
+    known: int = 0  # pairs that were there before
+    gold: int = 0  # new pairs that are checks with a known answer
+    identical: int = 0  # responses that equal another one of their prompt
+    empty: int = 0  # responses that hold nothing but whitespace
+    alone: int = 0  # prompts without two different responses
 
     def summary(self) -> str:
         """Return what was added and left out, as a sentence.

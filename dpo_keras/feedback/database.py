@@ -55,13 +55,6 @@ class Database:
 
     Writers of this process wait for one another on a lock, because SQLite waits by sleeping. SQLite
     waits for other processes, ten seconds at most.
-
-    Args:
-        path: the file; its folder must exist.
-        create: make a new store where there is none.
-
-    Raises:
-        StoreError: there is no such file, it is not a store, or it has another version.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False):
@@ -140,14 +133,7 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Run a block as one transaction: all of it is on the disk afterwards, or none of it.
-
-        Yields:
-            The connection.
-
-        Raises:
-            StoreError: the disk is full, the file is read-only, or another process writes too long.
-        """
+        """Run a block as one transaction: all of it is on the disk afterwards, or none of it."""
         with self._explained_errors():
             connection = self._connection()
             with self._lock, _transaction(connection, durable=True):
@@ -157,18 +143,8 @@ class Database:
         """Run work in a transaction that it may share with the waiting work of other threads.
 
         A disk takes milliseconds to confirm; twenty people who judge at once wait for it together.
-        Work that fails is rolled back alone.
-
-        Args:
-            work: called with the connection, once.
-            durable: wait for the disk. Otherwise a power failure (not a killed process) may take
-                the whole transaction back.
-
-        Returns:
-            The result of the work, which is then on the disk.
-
-        Raises:
-            StoreError: as in `writing`.
+        Work that fails is rolled back alone. Without `durable` nobody waits for the disk, and a
+        power failure (not a killed process) may take the whole transaction back.
         """
         job = _Job(work, durable)
         self._jobs.append(job)

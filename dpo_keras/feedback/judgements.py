@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.assignment import Settings, in_sides, take_place
 from dpo_keras.feedback.database import Database, has_lone_surrogate
+from dpo_keras.utils.tensors import JSON
 from dpo_keras.utils.text import shortened
 
 CHOICES = ("left", "right", "tie", "both_bad", "skip")
@@ -56,51 +58,46 @@ class Submission:
 
     def __post_init__(self) -> None:
         """Check every rule: the values come from a browser and may have any type."""
-        problems = _presentation_problems(self.presentation)
-        if self.choice not in CHOICES:
-            problems.append(_problem("choice", f"must be one of {', '.join(CHOICES)}", self.choice))
-        problems += _key_problems(self.key)
-        if self.strength is not None:
-            if not _is_whole(self.strength) or not 1 <= self.strength <= 3:
-                problems.append(_problem("strength", "must be 1, 2 or 3", self.strength))
-            elif self.choice not in ("left", "right"):
-                problems.append(_problem("strength", "goes with left or right", self.choice))
-        if self.reason is not None and not (
-            isinstance(self.reason, str)
-            and len(self.reason) <= MAX_REASON
-            and not has_lone_surrogate(self.reason)
-        ):
-            rule = f"must be valid text of {MAX_REASON:,} characters at most"
-            problems.append(InputProblem("reason", rule))
-        if self.seconds is not None and not (
-            isinstance(self.seconds, int | float)
-            and not isinstance(self.seconds, bool)
-            and math.isfinite(self.seconds)
-            and self.seconds >= 0
-        ):
-            problems.append(_problem("seconds", "must be finite and >= 0", self.seconds))
-        if problems:
-            raise InputError(problems)
-
-
-def _presentation_problems(presentation: object) -> list[InputProblem]:
-    if _is_whole(presentation):
-        return []
-    return [_problem("presentation", "must be a whole number", presentation)]
-
-
-def _key_problems(key: object) -> list[InputProblem]:
-    if isinstance(key, str) and 1 <= len(key) <= 100 and key.isascii():
-        return []
-    return [_problem("key", "must be 1 to 100 ASCII characters", key)]
-
-
-def _problem(argument: str, rule: str, value: object) -> InputProblem:
-    return InputProblem(argument, f"{rule}, got {shortened(repr(value), 60)}")
+        _check(asdict(self))
+        if self.strength is not None and self.choice not in ("left", "right"):
+            raise InputError(InputProblem("strength", "goes with left or right", self.choice))
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_reason(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_REASON and not has_lone_surrogate(value)
+
+
+def _is_time(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
+
+
+_RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
+    "presentation": (_is_whole, "must be a whole number"),
+    "choice": (lambda value: value in CHOICES, f"must be one of {', '.join(CHOICES)}"),
+    "key": (
+        lambda value: isinstance(value, str) and 1 <= len(value) <= 100 and value.isascii(),
+        "must be 1 to 100 ASCII characters",
+    ),
+    "strength": (lambda value: _is_whole(value) and 1 <= value <= 3, "must be 1, 2 or 3"),
+    "reason": (_is_reason, f"must be valid text of {MAX_REASON:,} characters at most"),
+    "seconds": (_is_time, "must be finite and >= 0"),
+}
+
+
+def _check(values: Mapping[str, object]) -> None:
+    problems = []
+    for name, value in values.items():
+        holds, rule = _RULES[name]
+        optional = name in ("strength", "reason", "seconds")
+        if not (value is None and optional) and not holds(value):
+            problems.append(InputProblem(name, f"{rule}, got {shortened(repr(value), 60)}"))
+    if problems:
+        raise InputError(problems)
 
 
 def submit(
@@ -130,26 +127,11 @@ def submit(
         take_place(connection, row["pair"], -1)
     left, right = in_sides(row)
     winner = {"left": left, "right": right}.get(submission.choice)
+    verdict = submission.choice if winner is None else "prefer"
+    reason = (submission.reason or "").strip() or None
     seconds = None if submission.seconds is None else min(float(submission.seconds), MAX_SECONDS)
-    entry = connection.execute(
-        "INSERT INTO judgements (presentation, verdict, winner, strength, reason, seconds, at, key)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            row["id"],
-            submission.choice if winner is None else "prefer",
-            winner,
-            submission.strength,
-            (submission.reason or "").strip() or None,
-            seconds,
-            now,
-            submission.key,
-        ),
-    ).lastrowid
-    connection.execute(
-        "UPDATE presentations SET state = ?, entry = ? WHERE id = ?",
-        ("skipped" if skip else "judged", entry, row["id"]),
-    )
-    return Receipt(entry or 0, row["id"])
+    entry = (submission.key, now, verdict, winner, submission.strength, reason, seconds)
+    return _append(connection, row, "skipped" if skip else "judged", row["expires"], entry)
 
 
 def undo(
@@ -161,9 +143,7 @@ def undo(
     key: str,
 ) -> Receipt:
     """Append an undo and lease the pair to its annotator again, in a transaction."""
-    problems = _presentation_problems(presentation) + _key_problems(key)
-    if problems:
-        raise InputError(problems)
+    _check({"presentation": presentation, "key": key})
     earlier = _receipt_of(connection, annotator, presentation, key, "undo")
     if earlier is not None:
         return earlier
@@ -173,15 +153,28 @@ def undo(
     if row["state"] == "skipped" and not row["repeat"]:
         _check_free_place(row, settings)
         take_place(connection, row["pair"], 1)
-    entry = connection.execute(
-        "INSERT INTO judgements (presentation, verdict, at, key) VALUES (?, 'undo', ?, ?)",
-        (row["id"], now, key),
+    entry = (key, now, "undo", None, None, None, None)
+    return _append(connection, row, "leased", now + settings.lease_seconds, entry)
+
+
+def _append(
+    connection: sqlite3.Connection,
+    row: sqlite3.Row,
+    state: str,
+    expires: float,
+    entry: tuple[object, ...],
+) -> Receipt:
+    """Append an entry to the log, and change the presentation that it judges."""
+    number = connection.execute(
+        "INSERT INTO judgements (presentation, key, at, verdict, winner, strength, reason, seconds)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (row["id"], *entry),
     ).lastrowid
     connection.execute(
-        "UPDATE presentations SET state = 'leased', expires = ?, entry = ? WHERE id = ?",
-        (now + settings.lease_seconds, entry, row["id"]),
+        "UPDATE presentations SET state = ?, expires = ?, entry = ? WHERE id = ?",
+        (state, expires, number, row["id"]),
     )
-    return Receipt(entry or 0, row["id"])
+    return Receipt(number or 0, row["id"])
 
 
 def _receipt_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,6 @@ from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, Table, r
 from dpo_keras.feedback.store import Store
 from dpo_keras.preferences import Message, PreferencePair
 
-TIES = ("half", "drop")
-WEIGHTS = ("none", "quality")
 _ROUNDING = 1e-9
 
 
@@ -77,10 +75,10 @@ def to_pairs(
         [(' 4', 1.0, 'ann')]
         >>> store.close(); folder.cleanup()
     """
-    options = (
-        ("label", label, ("each", *LABELLERS)),
-        ("ties", ties, TIES),
-        ("weights", weights, WEIGHTS),
+    options: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("label", label, LABELLERS),
+        ("ties", ties, ("half", "drop")),
+        ("weights", weights, ("none", "quality")),
         ("both_bad", both_bad, ("half", "drop")),
     )
     problems = [
@@ -105,40 +103,27 @@ def to_pairs(
     weight = _information(work, fit) if weights == "quality" else np.ones(len(work))
     texts = _texts(store)
     pairs = []
-    for found in _each(work) if label == "each" else _merged(work, fit, LABELLERS[label]):
-        if abs(found.preference - 0.5) < _ROUNDING and ties == "drop":
+    for rows in _rows_of_pairs(work, label):
+        pair = int(work.pair[rows[0]])
+        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
+        preference = float(LABELLERS[label](votes, fit.posterior[pair]))
+        if abs(preference - 0.5) < _ROUNDING and ties == "drop":
             dropped["ties"] += 1
             continue
-        text = texts[int(work.pairs[found.pair])]
-        pairs.append(_preference_pair(found, work, text, float(weight[found.rows].mean())))
+        text = texts[int(work.pairs[pair])]
+        pairs.append(_preference_pair(preference, work, rows, text, float(weight[rows].mean())))
     if not pairs:
         raise InputError("every pair is a tie, and ties=drop leaves none; give ties=half.")
     return Exported(pairs, {name: count for name, count in dropped.items() if count})
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    """A pair, P(first is better), and the rows of the table with its judgements."""
-
-    pair: int
-    preference: float
-    rows: np.ndarray
-
-
-def _each(work: Table) -> Iterator[_Labelled]:
-    preferences = np.select([work.label == FIRST, work.label == SECOND], [1.0, 0.0], 0.5)
-    for row, preference in enumerate(preferences):
-        yield _Labelled(int(work.pair[row]), float(preference), np.array([row]))
-
-
-def _merged(
-    work: Table, fit: DawidSkene, labeller: Callable[[np.ndarray, np.ndarray], float]
-) -> Iterator[_Labelled]:
-    order = np.argsort(work.pair, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1):
-        pair = int(work.pair[rows[0]])
-        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
-        yield _Labelled(pair, float(labeller(votes, fit.posterior[pair])), rows)
+def _rows_of_pairs(work: Table, label: str) -> list[np.ndarray]:
+    """Return the rows of the judgements that each exported pair rests on."""
+    order = np.arange(len(work)) if label == "each" else np.argsort(work.pair, kind="stable")
+    starts = np.arange(1, len(work))
+    if label != "each":
+        starts = np.flatnonzero(np.diff(work.pair[order])) + 1
+    return np.split(order, starts)
 
 
 def _majority(votes: np.ndarray, posterior: np.ndarray) -> float:
@@ -159,6 +144,7 @@ def _posterior(votes: np.ndarray, posterior: np.ndarray) -> float:
 
 # Each takes the votes for first, second and tie, and Dawid and Skene's posterior of the same.
 LABELLERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "each": _vote_share,
     "majority": _majority,
     "vote_share": _vote_share,
     "dawid_skene": _posterior,
@@ -183,29 +169,29 @@ def _texts(store: Store) -> dict[int, sqlite3.Row]:
 
 
 def _preference_pair(
-    found: _Labelled, work: Table, text: sqlite3.Row, weight: float
+    preference: float, work: Table, rows: np.ndarray, text: sqlite3.Row, weight: float
 ) -> PreferencePair:
+    """Make a pair of P(first is better) and the judgements in `rows`."""
     prompt = json.loads(text["prompt"])
     responses = [text["first"], text["second"]]
     if not isinstance(prompt, str):
         prompt = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
         responses = [(Message("assistant", response),) for response in responses]
-    better = FIRST if found.preference >= 0.5 else SECOND
-    annotators = work.annotator[found.rows]
-    groups = {work.groups[number] for number in annotators}
-    strengths = work.strength[found.rows][work.label[found.rows] == better]
+    better = FIRST if preference >= 0.5 else SECOND
+    groups = {work.groups[number] for number in work.annotator[rows]}
+    strengths = work.strength[rows][work.label[rows] == better]
     strengths = strengths[strengths > 0]
-    better_on_left = bool(work.first_on_left[found.rows[0]]) == (better == FIRST)
+    better_on_left = bool(work.first_on_left[rows[0]]) == (better == FIRST)
     return PreferencePair(
         prompt,
         responses[better],
         responses[1 - better],
-        preference=max(found.preference, 1 - found.preference),
+        preference=max(preference, 1 - preference),
         weight=weight,
-        annotator="+".join(sorted({work.annotators[number] for number in annotators})),
+        annotator="+".join(sorted({work.annotators[number] for number in work.annotator[rows]})),
         group=text["grp"] or (groups.pop() if len(groups) == 1 else None),
         id=text["name"],
-        margin=float(strengths.mean()) if len(strengths) and found.preference != 0.5 else None,
+        margin=float(strengths.mean()) if len(strengths) and preference != 0.5 else None,
         # Only one judgement has a side.
-        swapped=len(found.rows) == 1 and not better_on_left,
+        swapped=len(rows) == 1 and not better_on_left,
     )

@@ -34,15 +34,10 @@ _ONE_LABEL = "every judgement gave the same answer, so agreement by chance is ce
 
 @dataclass(frozen=True)
 class PolicyStrengths:
-    """Bradley-Terry strengths of the policies that made the responses.
+    """Bradley-Terry strengths of the policies that made the responses."""
 
-    Args:
-        estimates: by the policy's label, in alphabetical order.
-        wins: `[k, k]` how often the row's policy beats the column's; a tie is half a win for each.
-    """
-
-    estimates: dict[str, Estimate]
-    wins: np.ndarray
+    estimates: dict[str, Estimate]  # by the policy's label, in alphabetical order
+    wins: np.ndarray  # [k, k] how often the row's policy beats the column's
 
 
 @dataclass(frozen=True)
@@ -159,16 +154,10 @@ def overview(store: Store) -> Mapping[str, JSON]:
 
 
 def agreement_figures(table: Table, resamples: int = 500) -> dict[str, Estimate]:
-    """Measure agreement on the labels first, second, tie and both bad.
+    """Measure agreement on the labels first, second, tie and both bad; intervals resample pairs.
 
-    Args:
-        table: judgements without checks and repeats.
-        resamples: number of bootstrap samples of pairs for the intervals.
-
-    Returns:
-        `raw_agreement`, `cohen_kappa` (two people), `fleiss_kappa` (pairs judged by equally many
-        people) and `krippendorff_alpha` (nominal), each with its interval or the reason why there
-        is no value.
+    Cohen's kappa takes two people, Fleiss' kappa the pairs judged by equally many. Krippendorff's
+    alpha is nominal. The table holds no checks and repeats.
     """
     counts = table.counts()
     judges = counts.sum(1)
@@ -276,12 +265,7 @@ def policy_strengths(table: Table, resamples: int = 500) -> PolicyStrengths:
 
         P(i beats j) = exp(s_i) / (exp(s_i) + exp(s_j)),   sum s = 0
 
-    Args:
-        table: judgements without checks and repeats.
-        resamples: number of bootstrap samples of prompts for the intervals.
-
-    Returns:
-        The strengths, each with its interval or the reason why there is no value.
+    Intervals resample prompts. The table holds no checks and repeats.
     """
     names = sorted({name for pair in table.makers for name in pair if name})
     number = {name: index for index, name in enumerate(names)}

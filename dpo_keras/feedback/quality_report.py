@@ -29,7 +29,6 @@ class Section:
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""  # how to read the table
-    empty: str = ""  # what plain text shows instead of a table without rows
 
 
 def headline(quality: Quality) -> str:
@@ -45,11 +44,12 @@ def headline(quality: Quality) -> str:
 def sections(quality: Quality) -> list[Section]:
     """Return the tables of a report."""
     figures = [(NAMES[name], figure, "pairs") for name, figure in quality.agreement.items()]
-    figures.append(("Contradicted pairs", quality.contradicted, "pairs"))
-    figures.append(("Prompts with cycles", quality.cycles, "prompts"))
+    figures += [
+        ("Contradicted pairs", quality.contradicted, "pairs"),
+        ("Prompts with cycles", quality.cycles, "prompts"),
+    ]
     strengths = quality.strengths.estimates
     ranking = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
-    unnamed = "The candidates do not name their makers."
     return [
         Section(
             "agreement",
@@ -70,7 +70,6 @@ def sections(quality: Quality) -> list[Section]:
             "Accuracy is Dawid and Skene's. Left and longer: share of decided judgements that went "
             "to the left, and to the longer response; p tests them (binomial, Holm's correction). "
             "Checks have a known answer; repeats are pairs that were shown twice.",
-            "nothing yet",
         ),
         Section(
             "policies",
@@ -81,8 +80,7 @@ def sections(quality: Quality) -> list[Section]:
                 for name, strength in ranking
             ],
             "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
-            "Intervals resample prompts." if ranking else unnamed,
-            unnamed,
+            "Intervals resample prompts." if ranking else "The candidates do not name their makers.",
         ),
         Section(
             "labels",
@@ -122,7 +120,7 @@ def text(quality: Quality) -> str:
     for section in sections(quality):
         lines += ["", section.title]
         if not section.rows:
-            lines.append(f"  {section.empty}")
+            lines.append("  nothing yet" if section.key == "people" else f"  {section.note}")
             continue
         table = [section.columns, *section.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]

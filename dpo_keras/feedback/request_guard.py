@@ -17,13 +17,7 @@ MAX_CALLERS = 10_000
 
 
 class Refused(Exception):  # noqa: N818  # an answer to a request rather than a fault
-    """A request is answered with an error.
-
-    Args:
-        status: of HTTP.
-        message: for the person, a full sentence.
-        retry_after: seconds to wait, where waiting helps.
-    """
+    """A request is answered with an HTTP status, a sentence for the person, and seconds to wait."""
 
     def __init__(self, status: int, message: str, retry_after: int | None = None):
         self.status, self.message, self.retry_after = status, message, retry_after
@@ -39,11 +33,6 @@ class GuardMiddleware:
     """Add security headers to every answer, and refuse unknown host names.
 
     A page of another site whose name was made to point here (DNS rebinding) sends that name.
-
-    Args:
-        app: the application that answers.
-        policy: the Content-Security-Policy.
-        hosts: names by which this server is reached, without ports.
     """
 
     def __init__(self, app: ASGIApp, policy: str, hosts: frozenset[str]):
@@ -113,12 +102,7 @@ def csrf_token(secret: str) -> str:
 
 
 class RateLimit:
-    """A token bucket for each caller.
-
-    Args:
-        rate: requests per second.
-        burst: requests at once.
-        clock: seconds.
+    """A token bucket for each caller: `rate` requests per second, `burst` at once.
 
     Example:
         >>> now = [0.0]

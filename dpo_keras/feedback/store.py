@@ -23,19 +23,12 @@ DAY = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
-    """A person who judges.
-
-    Args:
-        id: the row.
-        name: as reports and exported pairs call them.
-        group: kept in exported pairs.
-        admin: may see the administrator's page.
-    """
+    """A person who judges."""
 
     id: int
-    name: str
-    group: str | None = None
-    admin: bool = False
+    name: str  # unique; in reports and exported pairs
+    group: str | None = None  # kept in exported pairs
+    admin: bool = False  # may see the administrator's page
 
 
 class Store:
@@ -96,12 +89,7 @@ class Store:
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
         """Return what a person is to judge now: first the pairs they hold, then new ones.
 
-        Args:
-            annotator: their id.
-            count: how many pairs to hold at once; with more than one a page can fetch ahead.
-
-        Returns:
-            At most `count`; fewer where nothing is left or others hold it.
+        There are fewer than `count` where nothing is left or others hold it.
         """
         return self.database.batched(
             lambda connection: assignment.hand_out(
@@ -173,12 +161,9 @@ class Store:
         )
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
-        """Take a judgement back by adding an entry to the log, and lease the pair to them again.
+        """Take a judgement back by an entry in the log, and lease the pair to its annotator again.
 
-        Args:
-            annotator: who judged.
-            presentation: what they judged.
-            key: unique to this undo.
+        The `key` is unique to this undo.
 
         Raises:
             Conflict: (an `InputError`) there is no judgement to take back.
@@ -236,15 +221,9 @@ class Store:
         return [_annotator(row) for row in rows]
 
     def start_session(self, token: str, days: float = 30.0) -> tuple[Annotator, str] | None:
-        """Start a session with a link's token.
+        """Start a session with a link's token; None if the token is forged or has expired.
 
-        Args:
-            token: from the link.
-            days: until the session ends.
-
-        Returns:
-            The annotator and the session's secret, of which only a hash is stored. None if the
-            token is forged or has expired.
+        The second value is the session's secret, of which only a hash is stored.
         """
         now = self.clock()
         rows = self.database.rows(
@@ -293,8 +272,8 @@ def open_store(
         path: the SQLite file.
         settings: how pairs are handed out; None keeps those of the round.
         create: make the file where there is none.
-        clock: see `Store`.
-        chance: see `Store`.
+        clock: as in `Store`.
+        chance: as in `Store`.
 
     Raises:
         StoreError: the file is not a store, or has another version.
