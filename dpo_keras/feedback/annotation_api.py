@@ -1,16 +1,13 @@
 """What the annotation page asks for: its JSON answers, Markdown as harmless elements, its HTML."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib.resources
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -26,23 +23,16 @@ _ROLES = {"system": "Instructions", "user": "Person", "assistant": "Assistant", 
 
 
 class Api:
-    """The server's answers, ready for JSON.
-
-    Args:
-        store: the round.
-        guidelines: Markdown that the page shows to annotators.
-        assess: computes the administrator's figures of agreement.
-    """
+    """The server's answers, ready for JSON."""
 
     def __init__(
         self,
         store: Store,
-        guidelines: str = "",
-        assess: Callable[[Store], Mapping[str, JSON]] | None = None,
+        guidelines: str = "",  # Markdown
+        assess: Callable[[Store], Mapping[str, JSON]] | None = None,  # for the administrator
     ):
         self.store, self.guidelines, self.assess = store, guidelines, assess
-        self._progress = {"judged": 0, "wanted": 0}
-        self._progress_expires = 0.0
+        self._progress, self._progress_expires = {"judged": 0, "wanted": 0}, 0.0
         self._agreement: tuple[int | None, Mapping[str, JSON]] = (None, {})
         self._assessing = threading.Lock()
 
@@ -134,13 +124,15 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     turns = presentation.prompt
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
-    roles = [_ROLES.get(turn["role"], turn["role"]) if len(turns) > 1 else None for turn in turns]
+    prompt = [
+        {"role": _ROLES.get(turn["role"], turn["role"]), "body": render(turn["content"])}
+        for turn in turns
+    ]
+    if len(prompt) == 1:
+        prompt[0]["role"] = None
     return {
         "id": presentation.id,
-        "prompt": [
-            {"role": role, "body": render(turn["content"])}
-            for role, turn in zip(roles, turns, strict=True)
-        ],
+        "prompt": prompt,
         "left": render(presentation.left),
         "right": render(presentation.right),
     }
@@ -157,10 +149,9 @@ _PARSER = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * MAX_DEPTH})
 _PARSER.enable(["table", "strikethrough"]).disable("image")
 # Overrides of direction make readers see other letters than the model wrote.
 _OVERRIDES = {0x202D: "\ufffd", 0x202E: "\ufffd"}
-_TAGS = {"paragraph": "p", "bullet_list": "ul", "ordered_list": "ol", "list_item": "li"} | {
-    tag: tag
-    for tag in "blockquote em strong s hr table thead tbody tr th td".split()  # noqa: SIM905
-}
+_SAME_NAME = ("blockquote", "em", "strong", "s", "hr", "table", "thead", "tbody", "tr", "th", "td")
+_TAGS = {tag: tag for tag in _SAME_NAME}
+_TAGS |= {"paragraph": "p", "bullet_list": "ul", "ordered_list": "ol", "list_item": "li"}
 _LEAVES: dict[str, Callable[[str], list[Node]]] = {
     "text": lambda content: [content] if content else [],
     # People see a line break where the model wrote one.
@@ -174,16 +165,7 @@ _LEAVES: dict[str, Callable[[str], list[Node]]] = {
 
 @lru_cache(maxsize=256)
 def render(text: str) -> tuple[Node, ...]:
-    """Parse Markdown into texts and `[tag, attributes, children]` of known tags.
-
-    Example:
-        >>> render("**Hi** <script>")
-        (['p', {}, [['strong', {}, ['Hi']], ' <script>']],)
-        >>> render("[here](javascript:alert(1))")
-        (['p', {}, ['[here](javascript:alert(1))']],)
-        >>> render("- one")
-        (['ul', {}, [['li', {}, ['one']]]],)
-    """
+    """Parse Markdown into texts and `[tag, attributes, children]` of known tags."""
     text = text.translate(_OVERRIDES)
     tokens = _PARSER.parse(text) if len(text) <= MAX_RENDERED else None
     if tokens is None or _too_deep(tokens):
@@ -222,8 +204,7 @@ def _element(node: SyntaxTreeNode) -> tuple[str | None, dict[str, str]]:
     return _TAGS.get(node.type), {}
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(NamedTuple):
     """A whole page: HTML with style and script in it, and the CSP sources of both."""
 
     body: bytes

@@ -1,7 +1,5 @@
 """The server of the annotation page: Starlette answers requests, uvicorn listens."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal
@@ -50,33 +48,23 @@ def make_app(
     *,
     guidelines: str = "",
     assess: Callable[[Store], Mapping[str, JSON]] | None = None,
-    hosts: Iterable[str] = (),
-    secure: bool = False,
-    rate: float = 30.0,
-    burst: float = 60.0,
+    hosts: Iterable[str] = (),  # names besides the loopback's by which the server is reached
+    secure: bool = False,  # the page is reached by https, so cookies are sent by https only
+    rate: float = 30.0,  # requests per second and session
+    burst: float = 60.0,  # requests at once
 ) -> Starlette:
-    """Make the server's application.
-
-    Args:
-        store: the round.
-        guidelines: Markdown that the page shows.
-        assess: computes the administrator's figures of agreement from the store.
-        hosts: names besides the loopback's by which the server is reached.
-        secure: the page is reached by https, so cookies are sent by https only.
-        rate: requests per second and session.
-        burst: requests at once.
-    """
+    """Make the server's application; see `Api` for guidelines and `assess`."""
     api = Api(store, guidelines, assess)
     sessions = _Sessions(store, secure, RateLimit(rate, burst), RateLimit(1.0, 20.0))
     routes = [
         Route("/", _page("annotate")),
         Route("/admin", _page("admin")),
         Route("/api/session", sessions.sign_in, methods=["POST"]),
-        Route("/api/me", sessions.get(lambda annotator, _: api.me(annotator))),
-        Route("/api/next", sessions.get(api.next)),
-        Route("/api/admin", sessions.get(lambda annotator, _: api.overview(annotator))),
-        Route("/api/judgements", sessions.post(api.submit), methods=["POST"]),
-        Route("/api/undo", sessions.post(api.undo), methods=["POST"]),
+        Route("/api/me", sessions.endpoint(lambda annotator, _: api.me(annotator))),
+        Route("/api/next", sessions.endpoint(api.next)),
+        Route("/api/admin", sessions.endpoint(lambda annotator, _: api.overview(annotator))),
+        Route("/api/judgements", sessions.endpoint(api.submit), methods=["POST"]),
+        Route("/api/undo", sessions.endpoint(api.undo), methods=["POST"]),
     ]
     allowed = LOOPBACK | {host.lower() for host in hosts}
     guard = Middleware(GuardMiddleware, policy=content_security_policy(), hosts=frozenset(allowed))
@@ -92,21 +80,13 @@ class _Sessions:
         # Cookies do not know ports: two rounds on one machine must not sign each other out.
         self.cookie = f"feedback_{store.id}"
 
-    def get(self, work: Work) -> Endpoint:
-        """Make an endpoint that only answers."""
+    def endpoint(self, work: Work) -> Endpoint:
+        """Make an endpoint whose work gets the annotator, and the query or the posted body."""
 
         async def endpoint(request: Request) -> Response:
+            posted = request.method == "POST"
+            body = await _json_body(request) if posted else dict(request.query_params)
             # One hop to a thread for all that touches the store: the loop never waits for the disk.
-            query = dict(request.query_params)
-            return await anyio.to_thread.run_sync(self._answer, request, work, query)
-
-        return endpoint
-
-    def post(self, work: Work) -> Endpoint:
-        """Make an endpoint that takes JSON from the page and changes the store."""
-
-        async def endpoint(request: Request) -> Response:
-            body = await _json_body(request)
             return await anyio.to_thread.run_sync(self._answer, request, work, body)
 
         return endpoint
@@ -204,11 +184,7 @@ async def _error(request: Request, error: Exception) -> Response:
 
 
 def allowed_hosts(host: str, url: str | None) -> tuple[frozenset[str], bool]:
-    """Return the names by which a server that listens on `host` is reached, and whether by https.
-
-    Raises:
-        InputError: `url` is no address; or there is none, and `host` stands for all addresses.
-    """
+    """Return the names by which a server on `host` is reached, and whether by https."""
     if url is not None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -223,11 +199,7 @@ def allowed_hosts(host: str, url: str | None) -> tuple[frozenset[str], bool]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address for the server, port 0 any free one; nobody can connect before it listens.
-
-    Raises:
-        InputError: the port is taken, or the address does not belong to this machine.
-    """
+    """Take an address for the server, port 0 any free one; nobody can connect before it listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio switches Nagle's algorithm off only where the protocol is named; on, it costs 40 ms.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -246,11 +218,7 @@ def bind(host: str, port: int) -> socket.socket:
 def run(
     app: ASGIApp, listening: socket.socket, announce: Callable[[], None] = lambda: None
 ) -> None:
-    """Serve `app` on a socket from `bind` until interrupted.
-
-    `announce` is called when connections are accepted and an interruption ends the server in good
-    order.
-    """
+    """Serve until interrupted; `announce` is called once connections are accepted."""
     config = uvicorn.Config(
         app,
         log_level="warning",

@@ -1,7 +1,5 @@
 """How good each annotator's answers are, and the labels of pairs, estimated from each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +15,7 @@ LEVEL = 0.01  # family-wise error rate over the annotators
 
 @dataclass(frozen=True)
 class DawidSkene:
-    """A fit of the model of Dawid and Skene (1979)."""
+    """A fit of the model of Dawid and Skene (1979), J. R. Statist. Soc. C 28: 20-28."""
 
     posterior: np.ndarray  # [pairs, classes] P(label | judgements); the prior without judgements
     confusion: np.ndarray  # [annotators, classes, classes] P(answer | label)
@@ -48,16 +46,6 @@ def dawid_skene(
     judgements a pair, maximum likelihood alone would believe anything of people who judged few.
     Which of two responses is called the first is arbitrary, so the classes first and second share,
     mirrored, what is learned of a person.
-
-    Example:
-        >>> fit = dawid_skene(
-        ...     np.array([0, 1, 2, 0, 1, 2]), np.array([0, 0, 0, 1, 1, 1]),
-        ...     np.array([0, 0, 1, 1, 1, 0]), annotators=3, pairs=2, classes=2)
-        >>> fit.posterior.argmax(1).tolist(), bool(fit.accuracy()[2] < 0.5)
-        ([0, 1], True)
-
-    References:
-        Dawid and Skene (1979), Journal of the Royal Statistical Society C 28: 20-28.
     """
     votes = np.zeros((pairs, classes))
     np.add.at(votes, (pair, label), 1.0)
@@ -137,9 +125,9 @@ class AnnotatorQuality:
     def findings(self) -> list[str]:
         """Return what is wrong with their answers, as sentences."""
         found = []
-        if self.left_p is not None and self.left_p < LEVEL and self.left.value is not None:
-            side = "left" if self.left.value > 0.5 else "right"
-            rate = max(self.left.value, 1 - self.left.value)
+        left = self.left.value
+        if self.left_p is not None and self.left_p < LEVEL and left is not None:
+            side, rate = ("left", left) if left > 0.5 else ("right", 1 - left)
             found.append(
                 f"{self.name} has a position bias: chose the {side} response in {rate:.0%} of "
                 f"{self.left.count:,} decided pairs (p {_p_value(self.left_p)})."

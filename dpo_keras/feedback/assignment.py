@@ -1,7 +1,5 @@
 """Which pair a person sees next: leases, overlap, sides, hidden checks and repeats."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

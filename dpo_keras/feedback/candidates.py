@@ -1,13 +1,12 @@
 """Candidates: prompts with two or more responses, read from a file and added to the store."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import json
 import os
 import random
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,30 +21,16 @@ from dpo_keras.utils.text import shortened
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response to a prompt.
-
-    Args:
-        text: the response.
-        maker: label of the policy and setting that made it; policies are compared by it.
-        setting: everything known about how it was made.
-    """
+    """One response to a prompt."""
 
     text: str
-    maker: str | None = None
-    setting: Mapping[str, JSON] | None = None
+    maker: str | None = None  # label of its policy and setting; policies are compared by it
+    setting: Mapping[str, JSON] | None = None  # everything known about how it was made
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """A prompt and its responses.
-
-    Args:
-        prompt: text, or messages.
-        responses: two or more; identical and empty ones are left out when pairs are made.
-        id: a name for the prompt.
-        group: kept for group-robust training.
-        gold: index of the response that is better than all others, where that is known: a hidden
-            check of the annotators.
 
     Example:
         >>> candidates = Candidates("Hi", (Response("Hello!"), Response(" "), Response("Yes?")))
@@ -54,9 +39,10 @@ class Candidates:
     """
 
     prompt: str | tuple[Message, ...]
-    responses: tuple[Response, ...]
-    id: str | None = None
-    group: str | None = None
+    responses: tuple[Response, ...]  # pairs leave out identical and empty ones
+    id: str | None = None  # a name for the prompt
+    group: str | None = None  # kept for group-robust training
+    # Index of the response that is known to be better than all others: a check of the annotators.
     gold: int | None = None
 
     def usable(self) -> list[Response]:
@@ -167,10 +153,9 @@ def _candidates(record: JSON) -> Candidates:
         raise InputError(problems)
     responses = []
     for text, maker in zip(texts, makers, strict=True):
-        setting = maker if isinstance(maker, dict) else None
-        responses.append(
-            Response(text, maker if setting is None else maker_label(setting), setting)
-        )
+        described = isinstance(maker, dict)
+        label = maker_label(maker) if described else maker
+        responses.append(Response(text, label, maker if described else None))
     names = {n: None if record.get(n) is None else str(record[n]) for n in ("id", "group")}
     return Candidates(prompt, tuple(responses), gold=gold, **names)
 
@@ -192,17 +177,14 @@ def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
     if not isinstance(prompt, list) or not prompt:
         return None
     for turn in prompt:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            return None
-        if not isinstance(turn.get("content"), str):
+        text = turn.get("content") if isinstance(turn, dict) else None
+        if not isinstance(text, str) or turn.get("role") not in ROLES:
             return None
     return tuple(Message(turn["role"], turn["content"]) for turn in prompt)
 
 
 def maker_label(setting: Mapping[str, JSON]) -> str:
-    """Return the label under which responses of one policy and setting are compared.
-
-    Seeds are not part of it.
+    """Return the label under which responses of one policy and setting, seed apart, are compared.
 
     Example:
         >>> maker_label({"policy": "runs/a", "temperature": 0.7, "top_p": 1.0, "seed": 3})
@@ -227,13 +209,7 @@ class Imported:
     alone: int = 0  # prompts without two different responses
 
     def summary(self) -> str:
-        """Return what was added and left out, as a sentence.
-
-        Example:
-            >>> Imported(pairs=3, gold=1, empty=2).summary()
-            '3 new pairs (1 with a known answer), 0 known; left out: 0 identical and 2 empty
-             responses, 0 prompts without two different responses'
-        """
+        """Return what was added and left out, as a sentence."""
         return (
             f"{self.pairs:,} new pairs ({self.gold:,} with a known answer), {self.known:,} known; "
             f"left out: {self.identical:,} identical and {self.empty:,} empty responses, "
@@ -245,7 +221,7 @@ def add_candidates(
     connection: sqlite3.Connection, chance: random.Random, candidates: Iterable[Candidates]
 ) -> Imported:
     """Add pairs in a random order of presentation, in a transaction; known pairs stay."""
-    counts = dict.fromkeys(Imported.__slots__, 0)
+    counts: Counter[str] = Counter()
     for prompt in candidates:
         usable = prompt.usable()
         empty = sum(not response.text.strip() for response in prompt.responses)
@@ -253,16 +229,14 @@ def add_candidates(
         counts["identical"] += len(prompt.responses) - empty - len(usable)
         counts["alone"] += len(usable) < 2
         if len(usable) >= 2:
-            _add_pairs(connection, chance, prompt, counts)
+            counts += _add_pairs(connection, chance, prompt)
     return Imported(**counts)
 
 
 def _add_pairs(
-    connection: sqlite3.Connection,
-    chance: random.Random,
-    candidates: Candidates,
-    counts: dict[str, int],
-) -> None:
+    connection: sqlite3.Connection, chance: random.Random, candidates: Candidates
+) -> Counter[str]:
+    counts: Counter[str] = Counter()
     prompt = candidates.prompt
     turns = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
     content = json.dumps(turns, ensure_ascii=False, sort_keys=True)
@@ -300,3 +274,4 @@ def _add_pairs(
         counts["pairs"] += added
         counts["known"] += 1 - added
         counts["gold"] += added if winner is not None else 0
+    return counts

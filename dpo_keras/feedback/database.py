@@ -1,7 +1,5 @@
 """The SQLite file of a round: versions, transactions, and errors that say what to do."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.resources
@@ -10,7 +8,7 @@ import secrets
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,9 +122,7 @@ class Database:
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
 
-    def rows(
-        self, query: str, values: Sequence[object] | Mapping[str, object] = ()
-    ) -> list[sqlite3.Row]:
+    def rows(self, query: str, values: tuple[object, ...] = ()) -> list[sqlite3.Row]:
         """Run a query that reads; raise a StoreError if the file cannot be read."""
         with self._explained_errors():
             return self._connection().execute(query, values).fetchall()

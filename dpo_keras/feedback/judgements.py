@@ -3,12 +3,11 @@
 The last entry of a presentation holds; an undo is an entry too.
 """
 
-from __future__ import annotations
-
 import math
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -32,17 +31,11 @@ class Conflict(InputError):  # noqa: N818  # a public name
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Confirms that a judgement, or its undoing, is on the disk.
+    """Confirms that a judgement, or its undoing, is on the disk."""
 
-    Args:
-        judgement: the entry in the log.
-        presentation: what was judged.
-        again: the submission was a repetition; the entry was there before.
-    """
-
-    judgement: int
-    presentation: int
-    again: bool = False
+    judgement: int  # the entry in the log
+    presentation: int  # what was judged
+    again: bool = False  # the submission was a repetition; the entry was there before
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +51,11 @@ class Submission:
 
     def __post_init__(self) -> None:
         """Check every rule: the values come from a browser and may have any type."""
-        _check(asdict(self))
-        if self.strength is not None and self.choice not in ("left", "right"):
-            raise InputError(InputProblem("strength", "goes with left or right", self.choice))
+        problems = _problems(asdict(self))
+        if self.choice in ("tie", "both_bad", "skip") and self.strength is not None:
+            problems.append(InputProblem("strength", "goes with left or right", self.choice))
+        if problems:
+            raise InputError(problems)
 
 
 def _is_whole(value: object) -> bool:
@@ -72,8 +67,9 @@ def _is_reason(value: object) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 <= value < math.inf
 
 
 _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
@@ -89,15 +85,14 @@ _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
 }
 
 
-def _check(values: Mapping[str, object]) -> None:
+def _problems(values: Mapping[str, object]) -> list[InputProblem]:
     problems = []
     for name, value in values.items():
         holds, rule = _RULES[name]
         optional = name in ("strength", "reason", "seconds")
         if not (value is None and optional) and not holds(value):
             problems.append(InputProblem(name, f"{rule}, got {shortened(repr(value), 60)}"))
-    if problems:
-        raise InputError(problems)
+    return problems
 
 
 def submit(
@@ -108,7 +103,9 @@ def submit(
     submission: Submission,
 ) -> Receipt:
     """Append a judgement, in a transaction."""
-    earlier = _receipt_of(connection, annotator, submission.presentation, submission.key, "submit")
+    earlier = _receipt_of(
+        connection, annotator, submission.presentation, submission.key, undo=False
+    )
     if earlier is not None:
         return earlier
     row = _presentation_of(connection, annotator, submission.presentation)
@@ -143,8 +140,10 @@ def undo(
     key: str,
 ) -> Receipt:
     """Append an undo and lease the pair to its annotator again, in a transaction."""
-    _check({"presentation": presentation, "key": key})
-    earlier = _receipt_of(connection, annotator, presentation, key, "undo")
+    problems = _problems({"presentation": presentation, "key": key})
+    if problems:
+        raise InputError(problems)
+    earlier = _receipt_of(connection, annotator, presentation, key, undo=True)
     if earlier is not None:
         return earlier
     row = _presentation_of(connection, annotator, presentation)
@@ -178,7 +177,7 @@ def _append(
 
 
 def _receipt_of(
-    connection: sqlite3.Connection, annotator: int, presentation: int, key: str, action: str
+    connection: sqlite3.Connection, annotator: int, presentation: int, key: str, *, undo: bool
 ) -> Receipt | None:
     """Return the receipt of an earlier entry with this key; None if the key is new."""
     row = connection.execute(
@@ -188,9 +187,8 @@ def _receipt_of(
     ).fetchone()
     if row is None:
         return None
-    earlier_action = "undo" if row["verdict"] == "undo" else "submit"
-    earlier = row["annotator"], row["presentation"], earlier_action
-    if earlier != (annotator, presentation, action):
+    same = row["annotator"] == annotator and row["presentation"] == presentation
+    if not same or (row["verdict"] == "undo") != undo:
         raise Conflict("key was used for another judgement; the page makes a new one each time.")
     return Receipt(row["id"], row["presentation"], again=True)
 
@@ -241,11 +239,11 @@ class Table:
     def __len__(self) -> int:
         return len(self.label)
 
-    def keep(self, mask: np.ndarray) -> Table:
+    def keep(self, mask: np.ndarray) -> Self:
         """Return the table with the judgements where `mask`, `[N]` bool, is true."""
         return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
 
-    def work(self) -> Table:
+    def work(self) -> Self:
         """Return the judgements that become preferences: no hidden checks, no repeats."""
         return self.keep(~self.repeat & (self.gold < 0))
 
@@ -287,6 +285,10 @@ def read_table(database: Database) -> Table:
         name: np.array([row[name] for row in judged], _TYPES.get(name, np.int64))
         for name in _COLUMNS  # a time that is None becomes NaN
     }
+
+    def two_columns(first: str, second: str) -> np.ndarray:
+        return np.array([(row[first], row[second]) for row in pairs], np.int64).reshape(-1, 2)
+
     ids = np.array([row["id"] for row in pairs], np.int64)
     annotator_ids = np.array([row["id"] for row in annotators], np.int64)
     columns["pair"] = np.searchsorted(ids, columns["pair"])
@@ -296,13 +298,9 @@ def read_table(database: Database) -> Table:
         groups=tuple(row["grp"] for row in annotators),
         skipped=np.array([row["skipped"] for row in annotators], np.int64),
         pairs=ids,
-        lengths=_two_columns([(row["first_length"], row["second_length"]) for row in pairs]),
+        lengths=two_columns("first_length", "second_length"),
         makers=[(row["first_maker"], row["second_maker"]) for row in pairs],
         prompts=np.array([row["prompt"] for row in pairs], np.int64),
-        responses=_two_columns([(row["first"], row["second"]) for row in pairs]),
+        responses=two_columns("first", "second"),
         **columns,
     )
-
-
-def _two_columns(rows: list[tuple[int, int]]) -> np.ndarray:
-    return np.array(rows, np.int64).reshape(-1, 2)

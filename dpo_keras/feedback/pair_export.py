@@ -1,7 +1,5 @@
 """Judgements as preference pairs for training."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections import Counter
@@ -16,20 +14,13 @@ from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, Table, r
 from dpo_keras.feedback.store import Store
 from dpo_keras.preferences import Message, PreferencePair
 
-_ROUNDING = 1e-9
-
 
 @dataclass(frozen=True)
 class Exported:
-    """Preference pairs, and what was left out.
+    """Preference pairs, and what was left out."""
 
-    Args:
-        pairs: ready for `write_preferences` or training.
-        dropped: how many were left out, by reason.
-    """
-
-    pairs: list[PreferencePair]
-    dropped: dict[str, int] = field(default_factory=dict)
+    pairs: list[PreferencePair]  # ready for `write_preferences` or training
+    dropped: dict[str, int] = field(default_factory=dict)  # how many were left out, by reason
 
 
 def to_pairs(
@@ -107,7 +98,7 @@ def to_pairs(
         pair = int(work.pair[rows[0]])
         votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
         preference = float(LABELLERS[label](votes, fit.posterior[pair]))
-        if abs(preference - 0.5) < _ROUNDING and ties == "drop":
+        if abs(preference - 0.5) < 1e-9 and ties == "drop":
             dropped["ties"] += 1
             continue
         text = texts[int(work.pairs[pair])]
@@ -119,11 +110,10 @@ def to_pairs(
 
 def _rows_of_pairs(work: Table, label: str) -> list[np.ndarray]:
     """Return the rows of the judgements that each exported pair rests on."""
-    order = np.arange(len(work)) if label == "each" else np.argsort(work.pair, kind="stable")
-    starts = np.arange(1, len(work))
-    if label != "each":
-        starts = np.flatnonzero(np.diff(work.pair[order])) + 1
-    return np.split(order, starts)
+    if label == "each":
+        return [np.array([row]) for row in range(len(work))]
+    order = np.argsort(work.pair, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1)
 
 
 def _majority(votes: np.ndarray, posterior: np.ndarray) -> float:

@@ -1,7 +1,5 @@
 """The quality of a round: agreement among people, strengths of policies, quality of annotators."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -42,30 +40,17 @@ class PolicyStrengths:
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality of a round.
+    """The quality of a round."""
 
-    Args:
-        counts: pairs, judged pairs, judgements, skips, checks, repeats.
-        labels: how often each label was given.
-        agreement: see `agreement_figures`.
-        contradicted: share of pairs judged twice or more on which one person preferred the first
-            and another the second response.
-        cycles: share of prompts with a circle of preferences.
-        people: each annotator.
-        strengths: see `policy_strengths`.
-        fit: labels by Dawid and Skene; rows as in `table.pairs`.
-        table: the judgements that all of this was computed from.
-    """
-
-    counts: dict[str, int]
-    labels: dict[str, int]
-    agreement: dict[str, Estimate]
-    contradicted: Estimate
-    cycles: Estimate
+    counts: dict[str, int]  # pairs, judged pairs, judgements, skips, checks, repeats
+    labels: dict[str, int]  # how often each label was given
+    agreement: dict[str, Estimate]  # see `agreement_figures`
+    contradicted: Estimate  # share of shared pairs where one prefers the first, one the second
+    cycles: Estimate  # share of prompts with a circle of preferences
     people: list[AnnotatorQuality]
     strengths: PolicyStrengths
-    fit: DawidSkene
-    table: Table
+    fit: DawidSkene  # labels; rows as in `table.pairs`
+    table: Table  # the judgements that all of this was computed from
 
     def findings(self) -> list[str]:
         """Return what to look at before training on these judgements, as sentences."""
@@ -224,10 +209,9 @@ def _over_pairs(
 def _bootstrap(
     statistic: Callable[[np.ndarray], float | np.ndarray | None], units: int, resamples: int
 ) -> np.ndarray | None:
-    """Return the 2.5 and 97.5 percentiles of a statistic over resampled units.
+    """Return the 2.5 and 97.5 percentiles of a statistic of resampled indices.
 
-    The statistic takes the indices of a resample. There is no interval if it is undefined for more
-    than one resample in ten.
+    There is no interval if the statistic is undefined for more than one resample in ten.
     """
     random = np.random.default_rng(0)
     drawn = (statistic(random.integers(0, units, units)) for _ in range(resamples))
@@ -289,8 +273,8 @@ def policy_strengths(table: Table, resamples: int = 500) -> PolicyStrengths:
     low = high = [None] * len(names)
     if interval is not None:
         low, high = interval.tolist()
-    games = (total.sum(1) + total.sum(0)).astype(int).tolist()
-    estimates = map(Estimate, values.tolist(), low, high, games)
+    comparisons = (total.sum(1) + total.sum(0)).astype(int).tolist()
+    estimates = map(Estimate, values.tolist(), low, high, comparisons)
     return PolicyStrengths(dict(zip(names, estimates, strict=True)), total)
 
 

@@ -1,7 +1,5 @@
 """The quality of a round for people to read: plain text, HTML with plots, or JSON."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -50,6 +48,12 @@ def sections(quality: Quality) -> list[Section]:
     ]
     strengths = quality.strengths.estimates
     ranking = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
+    policies_note = "The candidates do not name their makers."
+    if ranking:
+        policies_note = (
+            "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
+            "Intervals resample prompts."
+        )
     return [
         Section(
             "agreement",
@@ -79,8 +83,7 @@ def sections(quality: Quality) -> list[Section]:
                 (visible(name), f"{strength:.2f}", f"{strength.count:,}")
                 for name, strength in ranking
             ],
-            "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
-            "Intervals resample prompts." if ranking else "The candidates do not name their makers.",
+            policies_note,
         ),
         Section(
             "labels",
@@ -131,11 +134,7 @@ def text(quality: Quality) -> str:
 
 
 def html(quality: Quality, *, plots: bool = True) -> str:
-    """Return the report as one HTML document, plots included.
-
-    Raises:
-        InputError: `plots` are wanted, and matplotlib is not installed.
-    """
+    """Return the report as one HTML document; its plots take matplotlib."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -152,11 +151,7 @@ def html(quality: Quality, *, plots: bool = True) -> str:
 
 
 def write(quality: Quality, path: str | os.PathLike[str], *, plots: bool = True) -> None:
-    """Write the report to a file in the format of its suffix: .html, .json or .txt.
-
-    Raises:
-        InputError: the file has another suffix or cannot be written.
-    """
+    """Write the report to a file in the format of its suffix: .html, .json or .txt."""
     path = Path(path)
     formats: dict[str, Callable[[], str]] = {
         ".html": lambda: html(quality, plots=plots),
@@ -174,22 +169,21 @@ def write(quality: Quality, path: str | os.PathLike[str], *, plots: bool = True)
 
 def _plots(quality: Quality) -> dict[str, str]:
     """Draw the plot of each section that has values, as base64 of a PNG."""
-    agreement = [(NAMES[name], figure) for name, figure in quality.agreement.items()]
-    people = [(person.name, person.agreement) for person in quality.people]
-    policies = list(quality.strengths.estimates.items())
+    agreement = {NAMES[name]: figure for name, figure in quality.agreement.items()}
+    people = {person.name: person.agreement for person in quality.people}
     plots = {
-        "agreement": (agreement, "agreement; 1 is perfect, kappas and alpha are 0 by chance"),
-        "policies": (policies, "Bradley-Terry strength"),
-        "people": (people, "agreement with others"),
+        "agreement": _plot(agreement, "agreement; 1 is perfect, kappas and alpha are 0 by chance"),
+        "policies": _plot(quality.strengths.estimates, "Bradley-Terry strength"),
+        "people": _plot(people, "agreement with others"),
     }
-    return {
-        key: _interval_plot(known, title)
-        for key, (estimates, title) in plots.items()
-        if (known := [(name, one) for name, one in estimates if one.value is not None])
-    }
+    return {key: plot for key, plot in plots.items() if plot}
 
 
-def _interval_plot(estimates: list[tuple[str, Estimate]], title: str) -> str:
+def _plot(estimates: dict[str, Estimate], title: str) -> str:
+    """Plot estimates with their intervals; an empty string if none has a value."""
+    known = [(name, one) for name, one in reversed(estimates.items()) if one.value is not None]
+    if not known:
+        return ""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -201,18 +195,18 @@ def _interval_plot(estimates: list[tuple[str, Estimate]], title: str) -> str:
         ) from error
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.0, 0.8 + 0.32 * len(estimates)), layout="constrained")
+        figure = Figure(figsize=(7.0, 0.8 + 0.32 * len(known)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for place, (_, estimate) in enumerate(reversed(estimates)):
+        for place, (_, estimate) in enumerate(known):
             if estimate.low is not None and estimate.high is not None:
                 interval = [estimate.low, estimate.high]
                 axes.plot(interval, [place, place], color="#2b3036", linewidth=1.5)
             axes.plot([estimate.value or 0.0], [place], "o", color="#0072B2")
         # A dollar in a name does not begin a formula.
-        names = [visible(name).replace("$", r"\$")[:40] for name, _ in reversed(estimates)]
-        axes.set_yticks(range(len(estimates)), names)
-        axes.set_ylim(-0.6, len(estimates) - 0.4)
+        names = [visible(name).replace("$", r"\$")[:40] for name, _ in known]
+        axes.set_yticks(range(len(known)), names)
+        axes.set_ylim(-0.6, len(known) - 0.4)
         axes.grid(axis="x", color="#e6e9ec")
         axes.set_xlabel(title)
         file = io.BytesIO()

@@ -1,7 +1,5 @@
 """Checks between network and store: host names, security headers, cross-site posts and rates."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import time
@@ -67,12 +65,7 @@ class GuardMiddleware:
 
 
 def host_name(host: str) -> str:
-    """Return a Host header without its port.
-
-    Example:
-        >>> host_name("LocalHost:8000"), host_name("[::1]:8000")
-        ('localhost', '::1')
-    """
+    """Return a Host header without its port."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
@@ -102,17 +95,7 @@ def csrf_token(secret: str) -> str:
 
 
 class RateLimit:
-    """A token bucket for each caller: `rate` requests per second, `burst` at once.
-
-    Example:
-        >>> now = [0.0]
-        >>> limit = RateLimit(rate=1, burst=2, clock=lambda: now[0])
-        >>> [limit.allows("ann") for _ in range(3)]
-        [True, True, False]
-        >>> now[0] = 1.0
-        >>> limit.allows("ann"), limit.allows("ann"), limit.allows("bob")
-        (True, False, True)
-    """
+    """A token bucket for each caller: `rate` requests per second, `burst` at once."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate, self.burst, self.clock = rate, burst, clock

@@ -1,7 +1,5 @@
 """The feedback store: pairs to judge, the people who judge, and the log of their judgements."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -18,7 +16,7 @@ from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates
 from dpo_keras.feedback.database import Database, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
 
-DAY = 86_400.0
+DAY = 86_400.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +30,7 @@ class Annotator:
 
 
 class Store:
-    """A round of feedback in one SQLite file, which several processes and threads may use at once.
-
-    Args:
-        database: the open file.
-        settings: how pairs are handed out; None keeps those of the round.
-        clock: seconds since the epoch. Tests pass their own.
-        chance: source of sides and order. Tests pass a seeded one.
-
-    Example:
-        >>> import tempfile
-        >>> from dpo_keras.feedback import Candidates, Response
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> store = open_store(f"{folder.name}/feedback.sqlite", create=True)
-        >>> store.add([Candidates("2 + 2 =", (Response(" 4"), Response(" 5")))]).pairs
-        1
-        >>> ann, token = store.add_annotator("ann")
-        >>> shown = store.next(ann.id)[0]
-        >>> side = "left" if shown.left == " 4" else "right"
-        >>> receipt = store.submit(ann.id, shown.id, side, key="one")
-        >>> store.next(ann.id)
-        []
-        >>> store.close(); folder.cleanup()
-    """
+    """A round of feedback in one SQLite file, shared by processes and threads; see `open_store`."""
 
     def __init__(
         self,
@@ -119,11 +95,11 @@ class Store:
         """Return whether pairs that others hold may still come to this person."""
         found = self.database.rows(
             "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
-            "WHERE p.state = 'leased' AND p.annotator <> :annotator AND p.repeat = 0 "
+            "WHERE p.state = 'leased' AND p.annotator <> ?1 AND p.repeat = 0 "
             "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
-            "WHERE o.pair = p.pair AND o.annotator = :annotator AND o.repeat = 0 "
+            "WHERE o.pair = p.pair AND o.annotator = ?1 AND o.repeat = 0 "
             "AND o.state <> 'released') LIMIT 1",
-            {"annotator": annotator},
+            (annotator,),
         )
         return bool(found)
 
@@ -188,17 +164,10 @@ class Store:
     ) -> tuple[Annotator, str]:
         """Add a person, or give a known one a new token. The old token ends; sessions continue.
 
-        Args:
-            name: 1 to 100 characters, unique.
-            group: what the person belongs to; None leaves it as it was.
-            admin: may see the administrator's page.
-            days: until the token ends.
-
-        Returns:
-            The annotator, and the token, of which only a hash is stored.
+        A group of None leaves the group as it was. Only a hash of the token is stored.
 
         Raises:
-            InputError: the name is empty or too long.
+            InputError: the name is not 1 to 100 characters long.
         """
         if not name.strip() or len(name) > 100:
             raise InputError(InputProblem("annotator names", "must have 1 to 100 characters", name))
@@ -272,10 +241,24 @@ def open_store(
         path: the SQLite file.
         settings: how pairs are handed out; None keeps those of the round.
         create: make the file where there is none.
-        clock: as in `Store`.
-        chance: as in `Store`.
+        clock: seconds since the epoch. Tests pass their own.
+        chance: source of sides and order. Tests pass a seeded one.
 
     Raises:
         StoreError: the file is not a store, or has another version.
+
+    Example:
+        >>> import tempfile
+        >>> from dpo_keras.feedback import Candidates, Response
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = open_store(f"{folder.name}/feedback.sqlite", create=True)
+        >>> store.add([Candidates("2 + 2 =", (Response(" 4"), Response(" 5")))]).pairs
+        1
+        >>> ann, token = store.add_annotator("ann")
+        >>> shown = store.next(ann.id)[0]
+        >>> receipt = store.submit(ann.id, shown.id, "left", key="one")
+        >>> store.next(ann.id)
+        []
+        >>> store.close(); folder.cleanup()
     """
     return Store(Database(path, create=create), settings, clock=clock, chance=chance)
