@@ -6,7 +6,7 @@ The last entry of a presentation holds; an undo is an entry too.
 import math
 import sqlite3
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -51,7 +51,7 @@ class Submission:
 
     def __post_init__(self) -> None:
         """Check every rule: the values come from a browser and may have any type."""
-        problems = _problems(asdict(self))
+        problems = _problems({name: getattr(self, name) for name in _RULES})
         if self.choice in ("tie", "both_bad", "skip") and self.strength is not None:
             problems.append(InputProblem("strength", "goes with left or right", self.choice))
         if problems:
