@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo_keras.feedback.judgement_table import FIRST, SECOND, Table
+from dpo_keras.feedback.judgements import FIRST, SECOND, Table
 
 
 def table_of(annotator, pair, label, *, annotators, pairs, lengths=None, left=None, **changes):

@@ -1,12 +1,15 @@
 """The server: what it does, what it refuses and how that is said, and that nothing is lost."""
 
+import os
+import signal
+import socket
+
 import pytest
 from feedback_http import Person
 from feedback_rounds import check_books, count
 
 from dpo_keras.errors import InputError
-from dpo_keras.feedback import Candidates, Response
-from dpo_keras.feedback.annotation_server import allowed_hosts, bind
+from dpo_keras.feedback.annotation_server import allowed_hosts, bind, run
 
 
 def test_a_person_judges_all_pairs_and_sees_the_progress(store, ann):
@@ -122,63 +125,6 @@ def test_other_methods_are_refused(ann):
     assert ann.get("/api/judgements").status_code == 405
 
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '<img src=x onerror="alert(1)">',
-    "[x](javascript:alert(1)) ![y](http://127.0.0.1/z.png)",
-    "\u202eevil\u202c مرحبا بالعالم 👩‍👩‍👧‍👦 \x00",
-    "</style></script><!--",
-    "> " * 500 + "deep",
-    "*" * 2000,
-    "[" * 2000,
-    "```\nnever closed <b>",
-    "&lt;b&gt; &amp; &#x3c;script&#x3e;",
-]
-
-
-def texts(node):
-    return node if isinstance(node, str) else "".join(texts(child) for child in node[2])
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_responses_stay_text(make_store, text):
-    store = make_store(given=[Candidates(text, (Response(text + " 1"), Response(text + " 2")))])
-    one = Person(store, "ann").next()["presentations"][0]
-
-    def check(node):
-        if isinstance(node, str):
-            return
-        tag, attributes, children = node
-        assert tag not in ("script", "img", "style", "iframe", "html")
-        assert set(attributes) <= {"href", "start", "class"}
-        assert attributes.get("href", "http://").startswith(("http://", "https://"))
-        for child in children:
-            check(child)
-
-    for part in (one["left"], one["right"], one["prompt"][0]["body"]):
-        for node in part:
-            check(node)
-    shown = "".join(texts(node) for node in one["left"])
-    for word in ("<script>alert(1)</script>", "onerror", "evil", "deep", "never closed <b>"):
-        assert (word in text) == (word in shown)
-
-
-def test_responses_of_a_megabyte_are_shown_whole(make_store):
-    long = "word " * 200_000
-    store = make_store(given=[Candidates("p", (Response(long + "a"), Response(long + "b")))])
-    one = Person(store, "ann").next()["presentations"][0]
-    assert {texts(one["left"][0]), texts(one["right"][0])} == {long + "a", long + "b"}
-
-
-def test_conversations_are_shown_turn_by_turn(make_store, tmp_path):
-    from dpo_keras.preferences import Message
-
-    prompt = (Message("system", "Be short."), Message("user", "Hi"))
-    store = make_store(given=[Candidates(prompt, (Response("a"), Response("b")))])
-    turns = Person(store, "ann").next()["presentations"][0]["prompt"]
-    assert [turn["role"] for turn in turns] == ["Instructions", "Person"]
-
-
 def test_a_full_disk_is_said_and_the_judgement_can_be_sent_again(store, ann, monkeypatch):
     one = ann.next()["presentations"][0]["id"]
     taken = store.database.batched
@@ -229,3 +175,27 @@ def test_addresses_and_the_names_they_answer_to():
         allowed_hosts("0.0.0.0", None)
     with pytest.raises(InputError, match="url must be"):
         allowed_hosts("127.0.0.1", "a.example")
+
+
+async def nobody(scope, receive, send):
+    raise AssertionError("nobody asks")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_soon_as_the_server_is_announced_ends_it(number):
+    """As from a program that reads the links and has enough of it at once."""
+    listening = bind("127.0.0.1", 0)
+    before = signal.getsignal(number)
+    run(nobody, listening, announce=lambda: os.kill(os.getpid(), number))
+    assert signal.getsignal(number) is before
+    assert listening.fileno() == -1, "nobody waits at a closed door"
+
+
+def test_connections_are_accepted_when_the_server_is_announced():
+    listening = bind("127.0.0.1", 0)
+
+    def announce():
+        socket.create_connection(listening.getsockname(), timeout=5).close()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run(nobody, listening, announce)
