@@ -76,7 +76,7 @@ def meet_workers(
         end: how a process ends whose peer was lost: prints the message, exits with the code.
 
     Raises:
-        ClusterError: somebody did not come within `training.worker_timeout`.
+        ClusterError: somebody did not connect within `training.worker_timeout`.
         InputError: the workers were not started with the same configuration.
     """
     if cluster is None or len(cluster.in_step) == 1:
