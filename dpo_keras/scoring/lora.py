@@ -1,4 +1,4 @@
-"""What can be told of a policy without running it: its adapters and its vocabulary."""
+"""LoRA adapters: which layers have them, their product in low rank, and how they are saved."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from dpo_keras.errors import InputError
 from dpo_keras.scoring.layer_overrides import Swap
 
 
@@ -41,45 +40,6 @@ def adapters_are_fresh(policy: keras.Model) -> bool:
     """Whether every LoRA product is still zero, so that the adapted model is the base model."""
     seconds = [v for v in adapter_variables(adapted_layers(policy)) if v.name.endswith("_b")]
     return bool(seconds) and all(not ops.convert_to_numpy(v).any() for v in seconds)
-
-
-def vocabulary_size(model: Any) -> int | None:
-    """The number of logits of a model, where it can be told without running it.
-
-    Example:
-        >>> vocabulary_size(keras.Sequential([keras.Input((2,)), keras.layers.Dense(7)]))
-        7
-    """
-    shape = getattr(model, "output_shape", None)
-    return shape[-1] if isinstance(shape, tuple) else None
-
-
-def check_same_vocabulary(policy: Any, reference: Any) -> None:
-    """Refuses a reference with other logits than the policy's, as far as that can be told.
-
-    Args:
-        policy: a model of Keras 3 or of tf-keras.
-        reference: a model of the same.
-
-    Raises:
-        InputError: the vocabularies differ.
-
-    Example:
-        >>> policy, other = (
-        ...     keras.Sequential([keras.Input((2,)), keras.layers.Dense(size)]) for size in (7, 8))
-        >>> check_same_vocabulary(policy, policy)
-        >>> check_same_vocabulary(policy, other)
-        Traceback (most recent call last):
-        ...
-        dpo_keras.errors.InputError: reference has a vocabulary of 8 tokens and the ...
-    """
-    ours, theirs = vocabulary_size(policy), vocabulary_size(reference)
-    if ours != theirs and None not in (ours, theirs):
-        raise InputError(
-            f"reference has a vocabulary of {theirs} tokens and the policy one of {ours}: "
-            "log-probs of different tokens cannot be compared. Use a reference with the "
-            "policy's tokenizer."
-        )
 
 
 def low_rank_calls(model: keras.Model) -> list[Swap]:

@@ -6,17 +6,16 @@ policy's own. What is copied is only what training can change. After `enable_lor
 adapters, and the reference is nearly free.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import keras
 from keras import ops
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.lora import (
     adapted_layers,
     adapter_variables,
     adapters_are_fresh,
-    check_same_vocabulary,
 )
 from dpo_keras.scoring.scorer import ResponseScorer
 
@@ -228,6 +227,83 @@ class Cached(Reference):
                 "dpo_keras.cache_reference(policy, tokenized, …)."
             )
         return {"logps": ops.cast(ops.reshape(batch["reference"], (-1, 2)), "float32")}
+
+
+@runtime_checkable
+class _Tokenizer(Protocol):
+    def vocabulary_size(self) -> int | None: ...
+
+    def id_to_token(self, id: int) -> str: ...
+
+
+def vocabulary_size(model: object) -> int | None:
+    """Return the number of logits of a model; None where only a call would tell.
+
+    Example:
+        >>> vocabulary_size(keras.Sequential([keras.Input((2,)), keras.layers.Dense(7)]))
+        7
+    """
+    shape = getattr(model, "output_shape", None)
+    return shape[-1] if isinstance(shape, tuple) else None
+
+
+def check_same_vocabulary(policy: object, reference: object, name: str = "") -> None:
+    """Check that a reference has the policy's vocabulary, as far as the models tell.
+
+    Compare the tokens of the two tokenizers, where both models have one
+    (`model.preprocessor.tokenizer`), and the number of logits, where both models state it.
+
+    Args:
+        policy: a model of Keras 3 or of tf-keras.
+        reference: another.
+        name: what the user calls the reference, such as a path; part of the message.
+
+    Raises:
+        InputError: the vocabularies differ. The problem's argument is `reference`.
+
+    Example:
+        >>> policy, other = (
+        ...     keras.Sequential([keras.Input((2,)), keras.layers.Dense(size)]) for size in (7, 8))
+        >>> check_same_vocabulary(policy, policy)
+        >>> check_same_vocabulary(policy, other)
+        Traceback (most recent call last):
+        ...
+        dpo_keras.errors.InputError: reference has another vocabulary than the policy (8 tokens, ...
+    """
+    difference = _token_difference(_tokens(policy), _tokens(reference))
+    ours, theirs = vocabulary_size(policy), vocabulary_size(reference)
+    if difference is None and ours != theirs and None not in (ours, theirs):
+        difference = f"{theirs} tokens, the policy has {ours}"
+    if difference is not None:
+        rule = f"has another vocabulary than the policy ({difference})"
+        raise InputError(
+            InputProblem(
+                "reference",
+                f"{name} {rule}" if name else rule,
+                hint="Log-probs of different tokens cannot be compared: use the model that the "
+                "policy started from, or one with the same tokenizer.",
+            )
+        )
+
+
+def _token_difference(ours: list[str] | None, theirs: list[str] | None) -> str | None:
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    if len(ours) != len(theirs):
+        return f"{len(theirs)} tokens, the policy has {len(ours)}"
+    at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    return f"token {at} is {theirs[at]!r}, the policy's is {ours[at]!r}"
+
+
+def _tokens(model: object) -> list[str] | None:
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    if not isinstance(tokenizer, _Tokenizer):
+        return None
+    try:
+        # In the order of the ids: get_vocabulary() returns them in whatever order the file has.
+        return [tokenizer.id_to_token(i) for i in range(tokenizer.vocabulary_size() or 0)] or None
+    except (NotImplementedError, ValueError):  # KerasHub: no such method, no vocabulary loaded
+        return None
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

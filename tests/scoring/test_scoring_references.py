@@ -8,7 +8,13 @@ from tiny import Letters, gpt2, pairs
 
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.scoring import ResponseScorer, cache_reference, make_reference, score_pairs
+from dpo_keras.scoring import (
+    ResponseScorer,
+    cache_reference,
+    check_same_vocabulary,
+    make_reference,
+    score_pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +104,44 @@ def test_another_model_is_a_reference_of_its_own(batch):
 
 
 def test_a_reference_with_another_vocabulary_is_refused():
-    with pytest.raises(InputError, match="vocabulary of 41 tokens and the policy one of 97"):
+    with pytest.raises(InputError, match="41 tokens, the policy has 97") as raised:
         make_reference(gpt2(), gpt2(vocabulary_size=41))
+    assert raised.value.problems[0].argument == "reference"
+
+
+class Words:
+    """A tokenizer as a model's preprocessor carries it."""
+
+    def __init__(self, *words):
+        self.words, self.tokenizer = words, self
+
+    def vocabulary_size(self):
+        return len(self.words)
+
+    def id_to_token(self, id):
+        return self.words[id]
+
+
+class Model:
+    def __init__(self, preprocessor=None, logits=3):
+        self.preprocessor, self.output_shape = preprocessor, (None, None, logits)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (Model(Words("a", "c", "b")), "NAME has another .*token 1 is 'c', the policy's is 'b'"),
+        (Model(Words("a", "b")), "2 tokens, the policy has 3"),
+        (Model(Words("a", "b", "c"), logits=4), "4 tokens, the policy has 3"),
+        (Model(logits=4), "4 tokens, the policy has 3"),
+    ],
+)
+def test_tokens_are_compared_where_both_models_have_a_tokenizer(reference, message):
+    policy = Model(Words("a", "b", "c"))
+    with pytest.raises(InputError, match=message):
+        check_same_vocabulary(policy, reference, "NAME")
+    check_same_vocabulary(policy, Model())
+    check_same_vocabulary(policy, Model(Words("a", "b", "c")))
 
 
 @pytest.mark.parametrize(
