@@ -293,5 +293,5 @@ def _tokens(model: object) -> list[str] | None:
     try:
         # In the order of the ids: get_vocabulary() returns them in whatever order the file has.
         return [tokenizer.id_to_token(i) for i in range(tokenizer.vocabulary_size() or 0)] or None
-    except (NotImplementedError, ValueError):  # KerasHub: no such method, no vocabulary loaded
+    except (NotImplementedError, ValueError):  # KerasHub: none, or not loaded from its file yet
         return None

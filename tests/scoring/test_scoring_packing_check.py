@@ -168,6 +168,16 @@ def test_what_cannot_be_packed_is_named():
         check_packing(ResponseScorer(tiny.plain_model()))
 
 
+def test_a_backbone_without_attention_is_named():
+    embedding = keras.layers.ReversibleEmbedding(9, 4)
+    ids = keras.Input((None,), dtype="int32")
+    backbone = keras.Model(ids, keras.layers.Dense(4)(embedding(ids)))
+    policy = keras.Model(ids, embedding(backbone(ids), reverse=True))
+    policy.backbone = backbone
+    expected = "Functional has no attention layers that dpo_keras knows"
+    assert packing_obstacle(policy) == expected
+
+
 def test_a_model_that_differs_when_packed_is_refused():
     """Here by a layer that lets every token see its neighbour in the row."""
     policy = FAMILIES["gpt2"]()

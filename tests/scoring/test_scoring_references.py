@@ -120,6 +120,13 @@ class Words:
         return self.words[id]
 
 
+class Unloaded(Words):
+    """A tokenizer of KerasHub whose vocabulary is not loaded yet."""
+
+    def vocabulary_size(self):
+        raise ValueError("No vocabulary has been set for this tokenizer.")
+
+
 class Model:
     def __init__(self, preprocessor=None, logits=3):
         self.preprocessor, self.output_shape = preprocessor, (None, None, logits)
@@ -139,6 +146,7 @@ def test_tokens_are_compared_where_both_models_have_a_tokenizer(reference, messa
     with pytest.raises(InputError, match=message):
         check_same_vocabulary(policy, reference, "NAME")
     check_same_vocabulary(policy, Model())
+    check_same_vocabulary(policy, Model(Unloaded()))
     check_same_vocabulary(policy, Model(Words("a", "b", "c")))
 
 
