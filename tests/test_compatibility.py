@@ -237,10 +237,28 @@ def log_probs(path, texts=RUN["texts"]):
     return dpo_keras.response_log_probs(policy, prompts, responses)[0]
 
 
+class Hears:
+    """A `Progress` that keeps the steps of training, the only ones with a loss."""
+
+    def __init__(self):
+        self.steps = []
+
+    def stage(self, title):
+        pass
+
+    def note(self, text):
+        pass
+
+    def advance(self, done, total, **values):
+        self.steps += [done] if "loss" in values else []
+
+
 def test_a_stopped_run_goes_on_behind_its_last_step_and_ends_as_the_other(at_runs):
     warmup, training = lines_of("stopped/metrics.warmup.jsonl"), lines_of("stopped/metrics.jsonl")
     assert json.loads(training[-1])["step"] == RUN["stopped_at"] == 3
-    result = runs.train(load_config("stopped/config.yaml"), resume=True)
+    heard = Hears()
+    result = runs.train(load_config("stopped/config.yaml"), resume=True, progress=heard)
+    assert heard.steps == [4, 5, 6]  # neither the warm-up nor the first steps once more
     assert lines_of("stopped/metrics.warmup.jsonl") == warmup
     log = lines_of("stopped/metrics.jsonl")
     assert log[: len(training)] == training
