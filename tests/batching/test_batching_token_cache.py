@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dpo_keras.batching import preference_dataset, tokenize_pairs
-from dpo_keras.batching import token_cache as token_writing
+from dpo_keras.batching import preference_dataset, token_cache, tokenization, tokenize_pairs
 from dpo_keras.batching.ragged import TokenFile
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair, build_preferences
@@ -53,8 +52,8 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(token_writing, "CHUNK", 16)
-    monkeypatch.setattr(token_writing, "COMMIT", 2)
+    monkeypatch.setattr(tokenization, "PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(token_cache, "COMMIT", 2)
 
 
 def same_tokens(one, other):
@@ -152,7 +151,7 @@ def test_a_killed_tokenization_goes_on_where_it_was(stored, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "progress.json").read_text())["pairs"] == 64
     for name in ("tokens.bin", "rows.bin"):  # what came after the last commit does not count
-        with open(folder / name, "ab") as file:
+        with (folder / name).open("ab") as file:
             file.write(b"torn")
     rest = Letters()
     disk = tokenize_pairs(stored, rest, max_length=24, cache=tmp_path)
@@ -192,8 +191,9 @@ def test_what_cannot_be_is_one_message(stored, tmp_path):
         tokenize_pairs(stored, Letters(), max_length=4, overlength="error", cache=tmp_path)
     assert "pair 0 (id 'id0')" in str(error.value)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="tokens cannot be written"):
+    with pytest.raises(InputError, match="tokens cannot be written") as error:
         tokenize_pairs(stored, Letters(), cache=tmp_path / "file" / "x")
+    assert error.value.problems[0].argument == "cache"
 
 
 def test_damaged_records_are_never_tokenized(stored, tmp_path):
