@@ -1,7 +1,7 @@
 """Preference pairs become batches: templates, tokens, truncation, length buckets, packed rows.
 
-`tokenize_pairs` turns text into token ids once. `preference_dataset` deals them into batches of few
-static shapes, or packs them into rows of one length. `Batch` is the contract that every batch keeps.
+`tokenize_pairs` turns text into token ids, `preference_dataset` makes batches of them: of a few
+static shapes, or of packed rows, all by one contract, `Batch`.
 """
 
 from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_keras.batching.collate import round_up
+from dpo_keras.batching.ragged import round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 
@@ -67,7 +67,6 @@ def plan_buckets(
         InputError: `buckets` is out of range, or no given length holds the longest pair.
 
     Example:
-        >>> import numpy as np
         >>> from dpo_keras.batching.ragged import Ragged
         >>> rows = Ragged.from_lists([[5] * n for n in (4, 5, 30, 31)])
         >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
@@ -80,9 +79,7 @@ def plan_buckets(
     longest = int(lengths.max(initial=1))
     if isinstance(buckets, int):
         if isinstance(buckets, bool) or not 1 <= buckets <= MAX_BUCKETS:
-            rule = (
-                f"must be 1 to {MAX_BUCKETS} (each one is a shape to compile), or a list of lengths"
-            )
+            rule = f"must be 1 to {MAX_BUCKETS} (each is a shape to compile), or a list of lengths"
             raise InputError(InputProblem("buckets", rule, buckets))
         bounds = _best_lengths(lengths, longest, buckets, tokenized.max_length)
     else:

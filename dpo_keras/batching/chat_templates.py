@@ -1,8 +1,8 @@
 """Chat templates: Jinja sources that render messages as text, known by name or read from files.
 
-The templates known by name write no beginning-of-text token: `TextEncoder` adds it where the
-model's preprocessor does. Their roles are user, assistant and system. A template without a place
-for the system message puts it before the words of the next user turn.
+The templates known by name are in `templates/`. They write no beginning-of-text token:
+`TextEncoder` adds it where the model's preprocessor does. Their roles are user, assistant and
+system. One without a place for the system message puts it before the words of the next user turn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -26,96 +25,18 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.tensors import JSON
 from dpo_keras.utils.text import did_you_mean
 
-
-class NamedTemplate(NamedTuple):
-    """A Jinja source and the texts in it that stand for one token each."""
-
-    source: str
-    markers: tuple[str, ...] = ()
-
-
-_WITH_SYSTEM_IN_USER = """
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-{%- set ns.system = SYSTEM -%}
-{%- elif message.role == 'assistant' -%}
-ASSISTANT
-{%- else -%}
-USER
-{%- set ns.system = '' -%}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
-def _turns(user: str, assistant: str, system: str = r"message.content + '\n\n'") -> str:
-    source = _WITH_SYSTEM_IN_USER.replace("SYSTEM", system)
-    source = source.replace("ASSISTANT", "{{- " + assistant + " -}}")
-    return source.replace("USER", "{{- " + user + " -}}").strip()
-
-
-NAMED: dict[str, NamedTemplate] = {
-    # Strings stay as they are; messages are joined by line feeds.
-    "plain": NamedTemplate(
-        "{% for message in messages %}{{ message.content }}"
-        r"{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
-    ),
-    # Anthropic's HH-RLHF files.
-    "human_assistant": NamedTemplate(
-        _turns(
-            r"'\n\nHuman: ' + ns.system + message.content", r"'\n\nAssistant: ' + message.content"
-        )
-        + r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-    ),
-    # Qwen, SmolLM, Yi and many others.
-    "chatml": NamedTemplate(
-        r"{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content "
-        r"+ '<|im_end|>\n' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        ("<|im_start|>", "<|im_end|>"),
-    ),
-    "llama2": NamedTemplate(
-        _turns(
-            "(bos_token if not loop.first and ns.system == '' else '') + '[INST] ' + ns.system "
-            "+ message.content + ' [/INST]'",
-            "' ' + message.content + ' ' + eos_token",
-            r"'<<SYS>>\n' + message.content + '\n<</SYS>>\n\n'",
-        ),
-        ("<s>", "</s>"),
-    ),
-    "llama3": NamedTemplate(
-        r"{% for message in messages %}{{ '<|start_header_id|>' + message.role "
-        r"+ '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}{% endfor %}"
-        r"{% if add_generation_prompt %}"
-        r"{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    # Mistral instruct from 0.2 on.
-    "mistral": NamedTemplate(
-        _turns(
-            "'[INST] ' + ns.system + message.content + ' [/INST]'",
-            "' ' + message.content + eos_token",
-        ),
-        ("<s>", "</s>", "[INST]", "[/INST]"),
-    ),
-    "gemma": NamedTemplate(
-        _turns(
-            r"'<start_of_turn>user\n' + ns.system + message.content | trim + '<end_of_turn>\n'",
-            r"'<start_of_turn>model\n' + message.content | trim + '<end_of_turn>\n'",
-        )
-        + r"{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-        ("<start_of_turn>", "<end_of_turn>"),
-    ),
-    "phi3": NamedTemplate(
-        r"{% for message in messages %}"
-        r"{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-    ),
+FOLDER = Path(__file__).with_name("templates")
+# The templates known by name, with the texts in them that are one token each.
+MARKERS: dict[str, tuple[str, ...]] = {
+    "plain": (),  # strings stay as they are; messages are joined by line feeds
+    "human_assistant": (),  # Anthropic's HH-RLHF files
+    "chatml": ("<|im_start|>", "<|im_end|>"),  # Qwen, SmolLM, Yi and many others
+    "llama2": ("<s>", "</s>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),  # Mistral instruct from 0.2 on
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
-
-
 # What special tokens look like inside a template's source.
 _TOKEN_LIKE = re.compile(r"<\|[^|<>\s]+\|>|</?[a-z_]+>|<[a-z]+\||<\|[a-z]+>|\[/?[A-Z_]+\]")
 
@@ -200,7 +121,7 @@ def available_templates() -> list[str]:
         >>> "chatml" in available_templates()
         True
     """
-    return sorted(NAMED)
+    return sorted(MARKERS)
 
 
 def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | None:
@@ -226,9 +147,10 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
     """
     if template is None or isinstance(template, ChatTemplate):
         return template
-    if str(template) in NAMED:
-        named = NAMED[str(template)]
-        return ChatTemplate(named.source, str(template), named.markers)
+    name = str(template)
+    if name in MARKERS:
+        source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        return ChatTemplate(source.removesuffix("\n"), name, MARKERS[name])
     path = Path(template)
     if path.is_dir():
         return _from_checkpoint(path)
@@ -236,8 +158,8 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
         if path.suffix == ".json":
             return _from_checkpoint(path.parent, path.name)
         return _from_source(path.read_text(encoding="utf-8"), path.name, {})
-    rule = f"{str(template)!r} is neither a file nor a known name"
-    if suggestion := did_you_mean(str(template), NAMED):
+    rule = f"{name!r} is neither a file nor a known name"
+    if suggestion := did_you_mean(name, MARKERS):
         rule += f"; {suggestion}"
     hint = f"Known names: {', '.join(available_templates())}."
     raise InputError(InputProblem("template", rule, hint=hint))
@@ -265,7 +187,7 @@ def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -
             f"{str(folder)!r} has no chat template (neither chat_template.jinja nor a "
             f"chat_template entry in {config_name})"
         )
-        hint = f"Pass a name ({', '.join(NAMED)}) or the path of a Jinja file."
+        hint = f"Pass a name ({', '.join(MARKERS)}) or the path of a Jinja file."
         raise InputError(InputProblem("template", rule, hint=hint))
     special = {
         key: value["content"] if isinstance(value, dict) else value

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
 
-from dpo_keras.batching.ragged import Ragged, places
+from dpo_keras.batching.ragged import Ragged, places, round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.tensors import Tensor
@@ -19,11 +19,10 @@ class Batch(TypedDict, total=False):
     No index leaves its row, so that a strategy may cut a batch anywhere along the rows. There are
     two layouts:
 
-    * **A pair per row** (`collate`): 2 sequences, prompt + chosen and prompt + rejected, padded on
-      the right; 1 pair slot. `collate_single` has 1 sequence, prompt + response.
-    * **Packed rows** (`collate_packed`): 1 sequence of whole trees (prompt, chosen, rejected), one
-      after another from place 0; several pair slots. A response token sees its own response and
-      prompt, a prompt token its own prompt.
+    * **A pair per row** (`collate`): 2 sequences, prompt + chosen and prompt + rejected; 1 pair
+      slot. `collate_single` has 1 sequence, prompt + response.
+    * **Packed rows** (`collate_packed`): 1 sequence of whole trees (prompt, chosen, rejected);
+      several pair slots. A token sees its own response and its own prompt only.
     """
 
     token_ids: Tensor
@@ -91,12 +90,10 @@ def collate(
     """
     indices = np.asarray(indices, np.int64)
     indices = indices[indices >= 0]
-    prompt, *responses = (
-        part.take(indices) for part in (tokenized.prompt, tokenized.chosen, tokenized.rejected)
-    )
+    prompt, *responses = (part.take(indices) for part in tokenized.parts)
     batch = _pair_per_row(prompt, responses, tokenized.pad, length, slots, batch_size)
-    shape = (len(batch["owner"]), 1)
-    batch.update(_labels(tokenized, indices, shape, np.arange(len(indices)), 0))
+    place = (np.arange(len(indices)), 0)
+    batch.update(_labels(tokenized, indices, (len(batch["owner"]), 1), place))
     return batch
 
 
@@ -135,7 +132,7 @@ def collate_single(
     batch = _pair_per_row(prompts, [responses], pad, length, slots, batch_size)
     ones, rows = np.ones(len(prompts), np.float32), np.arange(len(prompts))
     unlabeled = TokenizedPairs(prompts, responses, responses, ones, ones)
-    batch.update(_labels(unlabeled, rows, (len(batch["owner"]), 1), rows, 0))
+    batch.update(_labels(unlabeled, rows, (len(batch["owner"]), 1), (rows, 0)))
     return batch
 
 
@@ -181,22 +178,21 @@ def collate_packed(
     count = len(grid)
     row, pair_slot = np.nonzero(grid >= 0)
     numbers = grid[row, pair_slot]
-    parts = [
-        part.take(numbers) for part in (tokenized.prompt, tokenized.chosen, tokenized.rejected)
-    ]
+    parts = [part.take(numbers) for part in tokenized.parts]
     sizes = np.stack([part.lengths for part in parts])  # [3, n]
     trees, answers = sizes.sum(0), sizes[1] + sizes[2]
     used = np.bincount(row, trees, count).astype(np.int64)
     spent = np.bincount(row, answers, count).astype(np.int64)
-    length = _size(length, used)
-    slots = _size(slots, spent)
-    if problems := _packing_problems(numbers, row, sizes, (used, length), (spent, slots)):
+    length, slots = _size(length, used), _size(slots, spent)
+    needed = {"length": (used, length), "slots": (spent, slots)}
+    if problems := _packing_problems(numbers, sizes, needed):
         raise InputError(problems)
 
     token_ids = np.full((count, 1, length), tokenized.pad, np.int32)
     positions = np.zeros_like(token_ids)
     tree = np.full_like(token_ids, -1)
-    source, target, owner = _empty_slots(count, slots)
+    source = np.zeros((count, slots), np.int32)
+    target, owner = np.zeros_like(source), np.full_like(source, -1)
     # Pairs are in row order: a running sum, less that of the earlier rows, is a place in the row.
     prompt, begin = sizes[0], _begins(trees, row, used)
     starts = (begin, begin + prompt, begin + prompt + sizes[1])
@@ -226,23 +222,12 @@ def collate_packed(
         "target": target,
         "owner": owner,
     }
-    batch.update(_labels(tokenized, numbers, grid.shape, row, pair_slot))
+    batch.update(_labels(tokenized, numbers, grid.shape, (row, pair_slot)))
     return batch
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Round up to a multiple."""
-    return -(-value // multiple) * multiple
 
 
 def _size(given: int | None, needed: np.ndarray) -> int:
     return round_up(max(int(needed.max(initial=0)), 1), 8) if given is None else given
-
-
-def _empty_slots(rows: int, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return source, target and owner without any response token."""
-    zeros = np.zeros((rows, slots), np.int32)
-    return zeros, zeros.copy(), zeros - 1
 
 
 def _pair_per_row(
@@ -259,13 +244,10 @@ def _pair_per_row(
     longest, most = (before + after).max(initial=0), after.sum(0).max(initial=0)
     length, slots = _size(length, before + after), _size(slots, after.sum(0))
     rows = count if batch_size is None else batch_size
+    sizes = {"length": (longest, length), "slots": (most, slots), "batch_size": (count, rows)}
     problems = [
         InputProblem(name, f"must be at least {needed} for these {count} pairs", given)
-        for name, needed, given in (
-            ("length", longest, length),
-            ("slots", most, slots),
-            ("batch_size", count, rows),
-        )
+        for name, (needed, given) in sizes.items()
         if given < needed
     ]
     if (before == 0).any():
@@ -274,15 +256,16 @@ def _pair_per_row(
         raise InputError(problems)
 
     token_ids = np.full((rows, sequences, length), pad, np.int32)
+    flat = token_ids.reshape(-1)
     used = np.zeros((rows, sequences), np.int64)
     used[count:, 0] = 1
     used[:count] = (before + after).T
-    source, target, owner = _empty_slots(rows, slots)
+    source = np.zeros((rows, slots), np.int32)
+    target, owner = np.zeros_like(source), np.full_like(source, -1)
     row = np.arange(count)
     first_slot = row * slots
     for number, response in enumerate(responses):
         begin = (row * sequences + number) * length
-        flat = token_ids.reshape(-1)
         flat[places(begin, before)] = prompt.flat_values
         flat[places(begin + before, after[number])] = response.flat_values
         slot = places(first_slot, after[number])
@@ -291,27 +274,18 @@ def _pair_per_row(
         target.reshape(-1)[slot] = response.flat_values
         owner.reshape(-1)[slot] = number
         first_slot = first_slot + after[number]
-    return {
-        "token_ids": token_ids,
-        "padding_mask": (np.arange(length) < used[..., None]).astype(np.int32),
-        "source": source,
-        "target": target,
-        "owner": owner,
-    }
+    mask = (np.arange(length) < used[..., None]).astype(np.int32)
+    return Batch(token_ids=token_ids, padding_mask=mask, source=source, target=target, owner=owner)
 
 
 def _labels(
-    tokenized: TokenizedPairs,
-    numbers: np.ndarray,
-    shape: tuple[int, ...],
-    row: np.ndarray,
-    pair_slot: np.ndarray | int,
+    tokenized: TokenizedPairs, pairs: np.ndarray, shape: tuple[int, ...], place: tuple[Tensor, ...]
 ) -> Batch:
-    """Put the labels of the pairs at their rows and pair slots."""
+    """Put the labels of the pairs at their places, (row, pair slot)."""
 
     def scattered(values: np.ndarray, empty: float) -> np.ndarray:
         column = np.full((*shape, *values.shape[1:]), empty, values.dtype)
-        column[row, pair_slot] = values[numbers]
+        column[place] = values[pairs]
         return column
 
     labels: Batch = {
@@ -335,11 +309,12 @@ def _grid(rows: np.ndarray | Sequence[Sequence[int]], pairs: int | None) -> np.n
         rows = rows.reshape(len(rows), width)
     if rows.ndim != 2:
         raise InputError(InputProblem("rows", f"must be int [rows, pairs], got shape {rows.shape}"))
-    most = max(rows.shape[1], 1)
-    if pairs is not None and (rows[:, pairs:] >= 0).any():
-        raise InputError(InputProblem("pairs", f"must be at least {most} for these rows", pairs))
-    grid = np.full((len(rows), most if pairs is None else pairs), -1, np.int64)
-    grid[:, : rows.shape[1]] = rows[:, : grid.shape[1]]
+    width = max(rows.shape[1], 1) if pairs is None else pairs
+    if (rows[:, width:] >= 0).any():
+        rule = f"must be at least {rows.shape[1]} for these rows"
+        raise InputError(InputProblem("pairs", rule, pairs))
+    grid = np.full((len(rows), width), -1, np.int64)
+    grid[:, : rows.shape[1]] = rows[:, :width]
     return grid
 
 
@@ -349,27 +324,21 @@ def _begins(sizes: np.ndarray, row: np.ndarray, totals: np.ndarray) -> np.ndarra
 
 
 def _packing_problems(
-    numbers: np.ndarray,
-    row: np.ndarray,
-    sizes: np.ndarray,
-    tokens: tuple[np.ndarray, int],
-    responses: tuple[np.ndarray, int],
+    numbers: np.ndarray, sizes: np.ndarray, needed: Mapping[str, tuple[np.ndarray, int]]
 ) -> list[InputProblem]:
-    trees, length = sizes.sum(0), tokens[1]
-    long = np.flatnonzero(trees > length)
+    trees, length = sizes.sum(0), needed["length"][1]
     problems = [
         InputProblem(
             "length",
             f"must be at least {trees[i]}: pair {numbers[i]} has {trees[i]} tokens (prompt and "
             f"both responses) and does not fit into a row of length {length}",
         )
-        for i in long
+        for i in np.flatnonzero(trees > length)
     ]
-    for name, (total, limit) in (("length", tokens), ("slots", responses)):
+    for name, (total, limit) in needed.items():
         problems += [
             InputProblem(name, f"must be at least {total[i]} for the pairs of row {i}", limit)
             for i in np.flatnonzero(total > limit)
-            if i not in row[long]  # said already
         ]
     if (sizes[0] == 0).any():
         problems.append(prompt_without_tokens(int(numbers[np.argmin(sizes[0])])))

@@ -51,8 +51,7 @@ def steps_per_epoch(
         shuffle: whether the order is random.
 
     Returns:
-        With buckets `ceil(pairs / batch_size)`, or the floor with `drop_remainder`. Packed, what
-        the first epoch needs.
+        With buckets `ceil(pairs / batch_size)`, or the floor; packed, what the first epoch needs.
 
     Raises:
         InputError: packed, and `pairs` is only a number; or as `plan_packing`.
@@ -65,16 +64,8 @@ def steps_per_epoch(
         if not isinstance(pairs, TokenizedPairs):
             rule = "must be TokenizedPairs to count packed batches"
             raise InputError(InputProblem("pairs", rule, pairs))
-        plan = plan_packing(
-            pairs,
-            batch_size,
-            length=row_length,
-            rows=rows,
-            replicas=replicas,
-            seed=seed,
-            shuffle=shuffle,
-        )
-        return plan.steps
+        shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        return plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle).steps
     count = pairs if isinstance(pairs, int) else len(pairs)
     return count // batch_size if drop_remainder else -(-count // batch_size)
 
@@ -107,9 +98,9 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     * `"packed"`, for models without a packing obstacle: rows hold several pairs, each prompt once,
       in one static shape and almost without padding. A batch holds `batch_size` pairs on average.
 
-    Batch k over all epochs is a pure function of the arguments and k, so that `start_step=k` resumes
-    a stopped run exactly. Iterating the same object again, as `fit(epochs=3)` does, continues with
-    the following epochs. `dpo_keras/batching/README.md` describes order and distribution.
+    Batch k over all epochs is a pure function of the arguments and k, so that `start_step=k`
+    resumes a stopped run exactly. Iterating the same object again, as `fit(epochs=3)` does,
+    continues with the following epochs. `dpo_keras/batching/README.md` has order and distribution.
 
     Args:
         pairs: `Preferences` or any pairs that `tokenize_pairs` takes, or `TokenizedPairs`.
@@ -148,14 +139,8 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         >>> int(dataset.cardinality()), [batch["weight"].numpy().sum() for batch in dataset]
         (2, [np.float32(2.0), np.float32(1.0)])
     """
-    problems = not_integers(
-        [
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("start_step", start_step, 0),
-            ("epochs", 1 if epochs is None else epochs, 1),
-        ]
-    )
+    problems = not_integers(1, batch_size=batch_size, epochs=1 if epochs is None else epochs)
+    problems += not_integers(0, seed=seed, start_step=start_step)
     if not isinstance(pairs, TokenizedPairs) and preprocessor is None:
         hint = "Pass policy.preprocessor."
         problems.append(InputProblem("preprocessor", "is needed to tokenize the pairs.", hint=hint))
@@ -171,15 +156,8 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         )
     )
     if batching == "packed":
-        plan = plan_packing(
-            tokenized,
-            batch_size,
-            length=row_length,
-            rows=rows,
-            replicas=replicas,
-            seed=seed,
-            shuffle=shuffle,
-        )
+        shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        plan = plan_packing(tokenized, batch_size, **shape, seed=seed, shuffle=shuffle)
         source = _packed(tokenized, plan, worker)
     else:
         order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}

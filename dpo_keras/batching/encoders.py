@@ -55,7 +55,7 @@ class TextEncoder:
             `pad_token_id` and, optionally, `start_token_id`.
 
     Attributes:
-        tokenizer: the tokenizer itself.
+        tokenizer: the tokenizer.
         start: id of the start token; None where none is added.
         end: id of the end token that is added after each response.
         ends: ids that count as an end where a response already ends with them.
@@ -159,28 +159,21 @@ class TextEncoder:
 
 
 def _tokenizer_problems(tokenizer: object, usable: bool) -> list[InputProblem]:
-    name = type(tokenizer).__name__
-    rules = []
+    name, rules = type(tokenizer).__name__, []
     if not usable:
-        rules.append(
-            f"must be a KerasHub preprocessor or tokenizer, or have `tokenize(texts)`, got {name}"
-        )
-    rules += [
-        f"must have a tokenizer with `{attribute}`, the id that the model uses; {name} has none"
-        for attribute in ("end_token_id", "pad_token_id")
-        if getattr(tokenizer, attribute, None) is None
-    ]
+        rules.append(f"be a KerasHub preprocessor or tokenizer, or have `tokenize(texts)`: {name}")
+    for attribute in ("end_token_id", "pad_token_id"):
+        if getattr(tokenizer, attribute, None) is None:
+            rules.append(f"have a tokenizer with `{attribute}`, the model's id: {name} has none")
     if getattr(tokenizer, "sequence_length", None):
         rules.append(
-            "must have a tokenizer whose `sequence_length` is None, or it pads and cuts by itself; "
-            "the preprocessor's own sequence_length may stay"
+            "have a tokenizer whose `sequence_length` is None, or it pads and cuts by itself; the "
+            "preprocessor's own sequence_length may stay"
         )
-    rules += [
-        f"must have a tokenizer whose `{attribute}` is False: start and end tokens are added here"
-        for attribute in ("add_bos", "add_eos")
-        if getattr(tokenizer, attribute, False)
-    ]
-    return [InputProblem("preprocessor", rule) for rule in rules]
+    for attribute in ("add_bos", "add_eos"):
+        if getattr(tokenizer, attribute, False):
+            rules.append(f"have a tokenizer whose `{attribute}` is False: it is added here, once")
+    return [InputProblem("preprocessor", f"must {rule}") for rule in rules]
 
 
 def _as_lists(rows: Tensor) -> list[list[int]]:
@@ -196,10 +189,9 @@ def encode_conversations(
 ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
     r"""Render and tokenize pairs with a chat template.
 
-    A string prompt is one user turn and a string response one assistant turn; the template "plain"
-    leaves strings as they are. The prompt is rendered with the generation prompt. The response is
-    the rest of the rendered conversation, which must begin with exactly the rendered prompt. White
-    space after its last special token is cut off.
+    The prompt is rendered with the generation prompt. The response is the rest of the rendered
+    conversation, which must begin with exactly the rendered prompt. White space after its last
+    special token is cut off. The template "plain" leaves strings as they are.
 
     Each special token of the template becomes one id, looked up in the tokenizer. The same text
     inside a message does not: the message is cut in two there before tokenization, so that a user
@@ -216,8 +208,8 @@ def encode_conversations(
         try:
             rendered.append(conversations.pair(pair))
         except InputError as error:
-            hint = f"This is pair {number}."
-            problems += [InputProblem(p.argument, p.rule, hint=hint) for p in error.problems]
+            place = f"This is pair {number}."
+            problems += [InputProblem(p.argument, p.rule, hint=place) for p in error.problems]
     if problems:
         more = [f"… and {len(problems) - 5} more."] if len(problems) > 5 else []
         raise InputError(problems[:5] + more)

@@ -7,22 +7,14 @@ batch of a run has one static shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dpo_keras.batching.collate import round_up
+from dpo_keras.batching.ragged import round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.bin_packing import (
-    Capacity,
-    Rows,
-    Sizes,
-    best_fit,
-    split_rows,
-    squeeze_rows,
-)
+from dpo_keras.utils.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
 
 ROW_LENGTH = 1024  # tokens that rows have at least, unless a step needs fewer
 _FILL = 0.98  # share of the places that best fit fills on ordinary data
@@ -252,32 +244,22 @@ def _shape(
     return min(tried, key=missed), rows
 
 
-def not_integers(arguments: Iterable[tuple[str, object, int]]) -> list[InputProblem]:
-    """Return the problems of (name, value, least) whose value is no integer of at least that."""
+def not_integers(least: int, **arguments: object) -> list[InputProblem]:
+    """Return the problems of arguments that are not integers of at least `least`."""
     return [
         InputProblem(name, f"must be an integer >= {least}", value)
-        for name, value, least in arguments
+        for name, value in arguments.items()
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least
     ]
 
 
 def _plan_problems(
-    tokenized: TokenizedPairs,
-    batch_size: int,
-    length: int | None,
-    rows: int | None,
-    replicas: int,
+    tokenized: TokenizedPairs, batch_size: int, length: int | None, rows: int | None, replicas: int
 ) -> list[str]:
-    problems: list[str] = [
-        *not_integers(
-            [
-                ("batch_size", batch_size, 1),
-                ("row_length", 1 if length is None else length, 1),
-                ("rows", 1 if rows is None else rows, 1),
-                ("replicas", replicas, 1),
-            ]
-        )
-    ]
+    given = {"row_length": length, "rows": rows}
+    given = {name: value for name, value in given.items() if value is not None}
+    problems: list[str] = []
+    problems += not_integers(1, batch_size=batch_size, replicas=replicas, **given)
     if not problems and rows is not None and rows % replicas:
         rule = f"must be a multiple of the {replicas} replicas that share them"
         problems.append(InputProblem("rows", rule, rows))

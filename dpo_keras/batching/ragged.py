@@ -66,15 +66,7 @@ class Ragged:
     def slice(
         self, starts: Sequence[int] | np.ndarray, stops: Sequence[int] | np.ndarray
     ) -> Ragged:
-        """Cut every row to `row[start:stop]`.
-
-        Args:
-            starts: int `[rows]`, first token kept, counted from the start of the row.
-            stops: int `[rows]`, one past the last token kept.
-
-        Returns:
-            As many rows, cut.
-        """
+        """Cut every row to `row[start:stop]`, 0 <= start, stop <= the row's length."""
         starts = np.asarray(starts, np.int64)
         lengths = np.maximum(np.asarray(stops, np.int64) - starts, 0)
         flat = self.flat_values[places(self.row_splits[:-1] + starts, lengths)]
@@ -112,15 +104,13 @@ def row_splits_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return splits
 
 
+def round_up(value: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-value // multiple) * multiple
+
+
 def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the flat indices of the runs `starts[i], starts[i] + 1, …`, end to end.
-
-    Args:
-        starts: int `[n]`, first index of each run.
-        lengths: int `[n]`, length of each run, >= 0.
-
-    Returns:
-        int64 `[sum(lengths)]`.
+    """Return the indices of runs that begin at `starts`, end to end, int64 `[sum(lengths)]`.
 
     Example:
         >>> places(np.array([10, 20]), np.array([2, 3])).tolist()
@@ -138,9 +128,6 @@ class TokenFile:
     The file is read, not mapped. Mapped pages count as memory of the process, so a pass over the
     data would appear to need all of it, and a container may be charged for all of it. The page
     cache of the system keeps frequently read parts either way.
-
-    Args:
-        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -151,18 +138,7 @@ class TokenFile:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Read runs of tokens, end to end. Threads may call this concurrently.
-
-        Args:
-            starts: int `[n]`, first token of each run.
-            lengths: int `[n]`, tokens of each run.
-
-        Returns:
-            int32 `[sum(lengths)]`.
-
-        Raises:
-            InputError: the file is too short.
-        """
+        """Read runs of tokens, end to end, int32 `[sum(lengths)]`. Threads may share a file."""
         sizes = np.asarray(lengths, np.int64) * TOKEN_BYTES
         flat = np.empty(int(sizes.sum()) // TOKEN_BYTES, "<i4")
         view = memoryview(flat.view(np.uint8).data)
@@ -182,11 +158,8 @@ class TokenFile:
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        handle = self._file.fileno()
-        offsets = (np.asarray(starts) * TOKEN_BYTES).tolist()
-        sizes = (np.asarray(lengths) * TOKEN_BYTES).tolist()
-        for start, size in zip(offsets, sizes, strict=True):
-            os.posix_fadvise(handle, start, size, os.POSIX_FADV_WILLNEED)
+        for start, size in (np.stack([starts, lengths], axis=1) * TOKEN_BYTES).tolist():
+            os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def warm(self) -> None:
         """Read the whole file once in the background, if it fits well into free memory.
@@ -223,16 +196,8 @@ class StoredRagged(Ragged):
 
     Args:
         file: the file of tokens.
-        starts: int `[rows]`, first token of each row.
+        starts: int `[rows]`, first token of each row in the file.
         lengths: int `[rows]`, tokens of each row.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.array([5, 6, 7, 8], "<i4").tofile(f"{folder}/tokens")
-        ...     file = TokenFile(f"{folder}/tokens")
-        ...     StoredRagged(file, np.array([0, 3]), np.array([3, 1])).take([1, 0]).tolist()
-        [[8], [5, 6, 7]]
     """
 
     _file: TokenFile

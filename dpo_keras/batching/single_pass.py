@@ -30,14 +30,7 @@ class Part(NamedTuple):
     batch: Batch
 
     def put(self, found: np.ndarray, results: np.ndarray) -> int:
-        """Put the results of a batch where its pairs are, and return the number of pairs.
-
-        Args:
-            found: `[rows * pairs, …]`, results per pair slot.
-            results: `[N, …]`, results per pair. It is changed.
-
-        Returns:
-            The number of pairs in the batch.
+        """Copy results per pair slot into `results` per pair; return the number of pairs.
 
         Example:
             >>> results = np.zeros(3)
@@ -133,11 +126,11 @@ def batch_from_strings(
         >>> batch_from_strings(Letters(), ["a"], ["b"], length=4)["token_ids"].tolist()
         [[[97, 98, 2, 0]]]
     """
-    counts = {len(prompts), len(responses), len(prompts if responses_b is None else responses_b)}
-    if len(counts) > 1:
-        others = "" if responses_b is None else f" and {len(responses_b)} other responses"
-        rule = f"must be as many, got {len(prompts)} prompts, {len(responses)} responses{others}"
-        raise InputError(InputProblem("prompts and responses", rule))
+    others = responses if responses_b is None else responses_b
+    if not len(prompts) == len(responses) == len(others):
+        more = "" if responses_b is None else f" and {len(others)} other responses"
+        rule = f"must be as many as prompts, got {len(prompts)} prompts, {len(responses)} responses"
+        raise InputError(InputProblem("responses", rule + more))
     encoder = TextEncoder(preprocessor)
     prompt, first = encoder.prompts(prompts), encoder.responses(responses)
     second = first if responses_b is None else encoder.responses(responses_b)

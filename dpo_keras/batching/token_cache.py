@@ -47,11 +47,11 @@ def cached_tokens(
     """Open the tokens of a built directory; make those that are missing first.
 
     Tokenization continues where an earlier process stopped. Processes that want the same tokens
-    wait for the one that makes them.
+    wait for the one that makes them. Tokens are made for all pairs up to `pairs.extent`, so that
+    every split finds its own; about 50 bytes per pair of `pairs` stay in memory.
 
     Args:
-        pairs: all pairs of the directory, or some. Tokens are made for all up to `pairs.extent`, so
-            that every split finds its own. About 50 bytes per pair of `pairs` stay in memory.
+        pairs: all pairs of the directory, or some.
         key: everything that the tokens depend on. It names the folder.
         chunks: makes the tokens, from the pair of the given number on.
         cache: parent of the folder; None takes `tokens/` in the directory.
@@ -75,10 +75,8 @@ def _write(folder: Path, key: dict[str, JSON], chunks: Callable[[int], Iterable[
     groups: dict[str, int] = {name: i for i, name in enumerate(progress["groups"])}
     with (folder / "tokens.bin").open("ab") as tokens, (folder / "rows.bin").open("ab") as rows:
         # What an earlier process wrote after its last commit does not count.
-        for file, size in (
-            (tokens, progress["tokens"] * TOKEN_BYTES),
-            (rows, report.kept * ROW.itemsize),
-        ):
+        sizes = (progress["tokens"] * TOKEN_BYTES, report.kept * ROW.itemsize)
+        for file, size in zip((tokens, rows), sizes, strict=True):
             file.truncate(size)
             file.seek(size)
 
@@ -86,14 +84,10 @@ def _write(folder: Path, key: dict[str, JSON], chunks: Callable[[int], Iterable[
             for file in (tokens, rows):
                 file.flush()
                 os.fsync(file.fileno())
-            content = {
-                "pairs": report.pairs,
-                "tokens": tokens.tell() // TOKEN_BYTES,
-                "groups": list(groups),
-                "key": key,
-                "report": asdict(report),
-            }
-            write_text(folder / "progress.json", json.dumps(content))
+            size = tokens.tell() // TOKEN_BYTES
+            now = {"pairs": report.pairs, "tokens": size, "groups": list(groups)}
+            now |= {"key": key, "report": asdict(report)}
+            write_text(folder / "progress.json", json.dumps(now))
 
         for number, (chunk, cuts) in enumerate(chunks(report.pairs), 1):
             laid, flat = _laid_out(chunk, cuts, tokens.tell() // TOKEN_BYTES, groups)
@@ -103,8 +97,8 @@ def _write(folder: Path, key: dict[str, JSON], chunks: Callable[[int], Iterable[
             if number % COMMIT == 0:
                 commit()
         commit()
-    sizes = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.bin")}
-    store = {"key": key, "groups": list(groups), "sizes": sizes, "report": asdict(report)}
+    written = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.bin")}
+    store = {"key": key, "groups": list(groups), "sizes": written, "report": asdict(report)}
     write_text(folder / "store.json", json.dumps(store))
     (folder / "progress.json").unlink()
 
@@ -126,9 +120,8 @@ def _laid_out(
     tokens: TokenizedPairs, cuts: np.ndarray, start: int, groups: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a chunk as rows and tokens of the files."""
-    parts = [tokens.prompt, tokens.chosen, tokens.rejected]
     rows = np.zeros(len(tokens), ROW)
-    for name, part in zip(("prompt", "chosen", "rejected"), parts, strict=True):
+    for name, part in zip(("prompt", "chosen", "rejected"), tokens.parts, strict=True):
         rows[name] = part.lengths
     ends = np.cumsum(tokens.tree_tokens)
     rows["start"] = start + ends - tokens.tree_tokens
@@ -139,7 +132,7 @@ def _laid_out(
         numbers = [groups.setdefault(name, len(groups)) for name in tokens.group_names]
         rows["group"] = np.array([*numbers, -1], np.int32)[tokens.group]
     rows["source"], rows["cuts"] = tokens.source, cuts
-    flat = [part[row] for row in range(len(tokens)) for part in parts]
+    flat = [part[row] for row in range(len(tokens)) for part in tokens.parts]
     return rows, np.concatenate([*flat, np.zeros(0, np.int32)]).astype("<i4")
 
 

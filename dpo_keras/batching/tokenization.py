@@ -87,14 +87,13 @@ def tokenize_pairs(
         >>> tokens.report.truncated_prompts
         1
     """
-    stored = isinstance(pairs, StoredPreferences)
     problems = []
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 4:
         problems.append(InputProblem("max_length", "must be an integer >= 4", max_length))
     if overlength not in get_args(Overlength):
         names = ", ".join(map(repr, get_args(Overlength)))
         problems.append(InputProblem("overlength", f"must be one of {names}", overlength))
-    if cache is not None and not stored:
+    if cache is not None and not isinstance(pairs, StoredPreferences):
         rule = f"is for pairs of a built directory, got {type(pairs).__name__}"
         problems.append(InputProblem("cache", rule))
     if problems:
@@ -135,9 +134,8 @@ class PairTokenizer:
         prompt, chosen, rejected, warnings = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
         whole = [part.take(kept) for part in (prompt, chosen, rejected)]
-        prompt, chosen, rejected = truncate(
-            whole[0], whole[1], whole[2], self.max_length, self.encoder.start
-        )
+        limits = (self.max_length, self.encoder.start)
+        prompt, chosen, rejected = truncate(whole[0], whole[1], whole[2], *limits)
         identical = np.zeros(len(kept), bool)
         for i in np.flatnonzero(chosen.lengths == rejected.lengths):
             identical[i] = np.array_equal(chosen[int(i)], rejected[int(i)])
@@ -146,19 +144,20 @@ class PairTokenizer:
             for cut, part in zip((prompt, chosen, rejected), whole, strict=True)
         )
         cuts = np.stack([cut_prompt, cut_chosen | cut_rejected, identical], axis=1)
-        groups = [records[i].group for i in kept]
-        margins = [records[i].margin for i in kept]
-        names = tuple(sorted({name for name in groups if name is not None}))
+        left = [records[i] for i in kept]
+        margins = [pair.margin or 0.0 for pair in left]
+        any_margin = any(pair.margin is not None for pair in left)
+        names = tuple(sorted({pair.group for pair in left if pair.group is not None}))
         numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         tokens = TokenizedPairs(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            preference=np.array([records[i].preference for i in kept], np.float32),
-            weight=np.array([records[i].weight for i in kept], np.float32),
+            preference=np.array([pair.preference for pair in left], np.float32),
+            weight=np.array([pair.weight for pair in left], np.float32),
             pad=self.encoder.pad,
-            group=np.array([numbers.get(g, -1) for g in groups], np.int32) if names else None,
-            margin=_margins(margins),
+            group=np.array([numbers.get(p.group, -1) for p in left], np.int32) if names else None,
+            margin=np.array(margins, np.float32) if any_margin else None,
             group_names=names,
             source=first + kept,
             max_length=self.max_length,
@@ -195,7 +194,7 @@ class PairTokenizer:
         lenient = replace(self, overlength="truncate")
         tokens, _ = lenient.tokenize(list(itertools.islice(pairs.whole, PROBE)))
         probe = hashlib.sha256()
-        for part in (tokens.prompt, tokens.chosen, tokens.rejected):
+        for part in tokens.parts:
             probe.update(json.dumps(part.tolist()).encode())
         return {
             "format": FORMAT,
@@ -264,10 +263,8 @@ class PairTokenizer:
         return np.flatnonzero(rule == ""), dropped
 
     def _blank(self, responses: Ragged) -> np.ndarray:
-        lengths = responses.lengths
-        return (lengths == 0) | (
-            (lengths == 1) & np.isin(first_tokens(responses), list(self.encoder.ends))
-        )
+        is_end = np.isin(first_tokens(responses), list(self.encoder.ends))
+        return (responses.lengths == 0) | ((responses.lengths == 1) & is_end)
 
     def _too_long(
         self, records: list[PreferencePair], rows: np.ndarray, total: np.ndarray, first: int
@@ -286,13 +283,6 @@ class PairTokenizer:
         return problems
 
 
-def _margins(margins: list[float | None]) -> np.ndarray | None:
-    if all(margin is None for margin in margins):
-        return None
-    # A pair without a margin asks for none.
-    return np.array([margin or 0.0 for margin in margins], np.float32)
-
-
 def _as_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
     records = list(pairs)
     if any(isinstance(pair, Mapping) for pair in records):
@@ -306,8 +296,7 @@ def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
         value = getattr(encoder.tokenizer, name, None)
         with contextlib.suppress(Exception):  # a custom tokenizer may have anything here
             value = value() if callable(value) else value
-            if isinstance(value, set):
-                value = sorted(value)
+            value = sorted(value) if isinstance(value, set) else value
             parts[name] = None if value is None else _digest(repr(value))
     return {
         "class": type(encoder.tokenizer).__name__,

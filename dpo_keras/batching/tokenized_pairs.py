@@ -88,14 +88,7 @@ class TokenizationReport:
         return cls(**{**values, "dropped": dropped})
 
     def summary(self, limit: int = 5) -> str:
-        """Describe the report in a few lines.
-
-        Args:
-            limit: number of dropped pairs to list. The rest are counted.
-
-        Returns:
-            Text for a terminal.
-        """
+        """Describe the report in a few lines, with at most `limit` of the dropped pairs."""
         lines = [
             f"{self.pairs} pairs, {self.kept} kept ({self.prompt_tokens} prompt tokens, "
             f"{self.response_tokens} response tokens, longest sequence {self.longest})."
@@ -168,6 +161,11 @@ class TokenizedPairs:
         return len(self.prompt)
 
     @property
+    def parts(self) -> tuple[Ragged, Ragged, Ragged]:
+        """The rows of `prompt`, `chosen` and `rejected`."""
+        return self.prompt, self.chosen, self.rejected
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of the longer of the two sequences (prompt + response), int64 `[N]`."""
         return self.prompt.lengths + np.maximum(self.chosen.lengths, self.rejected.lengths)
@@ -194,18 +192,14 @@ class TokenizedPairs:
         if self.identity is not None:
             return self.identity
         digest = hashlib.sha256(b"dpo_keras tokens 1")
-        for part in (self.prompt, self.chosen, self.rejected):
+        for part in self.parts:
             digest.update(np.ascontiguousarray(part.row_splits, "<i8").tobytes())
             digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
         return digest.hexdigest()
 
     def expect(self, rows: np.ndarray) -> None:
-        """Announce pairs that are about to be read, so that a disk can begin. Does not block.
-
-        Args:
-            rows: int `[n]` row numbers.
-        """
-        for part in (self.prompt, self.chosen, self.rejected):
+        """Announce the pairs of some rows, so that a disk can begin to read. Does not block."""
+        for part in self.parts:
             part.expect(rows)
 
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
@@ -213,9 +207,6 @@ class TokenizedPairs:
 
         Args:
             reference: float `[N, 2]` log-probs (chosen, rejected), all finite.
-
-        Returns:
-            A copy that shares the tokens.
 
         Raises:
             InputError: wrong shape, or values that are not finite.
@@ -230,14 +221,7 @@ class TokenizedPairs:
         return replace(self, reference=values)
 
     def take(self, rows: np.ndarray) -> TokenizedPairs:
-        """Return some of the pairs, in the given order. Tokens on disk are not read.
-
-        Args:
-            rows: int `[n]` row numbers.
-
-        Returns:
-            A new set of n pairs. Its report is that of the whole set.
-        """
+        """Return the pairs of some rows, with the report of all. Tokens on disk are not read."""
         rows = np.asarray(rows, np.int64)
 
         def pick(values: np.ndarray | None) -> np.ndarray | None:
@@ -261,16 +245,7 @@ class TokenizedPairs:
 def truncate(
     prompt: Ragged, chosen: Ragged, rejected: Ragged, max_length: int, start: int | None = None
 ) -> tuple[Ragged, Ragged, Ragged]:
-    """Cut pairs to `max_length` tokens: prompts from the left, then responses from the right.
-
-    A prompt keeps the `start` token that it begins with, and at least one token more.
-
-    Example:
-        >>> rows = [[[1, 5, 6, 7]], [[8, 9, 2]], [[8, 2]]]
-        >>> cut = truncate(*(Ragged.from_lists(r) for r in rows), max_length=5, start=1)
-        >>> [part.tolist() for part in cut]
-        [[[1, 7]], [[8, 9, 2]], [[8, 2]]]
-    """
+    """Cut prompts from the left, but for `start` and one token, then responses from the right."""
     lengths = prompt.lengths
     starts = np.zeros(len(prompt), bool)
     if start is not None:
@@ -304,9 +279,6 @@ def identity_of_rows(identity: str, rows: np.ndarray) -> str:
 
 
 def prompt_without_tokens(number: int) -> InputProblem:
-    """Describe the prompt that a response cannot follow."""
-    return InputProblem(
-        "",
-        f"prompt {number} has no token: nothing predicts its response's first token.",
-        hint="Give it some text, or use a tokenizer with a start token.",
-    )
+    """Describe the problem of a prompt that no response can follow."""
+    rule = f"prompt {number} has no token: nothing predicts its response's first token."
+    return InputProblem("", rule, hint="Give it some text, or use a tokenizer with a start token.")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_keras.batching import preference_dataset, token_cache, tokenization, tokenize_pairs
-from dpo_keras.batching.ragged import TokenFile
+from dpo_keras.batching.ragged import StoredRagged, TokenFile
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair, build_preferences
 
@@ -262,3 +262,14 @@ def test_workers_that_cannot_share_are_told(stored, tmp_path):
         preference_dataset(disk, batch_size=8, worker=(2, 2))
     with pytest.raises(InputError, match="pass replicas="):
         preference_dataset(disk, batch_size=8, batching="packed", rows=3, worker=(0, 2))
+
+
+def test_rows_of_a_file_are_read_when_they_are_taken(tmp_path):
+    np.array([5, 6, 7, 8], "<i4").tofile(tmp_path / "tokens")
+    file = TokenFile(tmp_path / "tokens")
+    rows = StoredRagged(file, np.array([0, 3]), np.array([3, 1], np.int32))
+    assert rows.take([1, 0]).tolist() == [[8], [5, 6, 7]]
+    assert rows.select([1]).tolist() == [[8]] and len(rows) == 2
+    rows.expect([0, 1])
+    with pytest.raises(InputError, match="is cut off"):
+        StoredRagged(file, np.array([3]), np.array([2])).take([0])
