@@ -173,8 +173,9 @@ def tokenize(
             cache=_token_folder(pairs, data, run) if stored else None,
         )
     except InputError as error:
-        # The arguments' names, as the configuration has them.
-        texts = [p.replace("template=", "data.template=") for p in error.problems]
+        keys = {key: f"data.{key}" for key in ("template", "overlength", "max_length")}
+        keys["cache"] = "data.tokens"
+        texts = [p.renamed(keys.get(p.argument, p.argument)) for p in error.problems]
         raise InputError([f"{name} pairs: {text}" for text in texts]) from error
     progress.note(f"{name}: {tokenized.report.summary()}")
     return tokenized

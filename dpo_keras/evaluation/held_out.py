@@ -10,8 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import Batching, TokenizedPairs, one_pass, pass_signature
-from dpo_keras.batching.single_pass import Part
+from dpo_keras.batching import Batching, Part, TokenizedPairs, one_pass, pass_signature
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference

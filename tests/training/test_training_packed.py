@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 from tiny import gpt2, llama
 
-from dpo_keras.batching import TokenizedPairs, collate, preference_dataset
-from dpo_keras.batching.packed_rows import collate_packed
+from dpo_keras.batching import TokenizedPairs, collate, collate_packed, preference_dataset
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss

@@ -1,4 +1,4 @@
-"""Byte-pair tokens are those that the vocabulary was made for, not those of unsplit text."""
+"""Byte-pair tokens are those that the vocabulary was made for, and KerasHub still has the names."""
 
 import json
 
@@ -7,7 +7,11 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
 
 from dpo_keras.batching import TextEncoder
-from dpo_keras.utils.keras_hub_internals import WORD_SPLITS, mend_word_splits
+from dpo_keras.utils.keras_hub_internals import (
+    WORD_SPLITS,
+    fast_byte_pair_encoding,
+    mend_word_splits,
+)
 
 TEXTS = [
     "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water  and   yeast.",
@@ -38,6 +42,19 @@ def test_gpt2_text_gets_the_tokens_of_the_original_library(original, tokenizer):
     assert TextEncoder(tokenizer).tokenize(TEXTS) == expected
     # KerasHub's own call on the same tokenizer agrees from then on, so generate() does too.
     assert [list(ids) for ids in tokenizer(TEXTS)] == expected
+
+
+def test_kerashub_still_has_the_private_names_that_are_used(tokenizer):
+    """KerasHub 0.32: `BytePairTokenizer.tokenize`, `_tokenizer` and `_use_tf_workflow`."""
+    assert mend_word_splits(tokenizer), "KerasHub moved its backend: see mend_word_splits"
+    encode = fast_byte_pair_encoding(tokenizer)
+    assert encode is not None, "KerasHub moved tokenize or its backend: see fast_byte_pair_encoding"
+    assert encode(TEXTS) == [list(ids) for ids in tokenizer(TEXTS)]
+
+
+def test_the_families_with_word_splits_are_those_of_kerashub():
+    missing = [name for name in WORD_SPLITS if not hasattr(keras_hub.models, name)]
+    assert not missing, f"KerasHub renamed these tokenizers: {missing}"
 
 
 @pytest.mark.parametrize(("name", "words"), [("Llama3Tokenizer", 2), ("QwenTokenizer", 5)])

@@ -261,8 +261,11 @@ def test_what_hugging_face_templates_use_is_there():
 
 def test_a_template_can_refuse_messages_and_the_pair_is_named(llama3, pair):
     refusing = ChatTemplate("{{ raise_exception('roles must alternate') }}", "strict")
-    with pytest.raises(InputError, match="pair 0: template 'strict' .*roles must alternate"):
+    with pytest.raises(
+        InputError, match="template 'strict' .*roles must alternate.*pair 0"
+    ) as error:
         tokenize_pairs([pair("Hi", "Hello!", "no")], llama3, template=refusing)
+    assert error.value.problems[0].argument == "template"
 
 
 @pytest.mark.parametrize(
@@ -291,5 +294,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused_with_the_place(llama3, p
 def test_invalid_jinja_and_unknown_names_are_input_errors():
     with pytest.raises(InputError, match="not valid Jinja, line 2"):
         ChatTemplate("\n{% if %}", "broken")
-    with pytest.raises(InputError, match="did you mean 'llama3'"):
+    with pytest.raises(InputError, match="did you mean 'llama3'") as error:
         get_template("lama3")
+    (problem,) = error.value.problems
+    assert problem.renamed("data.template").startswith("data.template 'lama3' is neither a file")

@@ -1,27 +1,23 @@
-"""Bin packing: pairs of differing size into rows of one capacity, by best fit."""
+"""Bin packing: pairs of different sizes into rows of one capacity, by best fit."""
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
-WINDOW = 1024  # pairs; a row takes no pair that comes later in the stream than that
+WINDOW = 1024  # pairs; a row takes no pair that is further behind in the stream
 
-Rows = list[list[int]]
+Rows: TypeAlias = list[list[int]]
+"""The numbers of the pairs in each row."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a row holds at most.
-
-    Args:
-        length: tokens.
-        slots: response tokens.
-        pairs: pairs.
-    """
+    """What a row holds at most: tokens, response tokens, pairs."""
 
     length: int
     slots: int
@@ -30,19 +26,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What each pair takes of a row.
-
-    Args:
-        tokens: int `[N]`, of prompt and both responses, each once.
-        responses: int `[N]`, of both responses.
-    """
+    """Tokens of each pair, int `[N]`: of its tree, and of both responses."""
 
     tokens: np.ndarray
     responses: np.ndarray
-
-    def total(self, rows: Rows) -> np.ndarray:
-        """Tokens in each row, int64 `[rows]`."""
-        return np.array([self.tokens[row].sum() for row in rows], np.int64)
 
 
 def best_fit(
@@ -52,26 +39,14 @@ def best_fit(
     rows: Rows | None = None,
     window: int = WINDOW,
 ) -> Rows:
-    """Packs a stream of pairs: each goes into the fullest row that still holds it.
+    """Pack a stream of pairs: each goes into the fullest row that still holds it.
 
     Pairs are taken as they come. Sorting them by size first (best fit decreasing) would fill rows
-    by another percent, but leaves rows of two long pairs and rows of twenty short ones; as they
-    come, rows are much alike in their number of pairs, and so are the steps made of them.
+    by one percent more, but makes rows of two long pairs and rows of twenty short ones. As they
+    come, rows hold similar numbers of pairs, and so do the steps that are made of them.
 
-    Args:
-        stream: int `[n]`, the pairs in order.
-        sizes: of all pairs.
-        capacity: of a row, no less than any pair.
-        rows: rows to fill up first; they are changed.
-        window: pairs after which a row takes no more, to keep the stream's order roughly.
-
-    Returns:
-        The rows, in the order in which they were begun.
-
-    Example:
-        >>> sizes = Sizes(np.array([6, 5, 4, 5]), np.array([2, 2, 2, 2]))
-        >>> best_fit(np.arange(4), sizes, Capacity(length=10, slots=8, pairs=4))
-        [[0, 2], [1, 3]]
+    `rows` are filled first, and changed. A row takes no pair more than `window` pairs later in the
+    stream, which roughly keeps the stream's order.
 
     References:
         D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing
@@ -110,20 +85,11 @@ def best_fit(
 
 
 def split_rows(rows: Rows, count: int) -> Rows:
-    """Makes more rows of the same pairs: the row of most pairs is halved, again and again.
+    """Make `count` rows of fewer: the row of most pairs is halved, until there are enough.
 
-    Args:
-        rows: at most `count` rows.
-        count: how many to make.
-
-    Returns:
-        That many rows; empty ones only where there are fewer pairs.
-
-    Example:
-        >>> split_rows([[0, 1, 2, 3], [4]], 3)
-        [[0, 1], [2, 3], [4]]
+    Empty rows are added only where there are fewer pairs than rows.
     """
-    # Rows stand where they stood: the key is (the row it was, the place of its first pair).
+    # Rows keep their order: the key is (the original row, the place of the first pair in it).
     heap = [(-len(row), number, 0, row) for number, row in enumerate(rows)]
     heapq.heapify(heap)
     while len(heap) < count and heap and heap[0][0] < -1:
@@ -136,33 +102,17 @@ def split_rows(rows: Rows, count: int) -> Rows:
 
 
 def squeeze_rows(rows: Rows, count: int, sizes: Sizes, capacity: Capacity) -> Rows | None:
-    """Makes fewer rows of the same pairs: the emptiest are dissolved into the others.
+    """Make at most `count` rows of more; None where that fails.
 
-    Their pairs are packed again by best fit decreasing; if that does not do, twice as many rows are
-    dissolved, and at last all.
-
-    Args:
-        rows: more than `count` rows.
-        count: how many to make.
-        sizes: of all pairs.
-        capacity: of a row.
-
-    Returns:
-        At most that many rows, or None where they were not found.
-
-    Example:
-        >>> sizes = Sizes(np.array([6, 4, 4, 6]), np.ones(4, int))
-        >>> squeeze_rows([[1, 2], [0], [3]], 2, sizes, Capacity(10, 10, 10))
-        [[0, 1], [3, 2]]
+    The emptiest rows are dissolved, and their pairs packed into the others by best fit decreasing.
+    If that is not enough, twice as many rows are dissolved, and finally all.
     """
-    fullest = np.argsort(-sizes.total(rows), kind="stable")
+    fullest = np.argsort([-sizes.tokens[row].sum() for row in rows], kind="stable")
     dissolved = 2 * (len(rows) - count)
     while True:
         dissolved = min(dissolved, len(rows))
         kept = [list(rows[number]) for number in fullest[: len(rows) - dissolved]]
-        loose = np.array(
-            [pair for number in fullest[len(kept) :] for pair in rows[number]], np.int64
-        )
+        loose = np.array([pair for i in fullest[len(kept) :] for pair in rows[i]], np.int64)
         loose = loose[np.argsort(-sizes.tokens[loose], kind="stable")]
         found = best_fit(loose, sizes, capacity, kept, window=max(len(loose), 1))
         if len(found) <= count:

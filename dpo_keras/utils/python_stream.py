@@ -1,4 +1,4 @@
-"""Python functions inside a `tf.data` pipeline, which let the interpreter end."""
+"""A `tf.data` pipeline over batches that Python makes by number, and that lets Python end."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.collate import Batch
-
 _mutexes: list[tf.Tensor] = []
 
 
 class PythonCalls:
-    """Calls Python from one pipeline, one call at a time and none once the interpreter ends.
+    """Calls Python from a pipeline, one call at a time and none after the interpreter ends.
 
-    A thread that calls Python while the interpreter shuts down is ended by it in the middle of the
-    call. TensorFlow goes on waiting for that call, and the interpreter, as it destroys the
-    iterator, for TensorFlow: the process hangs for ever. A prefetching pipeline calls Python at any
-    time, so a program that merely leaves an iterator behind hangs now and then.
+    While the interpreter shuts down, it ends a thread that calls Python in the middle of the call.
+    TensorFlow keeps waiting for that call, and the interpreter, which destroys the iterator, keeps
+    waiting for TensorFlow: the process hangs. A prefetching pipeline calls Python at any time, so a
+    program that only leaves an iterator behind hangs now and then.
 
-    Each call is therefore made under a mutex of TensorFlow. Before the interpreter shuts down it
-    takes the mutex, which waits for the call in progress, and keeps it. A later call waits in
+    Each call is therefore made under a mutex of TensorFlow. The interpreter takes the mutex before
+    it shuts down, which waits for the call in progress, and keeps it. A later call waits in
     TensorFlow, without Python, until the iterator is destroyed and cancels it.
 
     Example:
@@ -36,7 +34,7 @@ class PythonCalls:
     """
 
     def __init__(self) -> None:
-        """Makes the mutex, outside any function that is being traced."""
+        # The mutex is made outside any function that is being traced.
         with tf.init_scope(), tf.device("CPU:0"):
             self._mutex = tf.raw_ops.MutexV2(shared_name=f"dpo_keras_python_calls_{len(_mutexes)}")
         _mutexes.append(self._mutex)
@@ -48,13 +46,13 @@ class PythonCalls:
         types: Sequence[tf.DType],
         stateful: bool = False,
     ) -> list[tf.Tensor]:
-        """`tf.numpy_function`, one call at a time.
+        """Call a function as `tf.numpy_function` does, one call at a time.
 
         Args:
-            function: of arrays, to a list of arrays.
+            function: takes arrays and returns a list of arrays.
             inputs: tensors.
-            types: of the results.
-            stateful: whether equal inputs may bring other results.
+            types: types of the results.
+            stateful: whether equal inputs may give different results.
 
         Returns:
             The results, of unknown shapes.
@@ -62,8 +60,8 @@ class PythonCalls:
         lock = tf.raw_ops.MutexLock(mutex=self._mutex)
         with tf.control_dependencies([lock]):
             results = tf.numpy_function(function, inputs, list(types), stateful)
-        # The lock ends with its tensor, also where the function fails or is cancelled; it must
-        # only live as long as the call.
+        # The lock ends with its tensor, also where the function fails or is cancelled. It must only
+        # live as long as the call.
         with tf.control_dependencies(results):
             consumed = tf.raw_ops.ConsumeMutexLock(mutex_lock=lock)
         with tf.control_dependencies([consumed]):
@@ -74,13 +72,9 @@ class PythonCalls:
 def _end_calls() -> None:
     for mutex in _mutexes:
         lock = tf.raw_ops.MutexLock(mutex=mutex)
-        # Never freed, hence never given back: a variable of this module would be, before iterators
-        # that live longer than it.
+        # Never freed, hence never given back. A variable of this module would be freed before
+        # iterators that live longer than it.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(lock))
-
-
-# The dimensions in which batches of different buckets differ.
-DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
 
 class Source(NamedTuple):
@@ -88,21 +82,26 @@ class Source(NamedTuple):
 
     Args:
         steps: batches per epoch.
-        make: the batch of an epoch and a step of it.
+        make: makes the batch of an epoch and step, a dict of arrays.
         signature: shapes and types of all batches.
     """
 
     steps: int
-    make: Callable[[int, int], Batch]
+    make: Callable[[int, int], Mapping[str, object]]
     signature: dict[str, tf.TensorSpec]
 
 
-def signature_of(sample: Batch, dynamic: Mapping[str, int]) -> dict[str, tf.TensorSpec]:
-    """The shapes and types of batches.
+def signature_of(
+    sample: Mapping[str, object], dynamic: Mapping[str, int]
+) -> dict[str, tf.TensorSpec]:
+    """Return the shapes and types of batches.
 
     Args:
-        sample: one of them.
-        dynamic: the dimension that differs between batches, of each tensor that has one.
+        sample: one of them, arrays by name.
+        dynamic: for some names, the dimension that differs between batches.
+
+    Returns:
+        A spec per name, None in the dimension that differs.
 
     Example:
         >>> signature_of({"owner": np.zeros((2, 8), np.int32)}, {"owner": 1})["owner"].shape
@@ -110,37 +109,37 @@ def signature_of(sample: Batch, dynamic: Mapping[str, int]) -> dict[str, tf.Tens
     """
     signature = {}
     for name, value in sample.items():
-        shape: list[int | None] = list(value.shape)
+        array = np.asarray(value)
+        shape: list[int | None] = list(array.shape)
         if name in dynamic:
             shape[dynamic[name]] = None
-        signature[name] = tf.TensorSpec(shape, value.dtype, name=name)
+        signature[name] = tf.TensorSpec(shape, array.dtype, name=name)
     return signature
 
 
 def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
-    """The batches of a source from one step on, made while the model computes.
+    """Return the batches of a source from one step on, made while the model computes.
 
     Args:
-        source: of the batches.
-        start: number of the first global batch.
-        total: one past the last; None never ends. Where it is given and `start` is 0, iterating
-            again goes on to the next `total` batches.
+        source: the batches.
+        start: number of the first batch over all epochs.
+        total: one past the last; None never ends. If it is given and `start` is 0, iterating again
+            continues with the next `total` batches.
 
     Returns:
         A dataset of known cardinality, deterministic, prefetching.
     """
     signature = source.signature
     names = list(signature)
-    advances = total is not None and start == 0
-    iterations = itertools.count()
     calls = PythonCalls()
+    iterations = itertools.count()
+    advance = 0 if total is None or start else total  # from one iteration to the next
 
     def first_step() -> list[np.int64]:
-        iteration = next(iterations)
-        return [np.int64(start + (iteration * total if advances and total is not None else 0))]
+        return [np.int64(start + next(iterations) * advance)]
 
-    def arrays(step: np.ndarray) -> list[np.ndarray]:
-        batch = source.make(*divmod(int(step), source.steps))
+    def arrays(step: np.ndarray) -> list[object]:
+        batch = dict(source.make(*divmod(int(step), source.steps)))
         return [batch[name] for name in names]
 
     def load(step: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -164,6 +163,6 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(cardinality))
     options = tf.data.Options()
     options.deterministic = True
-    # There are no files to share out: workers cut each global batch by its rows instead.
+    # There are no files to share out: workers cut each batch by its rows instead.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)

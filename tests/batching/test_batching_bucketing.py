@@ -72,7 +72,7 @@ def test_rounding_never_leads_beyond_max_length():
 def test_given_lengths_are_used():
     plan = plan_buckets(of_lengths([5, 20, 31]), 1, buckets=[40, 10])
     assert plan.lengths == (10, 40) and plan.bucket.tolist() == [0, 1, 1]
-    with pytest.raises(InputError, match="must hold the longest pair, 31 tokens"):
+    with pytest.raises(InputError, match="buckets must hold the longest pair, 31 tokens"):
         plan_buckets(of_lengths([5, 31]), 1, buckets=[10, 30])
 
 
@@ -118,7 +118,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(plan):
     first = epoch_order(plan, 8, seed=1, epoch=2)
     again = epoch_order(plan, 8, seed=1, epoch=2)
     assert (first.rows == again.rows).all() and (first.bucket == again.bucket).all()
-    for other in (dict(seed=2, epoch=2), dict(seed=1, epoch=3)):
+    for other in ({"seed": 2, "epoch": 2}, {"seed": 1, "epoch": 3}):
         assert (epoch_order(plan, 8, **other).rows != first.rows).any()
 
 

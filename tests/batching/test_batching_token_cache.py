@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dpo_keras.batching import preference_dataset, tokenize_pairs
-from dpo_keras.batching import token_cache as token_writing
-from dpo_keras.batching.ragged import TokenFile
+from dpo_keras.batching import preference_dataset, token_cache, tokenization, tokenize_pairs
+from dpo_keras.batching.ragged import StoredRagged, TokenFile
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair, build_preferences
 
@@ -53,8 +52,8 @@ def stored(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(token_writing, "CHUNK", 16)
-    monkeypatch.setattr(token_writing, "COMMIT", 2)
+    monkeypatch.setattr(tokenization, "PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(token_cache, "COMMIT", 2)
 
 
 def same_tokens(one, other):
@@ -152,7 +151,7 @@ def test_a_killed_tokenization_goes_on_where_it_was(stored, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert json.loads((folder / "progress.json").read_text())["pairs"] == 64
     for name in ("tokens.bin", "rows.bin"):  # what came after the last commit does not count
-        with open(folder / name, "ab") as file:
+        with (folder / name).open("ab") as file:
             file.write(b"torn")
     rest = Letters()
     disk = tokenize_pairs(stored, rest, max_length=24, cache=tmp_path)
@@ -192,8 +191,9 @@ def test_what_cannot_be_is_one_message(stored, tmp_path):
         tokenize_pairs(stored, Letters(), max_length=4, overlength="error", cache=tmp_path)
     assert "pair 0 (id 'id0')" in str(error.value)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="tokens cannot be written"):
+    with pytest.raises(InputError, match="tokens cannot be written") as error:
         tokenize_pairs(stored, Letters(), cache=tmp_path / "file" / "x")
+    assert error.value.problems[0].argument == "cache"
 
 
 def test_damaged_records_are_never_tokenized(stored, tmp_path):
@@ -262,3 +262,14 @@ def test_workers_that_cannot_share_are_told(stored, tmp_path):
         preference_dataset(disk, batch_size=8, worker=(2, 2))
     with pytest.raises(InputError, match="pass replicas="):
         preference_dataset(disk, batch_size=8, batching="packed", rows=3, worker=(0, 2))
+
+
+def test_rows_of_a_file_are_read_when_they_are_taken(tmp_path):
+    np.array([5, 6, 7, 8], "<i4").tofile(tmp_path / "tokens")
+    file = TokenFile(tmp_path / "tokens")
+    rows = StoredRagged(file, np.array([0, 3]), np.array([3, 1], np.int32))
+    assert rows.take([1, 0]).tolist() == [[8], [5, 6, 7]]
+    assert rows.select([1]).tolist() == [[8]] and len(rows) == 2
+    rows.expect([0, 1])
+    with pytest.raises(InputError, match="is cut off"):
+        StoredRagged(file, np.array([3]), np.array([2])).take([0])
