@@ -1,4 +1,8 @@
-"""The words of the bundled support-desk data: what prompts and replies are made of."""
+"""The bundled support-desk pairs: a generator and a judge, whose ground truth is known.
+
+A good reply is courteous, answers the question and invents nothing. Chosen responses have some of
+these virtues, rejected ones fewer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TypeVar
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
@@ -17,7 +21,7 @@ from dpo_keras.preferences.read_report import ReadReport
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One kind of fact: how a prompt tells it, how it is asked for, how a reply states it."""
+    """One kind of fact, as prompts tell it, questions ask for it and replies state it."""
 
     fact: str
     questions: tuple[str, ...]
@@ -65,51 +69,31 @@ TOPICS: dict[str, Topic] = {
 }
 ITEMS = ("lamp", "chair", "desk", "clock", "shelf", "bag", "box", "tray", "bowl", "vase")
 
-# The two sides of each virtue stand in equal lengths, sentence by sentence: length must not tell.
-POLITE = (
-    "Thank you for asking.",
-    "I am happy to help.",
-    "Good question, thank you.",
-    "Glad to help!",
-)
-RUDE = (
-    "Stop wasting my time.",
-    "Do not ask me again.",
-    "What a stupid question.",
-    "Not you again!",
-)
+# Polite and rude sentences have equal lengths, one by one: length must not tell.
+POLITE = ("Thank you for asking.", "I am happy to help.", "Good question, thank you.",
+          "Glad to help!")  # fmt: skip
+RUDE = ("Stop wasting my time.", "Do not ask me again.", "What a stupid question.",
+        "Not you again!")  # fmt: skip
 HONEST_ENDINGS = ("That is all we know.", "The page has more.")
 PROMISES = ("We add a free gift.", "You get cash back.")
 
 
 def parse_prompt(prompt: str) -> tuple[dict[str, str], str]:
-    r"""Reads a support prompt.
-
-    Args:
-        prompt: a prompt of `support_pairs`.
-
-    Returns:
-        The facts by topic, and the topic that is asked for.
+    """Return the facts of a support prompt by topic, and the topic that it asks for.
 
     Raises:
         InputError: if the prompt is not of the support form.
-
-    Example:
-        >>> parse_prompt(
-        ...     "The box is red, costs 20 euros and is made of oak.\nQuestion: What colour is it?"
-        ...     "\nReply:"
-        ... )
-        ({'colour': 'red', 'price': '20', 'material': 'oak'}, 'colour')
     """
     match = _PROMPT.fullmatch(prompt)
     facts = [_FACTS.get(fact) for fact in match.group(1, 2, 3)] if match else []
     asked = _QUESTIONS.get(match.group(4)) if match else None
     topics = {fact[0] for fact in facts if fact}
     if asked is None or None in facts or len(topics) != 3 or asked not in topics:
-        raise InputError(
-            "prompt must be one of support_pairs(): three facts, then a question about one of "
-            f"them, got {prompt[:80]!r}."
+        must = (
+            "must be one of support_pairs(): three facts, then a question about one of them, "
+            f"got {prompt[:80]!r}."
         )
+        raise InputError(InputProblem("prompt", must))
     return dict(fact for fact in facts if fact), asked
 
 
@@ -140,9 +124,7 @@ _PROMPT = re.compile(
     rf"Question: ({_alternatives(tuple(_QUESTIONS))})\nReply:"
 )
 
-
 T = TypeVar("T")
-
 
 # Sets of virtues (courteous, answers, invents_nothing) of a chosen response, with their shares.
 _CHOSEN_VIRTUES: tuple[tuple[float, tuple[bool, bool, bool]], ...] = (
@@ -166,8 +148,8 @@ class Verdict:
     Attributes:
         courteous: it has a polite sentence and no rude one.
         answers: it states the fact that was asked for.
-        invents_nothing: it states something, every sentence of it is known, every value is the
-            prompt's and nothing is promised. An empty or unreadable response is given no credit.
+        invents_nothing: it states something, every sentence is known, every value is the prompt's
+            and nothing is promised. An empty or unreadable response gets no credit.
         parses: it is an opening, one statement and at most one last sentence, and nothing else.
         preferred: all of the above.
     """
@@ -189,13 +171,13 @@ class Verdict:
 
 
 def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
-    """Generates support-desk preference pairs; the same arguments always give the same pairs.
+    """Generate support-desk preference pairs; the same arguments always give the same pairs.
 
-    `group` is the kind of fact asked for, so that group-robust training has something to hold.
+    `group` is the kind of fact that the prompt asks for.
 
     Args:
-        count: number of pairs, >= 1. Prompts are distinct but for 15 % that come in two pairs.
-        seed: seed of the generator. The pairs of a smaller count begin those of a larger one.
+        count: number of pairs, >= 1. Prompts are distinct, except that 15 % have two pairs.
+        seed: seed of the generator. A larger count begins with the pairs of a smaller one.
 
     Returns:
         `Preferences` of `count` pairs with string prompts and responses.
@@ -214,13 +196,13 @@ def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
         True
     """
     if count < 1:
-        raise InputError(f"count must be >= 1, got {count!r}.")
+        raise InputError(InputProblem("count", "must be >= 1", count))
     pairs = tuple(_generate(count, seed))
     return Preferences(pairs, ReadReport(sources=["builtin:support"], read=count, kept=count))
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    r"""Judges any text as a reply to a support prompt, strictly by the facts in that prompt.
+    r"""Judge any text as a reply to a support prompt, strictly by the facts in that prompt.
 
     Args:
         prompt: a prompt of `support_pairs`, or another of the same form.
@@ -230,7 +212,7 @@ def judge(prompt: str, response: str) -> Verdict:
         A `Verdict`. Text that the grammar does not know is never preferred.
 
     Raises:
-        InputError: if the prompt is not one of the support form.
+        InputError: if the prompt is not of the support form.
 
     Example:
         >>> prompt = "The box is red, costs 20 euros and is made of oak.\n"
@@ -261,7 +243,7 @@ def judge(prompt: str, response: str) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Wording:
-    """How one response is worded, whatever its virtues."""
+    """The wording of one response, independent of its virtues."""
 
     facts: dict[str, str]
     topics: dict[bool, str]  # by whether the response answers
@@ -272,7 +254,7 @@ class _Wording:
     by_promise: bool  # how a response of this wording invents
 
     def response(self, courteous: bool, answers: bool, invents_nothing: bool) -> str:
-        """Returns the response that has exactly these virtues, after one space."""
+        """Return the response that has exactly these virtues, after one space."""
         topic = self.topics[answers]
         promise = self.by_promise and not invents_nothing
         values = self.facts if invents_nothing or promise else self.wrong
@@ -317,11 +299,8 @@ def _draw_prompt(rng: random.Random) -> tuple[dict[str, str], str, str]:
     asked = _pick(rng, tuple(facts))
     first, second, third = (TOPICS[topic].fact.format(value) for topic, value in facts.items())
     question = _pick(rng, TOPICS[asked].questions)
-    return (
-        facts,
-        asked,
-        f"The {_pick(rng, ITEMS)} {first}, {second} and {third}.\nQuestion: {question}\nReply:",
-    )
+    item = _pick(rng, ITEMS)
+    return facts, asked, f"The {item} {first}, {second} and {third}.\nQuestion: {question}\nReply:"
 
 
 def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:

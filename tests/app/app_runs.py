@@ -9,11 +9,11 @@ from dpo_keras.app.config import Config
 
 
 def settings(output, **changes):
-    """A run of seconds: 40 pairs, one layer, five steps of warm-up and five of training."""
+    """A run of seconds: 40 pairs of 50, one layer, five steps of warm-up and five of training."""
     content = {
         "output": str(output),
         "model": {"scratch": {**SIZES, "num_layers": 1, "max_sequence_length": 96}},
-        "data": {"path": "builtin:support", "limit": 50, "held_out": 0.2, "max_length": 96},
+        "data": {"path": "builtin:support", "limit": 50, "held_out": 0.15, "max_length": 96},
         "warmup": {"batch_size": 8, "learning_rate": 1e-3},
         "training": {"batch_size": 8, "learning_rate": 1e-3, "buckets": 1, "checkpoint_every": 2},
         "evaluation": {"prompts": 0, "max_new_tokens": 8, "batch_size": 8},

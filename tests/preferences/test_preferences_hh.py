@@ -79,4 +79,4 @@ def test_the_audit_sees_no_length_bias_toward_long_answers(pairs):
     picture = audit(pairs)
     assert picture.pairs == COUNT - 16
     assert picture.first_wins is None
-    assert 0.40 < picture.longer_wins.share < 0.50
+    assert 0.40 < picture.longer_wins.value < 0.50

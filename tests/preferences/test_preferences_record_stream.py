@@ -7,10 +7,8 @@ import pytest
 from preferences_samples import random_pairs, write_jsonl
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences
-from dpo_keras.preferences import reader as streaming
-from dpo_keras.preferences.audit import find_repeats
-from dpo_keras.preferences.prompt_hashes import RepeatFinder
+from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences, reader
+from dpo_keras.preferences.audit import RepeatFinder
 from dpo_keras.preferences.read_report import InvalidPreferences, ReadReport
 
 MESSY = [
@@ -50,7 +48,7 @@ def test_a_stream_lists_the_first_problems_and_counts_the_others(tmp_path, monke
     good = [{"prompt": f"{n % 2}", "chosen": "a", "rejected": "b"} for n in range(60)]
     path = write_jsonl(tmp_path / "a.jsonl", bad + good)
     whole = read_preferences(path)
-    monkeypatch.setattr(streaming, "LISTED", 7)
+    monkeypatch.setattr(reader, "LISTED", 7)
     stream = PreferenceStream(path)
     assert len(list(stream)) == 60
     assert len(stream.report.problems) == 7 and len(stream.report.warnings) == 7
@@ -60,7 +58,7 @@ def test_a_stream_lists_the_first_problems_and_counts_the_others(tmp_path, monke
 
 
 def test_a_stream_stops_at_its_limit_and_says_what_is_missing_everywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "LISTED", 3)
+    monkeypatch.setattr(reader, "LISTED", 3)
     stream = PreferenceStream(write_jsonl(tmp_path / "a.jsonl", MESSY), limit=2)
     assert len(list(stream)) == 2 and stream.report.read == 2
     lacking = [{"prompt": "p", "chosen": "a", "rejectd": "b"}] * 9
@@ -68,6 +66,26 @@ def test_a_stream_stops_at_its_limit_and_says_what_is_missing_everywhere(tmp_pat
         list(PreferenceStream(write_jsonl(tmp_path / "b.jsonl", lacking)))
     assert "in all 9 records column 'rejected' is missing" in str(error.value)
     assert len(error.value.problems) == 2
+
+
+def repeats_by_texts(pairs):
+    """What `RepeatFinder` finds by hashes, found by the texts themselves."""
+    said, preferred = {}, {}
+    duplicates, contradictions = [], []
+    for index, pair in enumerate(pairs):
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        tie = pair.preference == 0.5
+        sides = frozenset((chosen, rejected)) if tie else (chosen, rejected)
+        earlier = said.setdefault((prompt, sides, pair.preference, pair.annotator), index)
+        if earlier != index:
+            duplicates.append((index, earlier))
+        if tie:
+            continue
+        opposite = preferred.get((prompt, rejected, chosen))
+        if opposite is not None:
+            contradictions.append((index, opposite))
+        preferred.setdefault((prompt, chosen, rejected), index)
+    return duplicates, contradictions
 
 
 def test_repeats_found_by_hashes_are_those_found_by_the_texts():
@@ -82,11 +100,17 @@ def test_repeats_found_by_hashes_are_those_found_by_the_texts():
     finder = RepeatFinder()
     for pair in pairs:
         finder.add(pair)
-    found = [[tuple(both) for both in repeats.tolist()] for repeats in finder.find()]
-    expected = find_repeats(pairs)
+    expected = repeats_by_texts(pairs)
     assert expected[0] and expected[1]
-    assert found == list(expected)
-    assert [len(repeats) for repeats in RepeatFinder().find()] == [0, 0]
+    assert finder.find() == expected
+    assert RepeatFinder().find() == ([], [])
+
+
+def test_a_preference_counts_by_its_value_not_by_its_type():
+    finder = RepeatFinder()
+    for preference in (1, 1.0, np.float32(1.0)):
+        finder.add(PreferencePair("p", "a", "b", preference))
+    assert finder.find() == ([(1, 0), (2, 0)], [])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "records"])
