@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from app_runs import settings, steps_of
+from app_runs import HELD_OUT, SEED, settings, steps_of
 from app_tiny import SIZES, TEXTS
 
 from dpo_keras.app import runs
@@ -50,20 +50,16 @@ def test_a_run_begun_before_memory_and_disk_had_one_split_keeps_its_sides(tmp_pa
                 raise Stop
 
     with monkeypatch.context() as earlier, pytest.raises(Stop):
-        earlier.setattr(
-            Preferences,
-            "split",
-            lambda pairs, fraction, seed, by: earlier_split(pairs, fraction, seed, by),
-        )
+        earlier.setattr(Preferences, "split", earlier_split)
         runs.train(config, progress=Stopping())
     begun = tmp_path / "run" / "data.json"
     content = json.loads(begun.read_text())
     assert content.pop("split")  # earlier versions wrote the fingerprints alone
     begun.write_text(json.dumps(content))
     result = runs.train(config, resume=True)
-    sides = earlier_split(support_pairs(50), 0.15, 0, "prompt")
+    sides = earlier_split(support_pairs(50), HELD_OUT, SEED, "prompt")
     assert result.pairs == {"train": len(sides[0]), "held_out": len(sides[1]), "dropped": 0}
-    assert [list(side) for side in sides] != [list(side) for side in support_pairs(50).split(0.15)]
+    assert sides[1] != support_pairs(50).split(HELD_OUT, seed=SEED)[1]
 
 
 def turn(role, content):
