@@ -62,19 +62,8 @@ class Audit:
         values = asdict(self)
         for name in ("duplicates", "contradictions"):
             values[name] = [list(both) for both in values[name]]
-        for name in ("longer_wins", "first_wins"):
-            share: Estimate | None = getattr(self, name)
-            values[name] = (
-                None
-                if share is None
-                else {
-                    "count": successes(share),
-                    "total": share.count,
-                    "share": share.value,
-                    "low": share.low,
-                    "high": share.high,
-                }
-            )
+        values["longer_wins"] = _share_dict(self.longer_wins)
+        values["first_wins"] = self.first_wins and _share_dict(self.first_wins)
         return values
 
     def summary(self) -> str:
@@ -83,12 +72,12 @@ class Audit:
             f"{self.pairs:,} pairs on {self.prompts:,} prompts; {self.ties:,} ties, "
             f"{self.soft:,} soft preferences, {self.zero_weight:,} of weight 0"
         ]
-        for name, units in self.lengths.items():
-            for unit, values in units.items():
-                lines.append(
-                    f"{name} {unit}: median {values['50']:.0f}, "
-                    f"90 % up to {values['90']:.0f}, longest {values['100']:.0f}"
-                )
+        lines += [
+            f"{name} {unit}: median {values['50']:.0f}, 90 % up to {values['90']:.0f}, "
+            f"longest {values['100']:.0f}"
+            for name, units in self.lengths.items()
+            for unit, values in units.items()
+        ]
         lines.append(f"duplicates: {len(self.duplicates):,}")
         lines.append(f"contradictions: {len(self.contradictions):,}")
         lines.append(f"the longer response wins: {share_text(self.longer_wins)}")
@@ -102,9 +91,13 @@ class Audit:
         return "\n".join(lines)
 
 
-def successes(share: Estimate) -> int:
-    """Return how many successes a share counts."""
+def _successes(share: Estimate) -> int:
     return round((share.value or 0.0) * share.count)
+
+
+def _share_dict(share: Estimate) -> dict[str, JSON]:
+    counts = {"count": _successes(share), "total": share.count}
+    return {**counts, "share": share.value, "low": share.low, "high": share.high}
 
 
 def share_text(share: Estimate) -> str:
@@ -118,7 +111,7 @@ def share_text(share: Estimate) -> str:
         return "none to count"
     low, high = 100 * share.low, 100 * share.high
     interval = f"95 % interval {low:.1f} to {high:.1f} %"
-    return f"{successes(share):,} of {share.count:,} ({100 * share.value:.1f} %, {interval})"
+    return f"{_successes(share):,} of {share.count:,} ({100 * share.value:.1f} %, {interval})"
 
 
 def audit(pairs: Iterable[PreferencePair]) -> Audit:
@@ -241,15 +234,8 @@ def _lengths(texts: Sequence[Text]) -> dict[str, dict[str, float]]:
     plain = [plain_text(text) for text in texts]
     counts = {"characters": list(map(len, plain)), "words": [len(text.split()) for text in plain]}
     return {
-        unit: {
-            "mean": float(np.mean(values)),
-            **{
-                str(percentile): float(value)
-                for percentile, value in zip(
-                    PERCENTILES, np.percentile(values, PERCENTILES), strict=True
-                )
-            },
-        }
+        unit: {"mean": float(np.mean(values))}
+        | {str(place): float(np.percentile(values, place)) for place in PERCENTILES}
         for unit, values in counts.items()
     }
 

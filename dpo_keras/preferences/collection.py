@@ -35,19 +35,11 @@ def hash64(*parts: bytes) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def text_hash(text: Text) -> int:
-    """Return the 64 bits that stand for a text where texts do not fit into memory."""
-    return hash64(text_bytes(text))
-
-
 class PairSequence(Sequence[PreferencePair]):
-    """Pairs in a fixed order: what `Preferences` and `StoredPreferences` share.
-
-    Attributes:
-        report: how the pairs were read.
-    """
+    """Pairs in a fixed order: what `Preferences` and `StoredPreferences` share."""
 
     report: ReadReport
+    """How the pairs were read."""
 
     @property
     @abstractmethod
@@ -57,6 +49,23 @@ class PairSequence(Sequence[PreferencePair]):
     @abstractmethod
     def select(self, rows: np.ndarray) -> Self:
         """Return the pairs at `rows`, int `[n]`, ascending."""
+
+    @abstractmethod
+    def _pair(self, row: int) -> PreferencePair: ...
+
+    @overload
+    def __getitem__(self, index: int) -> PreferencePair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> PreferencePair | Self:
+        """Return one pair, or the pairs of a slice."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._pair(index % len(self))
 
     def split(self, fraction: float, seed: int = 0, by: str = "prompt") -> tuple[Self, Self]:
         """Split into training and held-out pairs; no prompt is ever on both sides.
@@ -102,7 +111,8 @@ class PairSequence(Sequence[PreferencePair]):
         values = None if by == "prompt" else _value_hashes(self, by)
         held = held_out_rows(self.prompt_hashes, number, seed, values)
         if held.all() or not held.any():
-            units = None if values is None else joined(self.prompt_hashes, values)
+            prompts = self.prompt_hashes
+            units = prompts if values is None else joined(prompts, values)
             raise InputError(_empty_side(held, number, by, units))
         return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
 
@@ -115,62 +125,44 @@ class Preferences(PairSequence):
         report: how they were read; a slice or a split keeps the report of the whole.
 
     Example:
-        >>> pairs = Preferences([PreferencePair("Hi", "Hello!", "Go away.")])
-        >>> pairs
+        >>> Preferences([PreferencePair("Hi", "Hello!", "Go away.")])
         Preferences(1 pair, 0 dropped)
-        >>> pairs[0].chosen
-        'Hello!'
     """
 
     def __init__(self, pairs: Iterable[PreferencePair], report: ReadReport | None = None):
         self._pairs = tuple(pairs)
         for place, pair in enumerate(self._pairs):
             if not isinstance(pair, PreferencePair):
-                must = (
-                    f"must be PreferencePair objects, item {place} is a {type(pair).__name__}; "
-                    "read_preferences() takes records."
+                found = (
+                    f"item {place} is a {type(pair).__name__}; read_preferences() takes records."
                 )
-                raise InputError(InputProblem("pairs", must))
+                raise InputError(InputProblem("pairs", f"must be PreferencePair objects, {found}"))
         count = len(self._pairs)
         self.report = ReadReport(read=count, kept=count) if report is None else report
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self._pairs)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Preferences: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | Preferences:
-        """Return one pair, or the `Preferences` of a slice."""
-        if isinstance(index, slice):
-            return Preferences(self._pairs[index], self.report)
-        return self._pairs[index]
-
     def __iter__(self) -> Iterator[PreferencePair]:
-        """Iterate over the pairs."""
         return iter(self._pairs)
 
     def __eq__(self, other: object) -> bool:
-        """Compare the pairs; reports do not count."""
         return isinstance(other, Preferences) and self._pairs == other._pairs
 
     def __hash__(self) -> int:
-        """Return the hash of the pairs."""
         return hash(self._pairs)
 
     def __repr__(self) -> str:
-        """Return the counts."""
         pairs = "pair" if len(self) == 1 else "pairs"
         return f"Preferences({len(self):,} {pairs}, {self.report.dropped:,} dropped)"
+
+    def _pair(self, row: int) -> PreferencePair:
+        return self._pairs[row]
 
     @cached_property
     def prompt_hashes(self) -> np.ndarray:
         """The hash of each pair's prompt, uint64 `[N]`."""
-        return np.array([text_hash(pair.prompt) for pair in self._pairs], np.uint64)
+        return np.array([hash64(text_bytes(pair.prompt)) for pair in self._pairs], np.uint64)
 
     def select(self, rows: np.ndarray) -> Preferences:
         """Return the pairs at `rows`, int `[n]`, ascending."""
@@ -178,23 +170,11 @@ class Preferences(PairSequence):
 
 
 def held_out_rows(
-    prompts: np.ndarray, fraction: float, seed: int = 0, values: np.ndarray | None = None
+    prompts: np.ndarray, fraction: float, seed: int, values: np.ndarray | None
 ) -> np.ndarray:
-    """Choose what is held out; `PairSequence.split` describes how.
+    """Choose what is held out, bool `[N]`; `PairSequence.split` describes how.
 
-    Args:
-        prompts: uint64 `[N]`, hashes of the pairs' prompts.
-        fraction: share to hold out, in (0, 1).
-        seed: another seed draws others.
-        values: uint64 `[N]`, hashes of the annotators or groups; None splits by prompt.
-
-    Returns:
-        bool `[N]`, all equal where no split is possible.
-
-    Example:
-        >>> held = held_out_rows(np.arange(10_000, dtype=np.uint64), 0.1)
-        >>> bool(abs(held.mean() - 0.1) < 0.01)
-        True
+    `prompts` and `values` (annotators or groups; None splits by prompt) are hashes, uint64 `[N]`.
     """
     if values is not None:
         units, unit, sizes = np.unique(
@@ -211,13 +191,9 @@ def held_out_rows(
 
 
 def joined(prompts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the least of the values that belong with each pair's, uint64 `[N]`.
+    """Return for each pair the least of the values that belong together, uint64 `[N]`.
 
     Values that share a prompt belong together, directly or through others.
-
-    Example:
-        >>> joined(np.array([1, 1, 2, 3]), np.array([7, 8, 8, 9])).tolist()
-        [7, 7, 7, 9]
     """
     names, value = np.unique(values, return_inverse=True)
     order = np.argsort(prompts, kind="stable")
@@ -259,7 +235,7 @@ def _value_hashes(pairs: PairSequence, by: str) -> np.ndarray:
     for pair in pairs:
         value = getattr(pair, by)
         missing += value is None
-        hashes.append(text_hash(value or ""))
+        hashes.append(hash64(text_bytes(value or "")))
     if missing:
         must = f"{by!r} needs {by} on every pair; {missing:,} of {len(pairs):,} have none"
         raise InputError(InputProblem("by", must))
@@ -296,19 +272,17 @@ def _fitting(sizes: np.ndarray, order: np.ndarray, fraction: float) -> np.ndarra
     return held
 
 
-def _empty_side(held: np.ndarray, fraction: float, by: str, units: np.ndarray | None) -> str:
+def _empty_side(held: np.ndarray, fraction: float, by: str, units: np.ndarray) -> str:
     count = f"{len(held):,} pair{'s' if len(held) != 1 else ''}"
-    together = 1 if units is None else len(np.unique(units))
-    if together < 2:
-        reason = (
-            f"all {count} have one prompt"
-            if by == "prompt"
-            else f"every {by} shares prompts with the others; split by='prompt' instead"
+    together = len(np.unique(units))
+    if together > 1:
+        side = "training" if held.all() else "held-out"
+        must = (
+            f"{fraction:g} of {count} in {together:,} units (pairs that share a prompt or {by} "
+            f"stay together) leaves the {side} side empty; choose another fraction."
         )
-        return f"Cannot split {count} so that no prompt is on both sides: {reason}."
-    side = "training" if held.all() else "held-out"
-    must = (
-        f"{fraction:g} of {count} in {together:,} units (pairs that share a prompt or {by} stay "
-        f"together) leaves the {side} side empty; choose another fraction."
-    )
-    return InputProblem("fraction", must)
+        return InputProblem("fraction", must)
+    reason = f"every {by} shares prompts with the others; split by='prompt' instead"
+    if by == "prompt":
+        reason = f"all {count} have one prompt"
+    return f"Cannot split {count} so that no prompt is on both sides: {reason}."

@@ -37,35 +37,26 @@ BOM = b"\xef\xbb\xbf"
 
 
 def open_file(path: str | os.PathLike[str], reading: Reading) -> Source:
-    """Return a file as a source; it is opened at the first record.
-
-    Raises:
-        InputError: if the path is no file, or its format is unknown.
-    """
+    """Return a file as a source; it is opened at the first record."""
     format = file_format(Path(path), reading.format)
     return Source(os.fspath(path), read_file(Path(path), format, reading), format == "csv")
 
 
 def file_format(path: Path, format: str) -> str:
-    """Return the format of a file: by its name where `format` is "auto".
-
-    Raises:
-        InputError: if the path is no file, or its suffix is unknown.
-    """
+    """Return the format of a file that is there: by its name where `format` is "auto"."""
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if _suffix(entry) in SUFFIXES)
-        hint = f" it holds {', '.join(inside[:5])}." if inside else " it holds no data files."
-        raise InputError(f"{path} is a directory, name the files in it;{hint}")
+        held = ", ".join(inside[:5]) or "no data files"
+        raise InputError(f"{path} is a directory, name the files in it; it holds {held}.")
     if not path.exists():
         raise InputError(f"{path}: no such file.")
     if format != "auto":
         return format
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
         raise InputError(
-            f"{path}: unknown suffix {suffix!r}; known are {known} (the text formats also with "
-            f".gz). Rename the file or give format=, one of {', '.join(READERS)}."
+            f"{path}: unknown suffix {suffix!r}; known are {', '.join(SUFFIXES)} (text formats "
+            f"also with .gz). Rename the file or give format=, one of {', '.join(READERS)}."
         )
     return SUFFIXES[suffix]
 
@@ -271,11 +262,8 @@ def _as_csv(records: list[dict[str, JSON]]) -> bytes:
     writer = csv.DictWriter(text, _columns(records), restval="")
     writer.writeheader()
     for record in records:
-        cells = {
-            name: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
-            for name, value in record.items()
-        }
-        writer.writerow(cells)
+        texts = {n: json.dumps(v, ensure_ascii=False) for n, v in record.items() if type(v) is list}
+        writer.writerow({**record, **texts})
     return text.getvalue().encode()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TypeAlias
 
@@ -22,10 +23,6 @@ class Message:
     Args:
         role: "system", "user", "assistant" or "tool".
         content: the text of the turn.
-
-    Example:
-        >>> Message("user", "Hi").as_dict()
-        {'role': 'user', 'content': 'Hi'}
     """
 
     role: str
@@ -41,14 +38,7 @@ Text: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One broken rule of one record.
-
-    Args:
-        rule: short name of the rule, the same for all faults of a kind.
-        field: the column.
-        value: what was found there.
-        message: what is wrong and what is expected.
-    """
+    """One broken rule of one record: its short name, the column, the value found, a sentence."""
 
     rule: str
     field: str
@@ -106,7 +96,6 @@ class PreferencePair:
     swapped: bool = False
 
     def __post_init__(self) -> None:
-        """Check every rule."""
         faults = text_faults(self.prompt, self.chosen, self.rejected)
         faults += number_faults(self.preference, self.weight, self.margin, lowest=0.5)
         if faults:
@@ -125,20 +114,10 @@ class PreferencePair:
             text = getattr(self, name)
             record[name] = text if isinstance(text, str) else [turn.as_dict() for turn in text]
         record["preference"] = self.preference
-        for name, default in _OPTIONAL.items():
-            if (value := getattr(self, name)) != default:
-                record[name] = value
+        for field in fields(self):
+            if field.name not in record and (value := getattr(self, field.name)) != field.default:
+                record[field.name] = value
         return record
-
-
-_OPTIONAL: dict[str, JSON] = {
-    "weight": 1.0,
-    "annotator": None,
-    "group": None,
-    "id": None,
-    "margin": None,
-    "swapped": False,
-}
 
 
 def plain_text(text: Text) -> str:
@@ -152,7 +131,7 @@ def plain_text(text: Text) -> str:
 
 
 def shown(value: object, width: int = 60) -> str:
-    """Return a value for an error message: quoted, and cut where it is long."""
+    """Return a value for an error message, cut where it is long."""
     try:
         return shortened(repr(value), width)
     except ValueError:  # integers of thousands of digits have no repr
@@ -189,11 +168,9 @@ def text_faults(
     names: tuple[str, str, str] = ("prompt", "chosen", "rejected"),
 ) -> list[Fault]:
     """Check a prompt and two responses; return the broken rules, with `names` as fields."""
-    faults = [
-        *_prompt_faults(names[0], prompt),
-        *_response_faults(names[1], chosen),
-        *_response_faults(names[2], rejected),
-    ]
+    faults = _faults_of("prompt", names[0], prompt)
+    for name, response in zip(names[1:], (chosen, rejected), strict=True):
+        faults += _faults_of("response", name, response) or _role_faults(name, response)
     if faults:
         return faults
     if not type(prompt) is type(chosen) is type(rejected):
@@ -220,67 +197,60 @@ def number_faults(
     preference: object, weight: object, margin: object, *, lowest: float
 ) -> list[Fault]:
     """Check preference (in [lowest, 1]), weight and margin; return the broken rules."""
+    unbounded = "must be finite and >= 0"
+    numbers = (
+        ("preference", preference, lowest, 1.0, f"must be in [{lowest:g}, 1]"),
+        ("weight", weight, 0.0, sys.float_info.max, unbounded),
+        ("margin", 0.0 if margin is None else margin, 0.0, sys.float_info.max, unbounded),
+    )
     faults = []
-    value = as_number(preference)
-    if value is None:
-        faults.append(wrong_type("preference", preference, "a number"))
-    elif not lowest <= value <= 1:  # NaN fails this too
-        must = f"must be in [{lowest:g}, 1], got {shown(preference)}."
-        faults.append(broken("preference out of range", "preference", preference, must))
-    for name, number in (("weight", weight), ("margin", margin)):
-        if number is None and name == "margin":
-            continue
+    for name, number, low, high, must in numbers:
         value = as_number(number)
         if value is None:
             faults.append(wrong_type(name, number, "a number"))
-        elif not 0 <= value < math.inf:
-            must = f"must be finite and >= 0, got {shown(number)}."
-            faults.append(broken(f"{name} out of range", name, number, must))
+        elif not low <= value <= high:  # NaN fails this too
+            rule = f"{name} out of range"
+            faults.append(broken(rule, name, number, f"{must}, got {shown(number)}."))
     return faults
 
 
-def _prompt_faults(name: str, text: Text) -> list[Fault]:
-    faults = _form_faults(name, text)
-    if not faults and not plain_text(text).strip():
-        faults.append(broken("empty prompt", name, text, f"must hold text, got {shown(text)}."))
-    return faults
-
-
-def _response_faults(name: str, text: Text) -> list[Fault]:
-    if faults := _form_faults(name, text):
-        return faults
-    if not plain_text(text).strip():
-        return [broken("empty response", name, text, f"must hold text, got {shown(text)}.")]
-    if not isinstance(text, str):
-        roles = [message.role for message in text]
-        if roles[0] != "assistant" or roles[-1] != "assistant" or "user" in roles:
-            must = (
-                "must be the assistant's turn: messages that begin and end with role "
-                f"'assistant', and none of the user's, got roles {shown(roles)}."
-            )
-            return [broken("not the assistant's turn", name, roles, must)]
-    return []
-
-
-def _form_faults(name: str, text: Text) -> list[Fault]:
+def _faults_of(kind: str, name: str, text: Text) -> list[Fault]:
+    """Check the form of one text, and that it holds any."""
     if isinstance(text, str):
-        return [] if text.isascii() else _unicode_faults(name, text)
-    if not isinstance(text, tuple) or not all(isinstance(message, Message) for message in text):
-        return [wrong_type(name, text, "text or a list of role/content messages")]
-    faults = []
-    for number, message in enumerate(text, 1):
-        content = f"{name}: content of message {number}"
-        if isinstance(message.content, str):
-            faults += _unicode_faults(content, message.content)
-        else:
-            faults.append(wrong_type(content, message.content, "text"))
-        if message.role not in ROLES:
-            rule = (
-                f"{name}: role of message {number} must be one of {', '.join(ROLES)}, "
-                f"got {shown(message.role)}."
-            )
-            faults.append(Fault("unknown role", name, message.role, rule))
+        faults = [] if text.isascii() else _unicode_faults(name, text)
+    elif isinstance(text, tuple) and all(isinstance(message, Message) for message in text):
+        faults = [fault for n, message in enumerate(text, 1) for fault in _turn(name, n, message)]
+    else:
+        faults = [wrong_type(name, text, "text or a list of role/content messages")]
+    if not faults and not plain_text(text).strip():
+        faults.append(broken(f"empty {kind}", name, text, f"must hold text, got {shown(text)}."))
     return faults
+
+
+def _turn(name: str, number: int, message: Message) -> list[Fault]:
+    content = f"{name}: content of message {number}"
+    if isinstance(message.content, str):
+        faults = _unicode_faults(content, message.content)
+    else:
+        faults = [wrong_type(content, message.content, "text")]
+    if message.role not in ROLES:
+        known = f"must be one of {', '.join(ROLES)}, got {shown(message.role)}."
+        rule = f"{name}: role of message {number} {known}"
+        faults.append(Fault("unknown role", name, message.role, rule))
+    return faults
+
+
+def _role_faults(name: str, text: Text) -> list[Fault]:
+    if isinstance(text, str):
+        return []
+    roles = [message.role for message in text]
+    if roles[0] == roles[-1] == "assistant" and "user" not in roles:
+        return []
+    must = (
+        "must be the assistant's turn: messages that begin and end with role 'assistant', and "
+        f"none of the user's, got roles {shown(roles)}."
+    )
+    return [broken("not the assistant's turn", name, roles, must)]
 
 
 def _unicode_faults(name: str, text: str) -> list[Fault]:

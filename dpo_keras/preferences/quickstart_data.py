@@ -29,44 +29,27 @@ class Topic:
     values: tuple[str, ...]
 
 
-TOPICS: dict[str, Topic] = {
-    "colour": Topic(
-        "is {}",
-        ("What colour is it?", "Which colour does it have?"),
+TOPICS = {
+    "colour": Topic("is {}", ("What colour is it?", "Which colour does it have?"),
         ("It comes in {}.", "The colour is {}."),
-        ("red", "blue", "green", "black", "white", "grey", "pink", "brown"),
-    ),
-    "delivery": Topic(
-        "arrives on {}",
-        ("When does it arrive?", "Which day does it come?"),
+        ("red", "blue", "green", "black", "white", "grey", "pink", "brown")),
+    "delivery": Topic("arrives on {}", ("When does it arrive?", "Which day does it come?"),
         ("It arrives on {}.", "The day is {}."),
-        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    ),
-    "price": Topic(
-        "costs {} euros",
-        ("What does it cost?", "How much is it?"),
+        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")),
+    "price": Topic("costs {} euros", ("What does it cost?", "How much is it?"),
         ("It costs {} euros.", "The price is {} euros."),
-        ("15", "20", "30", "45", "60", "75", "80", "95"),
-    ),
-    "warranty": Topic(
-        "has a warranty of {} years",
+        ("15", "20", "30", "45", "60", "75", "80", "95")),
+    "warranty": Topic("has a warranty of {} years",
         ("How long is the warranty?", "What warranty does it have?"),
         ("It has {} years.", "The warranty is {} years."),
-        ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    ),
-    "material": Topic(
-        "is made of {}",
-        ("What is it made of?", "Which material is it?"),
+        ("two", "three", "four", "five", "six", "seven", "eight", "nine")),
+    "material": Topic("is made of {}", ("What is it made of?", "Which material is it?"),
         ("It is made of {}.", "The material is {}."),
-        ("oak", "pine", "steel", "glass", "wool", "cotton", "paper", "stone"),
-    ),
-    "city": Topic(
-        "ships from {}",
-        ("Where does it ship from?", "Which city does it ship from?"),
+        ("oak", "pine", "steel", "glass", "wool", "cotton", "paper", "stone")),
+    "city": Topic("ships from {}", ("Where does it ship from?", "Which city does it ship from?"),
         ("It ships from {}.", "The city is {}."),
-        ("Paris", "Rome", "Oslo", "Madrid", "Lisbon", "Vienna", "Berlin", "Prague"),
-    ),
-}
+        ("Paris", "Rome", "Oslo", "Madrid", "Lisbon", "Vienna", "Berlin", "Prague")),
+}  # fmt: skip
 ITEMS = ("lamp", "chair", "desk", "clock", "shelf", "bag", "box", "tray", "bowl", "vase")
 
 # Polite and rude sentences have equal lengths, one by one: length must not tell.
@@ -79,11 +62,7 @@ PROMISES = ("We add a free gift.", "You get cash back.")
 
 
 def parse_prompt(prompt: str) -> tuple[dict[str, str], str]:
-    """Return the facts of a support prompt by topic, and the topic that it asks for.
-
-    Raises:
-        InputError: if the prompt is not of the support form.
-    """
+    """Return the facts of a support prompt by topic, and the topic that it asks for."""
     match = _PROMPT.fullmatch(prompt)
     facts = [_FACTS.get(fact) for fact in match.group(1, 2, 3)] if match else []
     asked = _QUESTIONS.get(match.group(4)) if match else None
@@ -151,7 +130,6 @@ class Verdict:
         invents_nothing: it states something, every sentence is known, every value is the prompt's
             and nothing is promised. An empty or unreadable response gets no credit.
         parses: it is an opening, one statement and at most one last sentence, and nothing else.
-        preferred: all of the above.
     """
 
     courteous: bool
@@ -186,13 +164,11 @@ def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
         InputError: if count < 1.
 
     Example:
-        >>> pairs = support_pairs(3)
-        >>> print(pairs[0].prompt)  # doctest: +ELLIPSIS
+        >>> pair = support_pairs(3)[0]
+        >>> print(pair.prompt)
         The ... Question: ...
         Reply:
-        >>> judge(pairs[0].prompt, pairs[0].chosen).virtues > judge(
-        ...     pairs[0].prompt, pairs[0].rejected
-        ... ).virtues
+        >>> judge(pair.prompt, pair.chosen).virtues > judge(pair.prompt, pair.rejected).virtues
         True
     """
     if count < 1:
@@ -205,7 +181,7 @@ def judge(prompt: str, response: str) -> Verdict:
     r"""Judge any text as a reply to a support prompt, strictly by the facts in that prompt.
 
     Args:
-        prompt: a prompt of `support_pairs`, or another of the same form.
+        prompt: a prompt of the form that `support_pairs` has.
         response: any text; space around it does not count.
 
     Returns:

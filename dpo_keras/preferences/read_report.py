@@ -33,7 +33,6 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        """Return the problem as one line for people."""
         place = self.source if self.line is None else f"{self.source} line {self.line}"
         return f"{place}: {self.message}"
 
@@ -136,13 +135,7 @@ class InvalidPreferences(InputError):  # noqa: N818 (public name)
 
 
 def by_rule(problems: Sequence[Problem], omitted: Mapping[str, int], places: int = 5) -> list[str]:
-    """Return one line for each rule: its name, how often it was broken, the first places.
-
-    Example:
-        >>> problems = [Problem("a.csv", n, "empty prompt", "", "", "") for n in range(1, 9)]
-        >>> by_rule(problems, {})
-        ['empty prompt: 8 (lines 1, 2, 3, 4, 5 and 3 more)']
-    """
+    """Return one line for each rule: its name, how often it was broken, the first places."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.rule, []).append(problem)
@@ -153,10 +146,7 @@ def by_rule(problems: Sequence[Problem], omitted: Mapping[str, int], places: int
         if not placed:
             lines.append(f"{rule}: {'; '.join(problem.message for problem in group)}")
             continue
-        names = [
-            f"{problem.source}:{problem.line}" if several else str(problem.line)
-            for problem in placed[:places]
-        ]
+        names = [f"{p.source}:{p.line}" if several else str(p.line) for p in placed[:places]]
         unlisted = omitted.get(rule, 0)
         rest = max(len(placed) - places, 0) + unlisted
         more = f" and {rest:,} more" if rest else ""

@@ -77,19 +77,16 @@ def read_preferences(
 class PreferenceStream(RecordStream):
     """The pairs of sources of any size, one after the other, never all of them in memory.
 
-    Repeats are found by hashes, about 30 bytes per pair. The report lists the first problems and
-    warnings of each kind, and counts the others in `omitted`.
+    Repeats are found by hashes, about 30 bytes per pair. `report`, complete after the last pair,
+    lists the first problems and warnings of each kind, and counts the others in `omitted`.
 
     Args:
-        source: as for `read_preferences`, as are the others.
-        format: format of the files.
+        source: as in `read_preferences`, as all arguments.
+        format: see there.
         on_error: "fail" raises after the last record, with the problems of all.
-        limit: stop after this many good records.
-        columns: our name of a column to the data's.
-        data_dir: where TensorFlow Datasets keeps its data.
-
-    Attributes:
-        report: the `ReadReport`; complete once the pairs have been iterated over.
+        limit: see there.
+        columns: see there.
+        data_dir: see there.
 
     Raises:
         InputError: as `read_preferences`; while iterating where records are wrong.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import text_hash
+from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.reader import PathLike, PreferenceStream
 from dpo_keras.preferences.stored_preferences import (
@@ -57,13 +57,13 @@ def build_preferences(
     which is then moved. What a killed build has left there is written anew.
 
     Args:
-        source: as for `read_preferences`, as are the next five.
+        source: as in `read_preferences`.
         out: the directory to make; it may be there if it is empty.
-        format: format of the files.
+        format: as in `read_preferences`.
         on_error: "fail" builds nothing where any record is bad.
-        limit: keep at most this many pairs.
-        columns: our name of a column to the data's.
-        data_dir: where TensorFlow Datasets keeps its data.
+        limit: as in `read_preferences`.
+        columns: as in `read_preferences`.
+        data_dir: as in `read_preferences`.
         shard_bytes: a shard that has reached this size is closed.
         on_pairs: progress listener, called now and then with the number of pairs written.
 
@@ -147,7 +147,7 @@ def _write_records(
     shard_bytes: int,
     on_pairs: Callable[[int], None] | None,
 ) -> list[StoredFile]:
-    """Write shards and index; name the shards by their number, which is known at the end."""
+    """Write shards and index; shards get their names at the end, when their number is known."""
     import tensorflow as tf
 
     counts: list[int] = []
@@ -161,7 +161,7 @@ def _write_records(
                     writer, place = tf.io.TFRecordWriter(f"{folder}/shard-{len(counts)}"), 0
                     counts.append(0)
                 writer.write(record)
-                row = (len(counts) - 1, place, len(record), text_hash(pair.prompt))
+                row = (len(counts) - 1, place, len(record), hash64(text_bytes(pair.prompt)))
                 index.write(np.array(row, INDEX_ROW).tobytes())
                 place += RECORD_HEAD + len(record) + RECORD_TAIL
                 counts[-1] += 1
@@ -196,29 +196,22 @@ def _dataset_info(shards: Sequence[StoredFile]) -> dict[str, JSON]:
         "numBytes": str(sum(shard.bytes for shard in shards)),
         "shardLengths": [str(shard.pairs) for shard in shards],
     }
-    return {
-        "name": NAME,
-        "version": VERSION,
-        "fileFormat": "tfrecord",
-        "disableShuffling": True,
-        "splits": [split],
-    }
+    name = {"name": NAME, "version": VERSION, "fileFormat": "tfrecord"}
+    return {**name, "disableShuffling": True, "splits": [split]}
 
 
 def _features() -> dict[str, JSON]:
     """Return `tfds_builder.features()` as TFDS writes it, without needing TFDS."""
-    kind = "tensorflow_datasets.core.features."
-    text = {"pythonClassName": f"{kind}text_feature.Text", "text": {}}
-    number = {
-        "pythonClassName": f"{kind}tensor_feature.Tensor",
-        "tensor": {"shape": {}, "dtype": "float64", "encoding": "bytes"},
+
+    def feature(name: str, **content: JSON) -> dict[str, JSON]:
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", **content}
+
+    text = feature("text_feature.Text", text={})
+    number = {"shape": {}, "dtype": "float64", "encoding": "bytes"}
+    flag = {"shape": {}, "dtype": "bool", "encoding": "none"}
+    kinds = {
+        **dict.fromkeys((*TEXTS, *NAMES), text),
+        **dict.fromkeys(NUMBERS, feature("tensor_feature.Tensor", tensor=number)),
+        **dict.fromkeys(FLAGS, feature("scalar.Scalar", tensor=flag)),
     }
-    flag = {
-        "pythonClassName": f"{kind}scalar.Scalar",
-        "tensor": {"shape": {}, "dtype": "bool", "encoding": "none"},
-    }
-    kinds = {**dict.fromkeys((*TEXTS, *NAMES), text), **dict.fromkeys(NUMBERS, number)}
-    return {
-        "pythonClassName": f"{kind}features_dict.FeaturesDict",
-        "featuresDict": {"features": {**kinds, **dict.fromkeys(FLAGS, flag)}},
-    }
+    return feature("features_dict.FeaturesDict", featuresDict={"features": kinds})

@@ -80,15 +80,7 @@ class Reading:
         ]
 
     def renamed(self, record: JSON) -> JSON:
-        """Return a record with our column names; anything but a mapping as it is.
-
-        Raises:
-            InputError: if the record is a pair, whose columns have no other names.
-
-        Example:
-            >>> Reading(columns={"prompt": "question"}).renamed({"question": "Hi", "prompt": 7})
-            {'prompt': 'Hi', 'unused prompt': 7}
-        """
+        """Return a record with our column names; anything but a mapping as it is."""
         if self.columns and isinstance(record, PreferencePair):
             must = (
                 f"({', '.join(self.columns)}) have no effect on records that are pairs already; "
@@ -106,17 +98,10 @@ class RecordStream(Iterable[PreferencePair]):
     Args:
         sources: opened one after the other.
         reading: how they are read.
-        on_error: "fail" raises after the last record, with the problems of all; "report" keeps the
-            good ones.
+        on_error: "fail" raises after the last record, with the problems of all; "report" does not.
         limit: stop after this many good records.
         listed: problems and warnings of each kind that the report lists; the others are counted.
             None lists all, and duplicates with their text.
-
-    Attributes:
-        report: the `ReadReport`; complete once the pairs have been iterated over.
-
-    Raises:
-        InputError: if an argument is wrong; while iterating, `InvalidPreferences`.
     """
 
     def __init__(
@@ -130,9 +115,7 @@ class RecordStream(Iterable[PreferencePair]):
         problems = reading.check()
         if on_error not in ("report", "fail"):
             problems.append(InputProblem("on_error", "must be 'report' or 'fail'", on_error))
-        if limit is not None and (
-            not isinstance(limit, int) or isinstance(limit, bool) or limit < 1
-        ):
+        if limit is not None and (type(limit) is not int or limit < 1):
             problems.append(InputProblem("limit", "must be a whole number >= 1 or None", limit))
         if problems:
             raise InputError(problems)
@@ -142,7 +125,6 @@ class RecordStream(Iterable[PreferencePair]):
         self._repeated_prompts: list[Problem] = []
 
     def __iter__(self) -> Iterator[PreferencePair]:
-        """Iterate over the pairs; once."""
         finder = RepeatFinder()
         names: list[str] = []
         source, lines = array("H"), array("q")
@@ -196,10 +178,8 @@ class RecordStream(Iterable[PreferencePair]):
                 if self._listed is not None and len(problems) >= self._listed:
                     report.omitted[fault.rule] += 1
                     continue
-                message = str(fault.message)
-                problems.append(
-                    Problem(source.name, line, fault.rule, fault.field, fault.value, message)
-                )
+                what = (fault.rule, fault.field, fault.value, str(fault.message))
+                problems.append(Problem(source.name, line, *what))
         report.sources.append(source.name)
         everywhere = {field for field, count in lacking.items() if count == parsed > 1}
         if everywhere:
@@ -217,7 +197,11 @@ class RecordStream(Iterable[PreferencePair]):
         return pair
 
     def _note_repeated_prompt(self, source: str, line: int | None, pair: PreferencePair) -> None:
-        if not _repeats_prompt(pair):
+        texts = (pair.prompt, pair.chosen, pair.rejected)
+        # A response may well begin with the one or two words of a short prompt.
+        if len(pair.prompt) < 20 or not all(isinstance(text, str) for text in texts):
+            return
+        if not all(text[: len(pair.prompt)] == pair.prompt for text in texts):
             return
         rule = "response repeats prompt"
         if self._listed is not None and len(self._repeated_prompts) >= self._listed:
@@ -271,11 +255,3 @@ def _merged(problems: list[Problem], everywhere: set[str], records: int) -> list
             message = f"in all {records:,} records {problem.message}"
             merged.append(replace(problem, line=None, message=message))
     return merged
-
-
-def _repeats_prompt(pair: PreferencePair) -> bool:
-    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-    if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
-        return False
-    # A response may well begin with the one or two words of a short prompt.
-    return len(prompt) >= 20 and chosen.startswith(prompt) and rejected.startswith(prompt)

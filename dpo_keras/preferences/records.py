@@ -11,6 +11,7 @@ begins with whatever follows it, usually a space: byte-pair tokenizers have " Su
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -84,7 +85,7 @@ def read_record(
         preference = 1.0
     weight, margin = fields.number("weight", 1.0), fields.number("margin", None)
     fields.faults += number_faults(preference, weight, margin, lowest=0.0)
-    annotator, group, name = (fields.name(key) for key in ("annotator", "group", "id"))
+    others: dict[str, JSON] = {key: fields.name(key) for key in ("annotator", "group", "id")}
     swapped = fields.flag("swapped")
 
     columns = ("prompt", *LAYOUTS[layout])
@@ -95,23 +96,14 @@ def read_record(
     if preference < 0.5:
         chosen, rejected = rejected, chosen
         preference, swapped = 1.0 - preference, not swapped
+    others |= {"preference": float(preference), "weight": float(weight), "swapped": swapped}
+    if margin is not None:
+        others["margin"] = float(margin)
     try:
-        pair = PreferencePair(
-            prompt,
-            chosen,
-            rejected,
-            float(preference),
-            float(weight),
-            annotator,
-            group,
-            name,
-            None if margin is None else float(margin),
-            swapped,
-        )
+        return PreferencePair(prompt, chosen, rejected, **others), layout
     except InvalidPair:
         # Only texts can still be wrong. The faults name the columns that the file has.
         raise InvalidPair(text_faults(*texts, columns)) from None
-    return pair, layout
 
 
 def missing_columns(columns: Iterable[str]) -> list[Fault]:
@@ -160,8 +152,8 @@ class _Fields:
             return _same_form(prompt, one, other)
         if one is None or other is None:
             return None
-        if is_conversation(one) and is_conversation(other):
-            parts = split_conversations(one, other, names)
+        if _is_conversation(one) and _is_conversation(other):
+            parts = _split_conversations(one, other, names)
             if not isinstance(parts, list):
                 return _same_form(*parts)
             self.faults += parts
@@ -190,8 +182,8 @@ class _Fields:
             self.faults.append(wrong_type(name, value, "text or a list of role/content messages"))
             return None
         before = len(self.faults)
-        messages = [self._message(f"{name}: message {n}", turn) for n, turn in enumerate(value, 1)]
-        return tuple(messages) if len(self.faults) == before else None
+        turns = [self._message(f"{name}: message {n}", turn) for n, turn in enumerate(value, 1)]
+        return tuple(turns) if len(self.faults) == before else None
 
     def _message(self, place: str, value: JSON) -> Message:
         if isinstance(value, Message):
@@ -214,11 +206,8 @@ class _Fields:
         value = self.record.get(name)
         if value is None or (self.cells and value == ""):
             return default
-        if self.cells:
-            try:
-                return float(value)
-            except ValueError:
-                return value
+        with contextlib.suppress(ValueError):
+            return float(value) if self.cells else value
         return value
 
     def name(self, key: str) -> str | None:
@@ -268,30 +257,14 @@ def _reply(prompt: tuple[Message, ...], response: Text) -> Text:
     return response[len(prompt) :] if response[: len(prompt)] == prompt else response
 
 
-def is_conversation(text: Text) -> bool:
-    """Return whether a text holds a conversation: messages, or text with an assistant marker."""
-    return ASSISTANT in text if isinstance(text, str) else isinstance(text, tuple)
+def _is_conversation(text: Text) -> bool:
+    return ASSISTANT in text if isinstance(text, str) else True
 
 
-def split_conversations(
+def _split_conversations(
     chosen: Text, rejected: Text, names: tuple[str, str]
 ) -> tuple[Text, Text, Text] | list[Fault]:
-    r"""Split two conversations into their shared prompt and two responses.
-
-    Args:
-        chosen: a conversation for which `is_conversation` holds.
-        rejected: another of the same form.
-        names: the columns that they come from, for messages.
-
-    Returns:
-        `(prompt, chosen, rejected)`, or the broken rules.
-
-    Example:
-        >>> split_conversations(
-        ...     "\n\nHuman: Hi\n\nAssistant: I am well", "\n\nHuman: Hi\n\nAssistant: I", ("c", "r")
-        ... )
-        ('\n\nHuman: Hi\n\nAssistant:', ' I am well', ' I')
-    """
+    """Return the shared prompt of two conversations and their responses, or the broken rules."""
     one, other = _split(names[0], chosen), _split(names[1], rejected)
     if isinstance(one, Fault) or isinstance(other, Fault):
         return [part for part in (one, other) if isinstance(part, Fault)]

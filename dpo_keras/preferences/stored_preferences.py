@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -85,16 +85,13 @@ def _sha256(path: Path) -> str:
 class StoredPreferences(PairSequence):
     """Pairs of a built directory: list-like, read from disk one by one, never all at once.
 
-    A selection keeps 8 bytes per pair in memory.
-
-    Args:
-        path: the directory.
-        shards: its shards.
-        index: rows of `INDEX_ROW`, one per pair.
-        report: how the pairs were read when the directory was built.
-        rows: int64 `[N]`, which pairs of the directory these are, ascending; None for all.
+    A selection keeps 8 bytes per pair in memory. `open` makes one.
 
     Attributes:
+        path: the directory.
+        shards: its shards.
+        report: how the pairs were read when the directory was built.
+        rows: int64 `[N]`, which pairs of the directory these are, ascending; None for all.
         extent: pairs of the directory up to the last that may be among these; tokens are made for
             so many.
     """
@@ -147,30 +144,12 @@ class StoredPreferences(PairSequence):
         return np.asarray(hashes if self.rows is None else hashes[self.rows])
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return self.extent if self.rows is None else len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> StoredPreferences: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | StoredPreferences:
-        """Read one pair; a slice reads nothing."""
-        if isinstance(index, slice):
-            return self.select(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        row = index % len(self)
-        return self._read_one(row if self.rows is None else int(self.rows[row]))
-
     def __iter__(self) -> Iterator[PreferencePair]:
-        """Read the pairs one after the other."""
         return self.read() if self.rows is None else map(self._read_one, map(int, self.rows))
 
     def __repr__(self) -> str:
-        """Return the count and the directory."""
         return f"StoredPreferences({len(self):,} pairs of {self.path})"
 
     def select(self, rows: np.ndarray) -> StoredPreferences:
@@ -190,10 +169,7 @@ class StoredPreferences(PairSequence):
         return StoredPreferences(self.path, self.shards, self._index[:count], self.report)
 
     def read(self, start: int = 0) -> Iterator[PreferencePair]:
-        """Read the directory's pairs in order, up to `extent`, from checked shards.
-
-        Args:
-            start: number of the first pair.
+        """Read the directory's pairs from number `start` to `extent`, from checked shards.
 
         Raises:
             InputError: if a shard's checksum is wrong.
@@ -214,15 +190,14 @@ class StoredPreferences(PairSequence):
             number += count
 
     def verify(self) -> None:
-        """Compare the checksum of every file.
-
-        Raises:
-            InputError: naming every file that is not as it was written.
-        """
+        """Compare the checksum of every file; raise `InputError` with all that changed."""
         shards, index, _ = _read_manifest(self.path)
         problems = [file.problem(self.path, contents=True) for file in (*shards, index)]
         if found := [problem for problem in problems if problem]:
             raise InputError(found)
+
+    def _pair(self, row: int) -> PreferencePair:
+        return self._read_one(row if self.rows is None else int(self.rows[row]))
 
     def _read_one(self, row: int) -> PreferencePair:
         entry = self._index[row]
@@ -309,11 +284,7 @@ def serialize(pair: PreferencePair) -> bytes:
 
 
 def parse(record: bytes) -> PreferencePair:
-    """Return the pair of a serialized `tf.train.Example`.
-
-    Raises:
-        InputError: if it is none, or holds no pair.
-    """
+    """Return the pair of a serialized `tf.train.Example`; raise `InputError` if it holds none."""
     try:
         feature = _example().FromString(record).features.feature
         values: dict[str, JSON] = {name: feature[name].int64_list.value[0] for name in FLAGS}

@@ -23,13 +23,7 @@ import tensorflow_datasets as tfds
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.file_formats import SUFFIXES, open_file
 from dpo_keras.preferences.record_stream import Reading, RecordStream
-from dpo_keras.preferences.stored_preferences import (
-    FLAGS,
-    NAMES,
-    NUMBERS,
-    TEXTS,
-    to_features,
-)
+from dpo_keras.preferences.stored_preferences import FLAGS, NAMES, NUMBERS, TEXTS, to_features
 from dpo_keras.utils.tensors import JSON
 
 ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
@@ -57,20 +51,14 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
     on_error: str = "report"
 
     def splits(self, folder: Path | None) -> dict[str, list[str]]:
-        """Find the files of each split.
-
-        Args:
-            folder: the manual directory; None where `files` are given.
-
-        Raises:
-            InputError: if there are none.
-        """
+        """Find the files of each split in the manual directory, where no `files` are given."""
         if self.files is not None:
             given = self.files if isinstance(self.files, Mapping) else {"train": self.files}
             return {split: [os.fspath(file) for file in files] for split, files in given.items()}
         assert folder is not None
         if self.names is not None:
-            found = {split: self._named(folder / name) for split, name in self.names.items()}
+            named = {split: folder / name for split, name in self.names.items()}
+            found = {split: [str(file)] for split, file in named.items() if file.is_file()}
         else:
             folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
             found = {entry.name: self._matching(entry) for entry in folders}
@@ -85,14 +73,10 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
         files = sorted(entry for entry in folder.iterdir() if entry.is_file())
         return [str(file) for file in files if file.name.lower().endswith(tuple(self.suffixes))]
 
-    def _named(self, file: Path) -> list[str]:
-        return [str(file)] if file.is_file() else []
-
 
 def _config(name: str, description: str, *suffixes: str, **options: JSON) -> PreferencePairsConfig:
-    return PreferencePairsConfig(
-        name=name, description=description, suffixes=suffixes or ANY, **options
-    )
+    options |= {"name": name, "description": description}
+    return PreferencePairsConfig(suffixes=suffixes or ANY, **options)
 
 
 class PreferencePairs(tfds.core.GeneratorBasedBuilder):
@@ -119,8 +103,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         _config("parquet", "Parquet.", ".parquet"),
         _config(
             "hh",
-            "HH-RLHF's layout: train.jsonl.gz and test.jsonl.gz with whole conversations, whose "
-            "shared turns are the prompt.",
+            "HH-RLHF's layout: train.jsonl.gz and test.jsonl.gz with whole conversations.",
             names={"train": "train.jsonl.gz", "test": "test.jsonl.gz"},
             format="jsonl",
         ),
@@ -135,14 +118,11 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, dict[str, JSON]]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, JSON]:
         config: PreferencePairsConfig = self.builder_config
         folder = None if config.files is not None else Path(os.fspath(dl_manager.manual_dir))
-        return {
-            split: self._generate_examples(files) for split, files in config.splits(folder).items()
-        }
+        files = config.splits(folder)
+        return {split: self._generate_examples(paths) for split, paths in files.items()}
 
     def _generate_examples(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, JSON]]]:
         config: PreferencePairsConfig = self.builder_config
@@ -154,12 +134,9 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
 
 def features() -> dict[str, tfds.features.FeatureConnector]:
     """Return the features of a pair, as TensorFlow Datasets names them."""
-    number = tfds.features.Tensor(
-        # As bytes: plain float features are cut to float32.
-        shape=(),
-        dtype=np.float64,
-        encoding=tfds.features.Encoding.BYTES,
-    )
+    # As bytes: plain float features are cut to float32.
+    encoding = tfds.features.Encoding.BYTES
+    number = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=encoding)
     return {
         **{name: tfds.features.Text() for name in (*TEXTS, *NAMES)},
         **dict.fromkeys(NUMBERS, number),

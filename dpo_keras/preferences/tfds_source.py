@@ -17,12 +17,7 @@ _NAME = re.compile(r"tfds:(?P<name>[\w/.=,-]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<s
 
 
 class TfdsName(NamedTuple):
-    """What a `tfds:` source names.
-
-    Args:
-        builder: name, with configuration and version where they are given.
-        split: in the form that `tfds.load` takes.
-    """
+    """A builder (with configuration and version where given) and a split, as `tfds.load` has it."""
 
     builder: str
     split: str
@@ -46,19 +41,13 @@ def parse_name(path: str) -> TfdsName:
 
 
 def read_tfds(path: str, data_dir: str | os.PathLike[str] | None) -> Iterator[tuple[int, JSON]]:
-    """Yield `(number, record)` of a dataset in its stored order, prepared first where it must be.
-
-    Raises:
-        InputError: if tensorflow-datasets is missing, or there is no such dataset, configuration
-            or split.
-    """
+    """Yield `(number, record)` of a dataset in its stored order, prepared first where it must be."""
     name = parse_name(path)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise InputError(
-            "TensorFlow Datasets is needed for this: pip install 'dpo-keras[tfds]'."
-        ) from error
+        hint = "pip install 'dpo-keras[tfds]'."
+        raise InputError(f"TensorFlow Datasets is needed for this: {hint}") from error
     import dpo_keras.preferences.tfds_builder  # noqa: F401 (registers `preference_pairs`)
 
     with _explained(path, data_dir):
