@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences
@@ -105,8 +105,11 @@ _PROMPT = re.compile(
 
 T = TypeVar("T")
 
-# Sets of virtues (courteous, answers, invents_nothing) of a chosen response, with their shares.
-_CHOSEN_VIRTUES: tuple[tuple[float, tuple[bool, bool, bool]], ...] = (
+Virtues: TypeAlias = tuple[bool, bool, bool]
+"""Whether a response is courteous, answers, and invents nothing."""
+
+# Virtues of a chosen response, with their shares.
+_CHOSEN_VIRTUES: tuple[tuple[float, Virtues], ...] = (
     (0.38, (True, True, True)),
     (0.14, (True, True, False)),
     (0.14, (True, False, True)),
@@ -217,32 +220,6 @@ def judge(prompt: str, response: str) -> Verdict:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Wording:
-    """The wording of one response, independent of its virtues."""
-
-    facts: dict[str, str]
-    topics: dict[bool, str]  # by whether the response answers
-    wrong: dict[str, str]  # values by topic
-    opening: int
-    statement: int
-    ending: int | None
-    by_promise: bool  # how a response of this wording invents
-
-    def response(self, courteous: bool, answers: bool, invents_nothing: bool) -> str:
-        """Return the response that has exactly these virtues, after one space."""
-        topic = self.topics[answers]
-        promise = self.by_promise and not invents_nothing
-        values = self.facts if invents_nothing or promise else self.wrong
-        sentences = [
-            (POLITE if courteous else RUDE)[self.opening],
-            TOPICS[topic].statements[self.statement].format(values[topic]),
-        ]
-        if self.ending is not None:
-            sentences.append((PROMISES if promise else HONEST_ENDINGS)[self.ending])
-        return " " + " ".join(sentences)
-
-
 def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
     # Only rng.random() is drawn from: Python promises its sequence, but not that of choice().
     rng = random.Random(seed)
@@ -256,9 +233,9 @@ def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
         responses: set[tuple[str, str]] = set()
         for _ in range(2 if rng.random() < _SECOND_PAIR else 1):
             virtues = _draw_chosen_virtues(rng)
-            chosen = _draw_wording(rng, facts, asked).response(*virtues)
+            chosen = _draw_response(rng, facts, asked, virtues)
             lesser = _pick(rng, _LESSER[virtues])
-            rejected = _draw_wording(rng, facts, asked).response(*lesser)
+            rejected = _draw_response(rng, facts, asked, lesser)
             if made == count or (chosen, rejected) in responses:
                 continue
             responses.add((chosen, rejected))
@@ -279,7 +256,7 @@ def _draw_prompt(rng: random.Random) -> tuple[dict[str, str], str, str]:
     return facts, asked, f"The {item} {first}, {second} and {third}.\nQuestion: {question}\nReply:"
 
 
-def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:
+def _draw_chosen_virtues(rng: random.Random) -> Virtues:
     draw = rng.random()
     for share, virtues in _CHOSEN_VIRTUES:
         draw -= share
@@ -288,21 +265,29 @@ def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:
     return _CHOSEN_VIRTUES[-1][1]
 
 
-def _draw_wording(rng: random.Random, facts: dict[str, str], asked: str) -> _Wording:
+def _draw_response(rng: random.Random, facts: dict[str, str], asked: str, virtues: Virtues) -> str:
+    """Return a response that has exactly these virtues, after one space."""
+    courteous, answers, invents_nothing = virtues
+    # The draws are the same whatever the virtues, so that wording gives nothing away.
     aside = _pick(rng, tuple(topic for topic in facts if topic != asked))
     ending = _pick(rng, range(len(PROMISES))) if rng.random() < _ENDING else None
-    return _Wording(
-        facts,
-        {True: asked, False: aside},
-        {
-            topic: _pick(rng, tuple(v for v in TOPICS[topic].values if v != facts[topic]))
-            for topic in (asked, aside)
-        },
-        _pick(rng, range(len(POLITE))),
-        _pick(rng, range(2)),
-        ending,
-        ending is not None and rng.random() < _PROMISE / _ENDING,
-    )
+    wrong = {
+        topic: _pick(rng, tuple(v for v in TOPICS[topic].values if v != facts[topic]))
+        for topic in (asked, aside)
+    }
+    opening, statement = _pick(rng, range(len(POLITE))), _pick(rng, range(2))
+    by_promise = ending is not None and rng.random() < _PROMISE / _ENDING
+
+    topic = asked if answers else aside
+    promise = by_promise and not invents_nothing
+    value = (facts if invents_nothing or promise else wrong)[topic]
+    sentences = [
+        (POLITE if courteous else RUDE)[opening],
+        TOPICS[topic].statements[statement].format(value),
+    ]
+    if ending is not None:
+        sentences.append((PROMISES if promise else HONEST_ENDINGS)[ending])
+    return " " + " ".join(sentences)
 
 
 def _pick(rng: random.Random, choices: Sequence[T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
 from dpo_keras.errors import InputError, InputProblem
@@ -117,7 +117,7 @@ def _opened(
     reading: Reading,
     data_dir: PathLike | None,
 ) -> Iterator[Source]:
-    """Yield each source, opened when its turn comes; all wrong ones are reported together."""
+    """Yield each source; all wrong ones are reported together."""
     if isinstance(source, str | os.PathLike):
         source = [source]
     elif isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
@@ -129,20 +129,19 @@ def _opened(
     if not _are_paths(source):
         yield Source("records", _renamed(enumerate(source, 1), reading), False)
         return
-    openers: dict[str, Callable[[], Source]] = {}
+    opened: dict[str, Source] = {}
     problems: list[str] = []
     for path in [os.fspath(path) for path in source]:
-        if path in openers:
+        if path in opened:
             problems.append(f"{path} is given twice.")
             continue
         try:
-            openers[path] = _opener(path, reading, data_dir)
+            opened[path] = _open(path, reading, data_dir)
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
-    for opener in openers.values():
-        yield opener()
+    yield from opened.values()
 
 
 def _are_paths(source: Iterable[object]) -> TypeGuard[Sequence[PathLike]]:
@@ -153,21 +152,21 @@ def _are_paths(source: Iterable[object]) -> TypeGuard[Sequence[PathLike]]:
     )
 
 
-def _opener(path: str, reading: Reading, data_dir: PathLike | None) -> Callable[[], Source]:
-    """Check that a source can be opened, and return the call that opens it."""
+def _open(path: str, reading: Reading, data_dir: PathLike | None) -> Source:
+    """Check that a source can be opened; its records are read when they are asked for."""
     if path.startswith("builtin:"):
         if path not in BUILTIN:
             must = f"must be one of {', '.join(BUILTIN)}"
             raise InputError(InputProblem("source", must, path))
-        return lambda: Source(path, enumerate(BUILTIN[path](), 1), False)
+        return Source(path, enumerate(BUILTIN[path](), 1), False)
     if path.startswith("tfds:"):
         parse_name(path)
-        return lambda: Source(path, _renamed(read_tfds(path, data_dir), reading), False)
-    if is_built(path):
-        stored = StoredPreferences.open(path)
-        return lambda: Source(path, _renamed(enumerate(stored.read(), 1), reading), False)
-    opened = open_file(path, reading)
-    return lambda: opened
+        records: Records = read_tfds(path, data_dir)
+    elif is_built(path):
+        records = enumerate(StoredPreferences.open(path).read(), 1)
+    else:
+        return open_file(path, reading)
+    return Source(path, _renamed(records, reading), False)
 
 
 def _renamed(records: Records, reading: Reading) -> Records:

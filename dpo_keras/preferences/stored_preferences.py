@@ -222,8 +222,8 @@ def _read_manifest(folder: Path) -> tuple[list[StoredFile], StoredFile, ReadRepo
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); build the directory again.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if found != FORMAT:
         raise InputError(f"{path} must say format {FORMAT!r}, got {found!r}; build again.")
     try:
         return (
@@ -249,24 +249,16 @@ def to_features(pair: PreferencePair) -> dict[str, JSON]:
 
 def from_features(features: Mapping[str, JSON]) -> PreferencePair:
     """Return the pair that `to_features` was called on; text may be UTF-8 bytes."""
-    values = {name: features[name] for name in (*TEXTS, *NAMES)}
-    text = {n: v.decode() if isinstance(v, bytes) else v for n, v in values.items()}
+    text = {name: features[name] for name in (*TEXTS, *NAMES)}
+    text = {n: v.decode() if isinstance(v, bytes) else v for n, v in text.items()}
     prompt, chosen, rejected = (
         _messages(text[name] or "[]") if features["messages"] else text[name] for name in TEXTS
     )
-    margin = float(features["margin"])
-    return PreferencePair(
-        prompt,
-        chosen,
-        rejected,
-        float(features["preference"]),
-        float(features["weight"]),
-        text["annotator"] or None,
-        text["group"] or None,
-        text["id"] or None,
-        None if math.isnan(margin) else margin,
-        bool(features["swapped"]),
-    )
+    others: dict[str, JSON] = {name: text[name] or None for name in NAMES}
+    others |= {name: float(features[name]) for name in NUMBERS}
+    if math.isnan(others["margin"]):
+        others["margin"] = None
+    return PreferencePair(prompt, chosen, rejected, **others, swapped=bool(features["swapped"]))
 
 
 def serialize(pair: PreferencePair) -> bytes:

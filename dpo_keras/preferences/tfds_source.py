@@ -41,7 +41,7 @@ def parse_name(path: str) -> TfdsName:
 
 
 def read_tfds(path: str, data_dir: str | os.PathLike[str] | None) -> Iterator[tuple[int, JSON]]:
-    """Yield `(number, record)` of a dataset in its stored order, prepared first where it must be."""
+    """Yield `(number, record)` of a dataset in its stored order; prepare it where it must be."""
     name = parse_name(path)
     try:
         import tensorflow_datasets as tfds

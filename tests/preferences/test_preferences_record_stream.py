@@ -9,7 +9,8 @@ from preferences_samples import random_pairs, write_jsonl
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences, reader
 from dpo_keras.preferences.audit import RepeatFinder
-from dpo_keras.preferences.read_report import InvalidPreferences, ReadReport
+from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport, by_rule
+from dpo_keras.preferences.record_stream import Reading
 
 MESSY = [
     {"prompt": "p", "chosen": "a", "rejected": "b", "note": 1},
@@ -145,3 +146,30 @@ def test_columns_that_make_no_sense_are_named_together():
 
 def test_a_stream_of_records_needs_no_files():
     assert list(PreferenceStream(iter(random_pairs(5)))) == random_pairs(5)
+
+
+def test_a_summary_has_one_line_for_each_rule():
+    problems = [Problem("a.csv", n, "empty prompt", "prompt", "", "") for n in range(1, 9)]
+    assert by_rule(problems, {}) == ["empty prompt: 8 (lines 1, 2, 3, 4, 5 and 3 more)"]
+    assert by_rule(problems, {"empty prompt": 4}) == [
+        "empty prompt: 12 (lines 1, 2, 3, 4, 5 and 7 more)"
+    ]
+    everywhere = [Problem("b.csv", None, "missing column", "chosen", None, "it is missing.")]
+    assert by_rule(problems[:1] + everywhere, {}) == [
+        "empty prompt: 1 (line a.csv:1)",
+        "missing column: it is missing.",
+    ]
+
+
+def test_a_column_in_the_place_of_a_renamed_one_is_unused():
+    reading = Reading(columns={"prompt": "question"})
+    assert reading.renamed({"question": "Hi", "prompt": 7}) == {"prompt": "Hi", "unused prompt": 7}
+    assert reading.renamed("no mapping") == "no mapping"
+
+
+def test_arguments_are_named_in_the_problems():
+    with pytest.raises(InputError) as caught:
+        read_preferences([{}], format="xml", on_error="ignore", limit=True, columns={"q": "q"})
+    assert [problem.argument for problem in caught.value.problems] == [
+        "format", "columns", "on_error", "limit"
+    ]  # fmt: skip
