@@ -11,6 +11,9 @@ from dpo_keras.preferences.pair import shown
 from dpo_keras.utils.tensors import JSON
 
 
+SHOWN = 20  # problems in the message of an `InvalidPreferences`
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One broken rule (the record was dropped) or one warning (it was kept).
@@ -117,18 +120,12 @@ class ReadReport:
 
 
 class InvalidPreferences(InputError):  # noqa: N818 (public name)
-    """Preference data that breaks rules; `report` holds every problem, the message the first.
+    """Preference data that breaks rules; `report` holds every problem, the message the first."""
 
-    Args:
-        headline: what is wrong as a whole.
-        report: the full report.
-        shown_problems: how many problems the message holds at most.
-    """
-
-    def __init__(self, headline: str, report: ReadReport, shown_problems: int = 20):
+    def __init__(self, headline: str, report: ReadReport):
         self.report = report
-        messages = [headline, *(str(problem) for problem in report.problems[:shown_problems])]
-        more = max(len(report.problems) - shown_problems, 0) + sum(report.omitted.values())
+        messages = [headline, *(str(problem) for problem in report.problems[:SHOWN])]
+        more = max(len(report.problems) - SHOWN, 0) + sum(report.omitted.values())
         if more:
             messages.append(f"... and {more:,} more.")
         super().__init__(messages)
