@@ -165,10 +165,10 @@ def test_more_data_move_no_prompt_to_the_other_side(built, tmp_path):
 
 def test_a_split_that_cannot_be_is_refused(built):
     with pytest.raises(InputError) as error:
-        built.split(1.5, by="group")
+        built.split(1.5, by="topic")
     assert len(error.value.problems) == 2
-    with pytest.raises(InputError, match="leaves the held-out side empty"):
-        built.split(1e-9)
+    with pytest.raises(InputError, match="200 of 200 have none"):
+        built.split(0.2, by="group")
 
 
 def test_a_source_can_be_a_built_directory_beside_files(built, tmp_path):

@@ -7,11 +7,10 @@ import pytest
 from preferences_samples import random_pairs, write_jsonl
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences
-from dpo_keras.preferences import reader as streaming
-from dpo_keras.preferences.audit import find_repeats
-from dpo_keras.preferences.prompt_hashes import RepeatFinder
-from dpo_keras.preferences.read_report import InvalidPreferences, ReadReport
+from dpo_keras.preferences import PreferencePair, PreferenceStream, read_preferences, reader
+from dpo_keras.preferences.audit import RepeatFinder
+from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport, by_rule
+from dpo_keras.preferences.record_stream import Reading
 
 MESSY = [
     {"prompt": "p", "chosen": "a", "rejected": "b", "note": 1},
@@ -50,7 +49,7 @@ def test_a_stream_lists_the_first_problems_and_counts_the_others(tmp_path, monke
     good = [{"prompt": f"{n % 2}", "chosen": "a", "rejected": "b"} for n in range(60)]
     path = write_jsonl(tmp_path / "a.jsonl", bad + good)
     whole = read_preferences(path)
-    monkeypatch.setattr(streaming, "LISTED", 7)
+    monkeypatch.setattr(reader, "LISTED", 7)
     stream = PreferenceStream(path)
     assert len(list(stream)) == 60
     assert len(stream.report.problems) == 7 and len(stream.report.warnings) == 7
@@ -60,7 +59,7 @@ def test_a_stream_lists_the_first_problems_and_counts_the_others(tmp_path, monke
 
 
 def test_a_stream_stops_at_its_limit_and_says_what_is_missing_everywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "LISTED", 3)
+    monkeypatch.setattr(reader, "LISTED", 3)
     stream = PreferenceStream(write_jsonl(tmp_path / "a.jsonl", MESSY), limit=2)
     assert len(list(stream)) == 2 and stream.report.read == 2
     lacking = [{"prompt": "p", "chosen": "a", "rejectd": "b"}] * 9
@@ -68,6 +67,26 @@ def test_a_stream_stops_at_its_limit_and_says_what_is_missing_everywhere(tmp_pat
         list(PreferenceStream(write_jsonl(tmp_path / "b.jsonl", lacking)))
     assert "in all 9 records column 'rejected' is missing" in str(error.value)
     assert len(error.value.problems) == 2
+
+
+def repeats_by_texts(pairs):
+    """What `RepeatFinder` finds by hashes, found by the texts themselves."""
+    said, preferred = {}, {}
+    duplicates, contradictions = [], []
+    for index, pair in enumerate(pairs):
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        tie = pair.preference == 0.5
+        sides = frozenset((chosen, rejected)) if tie else (chosen, rejected)
+        earlier = said.setdefault((prompt, sides, pair.preference, pair.annotator), index)
+        if earlier != index:
+            duplicates.append((index, earlier))
+        if tie:
+            continue
+        opposite = preferred.get((prompt, rejected, chosen))
+        if opposite is not None:
+            contradictions.append((index, opposite))
+        preferred.setdefault((prompt, chosen, rejected), index)
+    return duplicates, contradictions
 
 
 def test_repeats_found_by_hashes_are_those_found_by_the_texts():
@@ -82,11 +101,17 @@ def test_repeats_found_by_hashes_are_those_found_by_the_texts():
     finder = RepeatFinder()
     for pair in pairs:
         finder.add(pair)
-    found = [[tuple(both) for both in repeats.tolist()] for repeats in finder.find()]
-    expected = find_repeats(pairs)
+    expected = repeats_by_texts(pairs)
     assert expected[0] and expected[1]
-    assert found == list(expected)
-    assert [len(repeats) for repeats in RepeatFinder().find()] == [0, 0]
+    assert finder.find() == expected
+    assert RepeatFinder().find() == ([], [])
+
+
+def test_a_preference_counts_by_its_value_not_by_its_type():
+    finder = RepeatFinder()
+    for preference in (1, 1.0, np.float32(1.0)):
+        finder.add(PreferencePair("p", "a", "b", preference))
+    assert finder.find() == ([(1, 0), (2, 0)], [])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "records"])
@@ -121,3 +146,30 @@ def test_columns_that_make_no_sense_are_named_together():
 
 def test_a_stream_of_records_needs_no_files():
     assert list(PreferenceStream(iter(random_pairs(5)))) == random_pairs(5)
+
+
+def test_a_summary_has_one_line_for_each_rule():
+    problems = [Problem("a.csv", n, "empty prompt", "prompt", "", "") for n in range(1, 9)]
+    assert by_rule(problems, {}) == ["empty prompt: 8 (lines 1, 2, 3, 4, 5 and 3 more)"]
+    assert by_rule(problems, {"empty prompt": 4}) == [
+        "empty prompt: 12 (lines 1, 2, 3, 4, 5 and 7 more)"
+    ]
+    everywhere = [Problem("b.csv", None, "missing column", "chosen", None, "it is missing.")]
+    assert by_rule(problems[:1] + everywhere, {}) == [
+        "empty prompt: 1 (line a.csv:1)",
+        "missing column: it is missing.",
+    ]
+
+
+def test_a_column_in_the_place_of_a_renamed_one_is_unused():
+    reading = Reading(columns={"prompt": "question"})
+    assert reading.renamed({"question": "Hi", "prompt": 7}) == {"prompt": "Hi", "unused prompt": 7}
+    assert reading.renamed("no mapping") == "no mapping"
+
+
+def test_arguments_are_named_in_the_problems():
+    with pytest.raises(InputError) as caught:
+        read_preferences([{}], format="xml", on_error="ignore", limit=True, columns={"q": "q"})
+    assert [problem.argument for problem in caught.value.problems] == [
+        "format", "columns", "on_error", "limit"
+    ]  # fmt: skip

@@ -97,3 +97,28 @@ def test_a_long_value_is_cut_in_messages():
 def test_plain_text_joins_the_contents():
     assert plain_text((Message("user", "a"), Message("assistant", "b"))) == "a\nb"
     assert plain_text("a") == "a"
+
+
+def test_a_pair_is_a_record_for_files_without_its_defaults():
+    pair = PreferencePair("Hi", "Hello!", "Go away.", weight=2.0)
+    assert pair.as_dict() == {
+        "prompt": "Hi", "chosen": "Hello!", "rejected": "Go away.", "preference": 1.0,
+        "weight": 2.0,
+    }  # fmt: skip
+    one, other = (Message("assistant", "a"),), (Message("assistant", "b"),)
+    messages = PreferencePair((Message("user", "Hi"),), one, other, 0.5, margin=0.0, swapped=True)
+    assert messages.as_dict() == {
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "preference": 0.5,
+        "margin": 0.0,
+        "swapped": True,
+    }
+
+
+def test_wrong_arguments_carry_their_names():
+    with pytest.raises(InvalidPair) as caught:
+        PreferencePair("", "a", "b", preference=2, weight=-1)
+    arguments = [problem.argument for problem in caught.value.problems]
+    assert arguments == ["prompt", "preference", "weight"]
