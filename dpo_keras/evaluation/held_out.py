@@ -16,8 +16,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
 from dpo_keras.scoring.offline_scoring import check_packing
-from dpo_keras.training import DPOModel
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.training import DPOModel, outputs_of
 
 
 def evaluate_preferences(
@@ -136,7 +135,7 @@ def _measured(
 
 
 def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """Per pair what `DPOModel.measure` sums."""
+    """Measure for each pair what `DPOModel.test_step` sums."""
     loss = model.preference_loss
     assert loss is not None
     outputs = outputs_of(model, batch)

@@ -261,12 +261,16 @@ def test_one_trace_serves_a_packed_run_and_its_evaluation(tokenized):
     traces = []
 
     class Counted(DPOModel):
-        def measure(self, batch, training):
-            traces.append(training)
-            return super().measure(batch, training)
+        def train_step(self, batch):
+            traces.append("train")
+            return super().train_step(batch)
+
+        def test_step(self, batch):
+            traces.append("test")
+            return super().test_step(batch)
 
     model = Counted(gpt2(num_layers=1))
     model.compile(keras.optimizers.SGD(0.1))
     data = preference_dataset(tokenized, batch_size=4, batching="packed")
     model.fit(data, validation_data=data, epochs=3, verbose=0)
-    assert sorted(traces) == [False, True]
+    assert sorted(traces) == ["test", "train"]
