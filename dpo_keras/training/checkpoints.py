@@ -44,15 +44,10 @@ class RunCheckpoint(keras.callbacks.Callback):
         save: bool = True,
     ):
         super().__init__()
-        numbers = {"every": 1 if every is None else every, "keep": keep}
-        if min(numbers.values()) < 1:
-            raise InputError(
-                [
-                    InputProblem(n, "must be >= 1", value)
-                    for n, value in numbers.items()
-                    if value < 1
-                ]
-            )
+        given = {"every": every, "keep": keep}.items()
+        wrong = [InputProblem(n, "must be >= 1", v) for n, v in given if v is not None and v < 1]
+        if wrong:
+            raise InputError(wrong)
         self.directory = pathlib.Path(directory)
         self.every, self.keep, self.step, self.save = every, keep, start_step, save
         self.saved: int | None = None

@@ -24,7 +24,7 @@ _SHAPE = (
 )
 
 
-def strategy(name: str = "auto", **options: Any) -> tf.distribute.Strategy:
+def strategy(name: str = "auto", **options: object) -> tf.distribute.Strategy:
     """Make a `tf.distribute.Strategy` by name.
 
     Build and compile the model in its scope, and call `fit` as usual:

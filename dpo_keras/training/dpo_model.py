@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import keras
 from keras import ops
@@ -69,7 +68,7 @@ class DPOModel(PolicyTrainer):
         reference: str | keras.Model = "auto",
         dropout: bool = False,
         remat: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
@@ -157,7 +156,7 @@ class DPOModel(PolicyTrainer):
         loss: str | DPOLoss = "sigmoid",
         *,
         jit_compile: bool | str = "auto",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Configure training.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import keras
@@ -20,14 +20,8 @@ from dpo_keras.batching import Batching, TokenizedPairs, preference_dataset, ste
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.offline_scoring import supports_packing
-from dpo_keras.training.callbacks import (
-    Progress,
-    RunCheckpoint,
-    RunLog,
-    StopOnNonFinite,
-    SyncReference,
-)
-from dpo_keras.training.checkpoints import load_checkpoint
+from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
+from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
@@ -65,26 +59,12 @@ class Layout:
         self, tokenized: TokenizedPairs, batch_size: int, **options: Any
     ) -> tf.data.Dataset:
         """Make batches, with `options` as `preference_dataset` takes them."""
-        return preference_dataset(
-            tokenized,
-            batch_size=batch_size,
-            buckets=self.buckets,
-            batching=self.batching,
-            row_length=self.row_length,
-            replicas=self.replicas,
-            **options,
-        )
+        return preference_dataset(tokenized, batch_size=batch_size, **asdict(self), **options)
 
     def steps(self, tokenized: TokenizedPairs, batch_size: int, seed: int = 0) -> int:
         """Count the steps of an epoch; with packing they depend on the order, so on its seed."""
-        return steps_per_epoch(
-            tokenized,
-            batch_size,
-            batching=self.batching,
-            row_length=self.row_length,
-            replicas=self.replicas,
-            seed=seed,
-        )
+        options = {name: value for name, value in asdict(self).items() if name != "buckets"}
+        return steps_per_epoch(tokenized, batch_size, seed=seed, **options)
 
 
 def choose_layout(
@@ -101,13 +81,10 @@ def choose_layout(
     Args:
         models: the policy, and the reference where it is a model of its own.
         batching: "auto" falls back to buckets and says why; "packed" insists.
-        buckets: number of lengths that bucketed batches come in.
-        row_length: tokens per packed row; None chooses.
-        replicas: number of replicas that share a batch.
+        buckets: as `Layout` takes.
+        row_length: as `Layout` takes.
+        replicas: as `Layout` takes.
         note: called with the reason for falling back.
-
-    Returns:
-        The layout.
 
     Raises:
         InputError: an unknown name; "packed" where it is not possible; a row length for buckets.
@@ -158,7 +135,9 @@ def warm_up(
         epochs: passes over them.
         batch_size: responses per step.
         seed: seed of the order.
-        buckets, batching, row_length: as `choose_layout` takes; `batching` may be a `Layout`.
+        buckets: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
+        row_length: as `choose_layout` takes.
         **options: see `RunOptions`.
 
     Returns:
@@ -194,7 +173,9 @@ def train_preferences(
         epochs: passes over them.
         batch_size: pairs per step, over all replicas.
         seed: seed of the order.
-        buckets, batching, row_length: as `choose_layout` takes; `batching` may be a `Layout`.
+        buckets: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
+        row_length: as `choose_layout` takes.
         held_out: pairs to evaluate on, or None.
         evaluation_batch_size: pairs per batch in evaluation; `batch_size` by default.
         **options: see `RunOptions`.
@@ -237,8 +218,7 @@ class RunOptions:
         validation_data: what Keras evaluates on.
         stop: ends the run after the step in which it is requested.
         watchdog: watchdog of a cluster's run.
-        callbacks: further callbacks.
-        verbose: as `keras.Model.fit` takes.
+        callbacks, verbose: as `keras.Model.fit` takes.
     """
 
     every: int | None = None

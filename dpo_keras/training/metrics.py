@@ -18,7 +18,7 @@ COUNTS = ("tokens", "pairs")
 """Sums of which the total is of interest, not the mean."""
 
 STOP = "stop"
-"""Number of replicas that were asked to stop. Summed with the metrics, it reaches all in one step."""
+"""Number of replicas that were asked to stop: summed with the metrics, all learn of it at once."""
 
 HIDDEN = frozenset({"at_reference", STOP, *COUNTS})
 """Names that callbacks read and that are not logged."""

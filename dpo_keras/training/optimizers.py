@@ -16,7 +16,7 @@ Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 SCHEDULES: dict[str, Callable[[float, int], float | Schedule]] = {
     "constant": lambda rate, steps: rate,
     "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
-    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
+    "cosine": keras.optimizers.schedules.CosineDecay,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import keras
 import numpy as np
@@ -45,7 +44,7 @@ class SupervisedModel(PolicyTrainer):
     """
 
     def __init__(
-        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: Any
+        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: object
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
 

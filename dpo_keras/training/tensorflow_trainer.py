@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import keras
@@ -21,6 +21,9 @@ from dpo_keras.utils import keras_internals
 from dpo_keras.utils.tensors import JSON, Tensor
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
+Step: TypeAlias = Callable[[Batch], MetricSums]
+OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]
+"""From a batch and this process's request to stop to the sums of all replicas, `[names, 2]`."""
 StepFunction: TypeAlias = Callable[[object], dict[str, Tensor]]
 StepLoss: TypeAlias = Callable[[], tuple[Tensor, MetricSums]]
 """Returns this replica's share of a step's loss (the shares add up to it), and what is logged."""
@@ -37,11 +40,11 @@ class TensorflowTrainer(keras.Model):
        of pairs, so here each share is divided by the weight of all pairs of the global batch.
     2. It clips gradients before it sums them over the replicas. Here the sum comes first.
     3. It averages metrics of batches. Here steps return sums and weights, added up in float64.
-    4. It averages the first batch over the replicas to build the model, which fails on integers
-       and dicts (keras#20329). The policy is built already.
-    5. It weighs all micro-batches alike, see `WeighedAccumulation` (transformers#35856).
-    6. `jit_compile` under several replicas fails within TensorFlow (keras#17187), and parameter
-       servers are not supported (keras#18624). Both are refused here with the reason.
+    4. It weighs all micro-batches alike, see `WeighedAccumulation` (transformers#35856).
+    5. It averages the first batch over the replicas to build the model, which fails on integers
+       and dicts (keras#20329).
+    6. It fails late on `jit_compile` under several replicas (keras#17187) and on parameter servers
+       (keras#18624). Both are refused here with the reason.
 
     A trainer for another backend offers the same methods on that backend.
 
@@ -51,7 +54,7 @@ class TensorflowTrainer(keras.Model):
         stop_requested: returns whether this process was asked to stop; see `StopTogether`.
     """
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, **kwargs: object):
         if isinstance(tf.distribute.get_strategy(), tf.distribute.ParameterServerStrategy):
             raise InputError(
                 "Keras 3 cannot train on parameter servers (keras#18624). Use dpo_keras.legacy."
@@ -85,9 +88,8 @@ class TensorflowTrainer(keras.Model):
     def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
         """Differentiate the loss of a step, and sum its gradients over the replicas.
 
-        Returns:
-            (gradient, weight) of each weight that the loss depends on, and what is logged. The
-            gradients are scaled where the optimizer scales losses.
+        Return (gradient, weight) of each weight that the loss depends on, and what is logged. The
+        gradients are scaled where the optimizer scales losses.
         """
         variables = self.trainable_variables
         # Frozen weights are not watched, or TensorFlow would lay out their gradients too.
@@ -103,14 +105,9 @@ class TensorflowTrainer(keras.Model):
         return [(gradient, v) for gradient, (_, v) in zip(summed, used, strict=True)], sums
 
     def update(self, gradients: Gradients, weight: Tensor) -> Tensor:
-        """Let the optimizer clip, accumulate and apply gradients.
+        """Let the optimizer clip, accumulate and apply gradients; return their norm before that.
 
-        Args:
-            gradients: what `gradients` returned.
-            weight: weight of this replica's pairs, by which micro-batches are averaged.
-
-        Returns:
-            The norm of the whole gradient, before clipping.
+        Micro-batches are averaged by `weight`, that of this replica's pairs.
         """
         values = [gradient for gradient, _ in gradients]
         scale = getattr(self.optimizer, "dynamic_scale", 1.0)
@@ -132,7 +129,7 @@ class TensorflowTrainer(keras.Model):
         loss: Any = None,
         *,
         jit_compile: bool | str = "auto",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Configure training as `keras.Model.compile` does; `jit_compile="auto"` means False.
 
@@ -156,10 +153,7 @@ class TensorflowTrainer(keras.Model):
         return [ReleasesTracing(), Throughput()]
 
     def fit(self, *args: object, callbacks: object = None, **kwargs: object) -> Any:
-        """Train as `keras.Model.fit` does, on a dataset of dict batches.
-
-        Logs of each epoch gain `tokens_per_second` and `pairs_per_second`.
-        """
+        """Train as `keras.Model.fit` does, on dict batches; tokens per second are logged, too."""
         if not isinstance(callbacks, keras.callbacks.CallbackList):
             given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
             callbacks = [*self.default_callbacks(), *(c for c in given if c is not None)]
@@ -180,7 +174,7 @@ class TensorflowTrainer(keras.Model):
         """Return the number of tokens and of pairs since the last reset."""
         if self._totals is None:
             return dict.fromkeys(COUNTS, 0.0)
-        totals = dict(zip(self._total_names, self._totals[:, 0], strict=True))
+        totals = dict(zip(self._total_names, self._totals[:, 0].numpy(), strict=True))
         return {name: float(totals[name]) for name in COUNTS}
 
     def steps_taken(self) -> int:
@@ -190,28 +184,25 @@ class TensorflowTrainer(keras.Model):
     def make_train_function(self, force: bool = False) -> StepFunction:
         """Return the function that `fit` calls with an iterator."""
         if self.train_function is None or force:
-            names = [*self.metric_names(), "grad_norm", *COUNTS, STOP]
-            self.train_function = self._step_function(self.train_step, names)
+            self.train_function = self._step_function(self.train_step, ["grad_norm"])
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> StepFunction:
         """Return the function that `evaluate` calls with an iterator."""
         if self.test_function is None or force:
-            names = [*self.metric_names(), *COUNTS, STOP]
-            self.test_function = self._step_function(self.test_step, names)
+            self.test_function = self._step_function(self.test_step, [])
         return self.test_function
 
     def _maybe_symbolic_build(self, iterator: object = None, data_batch: object = None) -> None:
-        """Do nothing: see reason 4."""
+        """Do nothing: the policy is built already (reason 5)."""
 
     def _flatten_metrics_in_order(self, logs: dict[str, Tensor]) -> list[Tensor]:
         return [logs[name] for name in self.metric_names() if name in logs]
 
     # -- steps as graphs -------------------------------------------------------------------
 
-    def _step_function(
-        self, step: Callable[[Batch], MetricSums], names: Sequence[str]
-    ) -> StepFunction:
+    def _step_function(self, step: Step, further_names: list[str]) -> StepFunction:
+        names = [*self.metric_names(), *further_names, *COUNTS, STOP]
         one_step = self._step_over_replicas(step, names)
         several = self.steps_per_execution > 1 and not self.run_eagerly
         options = {"reduce_retracing": True, "autograph": False}
@@ -237,7 +228,7 @@ class TensorflowTrainer(keras.Model):
             else:  # train_on_batch and test_on_batch wrap their dict as (x, y, sample_weight)
                 first = last = one_step(next(iterator)[0], stop)
                 totals = tf.cast(last, "float64")
-            self._total_names = list(names)
+            self._total_names = names
             self._totals = totals if self._totals is None else self._totals + totals
             self.first_step_logs = self.step_logs = dict(zip(names, _means(first), strict=True))
             if last is not first:
@@ -246,10 +237,7 @@ class TensorflowTrainer(keras.Model):
 
         return function
 
-    def _step_over_replicas(
-        self, step: Callable[[Batch], MetricSums], names: Sequence[str]
-    ) -> Callable[[Batch, Tensor], Tensor]:
-        """Return a function from a batch to the sums of all replicas, `[names, 2]`."""
+    def _step_over_replicas(self, step: Step, names: list[str]) -> OneStep:
         strategy = self.distribute_strategy
         if self.jit_compile and strategy.num_replicas_in_sync > 1:
             raise InputError(
@@ -278,25 +266,24 @@ class PolicyTrainer(TensorflowTrainer):
             log pi that log pi_ref does not have hides the signal of the first steps.
         remat: gradient checkpointing: whether to recompute transformer blocks in the backward
             pass. Takes much less memory and about a quarter more time.
-
-    Raises:
-        InputError: the policy is no Keras model, or `remat` with active dropout.
     """
 
     def __init__(
-        self, policy: keras.Model, dropout: bool = False, remat: bool = False, **kwargs: Any
+        self, policy: keras.Model, dropout: bool = False, remat: bool = False, **kwargs: object
     ):
         if not isinstance(policy, keras.Model):
-            hint = "Load one with keras_hub.models.CausalLM.from_preset(…)."
             rule = f"must be a keras.Model, got {type(policy).__name__}"
+            hint = "Load one with keras_hub.models.CausalLM.from_preset(…)."
             raise InputError(InputProblem("policy", rule, hint=hint))
         super().__init__(**kwargs)
         if not policy.built:
             # A subclassed model has no weights to train or copy before its first call.
             policy({key: tf.ones((1, 2), "int32") for key in ("token_ids", "padding_mask")})
-        if remat and dropout and _drops_out(policy):
+        layers = keras_internals.all_layers(policy)
+        drops = any(isinstance(layer, keras.layers.Dropout) and layer.rate > 0 for layer in layers)
+        if remat and dropout and drops:
             hint = "Recomputed dropout is drawn anew, so the gradient is that of another network."
-            raise InputError(InputProblem("remat=True", "needs dropout=False", hint=hint))
+            raise InputError(InputProblem("remat", "needs dropout=False", hint=hint))
         self.policy = policy
         self.dropout = dropout
         self.scorer = ResponseScorer(policy, remat=remat)
@@ -321,12 +308,8 @@ class PolicyTrainer(TensorflowTrainer):
 
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
-        return {
-            **super().get_config(),
-            "policy": serialized_policy(self.policy),
-            "dropout": self.dropout,
-            "remat": self.scorer.remat,
-        }
+        options = {"dropout": self.dropout, "remat": self.scorer.remat}
+        return {**super().get_config(), "policy": serialized_policy(self.policy), **options}
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
@@ -342,10 +325,8 @@ class PolicyTrainer(TensorflowTrainer):
             self._packing_checked = True
 
 
-def _next_steps(
-    one_step: Callable[[Batch, Tensor], Tensor], most: int, names: int
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a function that takes up to `most` steps in one graph, as long as there are batches."""
+def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function that takes up to `most` steps in one graph while there are batches."""
 
     def next_steps(iterator: tf.data.Iterator, stop: Tensor) -> tuple[Tensor, ...]:
         def more(count: Tensor, batch: Tensor, *_: Tensor) -> Tensor:
@@ -370,8 +351,3 @@ def _next_steps(
 
 def _means(sums: Tensor) -> list[Tensor]:
     return list(tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1])))
-
-
-def _drops_out(policy: keras.Model) -> bool:
-    layers = keras_internals.all_layers(policy)
-    return any(isinstance(v, keras.layers.Dropout) and v.rate > 0 for v in layers)

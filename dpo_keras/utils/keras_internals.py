@@ -93,7 +93,7 @@ def micro_steps(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
 
 
 class WeighedAccumulation(keras.layers.Layer):
-    """Make an optimizer that accumulates gradients weigh each micro-batch by its pairs (Keras 3.15).
+    """Make an accumulating optimizer weigh each micro-batch by its pairs (Keras 3.15).
 
     Keras averages the gradients of micro-batches, each a mean over its own pairs, so that a pair in
     a small micro-batch counts for more. Packed rows hold different numbers of pairs, and the last
