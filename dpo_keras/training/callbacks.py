@@ -1,7 +1,5 @@
 """Keras callbacks of preference training. All callbacks of Keras work beside them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

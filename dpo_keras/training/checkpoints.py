@@ -1,7 +1,5 @@
 """Checkpoints that are complete or absent."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

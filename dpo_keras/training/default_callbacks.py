@@ -1,7 +1,5 @@
 """Default training callbacks: the check of the first loss, speed, memory, and stopping."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import time
@@ -123,13 +121,8 @@ class StopTogether(keras.callbacks.Callback):
     """Save and end a run after the step in which a stop was requested on any worker.
 
     Each worker puts its own request among the metrics that the step sums over replicas anyway. All
-    of them learn of it in the same step, and no step waits for it.
-
-    Args:
-        stop: the request of this process.
-        start_step: steps taken before.
-        checkpoint: saves; None saves nothing.
-        watchdog: of a cluster; its workers wait until the chief has saved.
+    of them learn of it in the same step, and no step waits for it. Workers of a cluster wait until
+    the chief has saved.
 
     Raises:
         RunStopped: after that step.

@@ -1,7 +1,5 @@
 """Strategies of `tf.distribute` by name, and sums over their replicas."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -84,20 +82,9 @@ def per_worker(
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
     """Make a dataset for `fit` of which every worker makes only its own rows.
 
-    By default `fit` lets every worker make every batch and discard the rows of the others.
-
-    Args:
-        strategy: the model's strategy.
-        make: makes a dataset for a worker, or with all rows for None; see the argument `worker` of
-            `preference_dataset`.
-
-    Returns:
-        The dataset. Workers with several replicas make all rows, which the strategy splits.
-
-    Example:
-        >>> int(per_worker(tf.distribute.get_strategy(), lambda worker: tf.data.Dataset.range(3))
-        ...     .cardinality())
-        3
+    By default `fit` lets every worker make every batch and discard the rows of the others. `make`
+    gets the argument `worker` of `preference_dataset`: None for all rows, which the strategy splits
+    where workers have several replicas.
     """
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     # TensorFlow takes such a dataset replica by replica, which is right with one on each worker.
@@ -113,11 +100,7 @@ def per_worker(
 
 
 def read_server_cluster() -> Cluster:
-    """Read from TF_CONFIG a cluster of one chief, parameter servers and workers.
-
-    Raises:
-        InputError: TF_CONFIG is missing or wrong, or a job is missing in it.
-    """
+    """Read from TF_CONFIG a cluster of one chief, parameter servers and workers."""
     cluster = read_tf_config()
     if cluster is None:
         raise InputError(f"parameter servers need the environment variable TF_CONFIG: {_SHAPE}.")

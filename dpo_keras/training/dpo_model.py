@@ -81,11 +81,11 @@ class DPOModel(PolicyTrainer):
     def train_step(self, batch: Batch) -> MetricSums:
         """Update the policy on one batch of preference pairs.
 
-        1. Score:              S(y) = beta (log pi(y | x) - log pi_ref(y | x))
-        2. Softmax:            P = softmax(S(y_1), S(y_2))
+        1. Score:                S(y) = beta (log pi(y | x) - log pi_ref(y | x))
+        2. Softmax:              P = softmax(S(y_1), S(y_2))
         3. Log-likelihood ratio: LLR = log P(y_1) - log P(y_2) = S(y_1) - S(y_2)
-        4. Loss:               mean over the pairs of BCE(p, P) + penalties
-        5. Update:             weights <- optimizer(weights, d loss / d weights)
+        4. Loss:                 mean over the pairs of BCE(p, P) + penalties
+        5. Update:               weights <- optimizer(weights, d loss / d weights)
 
         The formulas are those of `DPOLoss("sigmoid")`; other losses replace S or the BCE.
         """
@@ -94,16 +94,16 @@ class DPOModel(PolicyTrainer):
         def step_loss() -> tuple[Tensor, MetricSums]:
             outputs = outputs_of(self, batch, training=True)  # log pi(y | x), log pi_ref(y | x)
             preference, outputs = pairs_of_step(loss, batch, outputs)
-            scores = loss.scores(outputs)  # 1
-            probabilities = preference_probabilities(scores)  # 2
-            llr = log_likelihood_ratio(scores)  # 3
-            terms = loss.terms(preference, outputs)  # 4: BCE and penalties of each pair
+            scores = loss.scores(outputs)  # 1.
+            probabilities = preference_probabilities(scores)  # 2.
+            llr = log_likelihood_ratio(scores)  # 3.
+            terms = loss.terms(preference, outputs)  # 4. BCE and penalties of each pair
             mean = mean_over_pairs(loss, terms, outputs)
             return mean, preference_sums(
                 loss, batch, outputs, preference, scores, probabilities, llr, terms
             )
 
-        gradients, sums = self.gradients(step_loss)  # 5
+        gradients, sums = self.gradients(step_loss)  # 5.
         norm = self.update(gradients, weight=sums["loss"][1])
         return self.report(batch, {**sums, "grad_norm": (norm, 1.0)})
 
@@ -123,9 +123,8 @@ class DPOModel(PolicyTrainer):
         """Score a batch: what `predict` returns.
 
         Returns:
-            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]`, `policy`, `reference`,
-            `lengths`, and what else the loss needs. Before `compile` the scores are those of the
-            default loss.
+            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]` (of the default loss before
+            `compile`), `policy`, `reference`, `lengths`, and what else the loss needs.
         """
         outputs = outputs_of(self, batch, training)
         scores = (self.preference_loss or DPOLoss()).scores(outputs)

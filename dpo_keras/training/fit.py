@@ -30,8 +30,7 @@ from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils.tensors import JSON
 
 BatchingChoice = Literal["auto", "packed", "buckets"]
-Stream: TypeAlias = Callable[[int], tf.data.Dataset]
-"""Returns all batches from a step on."""
+Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """What a step logs, as weighted sums: only sums can be added over steps, replicas and workers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -43,21 +41,9 @@ def preference_sums(
     llr: Tensor,
     terms: Mapping[str, Tensor],
 ) -> MetricSums:
-    """Measure a step on N preference pairs.
+    """Return the sums of `preference_metric_names(loss)` over N pairs, of `[N]` or `[N, 2]` each.
 
-    Args:
-        loss: the loss that is minimized.
-        batch: the batch that `outputs` came from.
-        outputs: what `outputs_of` returned.
-        preference: `[N]`, the labels.
-        scores: `[N, 2]`, implicit rewards in nats.
-        probabilities: `[N, 2]`, softmax of the scores.
-        llr: `[N]`, the log-likelihood ratio.
-        terms: `[N]` each, the terms of the loss.
-
-    Returns:
-        The sums of `preference_metric_names(loss)`. `at_reference` is the preference loss that a
-        policy equal to its reference would have.
+    `at_reference` is the preference loss that a policy equal to its reference would have.
     """
     weight = outputs["weight"]
     values = {

@@ -1,7 +1,5 @@
 """Supervised fine-tuning on chosen responses: the usual step before preference training."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import keras
@@ -79,14 +77,9 @@ def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
 
 
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
-    """Reduce a preference dataset to its chosen responses.
+    """Drop the rejected sequences from the batches of `dpo_keras.preference_dataset`.
 
-    Args:
-        preferences: from `dpo_keras.preference_dataset`.
-
-    Returns:
-        The same batches without the rejected sequences, so that nothing is computed for them.
-        (Packed rows keep their places; pack `chosen_alone` pairs instead.)
+    Packed rows keep their places; pack `chosen_alone` pairs instead.
     """
 
     def chosen(batch: Batch) -> Batch:
