@@ -155,7 +155,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     if loss.needs_reference:
         found["chosen_reference_logps"] = outputs["reference"][:, 0]
         found["rejected_reference_logps"] = outputs["reference"][:, 1]
-        found["kl"] = kl_to_reference(None, scores, outputs)
+        found["kl"] = kl_to_reference(outputs)
     return found
 
 

@@ -57,7 +57,7 @@ def preference_sums(
         "rejected_logps": outputs["policy"][:, 1],
     }
     if loss.needs_reference:
-        values["kl"] = kl_to_reference(None, scores, outputs)
+        values["kl"] = kl_to_reference(outputs)
         values["at_reference"] = _loss_at_reference(loss, preference, outputs)
     total = ops.sum(weight)
     sums: MetricSums = {name: (_weighted(weight, v), total) for name, v in values.items()}
