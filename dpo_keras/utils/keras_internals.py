@@ -183,9 +183,11 @@ def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
 def unmerged_weights(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
     """Return the base weight of a layer with LoRA and its adapters, each under Keras' own name."""
     names = ["lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"]
-    adapters = [name for name in names if getattr(layer, name, None) is not None]
     base = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
-    return {name: private(layer, name, KERAS) for name in [base, *adapters]}
+    if getattr(layer, "quantization_mode", None) is None:
+        private(layer, base, KERAS)  # only some quantized layers have another base weight
+    found = {name: getattr(layer, name, None) for name in [base, *names]}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 # -- models of tf-keras (written for tf-keras 2.21) ----------------------------------------
