@@ -15,7 +15,7 @@ from dpo_keras.batching.single_pass import Part
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
-from dpo_keras.scoring.offline_scoring import check_packing
+from dpo_keras.scoring import check_packing
 from dpo_keras.training import DPOModel, outputs_of
 
 
@@ -36,7 +36,7 @@ def evaluate_preferences(
         model: a compiled `DPOModel`; nothing in it is changed.
         tokenized: the pairs, N >= 1.
         batch_size: pairs at a time; in the mean, where packed.
-        batching: "buckets", or "packed" for models that `supports_packing` has nothing against.
+        batching: "buckets", or "packed" for models without a `packing_obstacle`.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:

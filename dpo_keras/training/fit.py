@@ -19,7 +19,7 @@ import tensorflow as tf
 from dpo_keras.batching import Batching, TokenizedPairs, preference_dataset, steps_per_epoch
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.offline_scoring import supports_packing
+from dpo_keras.scoring import packing_obstacle
 from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
 from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
@@ -104,7 +104,7 @@ def choose_layout(
         raise InputError(problems)
     if batching == "buckets":
         return Layout("buckets", buckets, replicas=replicas)
-    reason = next((why for model in models if (why := supports_packing(model)) is not None), None)
+    reason = next((why for model in models if (why := packing_obstacle(model)) is not None), None)
     if reason is None:
         return Layout("packed", buckets, row_length, replicas)
     if batching == "packed":
