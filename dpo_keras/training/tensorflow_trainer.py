@@ -11,8 +11,8 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.lora import serialized_policy
 from dpo_keras.scoring import check_packing
+from dpo_keras.scoring.lora import serialized_policy
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
@@ -22,8 +22,7 @@ from dpo_keras.utils.tensors import JSON, Tensor
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
 Step: TypeAlias = Callable[[Batch], MetricSums]
-OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]
-"""From a batch and this process's request to stop to the sums of all replicas, `[names, 2]`."""
+OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]  # to the sums of all replicas, [names, 2]
 StepFunction: TypeAlias = Callable[[object], dict[str, Tensor]]
 StepLoss: TypeAlias = Callable[[], tuple[Tensor, MetricSums]]
 """Returns this replica's share of a step's loss (the shares add up to it), and what is logged."""
@@ -133,8 +132,8 @@ class TensorflowTrainer(keras.Model):
     ) -> None:
         """Configure training as `keras.Model.compile` does; `jit_compile="auto"` means False.
 
-        XLA compiles each bucket of lengths anew. Packed batches have one shape, but XLA must know
-        it while it compiles, so that attention runs over whole rows instead of trees.
+        XLA compiles each bucket of lengths anew, and runs attention of packed batches over whole
+        rows instead of trees, because it must know every shape while it compiles.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
@@ -284,8 +283,7 @@ class PolicyTrainer(TensorflowTrainer):
         if remat and dropout and drops:
             hint = "Recomputed dropout is drawn anew, so the gradient is that of another network."
             raise InputError(InputProblem("remat", "needs dropout=False", hint=hint))
-        self.policy = policy
-        self.dropout = dropout
+        self.policy, self.dropout = policy, dropout
         self.scorer = ResponseScorer(policy, remat=remat)
         self._packing_checked = False
         self.built = True
@@ -337,8 +335,7 @@ def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple
         ) -> tuple[Tensor, ...]:
             sums = one_step(batch.get_value(), stop)
             first = tf.where(count == 0, sums, first)
-            full = count + 1 >= most
-            following = tf.cond(full, lambda: batch, iterator.get_next_as_optional)
+            following = tf.cond(count + 1 >= most, lambda: batch, iterator.get_next_as_optional)
             return count + 1, following, first, sums, totals + tf.cast(sums, "float64")
 
         batch, zeros = iterator.get_next_as_optional(), tf.zeros((names, 2))

@@ -11,8 +11,8 @@ from dpo_keras.batching.packed_rows import collate_packed
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
-from dpo_keras.scoring import scorer as scorer_module
 from dpo_keras.scoring import cache_reference
+from dpo_keras.scoring import scorer as scorer_module
 from dpo_keras.training import DPOModel, strategy
 
 EVERYTHING = {"insufficient_confidence": 0.3, "nll": 0.1, "kl_to_reference": 0.05}
