@@ -13,10 +13,9 @@ from keras import ops
 from dpo_keras.batching import Batching, Part, TokenizedPairs, one_pass, pass_signature
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.losses import OBJECTIVES, kl_to_reference
+from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
 from dpo_keras.scoring import check_packing
-from dpo_keras.training import DPOModel
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.training import DPOModel, outputs_of
 
 
 def evaluate_preferences(
@@ -135,7 +134,7 @@ def _measured(
 
 
 def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """Per pair what `DPOModel.measure` sums."""
+    """Measure for each pair what `DPOModel.test_step` sums."""
     loss = model.preference_loss
     assert loss is not None
     outputs = outputs_of(model, batch)
@@ -144,6 +143,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     found = {
         "loss": sum(terms.values()),
         **terms,
+        "chosen_probability": preference_probabilities(scores)[:, 0],
         "chosen_reward": scores[:, 0],
         "rejected_reward": scores[:, 1],
         "chosen_logps": outputs["policy"][:, 0],

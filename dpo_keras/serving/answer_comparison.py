@@ -15,7 +15,7 @@ from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, Server, missing_reference, scores_of
 from dpo_keras.serving.verification import Call, largest_difference
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.training import outputs_of
 
 Examples = Sequence[tuple[str, str, str]]
 Answers = Mapping[str, Sequence[Any]]

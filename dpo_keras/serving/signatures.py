@@ -13,7 +13,7 @@ from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabili
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.decoding import generate_ids, prompt_ids
 from dpo_keras.serving.graph_encoder import GraphEncoder, neutral_columns
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.training import outputs_of
 
 Outputs = dict[str, tf.Tensor]
 INPUTS = {
