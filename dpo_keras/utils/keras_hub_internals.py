@@ -65,3 +65,11 @@ def mend_word_splits(tokenizer: Any) -> bool:
         ]
     )
     return True
+
+
+def python_tokenizer(tokenizer: object) -> object | None:
+    """Return the `tokenizers.Tokenizer` in a byte-pair tokenizer (KerasHub 0.32); None without one.
+
+    KerasHub's Python path runs on it. There is no public way to it.
+    """
+    return getattr(tokenizer, "_tokenizer", None)

@@ -4,10 +4,14 @@ Both changes use private names of Keras' optimizers, for which there is no publi
 belongs to one model, since Keras ties it to its variables.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from dpo_keras.utils.tensors import Tensor
 
 
 def sum_gradients_ourselves(optimizer: Any) -> None:
@@ -63,3 +67,34 @@ def update_in_one_pass(optimizer: Any) -> None:
         )
 
     inner.update_step = update_step
+
+
+@contextlib.contextmanager
+def native_slice_update() -> Iterator[None]:
+    """Make `keras.ops.slice_update` a plain TensorFlow op in a block of code.
+
+    Written for Keras 3.15 and KerasHub 0.32. KerasHub writes its key-value caches with
+    `keras.ops.slice_update`, which is `XlaDynamicUpdateSlice` on TensorFlow. Model servers are
+    built without XLA and fail on it at the first request. `TensorStridedSliceUpdate` computes the
+    same (start indices are clamped so that the update fits), in place where it can. Replacing the
+    function on the public module is enough, because models look it up there in each call.
+    """
+    original = keras.ops.slice_update
+
+    def slice_update(inputs: Tensor, start_indices: Tensor, updates: Tensor) -> Tensor:
+        inputs = tf.convert_to_tensor(inputs)
+        updates = tf.cast(updates, inputs.dtype)
+        size = tf.shape(updates)
+        start = tf.stack([tf.cast(index, tf.int32) for index in start_indices])
+        start = tf.clip_by_value(start, 0, tf.shape(inputs) - size)
+        updated = tf.raw_ops.TensorStridedSliceUpdate(
+            input=inputs, begin=start, end=start + size, strides=tf.ones_like(start), value=updates
+        )
+        updated.set_shape(inputs.shape)
+        return updated
+
+    keras.ops.slice_update = slice_update
+    try:
+        yield
+    finally:
+        keras.ops.slice_update = original
