@@ -11,7 +11,7 @@ from dpo_keras.batching import ChatTemplate, TextEncoder
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.serving.graph_tokenizers import GraphTokenizer
 from dpo_keras.serving.word_patterns import CUT, literal, split_at
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils.tensors import JSON, Tensor
 
 # Private use characters: they stand for the words of a message while the template is read.
 _PROMPT, _RESPONSE = "\ue000", "\ue001"
@@ -84,7 +84,7 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
     special = [*template.markers, *encoder.special_tokens]
     special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
     ids = {text: token for text in special if (token := encoder.token_id(text)) is not None}
-    variables: dict[str, str] = {
+    variables: dict[str, JSON] = {
         "bos_token": getattr(encoder.tokenizer, "start_token", None) or "",
         "eos_token": getattr(encoder.tokenizer, "end_token", None) or "",
     }

@@ -258,7 +258,7 @@ class TracedTokenizer(tf.Module):
     def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
         """Return int32 `[batch, (tokens)]` of texts `[batch]`."""
         ids = self._tokenize(texts)
-        ids = tf.RaggedTensor.from_tensor(ids) if isinstance(ids, Tensor) else ids
+        ids = tf.RaggedTensor.from_tensor(ids) if isinstance(ids, tf.Tensor) else ids
         return tf.cast(ids, tf.int32)
 
     def detokenize(self, ids: tf.RaggedTensor) -> Tensor:

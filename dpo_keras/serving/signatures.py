@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
 from dpo_keras.errors import InputProblem
-from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
+from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_probabilities
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.graph_encoder import GraphEncoder, rows_of
+from dpo_keras.training import outputs_of
 from dpo_keras.training.generation import decode, decoding_problems, new_tokens, token_choice
-from dpo_keras.training.measures import outputs_of
 from dpo_keras.utils.keras_internals import native_slice_update
 from dpo_keras.utils.tensors import Tensor
 
@@ -92,13 +92,14 @@ class ServedModel:
         answer = {"log_prob": scored["logps"][:, 0], "tokens": scored["lengths"][:, 0]}
         loss = getattr(model, "preference_loss", None)
         if loss is not None and missing_reference(model) is None:
-            columns = {"policy": scored["logps"], "lengths": scored["lengths"]}
-            if loss.needs_reference:
-                columns["reference"] = model.reference_logps(batch)
             # Scores need two columns: the response beside itself, so that all of it is shared.
-            twice = {name: tf.repeat(value[:, :1], 2, axis=1) for name, value in columns.items()}
-            shared = {f"{name}_shared": value for name, value in twice.items()}
-            answer["reward"] = scores_of(loss, {**shared, **twice})[:, 0]
+            policy = _twice(scored["logps"])
+            outputs: Outputs = {"policy": policy, "lengths": _twice(scored["lengths"])}
+            outputs["policy_shared"] = policy
+            if loss.needs_reference:
+                outputs["reference"] = _twice(model.reference_logps(batch))
+                outputs["reference_shared"] = outputs["reference"]
+            answer["reward"] = scores_of(loss, outputs)[:, 0]
         return answer
 
     def prefer(self, prompt: Tensor, response_a: Tensor, response_b: Tensor) -> dict[str, Tensor]:
@@ -175,11 +176,11 @@ def draw_anew(log_probs: Tensor) -> Tensor:
     return drawn[:, 0]
 
 
-def scores_of(loss: DPOLoss, outputs: Mapping[str, Tensor]) -> Tensor:
+def scores_of(loss: DPOLoss, outputs: Outputs) -> Tensor:
     """Return the scores `[N, 2]`, in nats, of outputs that have no columns of pairs."""
     # Some losses ask for these, but no score depends on them.
     zeros = tf.zeros_like(outputs["policy"])
-    unused = {
+    unused: Outputs = {
         "margin": zeros[:, 0],
         "group": tf.cast(zeros[:, 0], tf.int32),
         "wpo_log_weight": zeros,
@@ -229,3 +230,7 @@ def _check_same_length(prompt: Tensor, *others: Tensor) -> None:
         tf.debugging.assert_equal(
             tf.shape(prompt), tf.shape(other), "prompt and responses must be as many"
         )
+
+
+def _twice(column: Tensor) -> Tensor:
+    return tf.repeat(column[:, :1], 2, axis=1)

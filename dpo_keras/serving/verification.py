@@ -26,8 +26,8 @@ from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving import standalone
 from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, ServedModel, missing_reference, scores_of
+from dpo_keras.training import outputs_of
 from dpo_keras.training.generation import detokenized
-from dpo_keras.training.measures import outputs_of
 from dpo_keras.utils.tensors import JSON, Tensor
 
 Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]
@@ -241,11 +241,11 @@ class Comparison:
         expected = {"log_prob": _column(scored["logps"]), "tokens": _column(scored["lengths"])}
         model = self.served.model
         if missing_reference(model) is None:
-            outputs = dict(outputs_of(model, batch))
+            outputs = outputs_of(model, batch)
             # On its own, a response is shared with nothing shorter (LD-DPO).
-            for name in ("policy", "reference"):
-                if f"{name}_shared" in outputs:
-                    outputs[f"{name}_shared"] = outputs[name]
+            if "policy_shared" in outputs:
+                outputs["policy_shared"] = outputs["policy"]
+                outputs["reference_shared"] = outputs["reference"]
             expected["reward"] = _column(scores_of(model.preference_loss, outputs))
         return expected, kept
 

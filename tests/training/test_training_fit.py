@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from tiny import Letters, pairs\n"
         "from dpo_keras.batching import tokenize_pairs\n"
-        "from training.test_training_recipes import run\n"
+        "from training.test_training_fit import run\n"
         "run(sys.argv[1], tokenize_pairs(pairs(11), Letters(), max_length=48), slow=True)\n"
     )
     tests = pathlib.Path(__file__).parent.parent

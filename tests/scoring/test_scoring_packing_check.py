@@ -11,10 +11,9 @@ from scoring_samples import random_pairs
 
 from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.layer_overrides import swapped
-from dpo_keras.scoring.offline_scoring import check_packing, supports_packing
-from dpo_keras.scoring.scorer import ResponseScorer
-from dpo_keras.scoring.tree_layout import TreeLayout, segment_sizes
+from dpo_keras.scoring import ResponseScorer, check_packing, packing_obstacle
+from dpo_keras.scoring.layer_overrides import Override, overridden_methods
+from dpo_keras.scoring.tree_attention import TreeLayout, segment_sizes
 
 # Prompt, chosen and rejected: ones of a single token, short trees, and texts of up to 21 tokens.
 LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3), (1, 6, 2), (12, 9, 4), (2, 2, 1), (3, 8, 1)]
@@ -144,7 +143,7 @@ def test_models_are_left_as_they_were(batches):
     before = [set(vars(layer)) for layer in layers]
     with pytest.raises(RuntimeError):
         scorer = ResponseScorer(policy, remat=True)
-        with swapped(scorer._swaps(scorer.prepared(batches[1]))):
+        with overridden_methods(scorer._overrides(scorer.prepared(batches[1]))):
             raise RuntimeError
     assert [set(vars(layer)) for layer in layers] == before
 
@@ -152,7 +151,7 @@ def test_models_are_left_as_they_were(batches):
 def test_what_cannot_be_packed_is_named():
     keras.utils.set_random_seed(0)
     bloom = keras_hub.models.BloomBackbone(**tiny.SIZES, num_heads=2)
-    assert "BloomAttention" in supports_packing(keras_hub.models.BloomCausalLM(backbone=bloom))
+    assert "BloomAttention" in packing_obstacle(keras_hub.models.BloomCausalLM(backbone=bloom))
     factors = [1.0] * 4
     phi = keras_hub.models.Phi3Backbone(
         **tiny.SIZES,
@@ -162,9 +161,9 @@ def test_what_cannot_be_packed_is_named():
         rope_scaling_short_factor=factors,
         rope_scaling_long_factor=factors,
     )
-    reason = supports_packing(keras_hub.models.Phi3CausalLM(backbone=phi))
+    reason = packing_obstacle(keras_hub.models.Phi3CausalLM(backbone=phi))
     assert "length of a row" in reason
-    assert "Functional" in supports_packing(tiny.plain_model())
+    assert "Functional" in packing_obstacle(tiny.plain_model())
     with pytest.raises(InputError, match="batching must be 'buckets'.*Functional"):
         check_packing(ResponseScorer(tiny.plain_model()))
 
@@ -174,9 +173,11 @@ def test_a_model_that_differs_when_packed_is_refused():
     policy = FAMILIES["gpt2"]()
     layer = policy.backbone.transformer_layers[0]._feedforward_layer_norm
     call = layer.call
-    with swapped([(layer, "call", lambda states: call(states + 0.1 * tf.roll(states, 1, axis=1)))]):
-        with pytest.raises(InputError, match="differ from unpacked ones by"):
-            check_packing(ResponseScorer(policy))
+    leak = Override(layer, "call", lambda states: call(states + 0.1 * tf.roll(states, 1, axis=1)))
+    refused = pytest.raises(InputError, match="differ from unpacked ones by")
+    with overridden_methods([leak]), refused as raised:
+        check_packing(ResponseScorer(policy))
+    assert raised.value.problems[0].argument == "batching"
 
 
 def test_the_plain_path_refuses_packed_batches(batches):

@@ -1,4 +1,4 @@
-"""Fused layers are the layers that they stand for, gradients included."""
+"""Overrides end with their block; fused layers are the layers that they stand for."""
 
 import keras
 import numpy as np
@@ -6,7 +6,35 @@ import pytest
 import tensorflow as tf
 from families import FAMILIES
 
-from dpo_keras.scoring.layer_overrides import fused, fused_calls, swapped
+from dpo_keras.scoring.layer_overrides import (
+    Override,
+    fused,
+    fused_overrides,
+    overridden_methods,
+)
+
+
+class Layer:
+    def call(self):
+        return "its own"
+
+
+def test_overrides_end_with_their_block_and_nest():
+    layer = Layer()
+    with overridden_methods([Override(layer, "call", lambda: "outer")]):
+        with overridden_methods([Override(layer, "call", lambda: "inner")]):
+            assert layer.call() == "inner"
+        assert layer.call() == "outer"
+    assert (layer.call(), vars(layer)) == ("its own", {})
+
+
+def test_a_fused_function_has_its_value_and_gradient():
+    square = fused(tf.square)
+    with tf.GradientTape() as tape:
+        x = tf.constant(3.0)
+        tape.watch(x)
+        y = square(x)
+    assert (float(y), float(tape.gradient(y, x))) == (9.0, 6.0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
@@ -15,11 +43,11 @@ def test_a_backbone_with_fused_layers_is_the_same_backbone(family):
     ids = np.random.default_rng(0).integers(0, 97, (2, 8))
     inputs = {"token_ids": tf.constant(ids), "padding_mask": tf.ones((2, 8), "int32")}
     found = []
-    calls = fused_calls(backbone)
+    calls = fused_overrides(backbone)
     assert len(calls) >= 3
-    for swaps in (calls, []):
+    for overrides in (calls, []):
         with tf.GradientTape() as tape:
-            with swapped(swaps):
+            with overridden_methods(overrides):
                 states = backbone(inputs)
             loss = tf.reduce_mean(tf.sin(states))
         gradients = tape.gradient(loss, backbone.trainable_variables)
@@ -35,7 +63,7 @@ def test_norms_of_the_same_settings_share_a_kernel_but_not_their_weights():
     layers[1].gamma.assign([1.0, 2.0, 3.0, 4.0])
     states = tf.constant([[1.0, 2.0, 4.0, 9.0]])
     expected = model(states)
-    with swapped(fused_calls(model)):
+    with overridden_methods(fused_overrides(model)):
         np.testing.assert_allclose(model(states), expected, rtol=1e-6)
 
 

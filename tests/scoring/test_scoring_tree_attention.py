@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpo_keras.scoring.tree_layout import GRID, TreeLayout
+from dpo_keras.scoring.tree_attention import GRID, TreeLayout, segment_sizes
+from dpo_keras.utils.keras_hub_internals import AttentionSettings
 
 LENGTH = 200
 
@@ -21,12 +22,26 @@ def rows():
             prompt, *responses = random.integers(1, 25, 3)
             starts = (0, prompt, prompt)
             for kind, (start, size) in enumerate(zip(starts, (prompt, *responses), strict=True)):
-                size = min(size, end - at)
-                tree[row, at : at + size] = 3 * slot + kind
-                positions[row, at : at + size] = np.arange(start, start + size)
-                at += size
+                kept = min(size, end - at)
+                tree[row, at : at + kept] = 3 * slot + kind
+                positions[row, at : at + kept] = np.arange(start, start + kept)
+                at += kept
             slot += 1
     return tf.constant(positions), tf.constant(tree)
+
+
+def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself():
+    tree = tf.constant([[0, 1, 2, 3, 4, 5, -1, -1]])
+    positions = tf.constant([[0, 1, 1, 0, 1, 1, 0, 0]])
+    (bias,) = TreeLayout(positions, tree, dense=True).biases(None)
+    expected = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    np.testing.assert_array_equal((bias[0, 0] == 0.0).numpy()[:3, :3], expected)
+
+
+@pytest.mark.parametrize(("segment", "sizes"), [(4, [7, 1]), (3, [3, 4, 1])])
+def test_pieces_hold_the_trees_that_begin_in_a_segment(segment, sizes):
+    tree = tf.constant([[0, 1, 2, 3, 4, 5, 5, -1]])
+    np.testing.assert_array_equal(segment_sizes(tree, segment), sizes)
 
 
 def test_pieces_come_in_few_lengths(rows):
@@ -44,7 +59,7 @@ def test_filled_up_pieces_attend_as_whole_rows_do(rows, window):
         layout = TreeLayout(*rows, dense=dense, segment=48)
         with tf.GradientTape() as tape:
             tape.watch(states)
-            attended = layout.attend(*states, scale=0.3, window=window)
+            attended = layout.attend(*states, AttentionSettings(0.3, window=window))
             loss = tf.reduce_sum(attended * tf.range(8, dtype=tf.float32))
         return attended, *tape.gradient(loss, states)
 

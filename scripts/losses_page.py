@@ -1,7 +1,7 @@
 """The objectives, penalties and options as tables: for the page of documentation and for `--help`.
 
-python -m dpo_keras.losses.catalogue            # print the tables
-python -m dpo_keras.losses.catalogue --write    # put them into README.md beside this file
+python scripts/losses_page.py            # print the tables
+python scripts/losses_page.py --write    # put them into dpo_keras/losses/README.md
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dpo_keras.losses.objectives import OBJECTIVES
-from dpo_keras.losses.options import OPTIONS, users_of
+from dpo_keras.losses import penalties
+from dpo_keras.losses.options import OBJECTIVES, OPTIONS, takers_of, users_of
 from dpo_keras.losses.penalties import PENALTIES
 
-PAGE = Path(__file__).with_name("README.md")
-BEGIN = "<!-- tables: made by `python -m dpo_keras.losses.catalogue --write` -->"
+PAGE = Path(__file__).parents[1] / "dpo_keras/losses/README.md"
+BEGIN = "<!-- tables: made by `python scripts/losses_page.py --write` -->"
 END = "<!-- end of tables -->"
 
 # Every objective takes these, or nearly: naming them in each row would hide the others.
@@ -35,9 +35,9 @@ def objective_rows() -> list[dict[str, str]]:
         {
             "name": name,
             "loss": objective.formula,
-            "what it does": objective.summary,
-            "reference": "yes" if objective.needs_reference else "no",
-            "own options": ", ".join(sorted(objective.options - COMMON)) or "-",
+            "what it does": objective.summary(),
+            "reference": "yes" if objective.needs_reference() else "no",
+            "own options": ", ".join(sorted(objective.option_names() - COMMON)) or "-",
             "arXiv": objective.source,
         }
         for name, objective in OBJECTIVES.items()
@@ -51,19 +51,13 @@ def penalty_rows() -> list[dict[str, str]]:
         >>> penalty_rows()[0]["name"]
         'insufficient_confidence'
     """
-    takers = {
-        penalty: [name for name, o in OBJECTIVES.items() if o.takes_penalty(penalty)]
-        for penalty in PENALTIES
-    }
     return [
         {
             "name": name,
-            "what it does": (function.__doc__ or "").split("\n")[0],
-            "goes with": "every loss"
-            if len(takers[name]) == len(OBJECTIVES)
-            else ", ".join(takers[name]),
+            "what it does": (getattr(penalties, name).__doc__ or "").split("\n")[0],
+            "goes with": _listed(takers_of(name)),
         }
-        for name, function in PENALTIES.items()
+        for name in PENALTIES
     ]
 
 
@@ -74,16 +68,19 @@ def option_rows() -> list[dict[str, str]]:
         >>> [row["goes with"] for row in option_rows() if row["name"] == "gamma"]
         ['simpo, alphapo']
     """
-    every = ", ".join(OBJECTIVES)
     return [
         {
             "name": name,
             "what it does": option.summary,
             "value": option.rule,
-            "goes with": "every loss" if users_of(name) == every else users_of(name),
+            "goes with": _listed(users_of(name)),
         }
         for name, option in OPTIONS.items()
     ]
+
+
+def _listed(names: list[str]) -> str:
+    return "every loss" if len(names) == len(OBJECTIVES) else ", ".join(names)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
