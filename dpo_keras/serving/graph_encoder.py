@@ -37,9 +37,6 @@ class GraphEncoder(tf.Module):
     Attributes:
         ends: ids that count as a response's end token.
         stops: ids at which generation stops: `ends`, and the template's own end of turn.
-
-    Raises:
-        InputError: the tokenizer or the template cannot run in a graph.
     """
 
     def __init__(self, preprocessor: object, max_length: int, template: ChatTemplate | None = None):
@@ -118,9 +115,6 @@ class GraphEncoder(tf.Module):
         Args:
             prompts: string `[batch]`.
             responses: one or two string `[batch]`; number i is sequence i of the row.
-
-        Returns:
-            The batch contract of `dpo_keras.batching`, with `weight` 1 and `neutral_columns`.
         """
         prompt, parts = self.encode(prompts, responses)
         before = prompt.row_lengths()
@@ -169,11 +163,7 @@ def check_tokenization(
     template: ChatTemplate | None = None,
     texts: Sequence[str] = PROBES,
 ) -> None:
-    """Check that the graph gives the ids that training saw, on prompts and responses.
-
-    Raises:
-        InputError: a text differs. The message holds the first one, and both lists of ids.
-    """
+    """Raise InputError for the first text to which the graph gives other ids than training."""
     special = TextEncoder(preprocessor).special_tokens + list(template.markers if template else ())
     texts = [*texts, *(f"a {token} b{token}" for token in special[:20])]
     texts = [text for text in texts if text.strip()]
@@ -212,12 +202,7 @@ def _valid(texts: Tensor) -> Tensor:
 
 
 def rows_of(token: int, wanted: Tensor) -> tf.RaggedTensor:
-    """Return one token in each row where it is wanted `[batch]`, none in the others.
-
-    Example:
-        >>> rows_of(2, tf.constant([True, False])).to_list()
-        [[2], []]
-    """
+    """Return one token in each row where it is wanted `[batch]`, none in the others."""
     count = tf.cast(wanted, tf.int64)
     tokens = tf.repeat(tf.constant(token, tf.int32), tf.reduce_sum(count))
     return tf.RaggedTensor.from_row_lengths(tokens, count)

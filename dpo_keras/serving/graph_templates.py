@@ -73,14 +73,7 @@ class Turn:
 
 
 def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn]:
-    """Find out what a template writes around a prompt and around a response.
-
-    Returns:
-        The user's turn (with what announces the answer) and the assistant's.
-
-    Raises:
-        InputError: the template does more with a message than put text around it.
-    """
+    """Return the user's turn, with what announces the answer, and the assistant's."""
     special = [*template.markers, *encoder.special_tokens]
     special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
     ids = {text: token for text in special if (token := encoder.token_id(text)) is not None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Protocol
 
 import keras_hub
 import numpy as np
@@ -19,17 +18,25 @@ from dpo_keras.utils.tensors import JSON, Tensor
 _NO_RANK = np.iinfo(np.int64).max
 
 
-class GraphTokenizer(Protocol):
-    """What the graph needs of a tokenizer; a `tf.Module`, so that its tables are saved with it."""
+class GraphTokenizer(tf.Module):
+    """A tokenizer in a graph; a `tf.Module`, so that its tables are saved with the graph."""
 
     def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
-        """Return int32 `[batch, (tokens)]` of texts `[batch]`, without start or end token."""
+        """Return int32 `[batch, (tokens)]` of valid UTF-8 `[batch]`; add no start or end token."""
+        return self._ids(texts)
 
     def detokenize(self, ids: tf.RaggedTensor) -> Tensor:
-        """Return texts `[batch]`, valid UTF-8 (the rest is U+FFFD), of int32 ids."""
+        """Return texts `[batch]` of int32 `[batch, (tokens)]`; invalid UTF-8 becomes U+FFFD."""
+        return tf.strings.unicode_transcode(self._bytes(ids), "UTF-8", "UTF-8")
+
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
+        raise NotImplementedError
+
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        raise NotImplementedError
 
 
-class BytePairGraph(tf.Module):
+class BytePairGraph(GraphTokenizer):
     """A byte-level `tokenizers.Tokenizer` in a graph, with exactly its ids.
 
     KerasHub's own graph path for byte-pair tokenizers is unfit for a server. It keeps every word it
@@ -39,20 +46,6 @@ class BytePairGraph(tf.Module):
     All stretches of the text are merged at once. Text is cut wherever no token of the vocabulary
     holds the two neighbouring bytes, because no merge can cross such a place. Within a stretch the
     pair of lowest rank is merged first, and the leftmost one of equal rank.
-
-    Args:
-        backend: the `tokenizers.Tokenizer` (byte-level BPE) to reproduce.
-
-    Raises:
-        InputError: the tokenizer does something that this class does not reproduce.
-
-    Example:
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
-        >>> backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")]))
-        >>> backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
-        >>> BytePairGraph(backend).tokenize(tf.constant(["abcab", "", "ba"])).to_list()
-        [[4, 3], [], [1, 0]]
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -101,15 +94,12 @@ class BytePairGraph(tf.Module):
             neighbours[token[:-1], token[1:]] = True
         self.neighbours = neighbours.reshape(-1)
 
-    def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
-        """Return int32 `[batch, (tokens)]` of texts `[batch]`, valid UTF-8."""
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         return self._traced(texts)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> Tensor:
-        """Join the bytes of tokens to texts `[batch]`; invalid UTF-8 becomes U+FFFD."""
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
         pieces = ids.with_values(tf.gather(tf.constant(self.texts), ids.values))
-        joined = tf.strings.reduce_join(pieces, axis=-1)
-        return tf.strings.unicode_transcode(joined, "UTF-8", "UTF-8")
+        return tf.strings.reduce_join(pieces, axis=-1)
 
     def _tokenize(self, texts: Tensor) -> tf.RaggedTensor:
         words, row, special = self._words(texts)
@@ -222,23 +212,21 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-class SentencePieceGraph(tf.Module):
+class SentencePieceGraph(GraphTokenizer):
     """A serialized SentencePiece model as tensorflow_text's ops."""
 
     def __init__(self, proto: bytes):
         super().__init__()
         self.model = tf_text.SentencepieceTokenizer(model=proto, out_type=tf.int32)
 
-    def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
-        """Return int32 `[batch, (tokens)]` of texts `[batch]`."""
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         return self.model.tokenize(texts)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> Tensor:
-        """Return texts `[batch]`; invalid UTF-8 becomes U+FFFD."""
-        return tf.strings.unicode_transcode(self.model.detokenize(ids), "UTF-8", "UTF-8")
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        return self.model.detokenize(ids)
 
 
-class TracedTokenizer(tf.Module):
+class TracedTokenizer(GraphTokenizer):
     """Any other KerasHub tokenizer without a cache, such as `ByteTokenizer`, traced."""
 
     def __init__(self, tokenizer: keras_hub.tokenizers.Tokenizer):
@@ -249,42 +237,27 @@ class TracedTokenizer(tf.Module):
         ids = tf.RaggedTensorSpec([None, None], tf.int32)
         self._tokenize = tf.function(tokenizer.tokenize, input_signature=[texts])
         self._detokenize = tf.function(tokenizer.detokenize, input_signature=[ids])
+        held = vars(tokenizer).values()
         self.resources = [
-            value
-            for value in vars(tokenizer).values()
-            if isinstance(value, tf.Module) or hasattr(value, "resource_handle")
+            v for v in held if isinstance(v, tf.Module) or hasattr(v, "resource_handle")
         ]
 
-    def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
-        """Return int32 `[batch, (tokens)]` of texts `[batch]`."""
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         ids = self._tokenize(texts)
         ids = tf.RaggedTensor.from_tensor(ids) if isinstance(ids, tf.Tensor) else ids
         return tf.cast(ids, tf.int32)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> Tensor:
-        """Return texts `[batch]`; invalid UTF-8 becomes U+FFFD."""
-        return tf.strings.unicode_transcode(self._detokenize(ids), "UTF-8", "UTF-8")
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        return self._detokenize(ids)
 
 
 def graph_tokenizer(tokenizer: keras_hub.tokenizers.Tokenizer) -> GraphTokenizer:
-    """Choose the form in which a policy's tokenizer goes into the graph.
-
-    Raises:
-        InputError: the tokenizer cannot run in a graph.
-
-    Example:
-        >>> tokenizer = keras_hub.tokenizers.ByteTokenizer()
-        >>> graph_tokenizer(tokenizer).tokenize(tf.constant(["ab", ""])).to_list()
-        [[97, 98], []]
-    """
+    """Choose the form in which a policy's tokenizer goes into the graph."""
     kind = type(tokenizer).__name__
     if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
         backend = python_tokenizer(tokenizer)
         if backend is None:
-            rule = (
-                f"has a {kind} that tokenizes by TensorFlow ops with a cache that grows with every "
-                "new word it serves"
-            )
+            rule = f"has a {kind} with a cache that grows with every new word it serves"
             hint = (
                 "Use a KerasHub release whose byte-pair tokenizers run on the tokenizers library "
                 "(0.32 does), without _allow_python_workflow=False."

@@ -1,10 +1,9 @@
 """A model version on disk as TensorFlow Serving reads it: its number and its warm-up requests.
 
 A server runs the requests in `assets.extra/tf_serving_warmup_requests` through a model before it
-takes traffic. They are `PredictionLog` messages. Their classes come with `tensorflow-serving-api`,
-which is pinned to one TensorFlow release each and trails it, so the few fields that are needed are
-declared here instead (tensorflow/serving, `apis/prediction_log.proto`, `apis/predict.proto`,
-`apis/model.proto`).
+takes traffic. They are `PredictionLog` messages (tensorflow/serving, `apis/prediction_log.proto`,
+`apis/predict.proto`, `apis/model.proto`). Their classes come with `tensorflow-serving-api`, each
+release of which is pinned to an older TensorFlow, so the few fields are encoded here instead.
 """
 
 from __future__ import annotations
@@ -14,37 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
-from google.protobuf import (  # type: ignore[import-untyped]
-    descriptor_pb2,
-    descriptor_pool,
-    message,
-    message_factory,
-)
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
 
-PLACE = Path("assets.extra") / "tf_serving_warmup_requests"
-_STRING, _BYTES, _MESSAGE = 9, 12, 11  # FieldDescriptorProto.Type
-_ONE, _MANY = 1, 3  # FieldDescriptorProto.Label
-
-# message -> (field, number, type, label, type name)
-_FIELDS: dict[str, tuple[tuple[str, int, int, int, str], ...]] = {
-    "ModelSpec": (("name", 1, _STRING, _ONE, ""), ("signature_name", 3, _STRING, _ONE, "")),
-    # map<string, TensorProto>: on the wire a repeated entry of key and value, and a message is
-    # written like bytes, which spares declaring TensorProto.
-    "Input": (("key", 1, _STRING, _ONE, ""), ("value", 2, _BYTES, _ONE, "")),
-    "PredictRequest": (
-        ("model_spec", 1, _MESSAGE, _ONE, "ModelSpec"),
-        ("inputs", 2, _MESSAGE, _MANY, "Input"),
-    ),
-    "PredictLog": (("request", 1, _MESSAGE, _ONE, "PredictRequest"),),
-    "PredictionLog": (("predict_log", 6, _MESSAGE, _ONE, "PredictLog"),),
-}
+WARMUP_REQUESTS = Path("assets.extra") / "tf_serving_warmup_requests"
 
 
 def next_version(path: str | Path) -> int:
-    """Return the version after the last one in a model's directory, which need not exist.
+    """Return the version after the last one in a model's directory.
+
+    Args:
+        path: the directory that holds the versions; it need not exist.
+
+    Returns:
+        1 for a new model.
 
     Example:
         >>> next_version("saved_models/no_such_model")
@@ -100,7 +83,7 @@ def write_warmup_requests(
     path: Path, model_name: str, calls: Sequence[tuple[str, Mapping[str, Sequence[str]]]]
 ) -> None:
     """Write warm-up requests (signature and inputs of each) into a SavedModel."""
-    target = path / PLACE
+    target = path / WARMUP_REQUESTS
     target.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(target)) as writer:
         for signature, inputs in calls:
@@ -109,34 +92,22 @@ def write_warmup_requests(
 
 def prediction_log(model_name: str, signature: str, inputs: Mapping[str, Sequence[str]]) -> bytes:
     """Serialize one request, texts by input name, as a `tensorflow.serving.PredictionLog`."""
-    kinds = _messages()
-    request = kinds["PredictRequest"](
-        model_spec=kinds["ModelSpec"](name=model_name, signature_name=signature),
-        inputs=[
-            kinds["Input"](
-                key=name, value=tf.make_tensor_proto(list(texts), tf.string).SerializeToString()
-            )
-            for name, texts in inputs.items()
-        ],
-    )
-    log = kinds["PredictionLog"](predict_log=kinds["PredictLog"](request=request))
-    return log.SerializeToString(deterministic=True)
+    # ModelSpec: name = 1, signature_name = 3.
+    request = _field(1, _field(1, model_name.encode()) + _field(3, signature.encode()))
+    for name, texts in inputs.items():
+        tensor = tf.make_tensor_proto(list(texts), tf.string).SerializeToString()
+        # An entry of map<string, TensorProto>: key = 1, value = 2.
+        request += _field(2, _field(1, name.encode()) + _field(2, tensor))
+    # PredictRequest in PredictLog.request = 1, in PredictionLog.predict_log = 6.
+    return _field(6, _field(1, request))
 
 
-def _messages() -> dict[str, type[message.Message]]:
-    # A pool of its own: in the default one these names would clash with tensorflow-serving-api.
-    package = "dpo_keras.serving"
-    file = descriptor_pb2.FileDescriptorProto(
-        name="dpo_keras/serving/warmup.proto", package=package, syntax="proto3"
-    )
-    for name, fields in _FIELDS.items():
-        kind = file.message_type.add(name=name)
-        for field, number, type_, label, type_name in fields:
-            full = f".{package}.{type_name}" if type_name else None
-            kind.field.add(name=field, number=number, type=type_, label=label, type_name=full)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}"))
-        for name in _FIELDS
-    }
+def _field(number: int, value: bytes) -> bytes:
+    """Encode a string, bytes or message field of a protocol buffer."""
+    length_delimited = 2
+    return _varint(number << 3 | length_delimited) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 127, value >> 7
+    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])

@@ -48,26 +48,26 @@ class ExportReport:
         path: the SavedModel, `<name>/<version>`.
         signatures: names of inputs and outputs of each signature.
         max_length: the longest prompt and response together, in tokens.
-        answers: what the exported model answered to the examples, by signature and output; empty
-            where verification was skipped.
-        differences: largest difference of each output to the model in Python (relative above 1),
-            computed in a process without Keras; None where that was skipped.
-        custom_operations: ops that the server needs beyond TensorFlow's own (tensorflow_text's,
-            which TensorFlow Serving's binaries hold); None where verification was skipped.
         size_bytes: size of all files.
         seconds: duration of the export.
         notes: what was left out, and why.
+        answers: what the exported model answered to the examples in a process without Keras, by
+            signature and output; empty where verification was skipped.
+        differences: largest difference of each output to the model in Python, relative above 1;
+            None where verification was skipped.
+        custom_operations: ops that the server needs beyond TensorFlow's own (tensorflow_text's,
+            which TensorFlow Serving's binaries hold); None where verification was skipped.
     """
 
     path: Path
     signatures: Mapping[str, Mapping[str, list[str]]]
     max_length: int
-    answers: Mapping[str, Mapping[str, list[JSON]]]
-    differences: Mapping[str, float] | None
-    custom_operations: tuple[str, ...] | None
     size_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    answers: Mapping[str, Mapping[str, list[JSON]]] = dataclasses.field(default_factory=dict)
+    differences: Mapping[str, float] | None = None
+    custom_operations: tuple[str, ...] | None = None
 
     @property
     def model_name(self) -> str:
@@ -227,12 +227,10 @@ def export(  # noqa: PLR0913 - public API, options by keyword
             for name, f in functions.items()
         },
         max_length=max_length,
-        answers=verified.get("answers", {}),
-        differences=verified.get("differences"),
-        custom_operations=verified.get("custom_operations"),
         size_bytes=size,
         seconds=time.monotonic() - began,
         notes=notes,
+        **verified,
     )
 
 
@@ -255,10 +253,7 @@ def _model_problems(
         rule = f"must be a DPOModel or a keras.Model, got {type(policy).__name__}"
         problems.append(InputProblem("model", rule))
     if preprocessor is None:
-        rule = (
-            "is needed, because strings are tokenized in the graph, and the policy has none "
-            "attached"
-        )
+        rule = "is needed to tokenize in the graph: the policy has none attached"
         problems.append(InputProblem("preprocessor", rule))
     limit = getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
     if max_length < 4 or (limit is not None and max_length > limit):

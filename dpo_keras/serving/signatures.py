@@ -46,10 +46,7 @@ class Decoding:
             rule = f"must leave room for a prompt of 2 tokens within max_length={max_length}"
             problems.append(InputProblem("max_new_tokens", rule, self.max_new_tokens))
         if 0 < self.top_p < 1 and self.temperature == 0:
-            rule = (
-                f"{self.top_p} has no effect at temperature=0, which always takes the most likely "
-                "token"
-            )
+            rule = f"{self.top_p} has no effect at temperature=0"
             hint = "Give a temperature, or leave top_p out."
             problems.append(InputProblem("top_p", rule, hint=hint))
         return problems
@@ -65,7 +62,7 @@ class ServedModel:
         model: a compiled `DPOModel`, or a policy alone.
         encoder: tokenizes in the graph.
         decoding: how `generate` chooses tokens.
-        special_ids: ids that are left out of generated text.
+        special_ids: ids to leave out of generated text.
     """
 
     def __init__(
@@ -145,17 +142,9 @@ class ServedModel:
 def continue_prompts(
     policy: keras.Model, ids: tf.RaggedTensor, decoding: Decoding, stops: Sequence[int], pad: int
 ) -> tf.RaggedTensor:
-    """Generate a response to each prompt without XLA.
+    """Generate the tokens after each prompt, without XLA; leave out the stop that ends them.
 
-    Args:
-        policy: maps `{"token_ids", "padding_mask"}` to logits.
-        ids: int32 `[batch, (tokens)]` prompts, at least one token each.
-        decoding: how tokens are chosen.
-        stops: ids that end a response.
-        pad: id that fills sequences up.
-
-    Returns:
-        int32 `[batch, (tokens)]`: the new tokens, without the stop that ends them.
+    Prompts and new tokens are int32 `[batch, (tokens)]`; a prompt has at least one token.
     """
     longest = decoding.max_new_tokens
     token_ids = tf.pad(ids.to_tensor(pad), [[0, 0], [0, longest]], constant_values=pad)
@@ -206,12 +195,7 @@ def missing_reference(model: keras.Model) -> str | None:
 def trace(
     served: ServedModel, names: Sequence[str]
 ) -> tuple[tf.Module, dict[str, tf.types.experimental.ConcreteFunction]]:
-    """Trace signatures.
-
-    Returns:
-        What must be saved with them (tables and weights), and the concrete functions by name, with
-        string inputs `[None]`.
-    """
+    """Trace signatures: return the tables and weights to save, and the functions by name."""
     functions = {}
     for name in names:
         inputs = [tf.TensorSpec([None], tf.string, name=key) for key in INPUTS[name]]

@@ -30,12 +30,9 @@ from dpo_keras.training import outputs_of
 from dpo_keras.training.generation import detokenized
 from dpo_keras.utils.tensors import JSON, Tensor
 
-Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]
-"""The name of a signature, and texts by input name."""
-Examples: TypeAlias = Sequence[tuple[str, str, str]]
-"""Prompts with two responses each."""
-Answers: TypeAlias = Mapping[str, Sequence[JSON]]
-"""Lists by output name, one entry per example."""
+Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]  # signature, texts by input name
+Examples: TypeAlias = Sequence[tuple[str, str, str]]  # prompts with two responses each
+Answers: TypeAlias = Mapping[str, Sequence[JSON]]  # by output name, one entry per example
 
 EXAMPLES: Examples = (
     ("How do I reset my password?", "Open Settings and choose Reset.", "No idea, sorry."),
@@ -46,9 +43,6 @@ EXAMPLES: Examples = (
 EMPTY: Examples = (("", "", "word"), ("word", "", ""), ("", "", ""))
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 _GROWING = ("LookupTableInsert", "LookupTableInsertV2")
-
-
-# -- the graph -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,9 +115,6 @@ def check_graph(path: str | Path) -> GraphFindings:
     return found
 
 
-# -- a process without Keras ---------------------------------------------------------------------
-
-
 def calls(names: Sequence[str], examples: Examples) -> list[Call]:
     """Make one request to each signature, with all examples."""
     prompts, first, second = zip(*examples, strict=True)
@@ -171,9 +162,6 @@ def run_standalone(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# -- the answers ---------------------------------------------------------------------------------
-
-
 class Comparison:
     """Compares answers of an exported model with the model in Python.
 
@@ -181,11 +169,6 @@ class Comparison:
     Generated text is checked in two steps: it is the text of the tokens that the model generates
     in Python, and each of those tokens is the most likely one in one forward pass over the whole
     text, without key-value cache.
-
-    Args:
-        served: what was exported.
-        preprocessor: tokenizes.
-        template: the chat template, or None.
 
     Attributes:
         tolerance: the largest difference allowed, relative to values above 1.
@@ -200,14 +183,7 @@ class Comparison:
         self.tolerance = 1e-4 if backbone.compute_dtype == "float32" else 3e-2
 
     def check(self, name: str, answers: Answers, examples: Examples) -> dict[str, float]:
-        """Compare one signature's answers to the examples.
-
-        Returns:
-            The largest difference of each output.
-
-        Raises:
-            RuntimeError: a difference is above the tolerance.
-        """
+        """Return the largest difference of each output; refuse one above the tolerance."""
         expected, kept = getattr(self, f"_{name}")(examples)
         differences = {}
         for output, values in expected.items():
@@ -265,9 +241,10 @@ class Comparison:
         if served.decoding.temperature > 0:
             return {}, []  # every request samples anew: there is nothing to compare
         before = served.prompt_ids(tf.constant([prompt for prompt, *_ in examples]))
-        new = served.continue_ids(before).to_list()
+        continued = served.continue_ids(before)
         # Where two tokens are as good as equal, rounding decides, and either text is right.
-        decided = self._check_most_likely(before.to_list(), new)
+        decided = self._check_most_likely(before, continued)
+        new = continued.to_list()
         shown = [[token for token in row if token not in served.special_ids] for row in new]
         texts = detokenized(TextEncoder(self.preprocessor), shown)
         return {
@@ -287,24 +264,24 @@ class Comparison:
         batch = collate(tokens, np.arange(len(tokens)))
         return {**batch, **neutral_columns(len(tokens))}, kept
 
-    def _check_most_likely(self, before: list[list[int]], new: list[list[int]]) -> list[int]:
-        """Compare generation with the key-value cache with one forward pass.
+    def _check_most_likely(self, before: tf.RaggedTensor, new: tf.RaggedTensor) -> list[int]:
+        """Check generated tokens against one forward pass over the whole text.
 
         Returns the rows in which the most likely token was never in doubt.
         """
         decided = []
         encoder, longest = self.served.encoder, self.served.decoding.max_new_tokens
-        rows = [prompt + row for prompt, row in zip(before, new, strict=True)]
-        length = max(map(len, rows))
-        token_ids = np.array([row + [encoder.pad] * (length - len(row)) for row in rows], np.int32)
-        mask = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int32)
-        logits = self.served.policy({"token_ids": token_ids, "padding_mask": mask}, training=False)
+        ids = tf.concat([before, new], axis=1)
+        mask = tf.sequence_mask(ids.row_lengths(), dtype=tf.int32)
+        inputs = {"token_ids": ids.to_tensor(encoder.pad), "padding_mask": mask}
+        logits = self.served.policy(inputs, training=False)
         logits = keras.ops.convert_to_numpy(keras.ops.cast(logits, "float32"))
-        for number, (prompt, row) in enumerate(zip(before, new, strict=True)):
+        starts = before.row_lengths().numpy()
+        for number, row in enumerate(new.to_list()):
             taken = [[token] for token in row] + [encoder.stops] * (len(row) < longest)
             narrowest = np.inf
             for step, tokens in enumerate(taken):
-                at = logits[number, len(prompt) + step - 1]
+                at = logits[number, starts[number] + step - 1]
                 at = at / max(1.0, abs(at.max()))
                 lead = at[tokens].max() - np.delete(at, tokens).max()
                 narrowest = min(narrowest, lead)

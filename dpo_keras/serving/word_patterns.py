@@ -31,13 +31,6 @@ class WordPattern:
             word. Group 1 is the space before it, group 2 that space and what follows. Most language
             models write this as `\s+(?!\S)`; RE2 has no lookahead, so the text is cut there
             first. None where the pattern has no such part.
-
-    Example:
-        >>> print(WordPattern.read({"Regex": r" ?\w+|\s+(?!\S)|\s+"}))
-        None
-        >>> pattern = WordPattern.read({"Regex": r"\s?\p{L}+|\s+(?!\S)|\s+"})
-        >>> pattern.split(tf.constant(["a   b"])).to_list()
-        [[b'a', b'  ', b' b']]
     """
 
     pattern: str
@@ -45,11 +38,7 @@ class WordPattern:
 
     @classmethod
     def read(cls, pattern: dict[str, str]) -> WordPattern | None:
-        """Read the `pattern` of a `Split` step of the tokenizers library; None where RE2 fails.
-
-        Args:
-            pattern: `{"String": text}` or `{"Regex": expression}`.
-        """
+        """Read the `pattern` of a `Split` step of the tokenizers library; None where RE2 fails."""
         ((kind, text),) = pattern.items()
         found = cls(literal(text)) if kind == "String" else cls(*_re2(text))
         try:
@@ -66,49 +55,27 @@ class WordPattern:
 
 
 def split(texts: Tensor, pattern: str) -> tf.RaggedTensor:
-    """Cut texts `[n]` into the matches of an RE2 pattern and what lies between them.
-
-    Example:
-        >>> split(tf.constant(["a1b"]), "[0-9]").to_list()
-        [[b'a', b'1', b'b']]
-    """
+    """Cut texts `[n]` into the matches of an RE2 pattern and what lies between them."""
     # Not tf_text.regex_split, which drops the rest of a text from its first NUL character on.
     marked = tf.strings.regex_replace(texts, f"({pattern})", CUT + b"\\1" + CUT)
     return split_at(marked, CUT)
 
 
 def split_at(texts: Tensor, separator: bytes) -> tf.RaggedTensor:
-    """Cut texts `[n]` at a separator; drop the separators and empty pieces.
-
-    Example:
-        >>> split_at(tf.constant(["a b", ""]), b" ").to_list()
-        [[b'a', b'b'], []]
-    """
+    """Cut texts `[n]` at a separator; drop the separators and empty pieces."""
     pieces = tf.strings.split(texts, separator)
     return tf.ragged.boolean_mask(pieces, pieces != "")
 
 
 def literal(text: str) -> str:
-    r"""Write text as a pattern that matches that text alone.
-
-    Example:
-        >>> print(literal("<|end|>"))
-        \<\|end\|\>
-    """
+    """Write text as a pattern that matches that text alone."""
     return re.sub(r"([^\w\s])", r"\\\1", text, flags=re.ASCII)
 
 
 def read_pre_tokenizer(specification: dict[str, JSON]) -> tuple[list[WordPattern], bool]:
-    """Read from a tokenizer's JSON how it cuts text.
+    """Return a tokenizer's word patterns, and whether each word gets a space in front.
 
-    Args:
-        specification: `json.loads(tokenizers.Tokenizer.to_str())`.
-
-    Returns:
-        The patterns, in order, and whether each word gets a space in front.
-
-    Raises:
-        InputError: the tokenizer is not a plain byte-level BPE, or RE2 lacks one of its patterns.
+    The specification is that of the tokenizers library, `json.loads(tokenizer.to_str())`.
     """
     problems = []
     model = specification["model"]

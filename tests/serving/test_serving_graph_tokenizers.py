@@ -157,3 +157,16 @@ def test_a_tokenizer_that_is_only_python_is_refused():
 
     with pytest.raises(InputError, match="Letters"):
         graph_tokenizer(Letters())
+
+
+def test_any_other_tokenizer_of_kerashub_is_traced():
+    graph = graph_tokenizer(keras_hub.tokenizers.ByteTokenizer())
+    assert graph.tokenize(tf.constant(["ab", ""])).to_list() == [[97, 98], []]
+
+
+def test_pairs_of_lowest_rank_are_merged_first():
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    found = BytePairGraph(tokenizer).tokenize(tf.constant(["abcab", "", "ba"])).to_list()
+    assert found == [[4, 3], [], [1, 0]]

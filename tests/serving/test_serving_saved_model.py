@@ -21,7 +21,7 @@ from dpo_keras.serving import (
     saved_model,
     version_path,
 )
-from dpo_keras.serving.model_versions import PLACE
+from dpo_keras.serving.model_versions import WARMUP_REQUESTS
 from dpo_keras.training import DPOModel
 
 PROMPTS = ["Hello, how are you?", "a", "12345 " * 40]
@@ -160,7 +160,7 @@ def test_what_was_fixed_at_export_is_written_down(report):
 
 
 def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures):
-    records = list(tf.data.TFRecordDataset(str(report.path / PLACE)).as_numpy_iterator())
+    records = list(tf.data.TFRecordDataset(str(report.path / WARMUP_REQUESTS)).as_numpy_iterator())
     logs = [serving_messages().FromString(record) for record in records]
     specifications = [log.predict_log.request.model_spec for log in logs]
     assert [spec.signature_name for spec in specifications] == ["score", "prefer", "generate"]
