@@ -68,8 +68,8 @@ def split_at(texts: Tensor, separator: bytes) -> tf.RaggedTensor:
 
 
 def literal(text: str) -> str:
-    """Write text as a pattern that matches that text alone."""
-    return re.sub(r"([^\w\s])", r"\\\1", text, flags=re.ASCII)
+    """Write text as a pattern for itself; RE2 allows a backslash before ASCII punctuation only."""
+    return re.sub(r"([!-/:-@\[-^`{-~])", r"\\\1", text)
 
 
 def read_pre_tokenizer(specification: dict[str, JSON]) -> tuple[list[WordPattern], bool]:

@@ -22,7 +22,20 @@ TEKKEN = (
 PIECES = [
     *"aAbsStTeE'’,.!?(\"-0123456789   \t\n\r\u00a0\u2003\u3000\u0085\x0b\x0c\u2028",
     *"éßñ東京🙂²½ſ\u0301_/$",
-    *("<|endoftext|>", "<|x|>", "<|x|>a", "'s", "'LL", "  ", "\n\n", "\r\n", "İ", "\x00", "\ufeff"),
+    *(
+        "<|endoftext|>",
+        "<|x|>",
+        "<|x|>a",
+        "<｜é｜>",
+        "'s",
+        "'LL",
+        "  ",
+        "\n\n",
+        "\r\n",
+        "İ",
+        "\x00",
+        "\ufeff",
+    ),
     *("the", " the", "Hello", "don't", "\u200b"),
 ]
 
@@ -50,7 +63,7 @@ def backend(pattern=None, prefix_space=False, merges=None, special=("<|endoftext
     "settings",
     [
         {},
-        {"special": ("<|endoftext|>", "<|x|>", "<|x|>a")},
+        {"special": ("<|endoftext|>", "<|x|>", "<|x|>a", "<｜é｜>")},
         {"prefix_space": True},
         {"pattern": GPT2},
         {"pattern": LLAMA3},
