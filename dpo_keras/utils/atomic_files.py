@@ -10,11 +10,13 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) -> Iterator[Path]:
     """Yield a path to write to; move it to `path` once the block ends without an error.
 
     Args:
         path: the file or directory to make. What stands there stays until the new one is complete.
+        replace_directory: False raises OSError in the end where a directory with files stands at
+            `path`, even one that appeared in the meantime, and leaves that one as it is.
 
     Yields:
         A path in the same folder with the same suffix. Write a file or make a directory there. It
@@ -36,7 +38,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         flush_to_disk(partial)
-        if path.is_dir():
+        if replace_directory and path.is_dir():
             # A directory that holds files cannot be replaced in one step.
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)

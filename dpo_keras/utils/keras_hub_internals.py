@@ -10,6 +10,7 @@ from dpo_keras.utils.private_api import KERAS, KERAS_HUB, private
 
 if TYPE_CHECKING:
     import keras
+    import tokenizers
 
 # How each family cuts text into words before it merges bytes. Llama 3's and Qwen's differ in the
 # number of digits that a word may hold.
@@ -272,3 +273,11 @@ def reversible_settings(layer: keras.layers.Layer) -> ReversibleSettings:
 def ties_embeddings(backbone: keras.Model | None) -> bool | None:
     """Tell whether a backbone's head is its token embedding; None where it does not show it."""
     return getattr(getattr(backbone, "token_embedding", None), "tie_weights", None)
+
+
+def python_tokenizer(tokenizer: object) -> tokenizers.Tokenizer | None:
+    """Return the `tokenizers.Tokenizer` in a byte-pair tokenizer (KerasHub 0.32); None without one.
+
+    KerasHub's Python path runs on it. There is no public way to it.
+    """
+    return getattr(tokenizer, "_tokenizer", None)

@@ -7,7 +7,8 @@ a RuntimeError that names the library, its release and the name (see `private_ap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import keras
 import tensorflow as tf
@@ -208,3 +209,37 @@ def optimization_barrier(tensors: list[Tensor]) -> list[Tensor]:
     from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
     return list(private(gen_xla_ops, "xla_optimization_barrier", TENSORFLOW)(tensors))
+
+
+# -- operations (written for Keras 3.15 and KerasHub 0.32) ---------------------------------
+
+
+@contextlib.contextmanager
+def native_slice_update() -> Iterator[None]:
+    """Make `keras.ops.slice_update` a plain TensorFlow op in a block of code.
+
+    KerasHub writes its key-value caches with
+    `keras.ops.slice_update`, which is `XlaDynamicUpdateSlice` on TensorFlow. Model servers are
+    built without XLA and fail on it at the first request. `TensorStridedSliceUpdate` computes the
+    same (start indices are clamped so that the update fits), in place where it can. Replacing the
+    function on the public module is enough, because models look it up there in each call.
+    """
+    original = keras.ops.slice_update
+
+    def slice_update(inputs: Tensor, start_indices: Tensor, updates: Tensor) -> Tensor:
+        inputs = tf.convert_to_tensor(inputs)
+        updates = tf.cast(updates, inputs.dtype)
+        size = tf.shape(updates)
+        start = tf.stack([tf.cast(index, tf.int32) for index in start_indices])
+        start = tf.clip_by_value(start, 0, tf.shape(inputs) - size)
+        updated = tf.raw_ops.TensorStridedSliceUpdate(
+            input=inputs, begin=start, end=start + size, strides=tf.ones_like(start), value=updates
+        )
+        updated.set_shape(inputs.shape)
+        return updated
+
+    keras.ops.slice_update = slice_update
+    try:
+        yield
+    finally:
+        keras.ops.slice_update = original

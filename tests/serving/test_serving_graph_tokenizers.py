@@ -22,7 +22,20 @@ TEKKEN = (
 PIECES = [
     *"aAbsStTeE'’,.!?(\"-0123456789   \t\n\r\u00a0\u2003\u3000\u0085\x0b\x0c\u2028",
     *"éßñ東京🙂²½ſ\u0301_/$",
-    *("<|endoftext|>", "<|x|>", "<|x|>a", "'s", "'LL", "  ", "\n\n", "\r\n", "İ", "\x00", "\ufeff"),
+    *(
+        "<|endoftext|>",
+        "<|x|>",
+        "<|x|>a",
+        "<｜é｜>",
+        "'s",
+        "'LL",
+        "  ",
+        "\n\n",
+        "\r\n",
+        "İ",
+        "\x00",
+        "\ufeff",
+    ),
     *("the", " the", "Hello", "don't", "\u200b"),
 ]
 
@@ -50,7 +63,7 @@ def backend(pattern=None, prefix_space=False, merges=None, special=("<|endoftext
     "settings",
     [
         {},
-        {"special": ("<|endoftext|>", "<|x|>", "<|x|>a")},
+        {"special": ("<|endoftext|>", "<|x|>", "<|x|>a", "<｜é｜>")},
         {"prefix_space": True},
         {"pattern": GPT2},
         {"pattern": LLAMA3},
@@ -157,3 +170,16 @@ def test_a_tokenizer_that_is_only_python_is_refused():
 
     with pytest.raises(InputError, match="Letters"):
         graph_tokenizer(Letters())
+
+
+def test_any_other_tokenizer_of_kerashub_is_traced():
+    graph = graph_tokenizer(keras_hub.tokenizers.ByteTokenizer())
+    assert graph.tokenize(tf.constant(["ab", ""])).to_list() == [[97, 98], []]
+
+
+def test_pairs_of_lowest_rank_are_merged_first():
+    vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    found = BytePairGraph(tokenizer).tokenize(tf.constant(["abcab", "", "ba"])).to_list()
+    assert found == [[4, 3], [], [1, 0]]

@@ -1,4 +1,4 @@
-"""Generation in the graph: KerasHub's greedy text, without XLA; sampling; any Keras model."""
+"""The `generate` signature: KerasHub's greedy text, without XLA; sampling; any Keras model."""
 
 import keras
 import keras_hub
@@ -8,10 +8,10 @@ import serving_tiny
 import tensorflow as tf
 
 from dpo_keras.batching import TextEncoder
-from dpo_keras.serving.decoding import generate_ids, native_slice_update, prompt_ids, sampling
 from dpo_keras.serving.graph_encoder import GraphEncoder
-from dpo_keras.serving.signatures import Decoding, Server
+from dpo_keras.serving.signatures import Decoding, ServedModel, continue_prompts, draw_anew
 from dpo_keras.training import generate_responses
+from dpo_keras.utils.keras_internals import native_slice_update
 
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy", "", "It's 12345  o'clock\n"]
 
@@ -25,7 +25,7 @@ def operations(function):
 def server(policy, preprocessor=None, **decoding):
     preprocessor = preprocessor or policy.preprocessor
     special = tuple(preprocessor.tokenizer.special_token_ids)
-    return Server(policy, GraphEncoder(preprocessor, 48), Decoding(**decoding), special)
+    return ServedModel(policy, GraphEncoder(preprocessor, 48), Decoding(**decoding), special)
 
 
 def texts(found):
@@ -71,7 +71,7 @@ def test_other_families_generate_what_a_forward_pass_finds_likeliest(family, siz
     policy = getattr(keras_hub.models, f"{family}CausalLM")(backbone=backbone, preprocessor=None)
     prompts = [[5, 6, 7], [9] * 11, [60]]
     function = tf.function(
-        lambda ids: generate_ids(policy, ids, stops=[96], pad=0, max_new_tokens=6),
+        lambda ids: continue_prompts(policy, ids, Decoding(6), stops=[96], pad=0),
         input_signature=[tf.RaggedTensorSpec([None, None], tf.int32)],
         autograph=False,
     ).get_concrete_function()
@@ -104,12 +104,11 @@ def test_an_end_token_that_is_also_the_pad_id_does_not_end_everything_at_once():
 
 
 def test_a_stop_ends_a_response_and_is_left_out(llama):
-    graph = GraphEncoder(llama.preprocessor, 48)
-    ids = prompt_ids(graph, tf.constant(PROMPTS[:2]), 8)
-    free = generate_ids(llama, ids, stops=[10**6], pad=0, max_new_tokens=8).to_list()
+    ids = server(llama, max_new_tokens=8).prompt_ids(tf.constant(PROMPTS[:2]))
+    free = continue_prompts(llama, ids, Decoding(8), stops=[10**6], pad=0).to_list()
     assert [len(row) for row in free] == [8, 8]
     stop = free[0][3]
-    stopped = generate_ids(llama, ids, stops=[stop], pad=0, max_new_tokens=8).to_list()
+    stopped = continue_prompts(llama, ids, Decoding(8), stops=[stop], pad=0).to_list()
     assert stopped[0] == free[0][: free[0].index(stop)]
     assert stopped[1] == (free[1][: free[1].index(stop)] if stop in free[1] else free[1])
 
@@ -129,7 +128,8 @@ def test_a_response_says_whether_it_came_to_its_end(llama):
 def test_long_prompts_are_cut_from_the_left_and_keep_their_start(llama):
     graph = GraphEncoder(llama.preprocessor, 20)
     whole = graph.prompts(tf.constant(["word " * 60])).to_list()[0]
-    (cut,) = prompt_ids(graph, tf.constant(["word " * 60]), 8).to_list()
+    serving = ServedModel(llama, graph, Decoding(8))
+    (cut,) = serving.prompt_ids(tf.constant(["word " * 60])).to_list()
     assert cut == [graph.start, *whole[-11:]]
 
 
@@ -173,17 +173,15 @@ def test_native_slice_update_is_keras_slice_update():
     assert keras.ops.slice_update is original
 
 
-def test_sampling_follows_the_probabilities_within_the_nucleus():
-    probabilities = tf.constant([[0.5, 0.3, 0.15, 0.05]] * 20000)
-    share = np.bincount(sampling(1.0, 1.0)(probabilities).numpy(), minlength=4) / 20000
+def test_draws_follow_the_probabilities_and_differ_from_each_other():
+    log_probs = tf.math.log(tf.constant([[0.5, 0.3, 0.15, 0.05]] * 20000))
+    first, second = (draw_anew(log_probs).numpy() for _ in range(2))
+    assert (first != second).any()
+    share = np.bincount(first, minlength=4) / 20000
     np.testing.assert_allclose(share, [0.5, 0.3, 0.15, 0.05], atol=0.015)
-    # The smallest set that reaches 0.6 holds two tokens.
-    share = np.bincount(sampling(1.0, 0.6)(probabilities).numpy(), minlength=4) / 20000
-    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.015)
-    assert sampling(0.0, 1.0)(probabilities).numpy().tolist() == [0] * 20000
 
 
-def test_each_request_samples_afresh_and_low_temperature_is_greedy(llama):
+def test_each_request_samples_anew_and_low_temperature_is_greedy(llama):
     prompts = tf.constant(["Hello"] * 8)
     serving = server(llama, max_new_tokens=8, temperature=3.0)
     function = tf.function(

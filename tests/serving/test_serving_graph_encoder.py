@@ -10,7 +10,7 @@ import tensorflow as tf
 from dpo_keras.batching import TextEncoder, batch_from_strings, get_template, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair
-from dpo_keras.serving.graph_encoder import GraphEncoder, check_tokenization
+from dpo_keras.serving.graph_encoder import GraphEncoder, check_tokenization, rows_of
 
 PIECES = [
     *"abcABC  \n\t'.,!1234\u00a0é東🙂",
@@ -140,3 +140,7 @@ def test_a_graph_that_tokenizes_otherwise_is_refused(llama):
     graph.start = None
     with pytest.raises(InputError, match="other ids in a graph than in training"):
         check_tokenization(graph, llama.preprocessor)
+
+
+def test_a_token_stands_in_the_rows_where_it_is_wanted():
+    assert rows_of(2, tf.constant([True, False])).to_list() == [[2], []]

@@ -21,7 +21,7 @@ from dpo_keras.serving import (
     saved_model,
     version_path,
 )
-from dpo_keras.serving.warmup import PLACE
+from dpo_keras.serving.model_versions import WARMUP_REQUESTS
 from dpo_keras.training import DPOModel
 
 PROMPTS = ["Hello, how are you?", "a", "12345 " * 40]
@@ -160,7 +160,7 @@ def test_what_was_fixed_at_export_is_written_down(report):
 
 
 def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures):
-    records = list(tf.data.TFRecordDataset(str(report.path / PLACE)).as_numpy_iterator())
+    records = list(tf.data.TFRecordDataset(str(report.path / WARMUP_REQUESTS)).as_numpy_iterator())
     logs = [serving_messages().FromString(record) for record in records]
     specifications = [log.predict_log.request.model_spec for log in logs]
     assert [spec.signature_name for spec in specifications] == ["score", "prefer", "generate"]
@@ -236,7 +236,51 @@ def test_a_model_of_the_users_own_is_served(llama, tmp_path):
     np.testing.assert_allclose(answer["llr"], 0, atol=1e-6)
 
 
-# -- where it is written ------------------------------------------------------------------------
+# -- arguments -----------------------------------------------------------------------------------
+
+
+def test_all_faults_of_the_arguments_are_named_together(model, tmp_path):
+    with pytest.raises(InputError) as caught:
+        export(
+            model,
+            tmp_path / "x",
+            max_length=65,  # the model has 64 positions
+            max_new_tokens=0,
+            temperature=-1.0,
+            top_p=1.5,
+            template="chatlm",
+            signatures=["rank"],
+        )
+    text = str(caught.value)
+    assert len(caught.value.problems) == 6
+    for part in ("64 positions", "got 65", "got 0", "got -1.0", "got 1.5", "chatlm", "rank"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"signatures": ("score", "rank")}, "must be some of score, prefer, generate"),
+        ({"signatures": ()}, "must be some of"),
+        ({"max_new_tokens": 63}, "leave room for a prompt"),
+        ({"top_p": 0.5}, "no effect at temperature=0"),
+        ({"template": "chatlm"}, "did you mean 'chatml'"),
+    ],
+)
+def test_each_wrong_argument_says_what_to_do(model, tmp_path, arguments, says):
+    with pytest.raises(InputError, match=says):
+        export(model, tmp_path / "x", **arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_model_or_has_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InputError, match="got str"):
+        export("policy", tmp_path / "x")
+    with pytest.raises(InputError, match="preprocessor is needed"):
+        export(serving_tiny.plain(10), tmp_path / "x")
+
+
+# -- where it is written -------------------------------------------------------------------------
 
 
 def test_versions_are_counted_and_never_overwritten(report, model, tmp_path):

@@ -2,7 +2,7 @@
 
 from serving_messages import serving_messages, texts_of
 
-from dpo_keras.serving.warmup import prediction_log
+from dpo_keras.serving.model_versions import prediction_log
 
 
 def test_a_request_parses_as_a_prediction_log_of_tensorflow_serving():
