@@ -13,6 +13,8 @@ so that KerasHub's `generate` on the same model sees the same tokens.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # openai/gpt-2
@@ -65,3 +67,32 @@ def mend_word_splits(tokenizer: Any) -> bool:
         ]
     )
     return True
+
+
+# What KerasHub 0.32's converters of Hugging Face checkpoints read beside the weights, by the
+# `model_type` of config.json.
+TOKENIZER_FILES = {
+    "gpt2": ("vocab.json", "merges.txt"),
+    "llama": ("tokenizer.json", "tokenizer_config.json"),
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3", "gpt_oss"), ("tokenizer.json",)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "mixtral"), ("tokenizer.model",)),
+}
+
+
+def save_preset(model: Any, directory: Path) -> None:
+    """Write a KerasHub model as a preset directory that loads again.
+
+    KerasHub 0.32 leaves `tie_word_embeddings` out of Llama's `get_config`, so that a model with
+    tied embeddings would not load. Its files get it here.
+    """
+    model.save_to_preset(str(directory))
+    tied = getattr(model.backbone, "tie_word_embeddings", None)
+    if tied is None or "tie_word_embeddings" in model.backbone.get_config():
+        return
+    for name, keys in (("config.json", ()), ("task.json", ("config", "backbone"))):
+        content = json.loads((directory / name).read_text(encoding="utf-8"))
+        part = content
+        for key in keys:
+            part = part[key]
+        part["config"]["tie_word_embeddings"] = tied
+        (directory / name).write_text(json.dumps(content, indent=4), encoding="utf-8")

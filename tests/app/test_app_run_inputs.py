@@ -71,7 +71,7 @@ def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_p
             "data": config.data.model_copy(update={"template": None}),
         }
     )
-    with pytest.raises(InputError, match="pass data.template='chatml'"):
+    with pytest.raises(InputError, match=r"training pairs: .*data\.template.*chatml"):
         runs.train(bare)
 
 
