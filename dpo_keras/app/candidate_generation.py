@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import keras
 
 Prompt: TypeAlias = JSON  # text, or the ids of a rendered conversation
-REPLIES = ("chosen", "rejected")
 REDRAWS = 3
 
 
@@ -279,8 +278,9 @@ def _model_input(prompt: JSON, config: Config, policy: keras.Model) -> Prompt:
             "prompts: messages need a chat template to become text; give data.template."
         )
     # A pair with placeholder responses takes the same path as training pairs.
-    pair = {"prompt": prompt, "chosen": "a", "rejected": "b"}
+    answers: list[JSON] = ["a", "b"]
     if not isinstance(prompt, str):
-        pair |= {name: [{"role": "assistant", "content": pair[name]}] for name in REPLIES}
+        answers = [[{"role": "assistant", "content": text}] for text in answers]
+    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     tokenized = tokenize_pairs([pair], policy.preprocessor, max_length=2**20, template=template)
     return tokenized.prompt[0].tolist()

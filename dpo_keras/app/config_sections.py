@@ -224,7 +224,7 @@ class Optimization(Section):
     """What any training needs."""
 
     epochs: Count = key(1, "passes over the training pairs")
-    batch_size: Count = key(8, "pairs (texts in the warm-up) per step, over all replicas")
+    batch_size: Count = key(8, "pairs per step, over all replicas")
     learning_rate: Positive = key(5e-6, "of AdamW, at its highest")
     schedule: Literal["constant", "linear", "cosine"] = key(
         "constant", "of the learning rate after its linear rise"
@@ -239,8 +239,8 @@ class Optimization(Section):
 class Warmup(Optimization):
     """Supervised warm-up on the chosen responses, before preference training."""
 
-    batch_size: Count = 16
-    learning_rate: Positive = 2e-5
+    batch_size: Count = key(16, "texts per step, over all replicas")
+    learning_rate: Positive = key(2e-5, "of AdamW, at its highest")
 
 
 class ReferenceSync(Section):
@@ -324,7 +324,7 @@ class Export(Sampling):
     signatures: Annotated[list[Signature], Field(min_length=1)] = key(
         list(get_args(Signature)), "which to write; the first is `serving_default` too"
     )
-    temperature: NotNegative = 0.0
+    temperature: NotNegative = key(0.0, "0 takes the likeliest token")
 
 
 REFERENCES = ("auto", "frozen_copy", "adapters_off", "cached", "none")

@@ -8,8 +8,8 @@ from app_tiny import SIZES, same_logits
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import Config, parse_config
-from dpo_keras.app.models import load_model
 from dpo_keras.app.console import Silent
+from dpo_keras.app.models import load_model
 from dpo_keras.app.run_inputs import read_sides
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import (
