@@ -105,8 +105,8 @@ def loss_rows() -> list[dict[str, JSON]]:
             "name": name,
             "formula": OBJECTIVES[name].formula,
             "summary": summary,
-            "needs_reference": OBJECTIVES[name].needs_reference,
-            "options": sorted(OBJECTIVES[name].options),
+            "needs_reference": OBJECTIVES[name].needs_reference(),
+            "options": sorted(OBJECTIVES[name].option_names()),
             "arxiv": OBJECTIVES[name].source,
         }
         for name, summary in available().items()

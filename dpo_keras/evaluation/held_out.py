@@ -15,7 +15,7 @@ from dpo_keras.batching.single_pass import Part
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference
-from dpo_keras.scoring.offline_scoring import check_packing
+from dpo_keras.scoring import check_packing
 from dpo_keras.training import DPOModel
 from dpo_keras.training.measures import outputs_of
 
@@ -37,7 +37,7 @@ def evaluate_preferences(
         model: a compiled `DPOModel`; nothing in it is changed.
         tokenized: the pairs, N >= 1.
         batch_size: pairs at a time; in the mean, where packed.
-        batching: "buckets", or "packed" for models that `supports_packing` has nothing against.
+        batching: "buckets", or "packed" for models without a `packing_obstacle`.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
@@ -156,7 +156,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     if loss.needs_reference:
         found["chosen_reference_logps"] = outputs["reference"][:, 0]
         found["rejected_reference_logps"] = outputs["reference"][:, 1]
-        found["kl"] = kl_to_reference(None, scores, outputs)
+        found["kl"] = kl_to_reference(outputs)
     return found
 
 

@@ -1,22 +1,13 @@
 """Objectives: from response log-probs to one loss per pair.
 
     outputs (policy, reference, lengths)
-      -> scores S(x, y)          scores.py, divergences.py
-      -> LLR = S₀ - S₁           bradley_terry.py
-      -> loss on the pair        links.py, forms.py, batchwise.py
-      -> + penalties             penalties.py
+      -> scores S(y|x)                    scores.py
+      -> P = softmax(S), LLR = S₀ - S₁    bradley_terry.py
+      -> loss of the pair                 objectives.py, other_objectives.py
+      -> + penalties                      penalties.py
+      -> loss of the step                 step_loss.py
 
-`objectives.py` is the table that puts them together, `DPOLoss` the Keras loss that applies it.
-
-Example:
-    >>> from keras import ops
-    >>> from dpo_keras.losses import DPOLoss
-    >>> loss = DPOLoss("sigmoid", beta=0.1, reduction=None)
-    >>> outputs = {"policy": ops.convert_to_tensor([[-10.0, -20.0]]),
-    ...            "reference": ops.convert_to_tensor([[-15.0, -15.0]]),
-    ...            "lengths": ops.convert_to_tensor([[5, 5]])}
-    >>> print(ops.convert_to_numpy(loss(ops.ones(1), outputs)).round(4))
-    [0.3133]
+`DPOLoss` (dpo_loss.py) is the Keras loss that goes this way; options.py has the names it takes.
 """
 
 from dpo_keras.losses.bradley_terry import (
@@ -25,7 +16,8 @@ from dpo_keras.losses.bradley_terry import (
     preference_probabilities,
 )
 from dpo_keras.losses.dpo_loss import DPOLoss
-from dpo_keras.losses.objectives import OBJECTIVES, Objective, available
+from dpo_keras.losses.objectives import Objective
+from dpo_keras.losses.options import OBJECTIVES, available
 from dpo_keras.losses.penalties import (
     PENALTIES,
     insufficient_confidence,

@@ -3,27 +3,17 @@
 A pair of scores S₀ (chosen) and S₁ (rejected) states a Bradley-Terry model of the preference:
 
     P = softmax(S),   LLR = log P₀ - log P₁ = S₀ - S₁,   BCE = -y log P₀ - (1 - y) log P₁.
-
-Worked example:
-    >>> from keras import ops
-    >>> scores = ops.convert_to_tensor([[2.5, 1.5]])
-    >>> print(ops.convert_to_numpy(preference_probabilities(scores)).round(4))
-    [[0.7311 0.2689]]
-    >>> float(log_likelihood_ratio(scores)[0])
-    1.0
-    >>> round(float(binary_cross_entropy(ops.convert_to_tensor([1.0]), scores)[0]), 4)
-    0.3133
 """
 
 from __future__ import annotations
 
-from keras import ops
+from keras import backend, ops
 
-from dpo_keras.losses.numerics import Tensor, as_floating
+from dpo_keras.utils.tensors import Tensor
 
 
 def preference_probabilities(scores: Tensor) -> Tensor:
-    """Give the probability that each of the two responses is the better one.
+    """Compute the probability that each of the two responses is the better one.
 
     P = softmax(S), over the two columns (Bradley & Terry 1952; arXiv 2305.18290, eq. 1).
 
@@ -42,7 +32,7 @@ def preference_probabilities(scores: Tensor) -> Tensor:
 
 
 def log_likelihood_ratio(scores: Tensor) -> Tensor:
-    """Give how much likelier the first response is to be the better one, in nats.
+    """Compute how much likelier the first response is to be the better one, in nats.
 
     LLR = log P₀ - log P₁ = S₀ - S₁. It is taken from the scores: probabilities round to 0 and 1
     from about 17 nats on in float32, and their logarithms with them.
@@ -63,12 +53,14 @@ def log_likelihood_ratio(scores: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(preference: Tensor, scores: Tensor) -> Tensor:
-    """Give the cross-entropy between the people's preference and the model's.
+    """Compute the cross-entropy between the people's preference and the model's.
 
-    BCE = -y log σ(LLR) - (1 - y) log σ(-LLR) (arXiv 2305.18290, eq. 7, with a soft label y).
+    BCE = -y log P₀ - (1 - y) log P₁ = -y log σ(LLR) - (1 - y) log σ(-LLR)
+    (arXiv 2305.18290, eq. 7, with a soft label y).
 
     Args:
-        preference: `[B]`, y in [0, 1]: the probability that the first response is better.
+        preference: `[B]` or a number, y in [0, 1]: the probability that the first response is
+            better.
         scores: `[B, 2]`, column 0 chosen, column 1 rejected; in nats.
 
     Returns:
@@ -83,3 +75,11 @@ def binary_cross_entropy(preference: Tensor, scores: Tensor) -> Tensor:
     llr = log_likelihood_ratio(scores)
     preference = as_floating(preference, llr.dtype)
     return -preference * ops.log_sigmoid(llr) - (1.0 - preference) * ops.log_sigmoid(-llr)
+
+
+def as_floating(value: Tensor, dtype: str | None = None) -> Tensor:
+    """Convert to a float tensor: float64 stays, all else becomes float32 or `dtype`."""
+    value = ops.convert_to_tensor(value)
+    if dtype is None:
+        dtype = "float64" if backend.standardize_dtype(value.dtype) == "float64" else "float32"
+    return ops.cast(value, dtype)

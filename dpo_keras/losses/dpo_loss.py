@@ -1,27 +1,31 @@
-"""`DPOLoss`: the Keras loss that applies the table of objectives."""
+"""`DPOLoss`: the Keras loss of preference optimization."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from dpo_keras.errors import InputError
-from dpo_keras.losses.composition import objective_loss, objective_scores
-from dpo_keras.losses.numerics import Tensor
-from dpo_keras.losses.objectives import OBJECTIVES
-from dpo_keras.losses.options import check_arguments, check_loss_weights, check_reduction
-from dpo_keras.losses.penalties import PENALTIES, PENALTY_NEEDS, dpo_positive
-from dpo_keras.losses.prepare import prepare_outputs, prepare_preference
-from dpo_keras.losses.reduction import total
-from dpo_keras.losses.steps import StepLoss
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.losses import penalties as built_in
+from dpo_keras.losses.bradley_terry import (
+    as_floating,
+    log_likelihood_ratio,
+    preference_probabilities,
+)
+from dpo_keras.losses.objectives import Objective
+from dpo_keras.losses.options import OBJECTIVES, check_arguments, penalty_name
+from dpo_keras.losses.penalties import PENALTIES
+from dpo_keras.losses.scores import Outputs
+from dpo_keras.losses.step_loss import StepLoss, total
+from dpo_keras.utils.tensors import Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class DPOLoss(StepLoss):
-    """Direct preference optimization: score -> log-likelihood ratio -> loss -> penalties.
+    """Direct preference optimization: score -> softmax and LLR -> cross-entropy -> penalties.
 
     For `loss_type="sigmoid"`, with c and r the log-ratios log π/π_ref of chosen and rejected:
 
@@ -32,13 +36,11 @@ class DPOLoss(StepLoss):
         beta: β > 0, strength of the tie to the reference; scale of the scores.
         label_smoothing: ε in [0, 0.5), the rate at which labels are taken to be flipped.
         penalties: name in `PENALTIES` (or a function `(preference, scores, outputs) -> [N]`) ->
-            weight >= 0; as a mapping or as pairs. `dpo_positive` takes its λ as weight.
+            weight >= 0; as a mapping or as pairs.
         loss_weights: a weight >= 0 for each name of a list; ones by default.
         reduction: as in `keras.losses.Loss`; None gives `[N]`.
         name: name of the loss.
-        **options: options of the objectives, see `losses/options.py`: `length_normalize`, `gamma`,
-            `discopop_tau`, `cpo_alpha`, `alphapo_alpha`, `divergence`, `divergence_alpha`,
-            `ld_alpha`, `margin`, `wpo`, `wpo_max_weight`, `shift_momentum`, `group_robust`.
+        **options: options of the objectives, such as `gamma`; `OPTIONS` in options.py lists them.
 
     Raises:
         InputError: unknown names, values out of range, options and penalties that would have no
@@ -51,11 +53,6 @@ class DPOLoss(StepLoss):
         ...            "lengths": ops.ones((2, 2))}
         >>> round(float(loss(ops.ones(2), outputs)), 4)  # 1.5 log 2
         1.0397
-        >>> DPOLoss("hing", beta=-1)
-        Traceback (most recent call last):
-        ...
-        dpo_keras.errors.InputError: Unknown loss_type 'hing'; did you mean 'hinge'? ...
-        beta must be a number > 0, got -1.
     """
 
     def __init__(
@@ -70,9 +67,11 @@ class DPOLoss(StepLoss):
         **options: Any,
     ):
         loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        pairs = list(penalties.items() if isinstance(penalties, Mapping) else penalties or ())
-        problems = check_arguments(loss_types, beta, label_smoothing, pairs, options)
-        problems += check_loss_weights(loss_type, loss_weights) + check_reduction(reduction)
+        given = list(penalties.items() if isinstance(penalties, Mapping) else penalties or ())
+        given = [(_by_name(penalty), weight) for penalty, weight in given]
+        problems = check_arguments(
+            loss_type, beta, label_smoothing, given, loss_weights, reduction, options
+        )
         if problems:
             raise InputError(problems)
         super().__init__(
@@ -81,23 +80,69 @@ class DPOLoss(StepLoss):
         self.loss_type = loss_type if isinstance(loss_type, str) else loss_types
         self.beta = float(beta)
         self.label_smoothing = float(label_smoothing)
-        self.penalties = [(penalty, float(weight)) for penalty, weight in pairs]
+        self.penalties = [(penalty, float(weight)) for penalty, weight in given]
         self.loss_weights = None if loss_weights is None else [float(w) for w in loss_weights]
         self.options = dict(options)
-        self._settings = {
-            "beta": self.beta,
-            "label_smoothing": self.label_smoothing,
-            **self.options,
-        }
-        self._objectives = list(
-            zip(
-                [OBJECTIVES[name] for name in loss_types],
-                self.loss_weights or [1.0] * len(loss_types),
-                strict=True,
-            )
-        )
+        settings = {"beta": self.beta, "label_smoothing": self.label_smoothing, **self.options}
+        self.objectives: list[Objective] = [
+            OBJECTIVES[name].from_settings(settings) for name in loss_types
+        ]
 
-    # What the loss needs from outside
+    def call(self, preference: Tensor, outputs: Outputs) -> Tensor:
+        """Compute the loss of each pair, `[N]`: the sum of `terms`."""
+        return total(self.terms(preference, outputs))
+
+    def terms(self, preference: Tensor, outputs: Outputs) -> dict[str, Tensor]:
+        """Compute the parts that the loss is the sum of.
+
+        Args:
+            preference: `[N]`, y in [0, 1].
+            outputs: see `needs`.
+
+        Returns:
+            `preference_loss` `[N]`, and `penalty/<name>` `[N]` for each penalty, its weight
+            included. A penalty function of your own finds the softmax of the scores and their LLR
+            in `outputs["probabilities"]` `[N, 2]` and `outputs["llr"]` `[N]`.
+
+        Raises:
+            InputError: an output is missing or has the wrong shape.
+        """
+        outputs = self._prepared(outputs)
+        preference = prepare_preference(preference, outputs)
+        scores = self._scores(outputs)  # S = β (log π - log π_ref)
+        outputs["probabilities"] = preference_probabilities(scores)  # P = softmax(S)
+        outputs["llr"] = log_likelihood_ratio(scores)  # LLR = log P₀ - log P₁
+        weights = self.loss_weights or [1.0] * len(self.objectives)
+        terms = {
+            "preference_loss": sum(
+                weight * objective.loss(preference, outputs)
+                for objective, weight in zip(self.objectives, weights, strict=True)
+            )
+        }
+        for penalty, weight in self.penalties:
+            term = PENALTIES[penalty].term if isinstance(penalty, str) else penalty
+            terms[f"penalty/{penalty_name(penalty)}"] = weight * term(preference, scores, outputs)
+        return terms
+
+    def term_names(self) -> list[str]:
+        """Return the names that `terms` returns, without computing anything."""
+        return ["preference_loss", *(f"penalty/{penalty_name(p)}" for p, _ in self.penalties)]
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        """Compute S `[N, 2]`, in nats: the implicit rewards that the softmax is taken over.
+
+        For a list of losses they are those of the first that is probabilistic.
+        """
+        return self._scores(self._prepared(outputs))
+
+    def _scores(self, prepared: Outputs) -> Tensor:
+        probabilistic = (objective for objective in self.objectives if objective.probabilistic)
+        return next(probabilistic, self.objectives[0]).scores(prepared)
+
+    def _prepared(self, outputs: Outputs) -> Outputs:
+        if self.shift_momentum is not None:
+            outputs = {"reward_shift": ops.convert_to_tensor(self.state.reward_shift), **outputs}
+        return prepare_outputs(outputs, self.needs)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -107,18 +152,13 @@ class DPOLoss(StepLoss):
         each response's first min(n⁺, n⁻) tokens) for `ld_alpha`; `wpo_log_weight` `[N, 2]` (mean
         over response tokens of log p_t - log Σ p²) for `wpo`; `margin` and `group` `[N]`.
         """
-        needs = set().union(*(objective.needs for objective, _ in self._objectives))
+        needs = {name for objective in self.objectives for name in objective.reads}
         for penalty, _ in self.penalties:
-            needs |= PENALTY_NEEDS.get(penalty, set()) if isinstance(penalty, str) else set()
-            needs |= set(getattr(penalty, "needs", ()))
-        if self.options.get("ld_alpha") is not None:
-            needs |= {"policy_shared", "reference_shared"}
-        if self.options.get("wpo"):
-            needs |= {"wpo_log_weight"}
-        if self.options.get("margin"):
-            needs |= {"margin"}
-        if self.options.get("group_robust"):
-            needs |= {"group"}
+            own = getattr(penalty, "needs", ())
+            needs |= PENALTIES[penalty].reads if isinstance(penalty, str) else set(own)
+        for option, names in READ_BY_OPTION.items():
+            if self.options.get(option) not in (None, False):
+                needs |= names
         return frozenset(needs)
 
     @property
@@ -130,71 +170,21 @@ class DPOLoss(StepLoss):
     def batchwise(self) -> bool:
         """Whether a pair's loss depends on the rest of the batch (AOT).
 
-        Such a loss wants the pairs of all replicas at once, and `outputs["weight"]` `[N]` where
-        some rows are padding.
+        Such a loss wants the pairs of all replicas, and their `outputs["weight"]` `[N]`.
         """
-        return any(objective.batchwise for objective, _ in self._objectives)
-
-    # The loss of each pair
-
-    def scores(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Give what softmax is taken over: the implicit rewards.
-
-        Args:
-            outputs: see `needs`.
-
-        Returns:
-            `[N, 2]`, in nats; for a list of losses those of the first that is probabilistic.
-        """
-        return self._scores(self._prepare(outputs))
-
-    def terms(self, preference: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give the parts that the loss is the sum of.
-
-        Args:
-            preference: `[N]`, y in [0, 1].
-            outputs: see `needs`.
-
-        Returns:
-            `preference_loss` `[N]`, and `penalty/<name>` `[N]` for each penalty, its weight
-            included.
-
-        Raises:
-            InputError: an output is missing or has the wrong shape.
-        """
-        outputs = self._prepare(outputs)
-        preference = prepare_preference(preference, outputs)
-        scores = self._scores(outputs)
-        result = {"preference_loss": self._preference_loss(preference, outputs)}
-        for penalty, weight in self.penalties:
-            if penalty == "dpo_positive":
-                shortfall = self.beta * weight * dpo_positive(preference, scores, outputs)
-                with_it = self._preference_loss(preference, outputs, shortfall)
-                value = with_it - result["preference_loss"]
-            else:
-                function = PENALTIES[penalty] if isinstance(penalty, str) else penalty
-                value = weight * function(preference, scores, outputs)
-            result[f"penalty/{_penalty_name(penalty)}"] = value
-        return result
-
-    def term_names(self) -> list[str]:
-        """Give the names that `terms` returns, without computing anything."""
-        return ["preference_loss", *(f"penalty/{_penalty_name(p)}" for p, _ in self.penalties)]
-
-    def call(self, preference: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Give the loss of each pair, `[N]`: the sum of `terms`."""
-        return total(self.terms(preference, outputs))
+        return any(objective.batchwise for objective in self.objectives)
 
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again, ready for JSON."""
-        named = all(isinstance(penalty, str) for penalty, _ in self.penalties)
+        penalties: Any = dict(self.penalties)
+        if not all(isinstance(penalty, str) for penalty in penalties):
+            serialize = keras.saving.serialize_keras_object
+            penalties = [[p if isinstance(p, str) else serialize(p), w] for p, w in self.penalties]
         return {
             "loss_type": self.loss_type,
             "beta": self.beta,
             "label_smoothing": self.label_smoothing,
-            "penalties": dict(self.penalties)
-            if named
-            else [[_serialize(penalty), weight] for penalty, weight in self.penalties],
+            "penalties": penalties,
             "loss_weights": self.loss_weights,
             "reduction": self.reduction,
             "name": self.name,
@@ -206,38 +196,89 @@ class DPOLoss(StepLoss):
         """Make a loss from what `get_config` returned."""
         config = dict(config)
         if isinstance(config.get("penalties"), list | tuple):
-            config["penalties"] = [(_deserialize(p), weight) for p, weight in config["penalties"]]
+            make = keras.saving.deserialize_keras_object
+            config["penalties"] = [
+                (make(p) if isinstance(p, dict) else p, w) for p, w in config["penalties"]
+            ]
         return cls(**config)
 
-    # Steps of the above
 
-    def _prepare(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.shift_momentum is not None:
-            shift = ops.convert_to_tensor(self.state.reward_shift)
-            outputs = {"reward_shift": shift, **outputs}
-        return prepare_outputs(outputs, self.needs)
+def _by_name(penalty: Any) -> Any:
+    """Return the name of a penalty of this package that is given as a function."""
+    name = getattr(penalty, "__name__", None)
+    return name if name in PENALTIES and getattr(built_in, name) is penalty else penalty
 
-    def _scores(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        objectives = [objective for objective, _ in self._objectives]
-        speaker = next((o for o in objectives if o.probabilistic), objectives[0])
-        return objective_scores(speaker, outputs, self._settings)
 
-    def _preference_loss(
-        self, preference: Tensor, outputs: Mapping[str, Tensor], shortfall: Tensor | None = None
-    ) -> Tensor:
-        return sum(
-            weight * objective_loss(objective, preference, outputs, self._settings, shortfall)
-            for objective, weight in self._objectives
+# -- inputs ------------------------------------------------------------------------------------
+
+READ_BY_OPTION = {
+    "ld_alpha": {"policy_shared", "reference_shared"},
+    "wpo": {"wpo_log_weight"},
+    "margin": {"margin"},
+    "group_robust": {"group"},
+}
+
+PER_PAIR = ("margin", "weight")
+"""Outputs with one value for each pair, `[N]`."""
+
+WITHOUT_GRADIENT = ("reference", "reference_shared", "wpo_log_weight")
+"""Outputs that no gradient may enter: with `adapters_off` the reference shares the weights."""
+
+PER_RESPONSE = (*WITHOUT_GRADIENT, "policy", "policy_shared", "lengths")
+"""Outputs with one column for each response, `[N, 2]`."""
+
+SOURCE_OF = {
+    "reference": "this loss compares with a reference policy: give DPOModel one",
+    "margin": "margin=True reads it: give the pairs a `margin` column",
+    "group": "group_robust reads it: give the pairs a `group` column",
+}
+
+
+def prepare_outputs(outputs: Outputs, needs: Iterable[str]) -> Outputs:
+    """Check the scorer's outputs and convert them: to `[N, 2]` or `[N]`, and to one float dtype.
+
+    That is float64 if `policy` is float64, else float32. None counts as absent, and names that the
+    losses do not know pass through.
+    """
+    if not isinstance(outputs, Mapping):
+        kind = type(outputs).__name__
+        raise InputError(f"outputs must be a mapping with 'policy' [N, 2] and more, got {kind}.")
+    prepared: dict[str, Tensor] = {name: v for name, v in outputs.items() if v is not None}
+    problems = [
+        InputProblem(
+            f"outputs[{name!r}]",
+            f"is missing; {SOURCE_OF.get(name, 'the scorer has to provide it')}",
         )
+        for name in sorted(needs)
+        if name not in prepared
+    ]
+    dtype = as_floating(prepared["policy"]).dtype if "policy" in prepared else None
+    for name in prepared.keys() & set(PER_RESPONSE):
+        value = as_floating(prepared[name], dtype)
+        if len(value.shape) < 1 or value.shape[-1] != 2:
+            rule = "must have the shape [N, 2] (chosen, rejected)"
+            problems.append(InputProblem(f"outputs[{name!r}]", rule, tuple(value.shape)))
+            continue
+        prepared[name] = ops.reshape(value, (-1, 2))
+    if problems:
+        raise InputError(problems)
+    for name in prepared.keys() & set(PER_PAIR):
+        prepared[name] = ops.reshape(as_floating(prepared[name], dtype), (-1,))
+    if "reward_shift" in prepared:
+        prepared["reward_shift"] = as_floating(prepared["reward_shift"], dtype)
+    if "group" in prepared:
+        prepared["group"] = ops.reshape(ops.cast(prepared["group"], "int32"), (-1,))
+    for name in prepared.keys() & set(WITHOUT_GRADIENT):
+        prepared[name] = ops.stop_gradient(prepared[name])
+    return prepared  # type: ignore[return-value]
 
 
-def _penalty_name(penalty: Any) -> str:
-    return penalty if isinstance(penalty, str) else getattr(penalty, "__name__", str(penalty))
-
-
-def _serialize(penalty: Any) -> Any:
-    return penalty if isinstance(penalty, str) else keras.saving.serialize_keras_object(penalty)
-
-
-def _deserialize(penalty: Any) -> Any:
-    return keras.saving.deserialize_keras_object(penalty) if isinstance(penalty, dict) else penalty
+def prepare_preference(preference: Tensor, outputs: Outputs) -> Tensor:
+    """Convert labels to `[N]` in the outputs' dtype; refuse another number than that of pairs."""
+    policy = outputs["policy"]
+    labels = ops.reshape(as_floating(preference, policy.dtype), (-1,))
+    pairs, given = policy.shape[0], labels.shape[0]
+    if pairs is not None and given is not None and pairs != given:
+        rule = f"must hold one label for each of the {pairs} pairs"
+        raise InputError(InputProblem("preference", rule, given))
+    return labels

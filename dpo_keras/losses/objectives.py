@@ -1,286 +1,306 @@
-"""The table of preference objectives: score -> loss on the pair, one line each.
+"""DPO and its relatives: each objective is a small class whose body is the formula of its paper.
 
-A new objective is a pure function (in `links.py` or `scores.py`) and a line in `OBJECTIVES`. The
-options it takes are read off the two functions' keyword-only arguments; modifiers follow from its
-form.
+In the formulas of a pair whose first response won, c and r are the log-ratios log π/π_ref of the
+chosen and the rejected response, Δ = c - r, a bar is the mean over a response's tokens, π⁺ and π⁻
+are the policy's own log-probs, S⁺ and S⁻ are the two scores, and σ is the sigmoid.
 
-Example:
-    >>> sorted(OBJECTIVES["ipo"].options)
-    ['beta', 'group_robust', 'length_normalize', 'margin', 'wpo', 'wpo_max_weight']
-    >>> OBJECTIVES["simpo"].needs_reference
-    False
-    >>> available()["hinge"]
-    'Max-margin: no more push once the margin is one.'
+To add an objective, write a class like `Hinge` and enter it in `OBJECTIVES` (options.py). Its
+fields are the options that it takes. The bases add scores and the modifiers that fit:
+
+* `PairObjective`: any loss on the two scores. Options `wpo`, `wpo_max_weight`.
+* `GapObjective`: a loss on the LLR alone, S⁺ - S⁻. Option `margin` as well.
+* `ImplicitReward`: scores β·g(log π/π_ref). Options `divergence`, `divergence_alpha`, `ld_alpha`.
+* `ImplicitRewardGap`: both, with the option `dpo_positive`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-from dpo_keras.losses import batchwise, links, scores
-from dpo_keras.losses.forms import on_centred_scores, on_label, on_llr, on_outputs, on_scores
-from dpo_keras.losses.numerics import Tensor
-from dpo_keras.losses.penalties import nll
+from keras import ops
+
+from dpo_keras.losses.bradley_terry import (
+    binary_cross_entropy,
+    log_likelihood_ratio,
+    preference_probabilities,
+)
+from dpo_keras.losses.scores import Outputs, log_ratio, mean_log_ratio
+from dpo_keras.utils.tensors import Tensor
+
+objective = dataclass(frozen=True, kw_only=True)
+"""Decorator of every objective: its fields, and those of all its bases, are its options."""
 
 
-def keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
-    """Map a function's keyword-only arguments to their defaults (`inspect.Parameter.empty`)."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+@objective
+class Objective(ABC):
+    """A preference objective: scores of the responses, and a loss for each pair.
 
-
-@dataclass(frozen=True)
-class Objective:
-    """One preference objective.
+    The first line of a subclass's docstring is its summary, in tables and on the command line.
 
     Attributes:
         formula: the loss of a pair whose first response won.
-        summary: what it does, in one line.
         source: arXiv identifiers.
-        score: `(outputs, *, options) -> [N, 2]`, see `scores.py`.
-        form: how `loss` meets the pair and its label, see `forms.py`.
-        loss: the pure function, see `links.py`.
-        nll: weight of the preferred response's mean negative log-likelihood: a number, or the name
-            of the option that holds it.
+        reads: names of the outputs that it reads, modifiers apart.
         probabilistic: whether softmax(scores) is what the loss speaks about, so that a penalty on
             its confidence means something.
+        batchwise: whether the loss of one pair depends on the other pairs of the batch.
     """
 
-    formula: str
-    summary: str
-    source: str
-    score: Callable[..., Tensor]
-    form: Callable[..., Tensor]
-    loss: Callable[..., Tensor]
-    nll: float | str = 0.0
-    probabilistic: bool = True
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    reads: ClassVar[frozenset[str]]
+    probabilistic: ClassVar[bool] = True
+    batchwise: ClassVar[bool] = False
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the scorer's outputs that the loss reads, modifiers apart."""
-        return scores.NEEDS[self.score] | (PER_TOKEN if self.nll or self.loss is nll else set())
+    beta: float
+    """β > 0, strength of the tie to the reference; scale of the scores."""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference's log-probs are used."""
-        return "reference" in self.needs
+    @abstractmethod
+    def scores(self, outputs: Outputs) -> Tensor:
+        """Compute S, what the softmax over the two responses is taken over: `[N, 2]`, in nats."""
 
-    @property
-    def batchwise(self) -> bool:
-        """Whether the loss of one pair depends on the other pairs of the batch."""
-        return self.loss in (batchwise.aot, batchwise.aot_unpaired)
+    @abstractmethod
+    def loss(self, preference: Tensor, outputs: Outputs) -> Tensor:
+        """Compute the loss of each pair `[N]` from labels y `[N]` and the scorer's outputs."""
 
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Options of the two functions, with their defaults."""
-        own = {self.nll: 1.0} if isinstance(self.nll, str) else {}
-        return {**keyword_only(self.score), **keyword_only(self.loss), **own}
+    @classmethod
+    def summary(cls) -> str:
+        """Return what the objective does, in one line."""
+        return (cls.__doc__ or "").split("\n", maxsplit=1)[0]
 
-    @property
-    def options(self) -> frozenset[str]:
-        """Names of every option that changes this objective's loss."""
-        modifiers = {"group_robust"}
-        if self.form is on_llr:
-            modifiers |= {"margin"}
-        if self.form is on_centred_scores:
-            modifiers |= {"shift_momentum"}
-        if self.form is not on_outputs:
-            modifiers |= {"wpo", "wpo_max_weight"}
-        return frozenset(modifiers | self.defaults.keys())
+    @classmethod
+    def option_names(cls) -> frozenset[str]:
+        """Return the names of every option that changes this objective's loss."""
+        own = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        return frozenset(own | {"group_robust"})
 
-    def takes_penalty(self, name: str) -> bool:
-        """Whether a penalty of this name has a meaning beside this loss."""
-        if name in ("insufficient_confidence", "overconfidence"):
-            return self.probabilistic
-        if name == "dpo_positive":
-            return self.form is on_llr and self.score is scores.log_ratio
-        return True
+    @classmethod
+    def needs_reference(cls) -> bool:
+        """Tell whether the reference's log-probs are used."""
+        return "reference" in cls.reads
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Objective:
+        """Make the objective with those of the settings that it takes."""
+        own = cls.option_names() - {"group_robust"}
+        return cls(**{name: value for name, value in settings.items() if name in own})
 
 
-PER_TOKEN = frozenset({"policy", "lengths"})
+@objective
+class PairObjective(Objective):
+    """A loss on the two scores of a pair: a subclass writes `pair_loss`."""
 
-OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(
-        "-log σ(βΔ)",
-        "DPO: the Bradley-Terry likelihood of the preferences; cDPO with label_smoothing.",
-        "2305.18290",
-        scores.log_ratio,
-        on_llr,
-        links.sigmoid,
-    ),
-    "hinge": Objective(
-        "max(0, 1 - βΔ)",
-        "Max-margin: no more push once the margin is one.",
-        "2305.10425, 2309.06657",
-        scores.log_ratio,
-        on_llr,
-        links.hinge,
-    ),
-    "ipo": Objective(
-        "(c̄ - r̄ - 1/(2β))²",
-        "Draws the margin to 1/(2β): stays bounded where labels never contradict each other.",
-        "2310.12036",
-        scores.ipo_log_ratio,
-        on_llr,
-        links.ipo,
-        probabilistic=False,
-    ),
-    "exo_pair": Objective(
-        "KL((σ(βΔ), σ(-βΔ)) ‖ (1-ε, ε))",
-        "Reverse KL to the labels: seeks the mode; needs label_smoothing > 0.",
-        "2402.00856",
-        scores.log_ratio,
-        on_label,
-        links.exo_pair,
-    ),
-    "nca_pair": Objective(
-        "-log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)",
-        "Judges each reward by itself, which keeps the chosen one from falling.",
-        "2402.05369",
-        scores.log_ratio,
-        on_scores,
-        links.nca_pair,
-    ),
-    "robust": Objective(
-        "[-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1-2ε)",
-        "Unbiased under labels flipped at a known rate ε = label_smoothing.",
-        "2403.00409",
-        scores.log_ratio,
-        on_llr,
-        links.robust,
-    ),
-    "bco_pair": Objective(
-        "-log σ(βc - δ) - log σ(-(βr - δ))",
-        "A classifier of good and bad responses; δ a running mean with shift_momentum, else 0.",
-        "2404.04656",
-        scores.log_ratio,
-        on_centred_scores,
-        links.bco_pair,
-    ),
-    "sppo_hard": Objective(
-        "(c - 1/(2β))² + (r + 1/(2β))²",
-        "Self-play: the two log-ratios to +1/(2β) and -1/(2β), each by itself.",
-        "2405.00675",
-        scores.plain_log_ratio,
-        on_scores,
-        links.sppo_hard,
-        probabilistic=False,
-    ),
-    "aot": Objective(
-        "-log σ(βδ), δ = sort(π⁺ - π⁻) - sort(ref⁺ - ref⁻)",
-        "The batch's margins, as a distribution, above the reference's (optimal transport).",
-        "2406.05882",
-        scores.plain_log_ratio,
-        on_outputs,
-        batchwise.aot,
-        probabilistic=False,
-    ),
-    "aot_unpaired": Objective(
-        "-log σ(βδ), δ = sort(c) - sort(r)",
-        "The chosen rewards, as a distribution, above the rejected ones; pairs do not matter.",
-        "2406.05882",
-        scores.log_ratio,
-        on_outputs,
-        batchwise.aot_unpaired,
-        probabilistic=False,
-    ),
-    "apo_zero": Objective(
-        "1 - σ(βc) + σ(βr)",
-        "Raises the chosen, lowers the rejected: for data better than the model.",
-        "2408.06266",
-        scores.log_ratio,
-        on_scores,
-        links.apo_zero,
-    ),
-    "apo_down": Objective(
-        "σ(βc) + 1 - σ(βΔ)",
-        "Lowers both, the rejected further: for data worse than the model.",
-        "2408.06266",
-        scores.log_ratio,
-        on_scores,
-        links.apo_down,
-    ),
-    "discopop": Objective(
-        "(1-m)(-log σ(βΔ)) + m e^(-βΔ), m = σ(βΔ/τ)",
-        "A gated mix of logistic and exponential loss, found by search.",
-        "2406.08414",
-        scores.log_ratio,
-        on_llr,
-        links.discopop,
-    ),
-    "sigmoid_norm": Objective(
-        "-log σ(β(c̄ - r̄))",
-        "DPO on log-ratios per token: no reward for length.",
-        "2411.15124",
-        scores.mean_log_ratio,
-        on_llr,
-        links.sigmoid,
-    ),
-    "simpo": Objective(
-        "-log σ(β(π̄⁺ - π̄⁻) - γ)",
-        "Log-probs per token with a target margin; no reference (β 2 to 2.5 is usual).",
-        "2405.14734",
-        scores.mean_log_prob,
-        on_llr,
-        links.simpo,
-    ),
-    "cpo": Objective(
-        "-log σ(β(π⁺ - π⁻)) + α·NLL(chosen)",
-        "DPO against a uniform reference plus supervision on the chosen; no reference.",
-        "2401.08417",
-        scores.log_prob,
-        on_llr,
-        links.sigmoid,
-        nll="cpo_alpha",
-    ),
-    "slic": Objective(
-        "max(0, 1 - β(π⁺ - π⁻))",
-        "Sequence-likelihood calibration: a hinge on log-probs; no reference.",
-        "2305.10425",
-        scores.log_prob,
-        on_llr,
-        links.hinge,
-    ),
-    "orpo": Objective(
-        "NLL(chosen) - β log σ(log odds ratio), odds of mean log-probs",
-        "Supervision and preference in one stage, from a base model; no reference.",
-        "2403.07691",
-        scores.log_odds,
-        on_llr,
-        links.odds_ratio,
-        nll=1.0,
-    ),
-    "alphapo": Objective(
-        "SimPO with reward (1 - p^(-α)) / α",
-        "SimPO with a shaped reward: α sets how hard unlikely responses pull; no reference.",
-        "2501.03884",
-        scores.alpha_reward,
-        on_llr,
-        links.simpo,
-    ),
-    "sft": Objective(
-        "NLL(chosen)",
-        "Mean negative log-likelihood of the chosen tokens; no reference.",
-        "2404.19733",
-        scores.log_prob,
-        on_outputs,
-        nll,
-        probabilistic=False,
-    ),
-}
+    wpo: bool = False
+    wpo_max_weight: float | None = None
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Compute the loss `[N]` of pairs whose chosen response won, from their scores S⁺, S⁻."""
+        raise NotImplementedError
+
+    def loss(self, preference: Tensor, outputs: Outputs) -> Tensor:
+        """Mix the two cases: y·ℓ(first response won) + (1 - y)·ℓ(second response won).
+
+        This is how a soft label enters every objective. Swapping the two responses and taking 1 - y
+        changes nothing.
+        """
+        pair_scores = self.centred_scores(outputs)
+        first, second = pair_scores[:, 0], pair_scores[:, 1]
+        if_first, if_second = self.margins(outputs)
+        value = preference * self.pair_loss(first - if_first, second) + (
+            1.0 - preference
+        ) * self.pair_loss(second - if_second, first)
+        return self.weighted(value, outputs)
+
+    def weighted(self, value: Tensor, outputs: Outputs) -> Tensor:
+        """Weight losses by w⁺w⁻, w = exp(mean of log p_t - log Σ p²), with `wpo`: WPO.
+
+        arXiv 2406.11827: how much the pair is in the policy's own style; one where every token is
+        as likely as a draw from the policy is on average. No gradient flows through it.
+        """
+        if not self.wpo:
+            return value
+        # log p - log Σ p² is below log of the vocabulary: only faulty input comes near this bound.
+        weight = ops.exp(ops.minimum(ops.sum(outputs["wpo_log_weight"], axis=-1), 60.0))
+        bound = self.wpo_max_weight
+        return value * (weight if bound is None else ops.minimum(weight, bound))
+
+    def centred_scores(self, outputs: Outputs) -> Tensor:
+        """Return the scores that the loss compares; an objective may take a baseline off them."""
+        return self.scores(outputs)
+
+    def margins(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Return what the LLR must exceed if the first response won, and if the second did."""
+        return 0.0, 0.0
 
 
-def available() -> dict[str, str]:
-    """List the names that `DPOLoss(loss_type=…)` takes, each with one line on what it does.
+@objective
+class GapObjective(PairObjective):
+    """A loss on the LLR, S⁺ - S⁻, alone. With `margin`, Δ - m/β replaces Δ (arXiv 2402.10571)."""
 
-    Returns:
-        Name -> summary, in the order of the table.
+    margin: bool = False
 
-    Example:
-        >>> list(available())[:3]
-        ['sigmoid', 'hinge', 'ipo']
+    def margins(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Return the pair's margin, for either case."""
+        return (outputs["margin"], outputs["margin"]) if self.margin else (0.0, 0.0)
+
+
+@objective
+class ImplicitReward(Objective):
+    """Scores are implicit rewards, β·g(log π - log π_ref)."""
+
+    reads = frozenset({"policy", "reference"})
+
+    divergence: str = "reverse_kl"
+    divergence_alpha: float = 0.5
+    ld_alpha: float | None = None
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        """Compute S = β·g(log π - log π_ref) (arXiv 2305.18290, eq. 5; 2309.16240)."""
+        return log_ratio(
+            outputs,
+            beta=self.beta,
+            divergence=self.divergence,
+            divergence_alpha=self.divergence_alpha,
+            ld_alpha=self.ld_alpha,
+        )
+
+
+@objective
+class ImplicitRewardGap(ImplicitReward, GapObjective):
+    """A loss on the gap between two implicit rewards.
+
+    With `dpo_positive`, λ, the margin grows by what the response that won has lost against the
+    reference: -log σ(β(Δ - λ·max(0, -c))) for `sigmoid` (arXiv 2402.13228).
     """
-    return {name: objective.summary for name, objective in OBJECTIVES.items()}
+
+    dpo_positive: float = 0.0
+
+    def margins(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Add to the margin what the winning response lost against the reference."""
+        first, second = super().margins(outputs)
+        if not self.dpo_positive:
+            return first, second
+        shortfall = ops.relu(outputs["reference"] - outputs["policy"])
+        extra = self.beta * self.dpo_positive * shortfall
+        return first + extra[:, 0], second + extra[:, 1]
+
+
+@objective
+class Logistic(GapObjective):
+    """The cross-entropy of the label under softmax(S); the base of DPO and its relatives."""
+
+    label_smoothing: float = 0.0
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """Compute -(1-ε) log P⁺ - ε log P⁻, P = softmax(S)."""
+        return binary_cross_entropy(
+            1.0 - self.label_smoothing, ops.stack([chosen, rejected], axis=-1)
+        )
+
+
+@objective
+class Sigmoid(ImplicitRewardGap, Logistic):
+    """DPO: the Bradley-Terry likelihood of the preferences; cDPO with label_smoothing."""
+
+    formula = "-log σ(βΔ)"
+    source = "2305.18290"  # eq. 7
+
+
+@objective
+class Hinge(ImplicitRewardGap):
+    """Max-margin: no more push once the margin is one."""
+
+    formula = "max(0, 1 - βΔ)"
+    source = "2305.10425, 2309.06657"
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return ops.relu(1.0 - (chosen - rejected))
+
+
+@objective
+class IPO(GapObjective):
+    """Draws the margin to 1/(2β): stays bounded where labels never contradict each other."""
+
+    formula = "(c̄ - r̄ - 1/(2β))²"
+    source = "2310.12036"  # eq. 17; the paper has sums
+    reads = frozenset({"policy", "reference", "lengths"})
+    probabilistic = False
+
+    length_normalize: bool = True
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        score = mean_log_ratio if self.length_normalize else log_ratio
+        return score(outputs, beta=self.beta)
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return ops.square((chosen - rejected - 0.5) / self.beta)
+
+
+@objective
+class EXO(ImplicitReward, PairObjective):
+    """Reverse KL to the labels: seeks the mode; needs label_smoothing > 0."""
+
+    formula = "KL((σ(βΔ), σ(-βΔ)) ‖ (1-ε, ε))"
+    source = "2402.00856"
+
+    label_smoothing: float
+
+    def loss(self, preference: Tensor, outputs: Outputs) -> Tensor:
+        smoothing, pair_scores = self.label_smoothing, self.scores(outputs)
+        target = preference * (1.0 - smoothing) + (1.0 - preference) * smoothing
+        p = preference_probabilities(pair_scores)
+        llr = log_likelihood_ratio(pair_scores)
+        divergence = p[:, 0] * (ops.log_sigmoid(llr) - ops.log(target)) + p[:, 1] * (
+            ops.log_sigmoid(-llr) - ops.log(1.0 - target)
+        )
+        return self.weighted(divergence, outputs)
+
+
+@objective
+class Robust(ImplicitRewardGap):
+    """Unbiased under labels flipped at a known rate ε = label_smoothing.
+
+    Its mean over labels flipped at rate ε is the clean `sigmoid` loss. It falls without bound on a
+    pair that is right beyond doubt, as an unbiased estimate must.
+    """
+
+    formula = "[-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1-2ε)"
+    source = "2403.00409"
+
+    label_smoothing: float = 0.0
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        rate, llr = self.label_smoothing, chosen - rejected
+        right, wrong = -ops.log_sigmoid(llr), -ops.log_sigmoid(-llr)
+        return ((1.0 - rate) * right - rate * wrong) / (1.0 - 2.0 * rate)
+
+
+@objective
+class DiscoPOP(ImplicitRewardGap):
+    """A gated mix of logistic and exponential loss, found by search."""
+
+    formula = "(1-m)(-log σ(βΔ)) + m e^(-βΔ), m = σ(βΔ/τ)"
+    source = "2406.08414"
+
+    discopop_tau: float = 0.05
+
+    def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        llr = chosen - rejected
+        # m e^(-z) as exp(log m - z): no z can make it overflow while τ is at most one.
+        exponential = ops.exp(ops.log_sigmoid(llr / self.discopop_tau) - llr)
+        return ops.sigmoid(-llr / self.discopop_tau) * -ops.log_sigmoid(llr) + exponential
+
+
+@objective
+class SigmoidNorm(Logistic):
+    """DPO on log-ratios per token: no reward for length."""
+
+    formula = "-log σ(β(c̄ - r̄))"
+    source = "2411.15124"
+    reads = frozenset({"policy", "reference", "lengths"})
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        return mean_log_ratio(outputs, beta=self.beta)

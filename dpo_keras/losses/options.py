@@ -1,118 +1,136 @@
-"""Options of the objectives: what each may be, and the check of a whole set at once.
+"""What `DPOLoss` takes: the tables of objectives and options, and the check of its arguments.
 
-Example:
-    >>> check_arguments(["hinge"], 0.1, 0.1, [], {"gamma": 0.5, "lenght_normalize": True})
-    ['label_smoothing=0.1 has no effect with loss_type hinge. It acts with: sigmoid, exo_pair, ...',
-     'gamma=0.5 has no effect with loss_type hinge. It acts with: simpo, alphapo.',
-     "Unknown option 'lenght_normalize'; did you mean 'length_normalize'? ..."]
+A new objective is a class (`objectives.py`, `other_objectives.py`) and a line in `OBJECTIVES`.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
-from dpo_keras.losses.divergences import DIVERGENCES
-from dpo_keras.losses.objectives import OBJECTIVES
+import numpy as np
+
+from dpo_keras.errors import InputProblem
+from dpo_keras.losses import objectives, other_objectives
+from dpo_keras.losses.objectives import Objective
 from dpo_keras.losses.penalties import PENALTIES
+from dpo_keras.losses.scores import DIVERGENCES
+from dpo_keras.utils.text import did_you_mean
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sigmoid": objectives.Sigmoid,
+    "hinge": objectives.Hinge,
+    "ipo": objectives.IPO,
+    "exo_pair": objectives.EXO,
+    "nca_pair": other_objectives.NCA,
+    "robust": objectives.Robust,
+    "bco_pair": other_objectives.BCO,
+    "sppo_hard": other_objectives.SPPO,
+    "aot": other_objectives.AOT,
+    "aot_unpaired": other_objectives.AOTUnpaired,
+    "apo_zero": other_objectives.APOZero,
+    "apo_down": other_objectives.APODown,
+    "discopop": objectives.DiscoPOP,
+    "sigmoid_norm": objectives.SigmoidNorm,
+    "simpo": other_objectives.SimPO,
+    "cpo": other_objectives.CPO,
+    "slic": other_objectives.SLiC,
+    "orpo": other_objectives.ORPO,
+    "alphapo": other_objectives.AlphaPO,
+    "sft": other_objectives.SFT,
+}
 
 
-def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number (booleans are not)."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(float(value))
+def available() -> dict[str, str]:
+    """List the names that `DPOLoss(loss_type=…)` takes, each with one line on what it does.
 
-
-def _is_group_robust(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() <= {"groups", "eta"}
-        and isinstance(value.get("groups"), int)
-        and not isinstance(value["groups"], bool)
-        and value["groups"] >= 2
-        and is_number(value.get("eta", 0.01))
-        and value.get("eta", 0.01) > 0
-    )
+    Example:
+        >>> list(available())[:3]
+        ['sigmoid', 'hinge', 'ipo']
+    """
+    return {name: objective.summary() for name, objective in OBJECTIVES.items()}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: the rule that its value must keep, in words and as a test.
-
-    Attributes:
-        summary: what it does.
-        rule: what its value must be, for messages.
-        holds: the rule as a function.
-        only_with: another option and the value of it without which this one has no effect.
-    """
+    """One option: what it does, and the rule that its value must keep, in words and as a test."""
 
     summary: str
     rule: str
-    holds: Callable[[Any], bool]
-    only_with: tuple[str, Any] | None = None
+    holds: Callable[[object], bool]
+    only_with: tuple[str, object] | None = None
+    """Another option and the value of it without which this one has no effect."""
+
+
+def is_number(value: object, holds: Callable[[float], bool] = lambda number: True) -> bool:
+    """Tell whether a value is a finite number that keeps a rule (booleans are not numbers)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
+    return math.isfinite(value) and holds(float(value))
+
+
+def _flag(summary: str) -> Option:
+    return Option(summary, "true or false", lambda value: isinstance(value, bool))
+
+
+def _number(
+    summary: str,
+    rule: str = "",
+    holds: Callable[[float], bool] = lambda number: True,
+    only_with: tuple[str, object] | None = None,
+) -> Option:
+    return Option(summary, f"a number {rule}".strip(), lambda v: is_number(v, holds), only_with)
+
+
+def _is_group_robust(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() <= {"groups", "eta"}
+        and isinstance(value.get("groups"), int)
+        and is_number(value["groups"], lambda groups: groups >= 2)
+        and is_number(value.get("eta", 0.01), lambda eta: eta > 0)
+    )
 
 
 OPTIONS: dict[str, Option] = {
-    "length_normalize": Option(
-        "ipo: average the log-ratio over the response's tokens (the paper's sum with False).",
-        "true or false",
-        lambda v: isinstance(v, bool),
+    "length_normalize": _flag(
+        "ipo: average the log-ratio over the response's tokens (the paper's sum with False)."
     ),
-    "gamma": Option(
-        "Target margin γ that the LLR must exceed.",
-        "a number >= 0",
-        lambda v: is_number(v) and v >= 0,
-    ),
-    "discopop_tau": Option(
-        "Temperature τ of DiscoPOP's gate.",
-        "a number in (0, 1]",
-        lambda v: is_number(v) and 0 < v <= 1,
-    ),
-    "cpo_alpha": Option(
-        "Weight α of CPO's negative log-likelihood.",
-        "a number >= 0",
-        lambda v: is_number(v) and v >= 0,
-    ),
-    "alphapo_alpha": Option("Shape α of AlphaPO's reward (0 is SimPO).", "a number", is_number),
+    "gamma": _number("Target margin γ that the LLR must exceed.", ">= 0", lambda v: v >= 0),
+    "discopop_tau": _number("Temperature τ of DiscoPOP's gate.", "in (0, 1]", lambda v: 0 < v <= 1),
+    "cpo_alpha": _number("Weight α of CPO's negative log-likelihood.", ">= 0", lambda v: v >= 0),
+    "alphapo_alpha": _number("Shape α of AlphaPO's reward (0 is SimPO)."),
     "divergence": Option(
         "The f-divergence that ties the policy to the reference.",
         "one of " + ", ".join(DIVERGENCES),
-        lambda v: isinstance(v, str) and v in DIVERGENCES,
+        lambda value: value in DIVERGENCES,
     ),
-    "divergence_alpha": Option(
-        "α of the α-divergence: 0 forward KL, 1 reverse KL.",
-        "a number",
-        is_number,
-        ("divergence", "alpha"),
+    "divergence_alpha": _number(
+        "α of the α-divergence: 0 forward KL, 1 reverse KL.", only_with=("divergence", "alpha")
     ),
-    "ld_alpha": Option(
+    "ld_alpha": _number(
         "LD-DPO: how much the tokens beyond the shorter response's length count.",
-        "a number in [0, 1]",
-        lambda v: is_number(v) and 0 <= v <= 1,
+        "in [0, 1]",
+        lambda v: 0 <= v <= 1,
     ),
-    "margin": Option(
-        "Take each pair's own margin m (column `margin`) off its LLR.",
-        "true or false",
-        lambda v: isinstance(v, bool),
+    "margin": _flag("Take each pair's own margin m (column `margin`) off its LLR."),
+    "dpo_positive": _number(
+        "DPO-positive: λ; take βλ·max(0, -c), what the chosen response lost, off the LLR.",
+        ">= 0",
+        lambda v: v >= 0,
     ),
-    "wpo": Option(
-        "WPO: weight pairs by how likely the policy is to write them.",
-        "true or false",
-        lambda v: isinstance(v, bool),
-    ),
-    "wpo_max_weight": Option(
+    "wpo": _flag("WPO: weight pairs by how likely the policy is to write them."),
+    "wpo_max_weight": _number(
         "Upper bound of a pair's WPO weight (TRL bounds it by 1).",
-        "a number > 0",
-        lambda v: is_number(v) and v > 0,
+        "> 0",
+        lambda v: v > 0,
         ("wpo", True),
     ),
-    "shift_momentum": Option(
+    "shift_momentum": _number(
         "Momentum of the running mean of the rewards, BCO's δ (without it δ = 0).",
-        "a number in [0, 1)",
-        lambda v: is_number(v) and 0 <= v < 1,
+        "in [0, 1)",
+        lambda v: 0 <= v < 1,
     ),
     "group_robust": Option(
         "Weight groups of pairs (column `group`) toward the worst one.",
@@ -122,176 +140,149 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """Say which known name comes nearest, as a half-sentence (empty if none is near).
-
-    Example:
-        >>> nearest("sigmiod", ["sigmoid", "hinge"])
-        "; did you mean 'sigmoid'?"
-        >>> nearest("xyz", ["sigmoid"])
-        '.'
-    """
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def users_of(option: str) -> list[str]:
+    """Return the names of the objectives that an option acts on."""
+    return [name for name, objective in OBJECTIVES.items() if option in objective.option_names()]
 
 
-def users_of(option: str) -> str:
-    """Name the objectives that an option acts on.
-
-    Example:
-        >>> users_of("gamma")
-        'simpo, alphapo'
-    """
-    return ", ".join(name for name, objective in OBJECTIVES.items() if option in objective.options)
+def takers_of(penalty: str) -> list[str]:
+    """Return the names of the objectives beside which a penalty has a meaning."""
+    anywhere = not PENALTIES[penalty].about_probabilities
+    return [name for name, objective in OBJECTIVES.items() if anywhere or objective.probabilistic]
 
 
-def _check_loss_types(loss_types: Sequence[Any]) -> list[str]:
-    if not loss_types:
-        return ["loss_type must name at least one objective, got an empty list."]
+def check_arguments(
+    loss_type: str | Sequence[object],
+    beta: object,
+    label_smoothing: object,
+    penalties: Sequence[tuple[object, object]],
+    loss_weights: object,
+    reduction: object,
+    options: dict[str, object],
+) -> list[InputProblem]:
+    """Find every problem of `DPOLoss`'s arguments."""
+    loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
+    problems = _loss_type_problems(loss_types)
+    if not is_number(beta, lambda number: number > 0):
+        problems.append(InputProblem("beta", "must be a number > 0", beta))
     return [
-        f"Unknown loss_type {name!r}{nearest(name, OBJECTIVES)} Available: {', '.join(OBJECTIVES)}."
+        *problems,
+        *_label_smoothing_problems(known, label_smoothing),
+        *_option_problems(known, options),
+        *_penalty_problems(known, penalties),
+        *_loss_weight_problems(loss_type, loss_weights),
+        *_reduction_problems(reduction),
+    ]
+
+
+def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
+    if not loss_types:
+        rule = "must name at least one objective, got an empty list"
+        return [InputProblem("loss_type", rule)]
+    names = f"must be one of {', '.join(OBJECTIVES)}"
+    return [
+        InputProblem("loss_type", names, name, _suggestion(name, OBJECTIVES))
         for name in loss_types
         if not (isinstance(name, str) and name in OBJECTIVES)
     ]
 
 
-def _check_label_smoothing(known: Sequence[str], value: Any) -> list[str]:
-    if not is_number(value) or not 0 <= value < 0.5:
-        return [f"label_smoothing must be a number in [0, 0.5), got {value!r}."]
-    users = [name for name in known if "label_smoothing" in OBJECTIVES[name].options]
-    if value and known and not users:
+def _label_smoothing_problems(known: Sequence[str], value: object) -> list[InputProblem]:
+    if not is_number(value, lambda rate: 0 <= rate < 0.5):
+        return [InputProblem("label_smoothing", "must be a number in [0, 0.5)", value)]
+    if value and known and not set(known) & set(users_of("label_smoothing")):
         return [_no_effect("label_smoothing", value, known)]
     # exo_pair's target would be 0 and its logarithm infinite.
     if value == 0 and "exo_pair" in known:
-        return ["exo_pair needs label_smoothing > 0, got 0; 0.001 is a usual value."]
+        rule = "must be > 0 for exo_pair"
+        return [InputProblem("label_smoothing", rule, value, "0.001 is a usual value.")]
     return []
 
 
-def _no_effect(option: str, value: Any, loss_types: Sequence[str]) -> str:
-    return (
-        f"{option}={value!r} has no effect with loss_type {' + '.join(loss_types)}. "
-        f"It acts with: {users_of(option)}."
-    )
-
-
-def _check_options(known: Sequence[str], options: dict[str, Any]) -> list[str]:
+def _option_problems(known: Sequence[str], options: dict[str, object]) -> list[InputProblem]:
     problems = []
-    used = {option for name in known for option in OBJECTIVES[name].options}
+    used = {option for name in known for option in OBJECTIVES[name].option_names()}
     for name, value in options.items():
         if name not in OPTIONS:
             choice = ", ".join(option for option in OPTIONS if option in used) or "none"
-            problems.append(
-                f"Unknown option {name!r}{nearest(name, OPTIONS)} "
-                f"Options of {' + '.join(known) or 'this loss_type'}: {choice}."
-            )
+            listed = f"Options of {' + '.join(known) or 'this loss_type'}: {choice}."
+            hint = f"{_suggestion(name, OPTIONS)} {listed}".strip()
+            problems.append(InputProblem(name, "is not an option", hint=hint))
             continue
         option = OPTIONS[name]
         if not option.holds(value):
-            problems.append(f"{name} must be {option.rule}, got {value!r}.")
+            problems.append(InputProblem(name, f"must be {option.rule}", value))
         if known and name not in used:
             problems.append(_no_effect(name, value, known))
         elif option.only_with and options.get(option.only_with[0]) != option.only_with[1]:
             other, needed = option.only_with
-            problems.append(f"{name}={value!r} has no effect without {other}={needed!r}.")
+            problems.append(InputProblem(name, f"has no effect without {other}={needed!r}", value))
     return problems
 
 
-def _check_penalties(known: Sequence[str], penalties: Sequence[tuple[Any, Any]]) -> list[str]:
+def _no_effect(option: str, value: object, loss_types: Sequence[str]) -> InputProblem:
+    rule = f"has no effect with loss_type {' + '.join(loss_types)}"
+    return InputProblem(option, rule, value, f"It acts with: {', '.join(users_of(option))}.")
+
+
+def _penalty_problems(
+    known: Sequence[str], penalties: Sequence[tuple[object, object]]
+) -> list[InputProblem]:
     given = [penalty for penalty, _ in penalties]
-    problems = [
-        f"Penalty {penalty!r} is given {given.count(penalty)} times; add up its weights."
-        for position, penalty in enumerate(given)
-        if given.index(penalty) == position and given.count(penalty) > 1
-    ]
-    for penalty, weight in penalties:
-        if not callable(penalty) and not (isinstance(penalty, str) and penalty in PENALTIES):
-            problems.append(
-                f"Unknown penalty {penalty!r}{nearest(penalty, PENALTIES)} "
-                f"Available: {', '.join(PENALTIES)}, or a function."
-            )
-        elif isinstance(penalty, str) and known:
-            takers = [name for name in OBJECTIVES if OBJECTIVES[name].takes_penalty(penalty)]
-            if not set(known) & set(takers):
-                problems.append(
-                    f"Penalty {penalty!r} does not apply to loss_type {' + '.join(known)}. "
-                    f"It applies to: {', '.join(takers)}."
-                )
-        if not is_number(weight) or weight < 0:
-            problems.append(f"The weight of penalty {penalty!r} must be >= 0, got {weight!r}.")
+    problems = []
+    for position, (penalty, weight) in enumerate(penalties):
+        argument = f"penalties.{penalty_name(penalty)}"
+        if given.index(penalty) < position:
+            problems.append(InputProblem(argument, "is given twice", hint="Add up its weights."))
+        if penalty == "dpo_positive":
+            rule = "is a margin inside the loss and no longer a penalty"
+            hint = f"Give the option dpo_positive={weight!r} instead."
+            problems.append(InputProblem(argument, rule, hint=hint))
+            continue
+        if isinstance(penalty, str) and penalty in PENALTIES:
+            takers = takers_of(penalty)
+            if known and not set(known) & set(takers):
+                rule = f"does not apply to loss_type {' + '.join(known)}"
+                hint = f"It applies to: {', '.join(takers)}."
+                problems.append(InputProblem(argument, rule, hint=hint))
+        elif not callable(penalty):
+            listed = f"Available: {', '.join(PENALTIES)}, or a function."
+            hint = f"{_suggestion(penalty, PENALTIES)} {listed}".strip()
+            problems.append(InputProblem(argument, "is not a penalty", hint=hint))
+        if not is_number(weight, lambda number: number >= 0):
+            problems.append(InputProblem(argument, "must have a weight >= 0", weight))
     return problems
 
 
-def check_arguments(
-    loss_types: Sequence[Any],
-    beta: Any,
-    label_smoothing: Any,
-    penalties: Sequence[tuple[Any, Any]],
-    options: dict[str, Any],
-) -> list[str]:
-    """Find every fault of `DPOLoss`'s arguments.
-
-    Args:
-        loss_types: names of objectives.
-        beta: must be a number > 0.
-        label_smoothing: must be a number in [0, 0.5); for `exo_pair` not 0.
-        penalties: pairs of a name or function, and a weight.
-        options: the other options, by name.
-
-    Returns:
-        One sentence for each fault; empty if there is none.
-
-    Example:
-        >>> check_arguments(["sigmoid"], -1.0, 0.0, [("nll", 0.1)], {})
-        ['beta must be a number > 0, got -1.0.']
-    """
-    problems = _check_loss_types(loss_types)
-    known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
-    if not is_number(beta) or beta <= 0:
-        problems.append(f"beta must be a number > 0, got {beta!r}.")
-    return [
-        *problems,
-        *_check_label_smoothing(known, label_smoothing),
-        *_check_options(known, options),
-        *_check_penalties(known, penalties),
-    ]
+def penalty_name(penalty: object) -> str:
+    """Return the name of a penalty that is given by name or as a function."""
+    return penalty if isinstance(penalty, str) else getattr(penalty, "__name__", str(penalty))
 
 
-def check_loss_weights(loss_type: Any, loss_weights: Any) -> list[str]:
-    """Find every fault of `loss_weights`.
-
-    Example:
-        >>> check_loss_weights(["sigmoid", "sft"], [1.0])
-        ['loss_weights must have one weight for each of the 2 loss_type names, got 1.']
-    """
+def _loss_weight_problems(
+    loss_type: str | Sequence[object], loss_weights: object
+) -> list[InputProblem]:
     if loss_weights is None:
         return []
     if isinstance(loss_type, str):
-        return [f"loss_weights goes with a list of loss_type; got the single name {loss_type!r}."]
-    problems = []
-    if len(loss_weights) != len(loss_type):
-        problems.append(
-            f"loss_weights must have one weight for each of the {len(loss_type)} loss_type names, "
-            f"got {len(loss_weights)}."
-        )
-    problems += [
-        f"Every weight in loss_weights must be >= 0, got {weight!r}."
-        for weight in loss_weights
-        if not is_number(weight) or weight < 0
-    ]
-    return problems
+        return [InputProblem("loss_weights", "goes with a list of loss_type", loss_weights)]
+    if not isinstance(loss_weights, Sequence) or len(loss_weights) != len(loss_type):
+        rule = f"must have one weight for each of the {len(loss_type)} loss_type names"
+        return [InputProblem("loss_weights", rule, loss_weights)]
+    if not all(is_number(weight, lambda number: number >= 0) for weight in loss_weights):
+        return [InputProblem("loss_weights", "must all be >= 0", loss_weights)]
+    return []
 
 
-def check_reduction(reduction: Any) -> list[str]:
-    """Find the fault of a name that Keras does not reduce by.
-
-    Example:
-        >>> check_reduction("avg")
-        ["Unknown reduction 'avg'. Available: sum_over_batch_size, sum, mean, ..., None."]
-    """
+def _reduction_problems(reduction: object) -> list[InputProblem]:
     names = ("sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", "none")
     if reduction is None or reduction in names:
         return []
-    return [
-        f"Unknown reduction {reduction!r}{nearest(reduction, names)} "
-        f"Available: {', '.join(names)}, None."
-    ]
+    rule = f"must be one of {', '.join(names)}, None"
+    return [InputProblem("reduction", rule, reduction, _suggestion(reduction, names))]
+
+
+def _suggestion(name: object, known: Iterable[str]) -> str:
+    near = did_you_mean(name, known, cutoff=0.5)
+    return near[:1].upper() + near[1:]

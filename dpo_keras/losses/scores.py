@@ -1,27 +1,18 @@
 """Scores S(x, y) of a response: what the softmax over the two responses is taken over.
 
 Each function maps the scorer's `outputs` (`policy`, `reference`, `lengths`, each `[N, 2]`) to
-scores `[N, 2]` in nats. Its keyword-only arguments are the options that it uses: `DPOLoss` reads
-them off the signature.
-
-Example:
-    >>> from keras import ops
-    >>> outputs = {"policy": ops.convert_to_tensor([[-10.0, -30.0]]),
-    ...            "reference": ops.convert_to_tensor([[-15.0, -25.0]]),
-    ...            "lengths": ops.convert_to_tensor([[5.0, 10.0]])}
-    >>> print(ops.convert_to_numpy(mean_log_ratio(outputs, beta=0.1)).round(4))
-    [[ 0.1  -0.05]]
+scores `[N, 2]` in nats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import TypedDict
 
 from keras import ops
 
-from dpo_keras.losses.divergences import DIVERGENCES
-from dpo_keras.losses.numerics import Tensor, as_floating, capped_expm1, log1mexp
+from dpo_keras.losses.bradley_terry import as_floating
+from dpo_keras.utils.tensors import Tensor
 
 
 class Outputs(TypedDict, total=False):
@@ -37,17 +28,13 @@ class Outputs(TypedDict, total=False):
     margin: Tensor
     group: Tensor
     weight: Tensor
+    reward_shift: Tensor
+    probabilities: Tensor
+    llr: Tensor
 
 
 def per_token(values: Tensor, outputs: Outputs) -> Tensor:
-    """Divide sums over response tokens by the number of tokens (an empty response counts as one).
-
-    Example:
-        >>> from keras import ops
-        >>> outputs = {"lengths": ops.convert_to_tensor([[2.0, 0.0]])}
-        >>> ops.convert_to_numpy(per_token([[4.0, 0.0]], outputs)).tolist()
-        [[2.0, 0.0]]
-    """
+    """Divide sums over response tokens by their number (an empty response counts as one)."""
     values = as_floating(values)
     return values / ops.maximum(ops.cast(outputs["lengths"], values.dtype), 1.0)
 
@@ -60,69 +47,36 @@ def log_ratio(
     divergence_alpha: float = 0.5,
     ld_alpha: float | None = None,
 ) -> Tensor:
-    """Give the implicit reward β·g(log π - log π_ref).
+    """Compute the implicit reward β·g(log π - log π_ref) (arXiv 2305.18290, eq. 5).
 
-    arXiv 2305.18290, eq. 5; g by divergence, arXiv 2309.16240. With `ld_alpha` (LD-DPO,
-    arXiv 2409.06411) the tokens beyond the shorter response's length count α only:
-    log p = shared + α (whole - shared), for policy and reference.
-
-    Args:
-        outputs: `policy`, `reference` `[N, 2]`; with `ld_alpha`, `policy_shared` and
-            `reference_shared` too: sums over each response's first min(n⁺, n⁻) tokens.
-        beta: strength of the tie to the reference, > 0.
-        divergence: a name in `DIVERGENCES`.
-        divergence_alpha: α of `divergence="alpha"`.
-        ld_alpha: α of LD-DPO in [0, 1]; None leaves log-probs as they are, as 1 does.
-
-    Returns:
-        `[N, 2]`, in nats.
-
-    Example:
-        >>> from keras import ops
-        >>> outputs = {"policy": ops.convert_to_tensor([[-10.0, -30.0]]),
-        ...            "reference": ops.convert_to_tensor([[-15.0, -25.0]])}
-        >>> ops.convert_to_numpy(log_ratio(outputs, beta=0.1)).tolist()
-        [[0.5, -0.5]]
+    g is the reward of `divergence` (arXiv 2309.16240). With `ld_alpha` (LD-DPO, arXiv 2409.06411)
+    the tokens beyond the shorter response's length count α only: log p = shared + α (whole -
+    shared), for policy and reference.
     """
     ratio = outputs["policy"] - outputs["reference"]
     if ld_alpha is not None:
         shared = outputs["policy_shared"] - outputs["reference_shared"]
         ratio = shared + ld_alpha * (ratio - shared)
-    return beta * DIVERGENCES[divergence](ratio, alpha=divergence_alpha)
-
-
-def plain_log_ratio(outputs: Outputs, *, beta: float) -> Tensor:
-    """Give β (log π - log π_ref), for losses whose derivation fixes the reverse KL."""
-    return beta * (outputs["policy"] - outputs["reference"])
+    return beta * divergence_reward(ratio, divergence, divergence_alpha)
 
 
 def mean_log_ratio(outputs: Outputs, *, beta: float) -> Tensor:
-    """Give the implicit reward per token, β (log π - log π_ref) / n (arXiv 2411.15124)."""
+    """Compute the implicit reward per token, β (log π - log π_ref) / n (arXiv 2411.15124)."""
     return beta * per_token(outputs["policy"] - outputs["reference"], outputs)
 
 
-def ipo_log_ratio(outputs: Outputs, *, beta: float, length_normalize: bool = True) -> Tensor:
-    """Give β (log π - log π_ref), per token unless `length_normalize` is false.
-
-    arXiv 2310.12036, eq. 17, uses the sums; the average is what TRL and most reported runs use.
-    """
-    if length_normalize:
-        return mean_log_ratio(outputs, beta=beta)
-    return plain_log_ratio(outputs, beta=beta)
-
-
 def log_prob(outputs: Outputs, *, beta: float) -> Tensor:
-    """Give β log π, without a reference (arXiv 2401.08417, 2305.10425)."""
+    """Compute β log π, without a reference (arXiv 2401.08417, 2305.10425)."""
     return beta * outputs["policy"]
 
 
 def mean_log_prob(outputs: Outputs, *, beta: float) -> Tensor:
-    """Give β log π / n, without a reference (SimPO, arXiv 2405.14734, eq. 4)."""
+    """Compute β log π / n, without a reference (SimPO, arXiv 2405.14734, eq. 4)."""
     return beta * per_token(outputs["policy"], outputs)
 
 
 def alpha_reward(outputs: Outputs, *, beta: float, alphapo_alpha: float = 0.25) -> Tensor:
-    """Give β (1 - p^(-α)) / α with log p = log π / n (AlphaPO, arXiv 2501.03884).
+    """Compute β (1 - p^(-α)) / α with log p = log π / n (AlphaPO, arXiv 2501.03884).
 
     α = 0 is its limit β log p (SimPO). Where p^(-α) exceeds e^30 it goes on along its tangent.
     """
@@ -133,7 +87,7 @@ def alpha_reward(outputs: Outputs, *, beta: float, alphapo_alpha: float = 0.25) 
 
 
 def log_odds(outputs: Outputs) -> Tensor:
-    """Give log(p / (1 - p)) with log p = log π / n (ORPO, arXiv 2403.07691, eq. 4).
+    """Compute log(p / (1 - p)) with log p = log π / n (ORPO, arXiv 2403.07691, eq. 4).
 
     p is taken as at most exp(-1e-6), where the odds are still finite.
     """
@@ -141,13 +95,52 @@ def log_odds(outputs: Outputs) -> Tensor:
     return mean - log1mexp(mean)
 
 
-NEEDS: dict[Callable[..., Tensor], frozenset[str]] = {
-    log_ratio: frozenset({"policy", "reference"}),
-    plain_log_ratio: frozenset({"policy", "reference"}),
-    mean_log_ratio: frozenset({"policy", "reference", "lengths"}),
-    ipo_log_ratio: frozenset({"policy", "reference", "lengths"}),
-    log_prob: frozenset({"policy"}),
-    mean_log_prob: frozenset({"policy", "lengths"}),
-    alpha_reward: frozenset({"policy", "lengths"}),
-    log_odds: frozenset({"policy", "lengths"}),
-}
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+"""Names of the f-divergences that `divergence_reward` knows."""
+
+
+def divergence_reward(x: Tensor, divergence: str, alpha: float = 0.5) -> Tensor:
+    """Turn a log-ratio x = log π/π_ref into the reward of an f-divergence (arXiv 2309.16240).
+
+    The reward is f'(u) at u = e^x, up to a constant that the difference of two rewards drops:
+
+        reverse_kl   x                               KL(π ‖ π_ref): plain DPO
+        forward_kl   1 - e^(-x)                      KL(π_ref ‖ π): no response may vanish
+        js           log 2 + log σ(x)                Jensen-Shannon: bounded by log 2
+        alpha        (e^((α-1)x) - 1) / (α - 1)      forward KL at α = 0, reverse KL at α = 1
+
+    Example:
+        >>> from keras import ops
+        >>> x = ops.convert_to_tensor([0.0, 1.0])
+        >>> [round(float(divergence_reward(x, name)[1]), 4) for name in DIVERGENCES]
+        [1.0, 0.6321, 0.3799, 0.7869]
+    """
+    if divergence == "forward_kl":
+        return -capped_expm1(-x)
+    if divergence == "js":
+        return math.log(2.0) + ops.log_sigmoid(x)
+    if divergence == "alpha" and alpha != 1.0:
+        return capped_expm1((alpha - 1.0) * x) / (alpha - 1.0)
+    return x
+
+
+EXP_LIMIT = 30.0
+"""Where `capped_expm1` turns into its tangent: e^30 squared, as in a gradient's norm, leaves
+float32 half its range."""
+
+
+def capped_expm1(exponent: Tensor) -> Tensor:
+    """Compute exp(x) - 1, continued by its tangent where x > 30.
+
+    A log-ratio of some thousand nats is ordinary for a long response, and exp of it is not finite.
+    Clipping would end the gradient exactly where the response is furthest off. The tangent keeps
+    value and gradient finite, and the order of any two values as it was.
+    """
+    within = ops.minimum(exponent, EXP_LIMIT)
+    beyond = ops.maximum(exponent - EXP_LIMIT, 0.0)
+    return ops.expm1(within) + ops.exp(ops.full_like(exponent, EXP_LIMIT)) * beyond
+
+
+def log1mexp(log_p: Tensor) -> Tensor:
+    """Compute log(1 - exp(x)) for x < 0, finite: x is taken as at most -1e-6."""
+    return ops.log(-ops.expm1(ops.minimum(log_p, -1e-6)))

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dpo_keras.batching import Batching, TokenizedPairs, preference_dataset, steps_per_epoch
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.offline_scoring import supports_packing
+from dpo_keras.scoring import packing_obstacle
 
 BatchingChoice = Literal["auto", "packed", "buckets"]
 
@@ -117,7 +117,7 @@ def choose_layout(
         raise InputError(problems)
     if batching == "buckets":
         return Layout("buckets", buckets, replicas=replicas)
-    reason = next((why for model in models if (why := supports_packing(model)) is not None), None)
+    reason = next((why for model in models if (why := packing_obstacle(model)) is not None), None)
     if reason is None:
         return Layout("packed", buckets, row_length, replicas)
     if batching == "packed":

@@ -182,7 +182,7 @@ def metric_sums(
         "rejected_logps": outputs["policy"][:, 1],
     }
     if loss.needs_reference:
-        values["kl"] = kl_to_reference(None, scores, outputs)
+        values["kl"] = kl_to_reference(outputs)
         values["at_reference"] = _at_reference(loss, preference, outputs)
     sums = {name: (_weighted(weight, value), total) for name, value in values.items()}
     decided = weight * ops.cast(preference != 0.5, "float32")

@@ -19,7 +19,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
-from dpo_keras.scoring.offline_scoring import check_packing
+from dpo_keras.scoring import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas

@@ -9,6 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from dpo_keras.utils.private_api import KERAS, TENSORFLOW, private
+from dpo_keras.utils.tensors import Tensor
+
 
 def sum_gradients_ourselves(optimizer: Any) -> None:
     """Keeps a Keras optimizer from summing gradients over replicas a second time.
@@ -63,3 +66,39 @@ def update_in_one_pass(optimizer: Any) -> None:
         )
 
     inner.update_step = update_step
+
+
+# -- layers (written for Keras 3.15) -------------------------------------------------------
+
+
+def all_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Return a model and every layer in it, however deep; the architecture fixes the order."""
+    return list(private(model, "_flatten_layers", KERAS)())
+
+
+def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
+    """Return the kernel of a `Dense` or `EinsumDense` without its adapters.
+
+    The public `kernel` adds the product of the adapters to it.
+    """
+    return private(layer, "_kernel", KERAS)
+
+
+def unmerged_weights(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """Return the base weight of a layer with LoRA and its adapters, each under Keras' own name."""
+    names = ["lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"]
+    base = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
+    if getattr(layer, "quantization_mode", None) is None:
+        private(layer, base, KERAS)  # only some quantized layers have another base weight
+    found = {name: getattr(layer, name, None) for name in [base, *names]}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+# -- graphs (written for TensorFlow 2.21) --------------------------------------------------
+
+
+def optimization_barrier(tensors: list[Tensor]) -> list[Tensor]:
+    """Keep XLA from merging computations on the results with equal ones on the arguments."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return list(private(gen_xla_ops, "xla_optimization_barrier", TENSORFLOW)(tensors))

@@ -39,7 +39,7 @@ def test_every_fault_of_the_objective_is_on_its_own_line(gpt2_preset):
         "c.yaml, line 6: loss.gamma",
         "c.yaml, line 8: loss.weights",
         "c.yaml, line 10: loss.penalties.insufficient_confidence",
-        "c.yaml, line 11: loss.penalties.nll must be >= 0, got -1",
+        "c.yaml, line 11: loss.penalties.nll must have a weight >= 0, got -1",
     ):
         assert any(problem.startswith(start) for problem in found), (start, found)
     assert lines == sorted(lines, key=int)

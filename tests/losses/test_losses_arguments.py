@@ -19,6 +19,7 @@ VALUES = {
     "divergence_alpha": 0.2,
     "ld_alpha": 0.5,
     "margin": True,
+    "dpo_positive": 0.7,
     "wpo": True,
     "wpo_max_weight": 1.0,
     "shift_momentum": 0.9,
@@ -46,15 +47,15 @@ def test_every_option_is_tried_here():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_option_is_taken_by_the_objectives_that_use_it_and_refused_by_all_others(name, option):
     options = {option: VALUES[option], **TOGETHER.get(option, {})}
-    if option in OBJECTIVES[name].options:
+    if option in OBJECTIVES[name].option_names():
         assert make(name, **options).options[option] == VALUES[option]
         return
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
-    found = [p for p in problems(name, **smoothing, **options) if p.startswith(f"{option}=")]
+    found = [p for p in problems(name, **smoothing, **options) if p.argument == option]
     assert len(found) == 1
-    assert f"has no effect with loss_type {name}." in found[0]
+    assert f"has no effect with loss_type {name}, got " in found[0]
     users = found[0].split("It acts with: ")[1].rstrip(".").split(", ")
-    assert users == [n for n in OBJECTIVES if option in OBJECTIVES[n].options]
+    assert users == [n for n in OBJECTIVES if option in OBJECTIVES[n].option_names()]
 
 
 CHANGES_NOTHING_ALONE = {"group_robust", "shift_momentum"}
@@ -63,7 +64,7 @@ CHANGES_NOTHING_ALONE = {"group_robust", "shift_momentum"}
 @pytest.mark.parametrize("option", sorted(OPTIONS.keys() - CHANGES_NOTHING_ALONE))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_option_that_is_taken_changes_the_loss(name, option):
-    if option not in OBJECTIVES[name].options:
+    if option not in OBJECTIVES[name].option_names():
         return
     outputs = {
         "policy": np.array([[-9.0, -8.0], [-7.0, -9.5]]),
@@ -83,11 +84,11 @@ def test_an_option_that_is_taken_changes_the_loss(name, option):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_label_smoothing_is_taken_where_it_acts_and_refused_elsewhere(name):
-    if "label_smoothing" in OBJECTIVES[name].options:
+    if "label_smoothing" in OBJECTIVES[name].option_names():
         DPOLoss(name, label_smoothing=0.1)
     else:
         (found,) = problems(name, label_smoothing=0.1)
-        assert found.startswith(f"label_smoothing=0.1 has no effect with loss_type {name}.")
+        assert found.startswith(f"label_smoothing has no effect with loss_type {name}, got 0.1.")
         assert "sigmoid" in found and "robust" in found
 
 
@@ -100,7 +101,7 @@ def test_label_smoothing_is_at_least_zero_and_less_than_half(value):
 
 def test_exo_needs_label_smoothing():
     assert problems("exo_pair") == [
-        "exo_pair needs label_smoothing > 0, got 0; 0.001 is a usual value."
+        "label_smoothing must be > 0 for exo_pair, got 0.0. 0.001 is a usual value."
     ]
 
 
@@ -110,11 +111,13 @@ def test_beta_is_a_number_above_zero(beta):
 
 
 def test_unknown_names_come_with_the_nearest_right_one():
-    assert problems("sigmiod")[0].startswith("Unknown loss_type 'sigmiod'; did you mean 'sigmoid'?")
-    assert "did you mean 'gamma'?" in problems("simpo", gama=1.0)[0]
+    (name,) = problems("sigmiod")
+    assert name.startswith("loss_type must be one of ")
+    assert name.endswith("got 'sigmiod'. Did you mean 'sigmoid'?")
+    assert "Did you mean 'gamma'?" in problems("simpo", gama=1.0)[0]
     (penalty,) = problems("sigmoid", penalties={"overconfident": 0.1})
-    assert "did you mean 'overconfidence'?" in penalty
-    assert "did you mean 'sum_over_batch_size'?" in problems(reduction="sum_over_batch")[0]
+    assert "Did you mean 'overconfidence'?" in penalty
+    assert "Did you mean 'sum_over_batch_size'?" in problems(reduction="sum_over_batch")[0]
 
 
 def test_an_unknown_name_that_is_near_nothing_lists_what_there_is():
@@ -122,22 +125,22 @@ def test_an_unknown_name_that_is_near_nothing_lists_what_there_is():
     assert all(name in found for name in available())
 
 
-@pytest.mark.parametrize("penalty", ["insufficient_confidence", "overconfidence", "dpo_positive"])
+@pytest.mark.parametrize("penalty", ["insufficient_confidence", "overconfidence"])
 def test_ipo_with_a_penalty_that_does_not_apply_names_the_losses_that_take_it(penalty):
     (found,) = problems("ipo", penalties={penalty: 0.1})
-    assert found.startswith(f"Penalty '{penalty}' does not apply to loss_type ipo.")
+    assert found.startswith(f"penalties.{penalty} does not apply to loss_type ipo.")
     assert "sigmoid" in found
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "1", None])
 def test_weights_of_penalties_are_finite_and_not_negative(weight):
     (found,) = problems("sigmoid", penalties={"nll": weight})
-    assert found == f"The weight of penalty 'nll' must be >= 0, got {weight!r}."
+    assert found == f"penalties.nll must have a weight >= 0, got {weight!r}."
 
 
 def test_a_penalty_given_twice_is_named():
     (found,) = problems("sigmoid", penalties=[("nll", 0.1), ("nll", 0.2)])
-    assert found == "Penalty 'nll' is given 2 times; add up its weights."
+    assert found == "penalties.nll is given twice. Add up its weights."
 
 
 @pytest.mark.parametrize(
@@ -164,20 +167,52 @@ def test_values_out_of_range_are_named_with_their_rule(option, value, loss_type)
 
 def test_options_that_hang_on_another_need_it():
     assert problems("sigmoid", divergence_alpha=0.5) == [
-        "divergence_alpha=0.5 has no effect without divergence='alpha'."
+        "divergence_alpha has no effect without divergence='alpha', got 0.5."
     ]
     assert problems("sigmoid", wpo_max_weight=1.0) == [
-        "wpo_max_weight=1.0 has no effect without wpo=True."
+        "wpo_max_weight has no effect without wpo=True, got 1.0."
     ]
 
 
 def test_weights_of_a_list_fit_it():
     assert problems(["sigmoid", "sft"], loss_weights=[1.0]) == [
-        "loss_weights must have one weight for each of the 2 loss_type names, got 1."
+        "loss_weights must have one weight for each of the 2 loss_type names, got [1.0]."
     ]
     assert problems("sigmoid", loss_weights=[1.0])[0].startswith("loss_weights goes with a list")
-    assert "must be >= 0, got -1" in problems(["sigmoid", "sft"], loss_weights=[1, -1])[0]
+    assert "must all be >= 0, got [1, -1]" in problems(["sigmoid", "sft"], loss_weights=[1, -1])[0]
     assert problems([]) == ["loss_type must name at least one objective, got an empty list."]
+
+
+def test_dpo_positive_as_a_penalty_names_its_new_place():
+    assert problems("sigmoid", penalties={"dpo_positive": 5.0}) == [
+        "penalties.dpo_positive is a margin inside the loss and no longer a penalty. "
+        "Give the option dpo_positive=5.0 instead."
+    ]
+
+
+def test_every_problem_carries_the_name_of_its_argument():
+    found = problems(
+        ["sigmiod"],
+        beta=0,
+        label_smoothing=1,
+        penalties={"nll": -1, "nl": 1},
+        loss_weights=[1, 2],
+        reduction="avg",
+        gama=1,
+        margin="yes",
+    )
+    assert [problem.argument for problem in found] == [
+        "loss_type",
+        "beta",
+        "label_smoothing",
+        "gama",
+        "margin",
+        "penalties.nll",
+        "penalties.nl",
+        "loss_weights",
+        "reduction",
+    ]
+    assert found[1].renamed("loss.beta") == "loss.beta must be a number > 0, got 0."
 
 
 def test_an_option_of_any_objective_of_a_list_is_taken():

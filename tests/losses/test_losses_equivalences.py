@@ -118,7 +118,7 @@ def test_modifiers_at_their_neutral_value_change_nothing():
     }
     assert_same(loss("sigmoid", outputs=neutral, margin=True, wpo=True), loss("sigmoid"))
     assert_same(loss("sigmoid", ld_alpha=1.0), loss("sigmoid"))
-    assert_same(loss("sigmoid", penalties={"nll": 0.0, "dpo_positive": 0.0}), loss("sigmoid"))
+    assert_same(loss("sigmoid", penalties={"nll": 0.0}, dpo_positive=0.0), loss("sigmoid"))
 
 
 def test_optimal_transport_of_one_pair_is_sigmoid():
@@ -146,7 +146,7 @@ def test_optimal_transport_does_not_depend_on_the_order_of_pairs(name):
 def test_dpo_positive_inside_the_loss_is_the_papers_formula():
     delta = OUTPUTS["policy"] - OUTPUTS["reference"]
     z = 0.1 * (delta[:, 0] - delta[:, 1] - 5.0 * np.maximum(0, -delta[:, 0]))
-    assert_same(loss("sigmoid", ONES, penalties={"dpo_positive": 5.0}), np.logaddexp(0, -z))
+    assert_same(loss("sigmoid", ONES, dpo_positive=5.0), np.logaddexp(0, -z))
 
 
 def test_terms_add_up_to_the_loss_and_penalties_carry_their_weight():

@@ -19,7 +19,8 @@ WITH_PENALTIES = {
     "MPO": {
         "loss_type": ["sigmoid", "bco_pair", "sft"],
         "loss_weights": [0.8, 0.2, 1.0],
-        "penalties": {"dpo_positive": 5.0, "overconfidence": 0.1},
+        "dpo_positive": 5.0,
+        "penalties": {"overconfidence": 0.1},
     },
 }
 

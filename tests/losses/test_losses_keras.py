@@ -90,7 +90,8 @@ def test_lists_and_options_survive_saving():
     loss = DPOLoss(
         ["sigmoid", "bco_pair", "sft"],
         loss_weights=[0.8, 0.2, 1.0],
-        penalties={"dpo_positive": 5.0, "kl_to_reference": 0.1},
+        dpo_positive=5.0,
+        penalties={"kl_to_reference": 0.1},
         divergence="alpha",
         divergence_alpha=0.3,
         ld_alpha=0.5,

@@ -5,6 +5,7 @@ import pytest
 from keras import ops
 
 from dpo_keras.losses import DPOLoss
+from dpo_keras.losses.step_loss import group_means, total
 
 RANDOM = np.random.default_rng(1)
 REWARD = RANDOM.normal(size=6)
@@ -145,7 +146,9 @@ def test_group_robust_training_ends_at_the_saddle(gradient_of):
         point = point - 2.0 * gradient_of(combined, point)[1]
     assert point[0] == pytest.approx(z[worst.argmin()], abs=2e-3)
     given = outputs(ops.convert_to_tensor(point))
-    means, _ = loss.group_losses(loss.terms(labels, given), np.ones(5), given)
+    losses = total(loss.terms(labels, given))
+    member = ops.one_hot(given["group"], loss.group_robust["groups"], dtype=losses.dtype)
+    means, _ = group_means(losses, ops.ones(5, losses.dtype), member, lambda value: value)
     assert ops.convert_to_numpy(means).max() == pytest.approx(worst.min(), abs=1e-3)
     plain = 0.9 * 0.8 + 0.3 * 0.2
     assert by_group[1][np.abs(z - np.log(plain / (1 - plain))).argmin()] > worst.min() + 0.1

@@ -23,16 +23,21 @@ def scores_of(llr):
     return np.stack([llr / 2, -llr / 2], axis=1)
 
 
+def of_labels(penalty):
+    """`overconfidence` does not read labels."""
+    return penalty if penalty is not overconfidence else lambda labels, scores: penalty(scores)
+
+
 def value(penalty, llr, label=1.0):
     llr = np.atleast_1d(np.asarray(llr, "float64"))
     labels = np.full(len(llr), label)
-    return ops.convert_to_numpy(penalty(labels, scores_of(llr), {}))
+    return ops.convert_to_numpy(of_labels(penalty)(labels, scores_of(llr)))
 
 
 def slope(penalty, llr, gradient_of, label=1.0):
     def function(x):
         labels = np.full(len(llr), label)
-        return penalty(labels, ops.stack([x / 2, -x / 2], axis=1), {})
+        return of_labels(penalty)(labels, ops.stack([x / 2, -x / 2], axis=1))
 
     return gradient_of(function, np.asarray(llr, "float64"))[1]
 
@@ -163,19 +168,19 @@ OUTPUTS = {
 
 def test_likelihood_penalty_is_the_mean_over_the_preferred_response():
     for label, expected in ((1.0, 2.0), (0.0, 3.0), (0.75, 2.25)):
-        assert float(nll(np.array([label]), None, OUTPUTS)[0]) == pytest.approx(expected)
+        assert float(nll(np.array([label]), OUTPUTS)[0]) == pytest.approx(expected)
 
 
 def test_distance_from_the_reference_by_hand():
     """(2²/(2·4) + 1²/(2·2)) / 2."""
-    assert float(kl_to_reference(None, None, OUTPUTS)[0]) == pytest.approx(0.375)
+    assert float(kl_to_reference(OUTPUTS)[0]) == pytest.approx(0.375)
 
 
 def test_distance_from_the_reference_is_nothing_only_at_the_reference(gradient_of):
     same = {**OUTPUTS, "reference": OUTPUTS["policy"]}
-    assert float(kl_to_reference(None, None, same)[0]) == 0.0
+    assert float(kl_to_reference(same)[0]) == 0.0
     _, gradient = gradient_of(
-        lambda policy: kl_to_reference(None, None, {**OUTPUTS, "policy": policy}),
+        lambda policy: kl_to_reference({**OUTPUTS, "policy": policy}),
         OUTPUTS["policy"],
     )
     assert gradient[0, 0] > 0 > gradient[0, 1]
@@ -195,8 +200,23 @@ def test_distance_estimates_the_divergence_whoever_wrote_the_responses(writer):
         "reference": np.log(reference)[tokens].sum(-1),
         "lengths": np.full((40000, 2), 3.0),
     }
-    estimate = ops.convert_to_numpy(kl_to_reference(None, None, outputs)).mean()
+    estimate = ops.convert_to_numpy(kl_to_reference(outputs)).mean()
     assert estimate == pytest.approx(exact, rel=0.05)
+
+
+def test_a_penalty_of_this_package_as_a_function_is_that_of_its_name():
+    by_function = DPOLoss("sigmoid", penalties={overconfidence: 0.5, nll: 0.1})
+    assert by_function.get_config()["penalties"] == {"overconfidence": 0.5, "nll": 0.1}
+
+
+def test_a_penalty_finds_the_probabilities_and_their_ratio_among_the_outputs():
+    def chosen_probability(preference, scores, outputs):
+        np.testing.assert_allclose(outputs["llr"], scores[:, 0] - scores[:, 1])
+        return outputs["probabilities"][:, 0]
+
+    loss = DPOLoss("sigmoid", beta=1.0, penalties={chosen_probability: 1.0}, reduction=None)
+    found = float(loss.terms([1.0], OUTPUTS)["penalty/chosen_probability"][0])
+    assert found == pytest.approx(1 / (1 + math.exp(-3.0)))
 
 
 def test_a_function_of_ones_own_is_a_penalty():

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from dpo_keras.losses import DPOLoss
-from dpo_keras.losses.state import ObjectiveState
+from dpo_keras.losses.step_loss import ObjectiveState, group_means, total
 
 
 def array(value):
@@ -100,7 +100,9 @@ def test_group_means_count_the_pairs_of_all_replicas():
             float(loss.combine(terms, np.ones(len(losses)), outputs, False, lambda _: sums))
         )
     assert sum(shares) == pytest.approx(0.5 * 1.0 + 0.5 * 3.0)
-    means, weight = loss.group_losses(terms, np.ones(1), outputs, lambda _: sums)
+    member = ops.one_hot(outputs["group"], 2, dtype="float32")
+    losses = ops.cast(total(terms), "float32")
+    means, weight = group_means(losses, ops.ones(1), member, lambda _: sums)
     np.testing.assert_allclose(array(means), [1.0, 3.0])
     np.testing.assert_allclose(array(weight), [2.0, 1.0])
 

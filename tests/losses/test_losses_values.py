@@ -126,15 +126,14 @@ def test_margin_is_what_the_ratio_has_to_clear():
 def test_dpo_positive_by_hand():
     """c = -1, Δ = 1, λ = 2: -log σ(β(Δ - λ·1))."""
     outputs = {**OUTPUTS, "policy": np.array([[-11.0, -7.0]])}
-    loss = DPOLoss("sigmoid", beta=0.5, penalties={"dpo_positive": 2.0}, reduction=None)
-    terms = loss.terms([1.0], outputs)
-    assert float(terms["preference_loss"][0]) == pytest.approx(softplus(-0.5))
-    assert float(loss([1.0], outputs)[0]) == pytest.approx(softplus(0.5))
+    loss = DPOLoss("sigmoid", beta=0.5, dpo_positive=2.0)
+    assert float(DPOLoss("sigmoid", beta=0.5)([1.0], outputs)) == pytest.approx(softplus(-0.5))
+    assert float(loss([1.0], outputs)) == pytest.approx(softplus(0.5))
 
 
 def test_dpo_positive_is_nothing_while_the_chosen_response_gains():
-    loss = DPOLoss("sigmoid", penalties={"dpo_positive": 50.0})
-    assert float(loss.terms([1.0], OUTPUTS)["penalty/dpo_positive"][0]) == 0.0
+    with_it, without = DPOLoss("sigmoid", dpo_positive=50.0), DPOLoss("sigmoid")
+    assert float(with_it([1.0], OUTPUTS)) == float(without([1.0], OUTPUTS))
 
 
 def test_a_weighted_list_is_the_sum_of_its_parts():

@@ -18,7 +18,7 @@ VARIANTS += [
     ({"loss_type": "sigmoid", "wpo": True}, "WPO"),
     ({"loss_type": "sigmoid", "margin": True}, "margins"),
     ({"loss_type": "sigmoid", "divergence": "js"}, "Jensen-Shannon"),
-    ({"loss_type": "sigmoid", "penalties": {"dpo_positive": 5.0, "kl_to_reference": 0.1}}, "DPOP"),
+    ({"loss_type": "sigmoid", "dpo_positive": 5.0, "penalties": {"kl_to_reference": 0.1}}, "DPOP"),
     ({"loss_type": "sigmoid", "group_robust": {"groups": 2, "eta": 0.5}}, "group robust"),
     ({"loss_type": "bco_pair", "shift_momentum": 0.9}, "running shift"),
     ({"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, "MPO"),

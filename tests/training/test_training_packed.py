@@ -12,7 +12,7 @@ from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring import scorer as scorer_module
-from dpo_keras.scoring.reference_cache import cache_reference
+from dpo_keras.scoring import cache_reference
 from dpo_keras.training import DPOModel, strategy
 
 EVERYTHING = {"insufficient_confidence": 0.3, "nll": 0.1, "kl_to_reference": 0.05}
@@ -185,7 +185,7 @@ def test_no_gradient_of_a_frozen_kernels_size_is_formed(packed, weighed, monkeyp
 
     assert formed() == []
     # What this test looks for is there to be seen: Keras' own way forms one per adapted kernel.
-    monkeypatch.setattr(scorer_module, "low_rank_calls", lambda model: [])
+    monkeypatch.setattr(scorer_module, "low_rank_overrides", lambda model: [])
     assert len(formed()) >= 2
 
 
