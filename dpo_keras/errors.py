@@ -14,7 +14,8 @@ class InputProblem(str):
     Args:
         argument: name of the argument, dotted for a part of it: `"beta"`, `"penalties.nll"`. Empty
             where no single argument is at fault; then `rule` is the whole message.
-        rule: what the argument must be, as it follows the name: `"must be > 0"`.
+        rule: what the argument must be, as it follows the name: `"must be > 0"`. A rule that starts
+            with a colon is a sentence of its own: `": no model is there."`.
         value: the value received. Omit it where it says nothing.
         hint: what to do, a sentence of its own.
 
@@ -34,7 +35,7 @@ class InputProblem(str):
         cls, argument: str, rule: str, value: Any = _NO_VALUE, hint: str = ""
     ) -> InputProblem:
         """Compose the message."""
-        text = f"{argument} {rule}" if argument else rule
+        text = f"{argument}{'' if rule.startswith(':') else ' '}{rule}" if argument else rule
         if value is not _NO_VALUE:
             text += f", got {value!r}"
         if argument and not text.endswith((".", "?")):

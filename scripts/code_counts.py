@@ -61,9 +61,7 @@ def count(root: Path) -> dict[str, object]:
         "files under 100 lines": sum(number < 100 for number in lines.values()),
         "files over 350 lines": [f"{n} ({lines[n]})" for n in lines if lines[n] > 350] or "none",
         "base names that repeat": repeated or "none",
-        "': Any'": sum(
-            ": Any" in line for text in texts.values() for line in text.splitlines()
-        ),
+        "': Any'": sum(": Any" in line for text in texts.values() for line in text.splitlines()),
         "longest function": f"{longest} lines, {where}",
         "stages (files, lines)": ", ".join(
             f"{stage} {len(numbers)}/{sum(numbers)}" for stage, numbers in sorted(by_stage.items())

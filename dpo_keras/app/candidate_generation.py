@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from dpo_keras.app.config import Config, load_config, read_text
+from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import load_model
-from dpo_keras.app.progress import Progress, Silent
 from dpo_keras.app.run_directory import open_run
-from dpo_keras.app.training_stages import respond
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.atomic_files import write_text
+from dpo_keras.utils.tensors import JSON
 
+if TYPE_CHECKING:
+    import keras
+
+Prompt: TypeAlias = JSON  # text, or the ids of a rendered conversation
 REDRAWS = 3
+
+
+class Candidate(NamedTuple):
+    """A response, and what made it: policy, sampling settings and seed."""
+
+    text: str
+    maker: dict[str, JSON]
 
 
 @dataclass(frozen=True)
 class Maker:
-    """A policy and a setting that responses are sampled with.
-
-    Args:
-        name: of the policy, as it was given.
-        config: the configuration that its prompts are rendered by.
-        path: the model.
-        options: of `dpo_keras.generate_responses`: max_new_tokens, temperature, top_p.
-    """
+    """A policy (its name as given, and the path of its model), and how it samples responses."""
 
     name: str
-    config: Config
     path: str
-    options: dict[str, Any]
+    config: Config
+    options: dict[str, JSON]  # max_new_tokens, temperature, top_p
 
-    def setting(self, seed: int) -> dict[str, Any]:
-        """What the candidates file says of a response.
+    def respond(
+        self, policy: keras.Model, prompts: Sequence[Prompt], seed: int, progress: Progress
+    ) -> list[Candidate]:
+        """Sample one response to each prompt."""
+        from dpo_keras.training import generate_responses
 
-        Args:
-            seed: it was sampled with.
-        """
-        return {"policy": self.name, **self.options, "seed": seed}
+        texts = generate_responses(
+            policy,
+            prompts,
+            seed=seed,
+            batch_size=self.config.evaluation.batch_size,
+            max_length=self.config.data.max_length,
+            on_batch=progress.advance,
+            **self.options,
+        )
+        setting = {"policy": self.name, **self.options, "seed": seed}
+        return [Candidate(text, setting) for text in texts]
 
 
-def generate(
+def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
     config: str | Path | Config,
     prompts: str | Path,
     overrides: Sequence[str] = (),
@@ -57,17 +73,16 @@ def generate(
     limit: int | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Samples several responses to each prompt.
+) -> list[dict[str, JSON]]:
+    """Sample several responses to each prompt.
 
-    Empty responses, and those that equal another one of their prompt, are drawn again three
-    times, then left out; so are prompts left without two responses. `progress` hears how many.
+    Empty responses, and those that equal another one of their prompt, are drawn again three times,
+    then left out, as are prompts left without two responses. `progress` hears how many.
 
     Args:
         config: a run's directory (its trained policy writes), or a configuration with
             `model.path` (that model writes).
-        prompts: a file: JSONL with a `prompt` column (and perhaps `id`), or text with a prompt a
-            line.
+        prompts: JSONL with a `prompt` column (and perhaps `id`), or text with a prompt a line.
         overrides: `section.key=value`, for a configuration.
         responses: per prompt.
         compare: further runs or configurations; all policies and temperatures take turns.
@@ -77,53 +92,43 @@ def generate(
         seed: None: the configuration's. Candidate n of a prompt is sampled with seed + n.
         limit: use this many prompts at most.
         output: write the candidates here too, as JSONL.
-        progress: hears what happens; None: nobody.
+        progress: progress listener. None disables reporting.
 
     Returns:
         `{"prompt", "responses", "makers"}` per prompt, and `"id"` where the prompt has one; a
-        maker is the policy, the setting and the seed of its response.
+        maker is the policy, the settings and the seed of its response.
 
     Raises:
         InputError: if there is no model to write with, or no prompt.
     """
     progress = progress or Silent()
     records = read_prompts(Path(prompts), limit)
-    makers = _makers([config, *compare], overrides, max_new_tokens, temperature, top_p)
-    if responses < len(makers):
-        raise InputError(
-            f"responses must be at least {len(makers)}, one for each policy and temperature, got "
-            f"{responses}."
-        )
-    first = makers[0].config.seed if seed is None else seed
-    repeated = {number % len(makers) for number in range(len(makers), responses)}
-    if any(makers[number].options["temperature"] == 0 for number in repeated):
-        raise InputError("temperature must be > 0 for several responses: at 0 all are the same.")
-    drawn: list[dict[int, tuple[str, dict[str, Any]]]] = [{} for _ in records]
-    counts = {"empty": 0, "identical": 0}
-    policy: Any = None
-    loaded: tuple[str, Any] | None = None
-    for place, maker in enumerate(makers):
+    makers = list(_makers([config, *compare], overrides, max_new_tokens, temperature, top_p))
+    _check_number(responses, makers)
+    first_seed = makers[0].config.seed if seed is None else seed
+    drawn: list[dict[int, Candidate]] = [{} for _ in records]
+    left_out: Counter[str] = Counter()
+    policy = loaded = None
+    for turn, maker in enumerate(makers):
         wanted = (maker.path, maker.config.model.dtype)
         if loaded != wanted:
             policy = None  # frees the last one before the next
             progress.stage("Policy" if len(makers) == 1 else f"Policy {maker.name}")
             policy, loaded = load_model(*wanted), wanted
         inputs = [_model_input(record["prompt"], maker.config, policy) for record in records]
-        for number in range(place, responses, len(makers)):
+        for number in range(turn, responses, len(makers)):
             progress.stage(f"Candidate {number + 1} of {responses}")
-            seeds = [first + number + responses * turn for turn in range(REDRAWS + 1)]
-            if maker.options["temperature"] == 0:
-                seeds = seeds[:1]
-            _draw(maker, policy, inputs, seeds, number, drawn, counts, progress)
+            draws = 1 if maker.options["temperature"] == 0 else REDRAWS + 1
+            seeds = [first_seed + number + responses * draw for draw in range(draws)]
+            left_out += _draw(maker, policy, inputs, number, seeds, drawn, progress)
     candidates = []
     for record, found in zip(records, drawn, strict=True):
         if len(found) >= min(2, responses):
             texts, settings = zip(*(found[number] for number in sorted(found)), strict=True)
             candidates.append({**record, "responses": list(texts), "makers": list(settings)})
-    if alone := len(records) - len(candidates):
-        counts["prompts without two different responses"] = alone
-    if left_out := [f"{count:,} {what}" for what, count in counts.items() if count]:
-        progress.note(f"left out after {REDRAWS} further draws: {', '.join(left_out)}")
+    left_out["prompts without two different responses"] = len(records) - len(candidates)
+    if counts := [f"{count:,} {what}" for what, count in left_out.items() if count]:
+        progress.note(f"left out after {REDRAWS} further draws: {', '.join(counts)}")
     if not candidates:
         raise InputError(
             "no prompt has two different responses that are not empty; raise --temperature or "
@@ -131,45 +136,56 @@ def generate(
         )
     if output is not None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in candidates)
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(text, encoding="utf-8")
+        write_text(output, text)
     return candidates
+
+
+def _check_number(responses: int, makers: Sequence[Maker]) -> None:
+    if responses < len(makers):
+        rule = f"must be at least {len(makers)}, one for each policy and temperature"
+        raise InputError(InputProblem("responses", rule, responses))
+    repeated = {number % len(makers) for number in range(len(makers), responses)}
+    if any(makers[number].options["temperature"] == 0 for number in repeated):
+        rule = "must be > 0 for several responses: at 0 all are the same."
+        raise InputError(InputProblem("temperature", rule))
 
 
 def _draw(
     maker: Maker,
-    policy: Any,
-    inputs: Sequence[Any],
-    seeds: Sequence[int],
+    policy: keras.Model,
+    inputs: Sequence[Prompt],
     number: int,
-    drawn: list[dict[int, tuple[str, dict[str, Any]]]],
-    counts: dict[str, int],
+    seeds: Sequence[int],
+    drawn: list[dict[int, Candidate]],
     progress: Progress,
-) -> None:
-    """Samples candidate `number` of every prompt; what is empty or there already, once more."""
+) -> Counter[str]:
+    """Add candidate `number` of every prompt to `drawn`, with one draw for each of `seeds`.
+
+    Return how many are empty or identical after the last draw.
+    """
     left = list(range(len(inputs)))
+    why: Counter[str] = Counter()
     for seed in seeds:
-        texts = respond(
-            maker.config, policy, [inputs[n] for n in left], progress, seed=seed, **maker.options
-        )
-        again = []
-        for n, text in zip(left, texts, strict=True):
-            why = _fault(text, [one for one, _ in drawn[n].values()])
-            if why:
-                again.append((n, why))
+        found = maker.respond(policy, [inputs[place] for place in left], seed, progress)
+        again, why = [], Counter()
+        for place, candidate in zip(left, found, strict=True):
+            fault = _fault(candidate, drawn[place].values())
+            if fault:
+                again.append(place)
+                why[fault] += 1
             else:
-                drawn[n][number] = (text, maker.setting(seed))
-        left = [n for n, _ in again]
+                drawn[place][number] = candidate
+        left = again
         if not left:
-            return
-    for _, why in again:
-        counts[why] += 1
+            break
+    return why
 
 
-def _fault(text: str, others: Sequence[str]) -> str:
-    if not text.strip():
+def _fault(candidate: Candidate, others: Iterable[Candidate]) -> str:
+    text = candidate.text.strip()
+    if not text:
         return "empty"
-    return "identical" if text.strip() in (one.strip() for one in others) else ""
+    return "identical" if any(text == other.text.strip() for other in others) else ""
 
 
 def _makers(
@@ -178,8 +194,7 @@ def _makers(
     max_new_tokens: int | None,
     temperature: float | Sequence[float] | None,
     top_p: float | None,
-) -> list[Maker]:
-    makers = []
+) -> Iterator[Maker]:
     for place, config in enumerate(configs):
         settings, path = _model_of(config, overrides if place == 0 else ())
         usual = settings.evaluation
@@ -191,8 +206,7 @@ def _makers(
                 "temperature": value,
                 "top_p": usual.top_p if top_p is None else top_p,
             }
-            makers.append(Maker(name, settings, path, options))
-    return makers
+            yield Maker(name, path, settings, options)
 
 
 def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Config, str]:
@@ -210,98 +224,63 @@ def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Co
     return settings, settings.model.path
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Reads prompts, and reports every line that is none.
+def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, JSON]]:
+    """Read `{"prompt", "id"}` records from JSONL, or a prompt from each line of a text.
 
-    Args:
-        path: JSONL (`.jsonl`, `.json`) with a `prompt` column, or text with a prompt a line.
-        limit: read this many at most.
-
-    Returns:
-        `{"prompt"}` per prompt, `"id"` where there is one; a prompt is text, or a list of
-        role/content mappings.
-
-    Raises:
-        InputError: naming every bad line, or if there is no prompt.
+    Prompts are texts or lists of role/content mappings; an `InputError` names every bad line.
     """
-    text = read_text(path)
-    if path.suffix in (".jsonl", ".json"):
-        found = list(_records(text))
+    lines = [(n, line) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if path.suffix not in (".jsonl", ".json"):
+        records = [{"prompt": line} for _, line in lines]
     else:
-        found = [{"prompt": line} for line in text.splitlines() if line.strip()]
-    problems = [f"{path} {record['problem']}" for record in found if "problem" in record]
-    if problems:
-        raise InputError(problems)
-    if not found:
+        records, problems = [], []
+        for number, line in lines:
+            try:
+                records.append(_prompt_record(line))
+            except ValueError as error:
+                problems.append(f"{path} line {number}: {error}.")
+        if problems:
+            raise InputError(problems)
+    if not records:
         raise InputError(f"{path}: there is no prompt in it.")
-    return found[:limit]
+    return records[:limit]
 
 
-def _records(text: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            yield {"problem": f"line {number}: is not JSON: {error}."}
-            continue
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if _is_prompt(prompt):
-            yield {name: record[name] for name in ("id", "prompt") if name in record}
-        else:
-            yield {
-                "problem": f"line {number}: prompt must be text, or a list of role/content "
-                f"messages, got {prompt!r}."
-            }
+def _prompt_record(line: str) -> dict[str, JSON]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not _is_prompt(prompt):
+        raise ValueError(f"prompt must be text, or a list of role/content messages, got {prompt!r}")
+    return {name: record[name] for name in ("id", "prompt") if name in record}
 
 
-def _is_prompt(prompt: Any) -> bool:
+def _is_prompt(prompt: JSON) -> bool:
     if isinstance(prompt, str):
         return bool(prompt.strip())
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in prompt
-        )
-    )
+    if not isinstance(prompt, list) or not prompt:
+        return False
+    turns = [turn if isinstance(turn, dict) else {} for turn in prompt]
+    return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
 
 
-def _model_input(prompt: Any, config: Config, policy: Any) -> Any:
-    """Returns what `generate_responses` takes: text, or the ids of a rendered conversation."""
-    if config.data.template is None:
+def _model_input(prompt: JSON, config: Config, policy: keras.Model) -> Prompt:
+    """Return what `generate_responses` takes: text, or the ids of a rendered conversation."""
+    from dpo_keras.batching import tokenize_pairs
+
+    template = config.data.template
+    if template is None:
         if isinstance(prompt, str):
             return prompt
         raise InputError(
             "prompts: messages need a chat template to become text; give data.template."
         )
-    return prompt_ids(prompt, config.data.template, policy)
-
-
-def prompt_ids(prompt: Any, template: str, policy: Any) -> list[int]:
-    """Renders a prompt with a chat template, as token ids.
-
-    Args:
-        prompt: text, or role/content mappings.
-        template: name or path of the template.
-        policy: a CausalLM, for its tokenizer.
-    """
-    from dpo_keras.batching import tokenize_pairs
-    from dpo_keras.preferences import Message, PreferencePair
-
-    # A pair with placeholder responses goes the very way that training pairs go.
-    pair = (
-        PreferencePair(prompt, "a", "b")
-        if isinstance(prompt, str)
-        else PreferencePair(
-            tuple(Message(turn["role"], turn["content"]) for turn in prompt),
-            (Message("assistant", "a"),),
-            (Message("assistant", "b"),),
-        )
-    )
+    # A pair with placeholder responses takes the same path as training pairs.
+    answers: list[JSON] = ["a", "b"]
+    if not isinstance(prompt, str):
+        answers = [[{"role": "assistant", "content": text}] for text in answers]
+    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
     tokenized = tokenize_pairs([pair], policy.preprocessor, max_length=2**20, template=template)
     return tokenized.prompt[0].tolist()

@@ -1,20 +1,33 @@
 """The command line. It parses and prints; the work is library calls in `dpo_keras.app.runs`.
 
-Nothing heavy is imported here, so that `--help` answers at once.
+Neither TensorFlow nor Keras is imported here, so that `--help` answers at once.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dpo_keras.app.console import prepare_keras, reporting
-from dpo_keras.app.data_commands import data
+from dpo_keras.app import runs, views
+from dpo_keras.app.config import build_config, config_document, given_text
+from dpo_keras.app.console import (
+    AsJson,
+    Debug,
+    Progress,
+    Silent,
+    TerminalProgress,
+    prepare_keras,
+    reporting,
+    working,
+)
 from dpo_keras.app.feedback_commands import annotate, feedback
-from dpo_keras.app.options import AsJson, Debug, PairLimit
+from dpo_keras.cluster import StopRequest, read_tf_config
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences import audit, build_preferences, read_preferences
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.version import __version__
 
 app = typer.Typer(
     name="dpo-keras",
@@ -26,6 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+data = typer.Typer(help="Look at preference data, and make records of it.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
@@ -39,24 +53,23 @@ Overrides = Annotated[
         help="Override the file, for instance training.epochs=2 or model.lora_rank=null.",
     ),
 ]
+PairLimit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Read this many pairs at most.")
+]
+Format = Annotated[str, typer.Option(help="How to read them; auto goes by name and columns.")]
 
 
 def _show_version(wanted: bool) -> None:
-    if wanted:
-        names = ("dpo-keras", "tensorflow", "keras", "keras-hub")
-        print(", ".join(f"{name} {_version(name)}" for name in names))
-        raise typer.Exit()
-
-
-def _version(name: str) -> str:
-    if name == "dpo-keras":
-        from dpo_keras.version import __version__
-
-        return __version__
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is not installed"
+    if not wanted:
+        return
+    shown = [f"dpo-keras {__version__}"]
+    for package in ("tensorflow", "keras", "keras-hub"):
+        try:
+            shown.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            shown.append(f"{package} is not installed")
+    print(", ".join(shown))
+    raise typer.Exit()
 
 
 @app.callback()
@@ -88,24 +101,15 @@ def train(
     SIGTERM, or Ctrl-C once, ends the step in progress, saves, and exits with 75; --resume goes on.
     """
     with reporting(as_json, debug) as terminal:
-        from dpo_keras.app.config import build_config, config_document, given_text
-        from dpo_keras.app.progress import Silent
-        from dpo_keras.app.runs import cluster_of
-        from dpo_keras.cluster import StopRequest, read_tf_config
-
-        read_tf_config()  # refused before anybody waits for TensorFlow
-
+        read_tf_config()  # a wrong one is refused before anybody waits for TensorFlow
         document = config_document(config, overrides or ())
         given = given_text(config, overrides or ())
         prepare_keras()
-        from dpo_keras.app import runs, views
-        from dpo_keras.app.console import TerminalProgress
-
         settings = build_config(document, outside=True)
-        cluster, stop = cluster_of(settings), StopRequest()
+        cluster, stop = runs.cluster_of(settings), StopRequest()
         chief = cluster is None or cluster.is_chief
         with stop.signals(), TerminalProgress(terminal.log) as shown:
-            progress = shown if chief else Silent()
+            progress: Progress = shown if chief else Silent()
             result = runs.train(
                 settings, resume=resume, given=given, progress=progress, stop=stop, end=terminal.end
             )
@@ -124,8 +128,6 @@ def validate(
 ) -> None:
     """Check a configuration: every error at once, or the resolved configuration."""
     with reporting(as_json, debug) as terminal:
-        from dpo_keras.app.config import build_config, config_document
-
         document = config_document(config, overrides or ())
         prepare_keras()
         settings = build_config(document, outside=True)
@@ -145,17 +147,13 @@ def evaluate(
 ) -> None:
     """Measure a run's policy on preference pairs and write a report into the run."""
     with reporting(as_json, debug) as terminal:
-        prepare_keras()
-        from dpo_keras.app import runs, views
-        from dpo_keras.app.console import TerminalProgress
-
-        with TerminalProgress(terminal.log) as progress:
+        with working(terminal) as progress:
             result = runs.evaluate(run, file, limit=limit, progress=progress)
         terminal.result(result, *views.evaluation_views(result))
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="YAML configuration, or a run's directory.")
     ],
@@ -189,11 +187,7 @@ def generate(
 ) -> None:
     """Write candidate responses for people to compare: two or more for each prompt."""
     with reporting(as_json, debug) as terminal:
-        prepare_keras()
-        from dpo_keras.app import runs, views
-        from dpo_keras.app.console import TerminalProgress
-
-        with TerminalProgress(terminal.log) as progress:
+        with working(terminal) as progress:
             candidates = runs.generate(
                 config,
                 prompts,
@@ -225,11 +219,7 @@ def export(
 ) -> None:
     """Write a run's policy as a SavedModel and verify it in a process without Keras."""
     with reporting(as_json, debug) as terminal:
-        prepare_keras()
-        from dpo_keras.app import runs, views
-        from dpo_keras.app.console import TerminalProgress
-
-        with TerminalProgress(terminal.log) as progress:
+        with working(terminal) as progress:
             result = runs.export_run(run, path, max_new_tokens=max_new_tokens, progress=progress)
         terminal.result(result, *views.export_views(result))
 
@@ -239,31 +229,91 @@ def losses(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the objectives that loss.type takes."""
     with reporting(as_json, debug) as terminal:
         prepare_keras()
-        from dpo_keras.app import views
-
         rows = views.loss_rows()
         terminal.result({"losses": rows}, *views.loss_views(rows))
 
 
+@data.command("inspect")
+def data_inspect(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Preference files, or builtin:support.")
+    ],
+    format: Format = "auto",
+    limit: PairLimit = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show counts, lengths, bad lines, duplicates, contradictions and biases of the data."""
+    with reporting(as_json, debug) as terminal:
+        pairs = read_preferences(files, format=format, limit=limit)
+        picture = audit(pairs)
+        content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
+        terminal.result(content, *views.data_views(pairs, picture))
+
+
+@data.command("build")
+def data_build(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Preference files, or tfds:NAME/CONFIG:SPLIT."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The directory to make; data.path of a run.")
+    ],
+    format: Format = "auto",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt=question reads the prompt from that column; repeatable."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where TensorFlow Datasets keeps its data.")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="report keeps the good records, fail builds nothing if any is bad.")
+    ] = "report",
+    limit: PairLimit = None,
+    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 256,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make sharded, checksummed records of data of any size, to train on without loading it."""
+    with reporting(as_json, debug) as terminal:
+        with working(terminal) as progress:
+            progress.stage("Records")
+            stored = build_preferences(
+                files,
+                out,
+                columns=_renaming(column or ()),
+                format=format,
+                data_dir=data_dir,
+                on_error=on_error,
+                limit=limit,
+                shard_bytes=shard_megabytes * 2**20,
+                on_pairs=lambda done: progress.advance(done, None),
+            )
+        result: dict[str, JSON] = {
+            "directory": str(out),
+            "pairs": len(stored),
+            "bytes": sum(shard.bytes for shard in stored.shards),
+            "checksum": stored.checksum,
+            "shards": [vars(shard) for shard in stored.shards],
+            "report": stored.report.as_dict(),
+            "summary": stored.report.summary(),
+        }
+        terminal.result(result, *views.build_views(result))
+
+
+def _renaming(columns: Sequence[str]) -> Mapping[str, str]:
+    wrong = [text for text in columns if not all(text.partition("="))]
+    if wrong:
+        raise InputError([InputProblem("--column", "must be ours=theirs", text) for text in wrong])
+    return {ours: theirs for ours, _, theirs in (text.partition("=") for text in columns)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: the words after `dpo-keras`; None takes the process's own.
-
-    Returns:
-        The exit code.
-
-    Example:
-        >>> main(["train", "--reusme", "a.yaml"])
-        2
-    """
+    """Run the command line on the words after `dpo-keras`, and return the exit code."""
     try:
         app(args=None if arguments is None else list(arguments), prog_name="dpo-keras")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(bool(done.code))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, get_args
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from dpo_keras.app.config_problems import Fault, faults_of, render
-from dpo_keras.app.config_rules import cross_faults
+from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules
 from dpo_keras.app.config_sections import (
     Data,
     Evaluation,
@@ -19,28 +19,18 @@ from dpo_keras.app.config_sections import (
     Loss,
     Model,
     Section,
+    Training,
+    Warmup,
+    key,
 )
-from dpo_keras.app.training_sections import Training, Warmup
-from dpo_keras.app.yaml_document import Document, read_document
-from dpo_keras.errors import InputError
+from dpo_keras.app.yaml_document import Document, dotted, read_document
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import did_you_mean, nearest, shortened
 
 
 class Config(Section):
     """All that `dpo-keras train` needs to know.
-
-    Args:
-        name: names the run; letters, digits, `.`, `_` and `-`. A file's default is its stem.
-        output: the run's directory; null: `runs/<name>`.
-        seed: of the split, the shuffling, the initial weights and the sampling.
-        model: the policy.
-        data: the preference pairs.
-        warmup: supervised training on the chosen responses first; null for none.
-        reference: `auto`, `frozen_copy`, `adapters_off`, `cached`, `none`, or a model (as
-            `model.path`).
-        loss: the objective.
-        training: preference training.
-        evaluation: what is measured before and after.
-        export: the SavedModel; null for none.
 
     Example:
         >>> config = Config(model={"path": "gpt2_base_en"}, data={"path": "pairs.jsonl"})
@@ -48,21 +38,28 @@ class Config(Section):
         ('runs/run', 0.1, ['sigmoid'])
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    output: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    model: Model = Field(default_factory=dict, validate_default=True)
-    data: Data = Field(default_factory=dict, validate_default=True)
-    warmup: Warmup | None = None
-    reference: Annotated[str, Field(min_length=1)] = "auto"
-    loss: Loss = Field(default_factory=Loss)
-    training: Training = Field(default_factory=Training)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    export: Export | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
+        "run", "of the run: letters, digits, `.`, `_` and `-`; a file's default is its stem"
+    )
+    output: str | None = key(None, "the run's directory; null: `runs/<name>`")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = key(
+        0, "of the split, the shuffling, the initial weights and the sampling"
+    )
+    model: Model = key({}, "the policy")
+    data: Data = key({}, "the preference pairs")
+    warmup: Warmup | None = key(None, "supervised training on the chosen responses; null for none")
+    reference: Annotated[str, Field(min_length=1)] = key(
+        "auto",
+        "`auto`, `frozen_copy`, `adapters_off`, `cached`, `none`, or a model (as `model.path`)",
+    )
+    loss: Loss = key({}, "the objective")
+    training: Training = key({}, "preference training")
+    evaluation: Evaluation = key({}, "what is measured before and after")
+    export: Export | None = key(None, "the SavedModel; null for none")
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_sections_take_defaults(cls, values: Any) -> Any:
+    def _empty_sections_take_defaults(cls, values: JSON) -> JSON:
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
@@ -73,96 +70,85 @@ class Config(Section):
             filled["output"] = f"runs/{filled.get('name', 'run')}"
         return filled
 
-    def faults(self) -> Iterator[Fault]:
-        """Rules over several sections."""
-        return cross_faults({name: getattr(self, name) for name in type(self).model_fields})
+    def _broken_rules(self) -> Iterator[InputProblem]:
+        return broken_rules(self.sections())
+
+    def sections(self) -> dict[str, JSON]:
+        """Return the values of the top-level keys: models for sections, not dicts."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
 
     def resolved(self) -> str:
-        """Returns YAML with every default filled, which reads back as an equal configuration."""
+        """Return YAML with every default filled, which reads back as an equal configuration."""
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
         )
 
     def differences(self, other: Config) -> list[str]:
-        """Names the keys in which two configurations differ, `output` aside.
-
-        Args:
-            other: for instance the configuration that a run was started with.
-
-        Returns:
-            One `section.key is A, was B` per difference, A being of this configuration.
-        """
-        found = _differences(self.model_dump(mode="json"), other.model_dump(mode="json"))
-        return [text for text in found if not text.startswith("output ")]
+        """Name the keys in which two configurations differ, `output` aside: `key is A, was B`."""
+        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return list(_differences({**ours, "output": None}, {**theirs, "output": None}))
 
 
-def _differences(here: Any, there: Any, key: str = "") -> Iterator[str]:
+def _differences(here: JSON, there: JSON, where: str = "") -> Iterator[str]:
     if isinstance(here, Mapping) and isinstance(there, Mapping):
         for name in sorted(here.keys() | there.keys()):
-            inner = f"{key}.{name}" if key else name
+            inner = f"{where}.{name}" if where else name
             yield from _differences(here.get(name), there.get(name), inner)
     elif here != there:
-        yield f"{key} is {_inline(here)}, was {_inline(there)}"
+        yield f"{where} is {_inline(here)}, was {_inline(there)}"
 
 
-def _inline(value: Any) -> str:
+def _inline(value: JSON) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _valid_parts(tree: Mapping[str, Any], failed: set[Any]) -> dict[str, Any]:
-    """Validates alone each section that is not among the failed ones."""
-    parts = {}
-    for name, field in Config.model_fields.items():
-        if name in failed:
-            continue
-        if tree.get(name) is None:
-            parts[name] = field.get_default(call_default_factory=True)
-        else:
-            kind: Any = field.annotation
-            parts[name] = TypeAdapter(kind).validate_python(tree[name])
-        if isinstance(parts[name], dict):  # a required section whose absence is a fault itself
-            del parts[name]
-    return parts
+def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
+    """Read a configuration file with overrides, without checking it; `build_config` does that."""
+    path = Path(path)
+    document = read_document(read_text(path), str(path))
+    if not document.readable:
+        raise InputError(document.problems)
+    if document.tree.get("name") is None:
+        document.tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._") or "run"
+    for override in overrides:
+        document.override(override)
+    return document
 
 
 def build_config(document: Document, *, outside: bool = False) -> Config:
-    """Validates a document; reports everything that is wrong with it at once.
+    """Check a document, and report everything that is wrong with it at once.
 
-    Args:
-        document: as `read_document` returns it, overrides applied.
-        outside: check also what lies outside the text: that files and model directories are
-            there, and that `dpo_keras.DPOLoss` takes `loss` (this imports Keras).
-
-    Returns:
-        The configuration.
-
-    Raises:
-        InputError: with one message per broken rule, each with place, key, rule and value.
+    `outside` checks also what lies outside the text: that files and model directories exist, and
+    that `dpo_keras.DPOLoss` takes `loss`. This imports Keras.
     """
-    problems = list(document.problems)
     if not document.readable:
-        raise InputError(problems)
-    faults: list[Fault] = []
+        raise InputError(document.problems)
+    found: list[InputProblem] = []
     config = None
-    parts: dict[str, Any] = {}
     try:
         config = Config.model_validate(document.tree)
-        parts = {name: getattr(config, name) for name in Config.model_fields}
+        sections = config.sections()
     except ValidationError as error:
-        faults += faults_of(error, Config)
+        found += _explained(error)
         failed = {item["loc"][0] for item in error.errors() if item["loc"]}
-        if failed:
-            parts = _valid_parts(document.tree, failed)
-            faults += cross_faults(parts)
+        # Rules over several sections are among pydantic's errors only where each section is valid.
+        sections = _valid_sections(document.tree, failed) if failed else {}
+        found += broken_rules(sections)
     if outside:
-        from dpo_keras.app.config_rules import OUTSIDE_RULES
-
-        faults += cross_faults(parts, OUTSIDE_RULES)
-    problems += render(faults, document)
-    if problems or config is None:
-        raise InputError(problems)
+        found += broken_rules(sections, OUTSIDE_RULES)
+    if document.problems or found or config is None:
+        raise InputError([*document.problems, *_placed(found, document)])
     return config
+
+
+def _valid_sections(tree: Mapping[str, JSON], failed: set[JSON]) -> dict[str, JSON]:
+    sections = {}
+    for name, field in Config.model_fields.items():
+        if name not in failed:
+            value = field.default if tree.get(name) is None else tree[name]
+            sections[name] = TypeAdapter(field.rebuild_annotation()).validate_python(value)
+    return sections
 
 
 def parse_config(
@@ -172,16 +158,7 @@ def parse_config(
     source: str = "<configuration>",
     outside: bool = False,
 ) -> Config:
-    r"""Reads a configuration from YAML text.
-
-    Args:
-        text: the YAML text.
-        overrides: `section.key=value`, applied in order; the last one wins.
-        source: name used in messages.
-        outside: see `build_config`.
-
-    Raises:
-        InputError: everything that is wrong, together.
+    r"""Read a configuration from YAML text, as `load_config` from a file.
 
     Example:
         >>> text = "model: {path: gpt2_base_en}\ndata: {path: builtin:support}\n"
@@ -199,31 +176,10 @@ def parse_config(
     return build_config(document, outside=outside)
 
 
-def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """Reads a configuration file without judging it; `build_config` does that.
-
-    Args:
-        path: the YAML file.
-        overrides: `section.key=value`, applied in order; the last one wins.
-
-    Raises:
-        InputError: if the file can not be read, or is no YAML.
-    """
-    path = Path(path)
-    document = read_document(read_text(path), str(path))
-    if not document.readable:
-        raise InputError(document.problems)
-    if document.tree.get("name") is None:
-        document.tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._") or "run"
-    for override in overrides:
-        document.override(override)
-    return document
-
-
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, outside: bool = False
 ) -> Config:
-    """Reads a configuration file.
+    """Read a configuration file.
 
     Args:
         path: the YAML file. Paths in it are relative to the current directory, so that a
@@ -238,14 +194,7 @@ def load_config(
 
 
 def read_text(path: Path) -> str:
-    """Reads a file that the user named, as UTF-8.
-
-    Args:
-        path: the file.
-
-    Raises:
-        InputError: if it is missing, a directory, not readable or not UTF-8.
-    """
+    """Read a file that the user named, as UTF-8; what can not be read is an `InputError`."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -255,11 +204,107 @@ def read_text(path: Path) -> str:
 
 
 def given_text(path: Path, overrides: Sequence[str]) -> str:
-    """Returns a configuration's text with the overrides it was run with, for the record.
-
-    Args:
-        path: the configuration's file.
-        overrides: as on the command line.
-    """
+    """Return a configuration's text with the overrides it was run with, for the record."""
     lines = [f"# override: {override}\n" for override in overrides]
     return read_text(path).rstrip("\n") + "\n" + "".join(lines)
+
+
+_RULES: Mapping[str, str] = {
+    "missing": "is required",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_too_short": "must not be empty",
+    "list_type": "must be a list, such as [a, b]",
+    "dict_type": "must be a mapping, such as {{name: 0.1}}",
+    "model_type": "must be a section: keys with values",
+    "model_attributes_type": "must be a section: keys with values",
+    "greater_than": "must be > {gt:g}",
+    "greater_than_equal": "must be >= {ge:g}",
+    "less_than": "must be < {lt:g}",
+    "less_than_equal": "must be <= {le:g}",
+    "literal_error": "must be one of {expected}",
+    "too_short": "must have at least {min_length} item(s)",
+}
+
+
+def _placed(problems: list[InputProblem], document: Document) -> list[InputProblem]:
+    """Put the place before each key; in the order of the file, overrides last."""
+    placed = [(document.place(problem.argument), problem) for problem in problems]
+    placed.sort(key=lambda pair: pair[0].line if pair[0].line is not None else 10**9)
+    return [problem.renamed(f"{place}: {problem.argument}") for place, problem in placed]
+
+
+def _explained(error: ValidationError) -> Iterator[InputProblem]:
+    """Yield each of pydantic's errors as a problem whose argument is the key: `loss.beta`."""
+    for item in error.errors(include_url=False):
+        key = dotted(item["loc"])
+        context = item.get("ctx", {})
+        raised = context.get("error")
+        if isinstance(raised, InputError):  # by the rules of a section
+            for problem in raised.problems:
+                parts = (*item["loc"], problem.argument) if problem.argument else item["loc"]
+                yield problem.renamed(dotted(parts))
+        elif item["type"] == "extra_forbidden":
+            yield InputProblem(key, f"is not a known key; {_known_key(item['loc'])}")
+        elif item["type"] == "missing":
+            yield InputProblem(key, "is required")
+        else:
+            yield InputProblem(key, _broken_rule(item))
+
+
+def _broken_rule(item: ErrorDetails) -> str:
+    # pydantic lists allowed values as Python writes them; a file has them bare and in lower case.
+    context = {
+        name: value.replace("'", "").replace("True", "true").replace("False", "false")
+        if isinstance(value, str)
+        else value
+        for name, value in item.get("ctx", {}).items()
+    }
+    rule = _RULES[item["type"]].format(**context) if item["type"] in _RULES else item["msg"]
+    value = item["input"]
+    hint = ""
+    if item["type"] == "literal_error" and isinstance(value, str):
+        hint = did_you_mean(value, context["expected"].replace(" or ", ", ").split(", "))
+    # Numbers are text until a field converts them, so quotes would only puzzle.
+    bare = isinstance(value, str) and value and value.isascii()
+    text = "nothing" if value is None else shortened(str(value) if bare else repr(value))
+    return f"{rule}, got {text}{'; ' + hint if hint else '.'}"
+
+
+def keys_of(model: type[BaseModel], section: str = "") -> dict[str, list[str]]:
+    """List the keys of a model and of the sections in it, by the dotted name of the section."""
+    found = {section: list(model.model_fields)}
+    for name, info in model.model_fields.items():
+        for part in (info.annotation, *get_args(info.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= keys_of(part, f"{section}.{name}" if section else name)
+    return found
+
+
+def _known_key(location: tuple[str | int, ...]) -> str:
+    """Suggest the right key for an unknown one: here, then in other sections."""
+    *parents, key = location
+    section, sections = dotted(parents), keys_of(Config)
+    here = {name: f"{section}.{name}" if section else name for name in sections.get(section, [])}
+    everywhere = {
+        name: f"{where}.{name}" if where else name
+        for where, names in sections.items()
+        for name in names
+    }
+    same = [f"{where}.{key}" if where else key for where, names in sections.items() if key in names]
+    if near := nearest(key, here, 0.75):
+        return f"did you mean {here[near]}?"
+    if same:
+        return f"did you mean {' or '.join(map(str, same))}?"
+    if near := nearest(key, here):
+        return f"did you mean {here[near]}?"
+    if near := nearest(key, everywhere, 0.8):
+        return f"did you mean {everywhere[near]}?"
+    return f"the keys here are {', '.join(here)}."

@@ -1,220 +1,239 @@
-"""Rules over several sections of a configuration."""
+"""Rules that no single section of a configuration can state.
+
+`SECTION_RULES` are over several sections. `OUTSIDE_RULES` look at what lies outside the text:
+files, models, chat templates, and the objective, whose arguments `DPOLoss` checks itself.
+"""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dpo_keras.app.config_problems import Fault
 from dpo_keras.app.config_sections import (
     REFERENCES,
     Data,
-    Evaluation,
-    Export,
     Loss,
     Model,
-    reference_hint,
+    Sampling,
+    Training,
+    Warmup,
 )
-from dpo_keras.app.training_sections import Training, Warmup
-from dpo_keras.errors import InputError
+from dpo_keras.app.models import source_problem
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.record_stream import Reading
 from dpo_keras.preferences.stored_preferences import MANIFEST, is_built
 from dpo_keras.preferences.tfds_source import parse_name
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from dpo_keras.losses import DPOLoss
 
+# Rules yield problems, or raise an `InputError` of them.
+Rule = Callable[..., Iterable[InputProblem]]
 
-def _lengths_fit(model: Model, data: Data) -> Iterator[Fault]:
+# The key of a configuration that sets an argument of the library's functions.
+KEYS: Mapping[str, str] = {
+    "loss_type": "loss.type",
+    "loss_weights": "loss.weights",
+    "beta": "loss.beta",
+    "label_smoothing": "loss.label_smoothing",
+    "penalties": "loss.penalties",
+    "path": "data.path",
+    "source": "data.path",
+    "columns": "data.columns",
+    "data_dir": "data.data_dir",
+    "format": "data.format",
+    "on_error": "data.on_error",
+    "fraction": "data.held_out",
+    "by": "data.split_by",
+    "template": "data.template",
+    "max_length": "data.max_length",
+    "overlength": "data.overlength",
+    "cache": "data.tokens",
+    "batching": "training.batching",
+    "row_length": "training.row_length",
+    "buckets": "training.buckets",
+    "batch_size": "training.batch_size",
+    "steps_per_execution": "training.steps_per_execution",
+}
+
+
+def with_key(problem: InputProblem, section: str = "", key: str = "") -> InputProblem:
+    """Return a problem of the library under the name that its argument has in a configuration.
+
+    `section` is where arguments belong that `KEYS` does not list, `key` what a problem without an
+    argument is about.
+    """
+    name, dot, part = problem.argument.partition(".")
+    if name:
+        known = KEYS.get(name, f"{section}.{name}" if section else name)
+        return problem.renamed(f"{known}{dot}{part}")
+    return InputProblem(key, f": {problem}") if key else problem
+
+
+@contextmanager
+def keys_for_arguments(what: str = "", section: str = "", key: str = "") -> Iterator[None]:
+    """Rename the arguments in a block's errors as `with_key`; put `what` before each message."""
+    try:
+        yield
+    except InputError as error:
+        problems = [with_key(problem, section, key) for problem in error.problems]
+        raise InputError([p.renamed(f"{what} {p.argument}".strip()) for p in problems]) from error
+
+
+def broken_rules(
+    sections: Mapping[str, JSON], rules: Iterable[tuple[tuple[str, ...], Rule]] | None = None
+) -> Iterator[InputProblem]:
+    """Yield what breaks one of the rules whose sections are all given; None: `SECTION_RULES`."""
+    for names, rule in SECTION_RULES if rules is None else rules:
+        if all(name in sections for name in names):
+            try:
+                yield from rule(*(sections[name] for name in names))
+            except InputError as error:
+                yield from error.problems
+
+
+def _lengths_fit(model: Model, data: Data) -> Iterator[InputProblem]:
     if model.scratch is not None and data.max_length > model.scratch.max_sequence_length:
-        yield Fault(
-            ("data", "max_length"),
-            f"must be <= model.scratch.max_sequence_length ({model.scratch.max_sequence_length}), "
-            f"got {data.max_length}.",
-        )
+        rule = f"must be <= model.scratch.max_sequence_length ({model.scratch.max_sequence_length})"
+        yield InputProblem("data.max_length", rule, data.max_length)
 
 
-def _answers_fit(data: Data, evaluation: Evaluation) -> Iterator[Fault]:
-    if evaluation.max_new_tokens >= data.max_length:
-        yield Fault(
-            ("evaluation", "max_new_tokens"),
-            f"must be < data.max_length ({data.max_length}), for the prompt needs room too, got "
-            f"{evaluation.max_new_tokens}.",
-        )
+def _responses_fit(
+    data: Data, evaluation: Sampling, export: Sampling | None
+) -> Iterator[InputProblem]:
+    for name, sampling in (("evaluation", evaluation), ("export", export)):
+        if sampling is not None and sampling.max_new_tokens >= data.max_length:
+            rule = f"must be < data.max_length ({data.max_length}), for the prompt needs room too"
+            yield InputProblem(f"{name}.max_new_tokens", rule, sampling.max_new_tokens)
 
 
-def _exported_answers_fit(data: Data, export: Export | None) -> Iterator[Fault]:
-    if export is not None and export.max_new_tokens >= data.max_length:
-        yield Fault(
-            ("export", "max_new_tokens"),
-            f"must be < data.max_length ({data.max_length}), for the prompt needs room too, got "
-            f"{export.max_new_tokens}.",
-        )
+def _columns_are_known(data: Data) -> Iterator[InputProblem]:
+    for problem in Reading(data.format, data.columns).check():
+        yield with_key(InputError(problem).problems[0], key="data.columns")
 
 
-def _adapters_need_lora(model: Model, reference: str) -> Iterator[Fault]:
-    if reference == "adapters_off" and model.lora_rank is None:
-        yield Fault(
-            ("reference",),
+def _adapters_need_lora(
+    model: Model, warmup: Warmup | None, reference: str
+) -> Iterator[InputProblem]:
+    if reference != "adapters_off":
+        return
+    if model.lora_rank is None:
+        yield InputProblem(
+            "reference",
             "can be adapters_off only with adapters; give model.lora_rank, or choose auto.",
         )
-
-
-def _adapters_hold_the_warm_up(
-    model: Model, warmup: Warmup | None, reference: str
-) -> Iterator[Fault]:
-    if reference == "adapters_off" and warmup is not None and model.lora_rank is not None:
-        yield Fault(
-            ("reference",),
+    elif warmup is not None:
+        yield InputProblem(
+            "reference",
             "can not be adapters_off after a warm-up with model.lora_rank: the adapters hold what "
             "the warm-up taught; choose auto (a frozen copy of the adapters), or warmup=null.",
         )
 
 
-def _only_a_copy_moves(training: Training, reference: str) -> Iterator[Fault]:
+def _only_a_copy_moves(training: Training, reference: str) -> Iterator[InputProblem]:
     if training.sync_reference is not None and reference != "frozen_copy":
-        yield Fault(
-            ("training", "sync_reference"),
-            f"needs reference: frozen_copy, the only one that can move; got {reference}.",
-        )
+        rule = f"needs reference: frozen_copy, the only one that can move; got {reference}."
+        yield InputProblem("training.sync_reference", rule)
 
 
-CROSS_RULES = (
+SECTION_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("data",), _columns_are_known),
     (("model", "data"), _lengths_fit),
-    (("data", "evaluation"), _answers_fit),
-    (("data", "export"), _exported_answers_fit),
-    (("model", "reference"), _adapters_need_lora),
-    (("model", "warmup", "reference"), _adapters_hold_the_warm_up),
+    (("data", "evaluation", "export"), _responses_fit),
+    (("model", "warmup", "reference"), _adapters_need_lora),
     (("training", "reference"), _only_a_copy_moves),
 )
 
 
-def cross_faults(parts: Mapping[str, Any], rules: Any = CROSS_RULES) -> Iterator[Fault]:
-    """Yields the faults of every rule whose sections are all there.
-
-    Args:
-        parts: the sections that are valid in themselves.
-        rules: pairs of (names of sections, function of those sections that yields faults).
-    """
-    for names, rule in rules:
-        if all(name in parts for name in names):
-            yield from rule(*(parts[name] for name in names))
-
-
 def build_loss(loss: Loss) -> DPOLoss:
-    """Makes the objective that a configuration names.
-
-    Args:
-        loss: the section.
-
-    Raises:
-        InputError: as `dpo_keras.DPOLoss` raises it.
-    """
+    """Make the objective that a configuration names."""
     from dpo_keras.losses import DPOLoss
 
     return DPOLoss(**loss.arguments())
 
 
-def _loss_is_one(loss: Loss) -> Iterator[Fault]:
+def _loss_is_accepted(loss: Loss) -> Iterator[InputProblem]:
     from dpo_keras.losses import DPOLoss
     from dpo_keras.losses.options import OPTIONS
 
-    options = loss.model_extra or {}
     known = [*type(loss).model_fields, *OPTIONS]
-    unknown = [name for name in options if name not in OPTIONS]
+    unknown = [name for name in loss.model_extra or {} if name not in OPTIONS]
     for name in unknown:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean loss.{close[0]}?" if close else f"known are {', '.join(known)}."
-        yield Fault(("loss", name), f"is not a known key; {hint}")
-    arguments = {name: v for name, v in loss.arguments().items() if name not in unknown}
-    try:
-        DPOLoss(**arguments)
-    except InputError as error:
-        for problem in error.problems:
-            text = problem.replace("loss_type", "loss.type").replace("loss_weights", "loss.weights")
-            yield Fault(("loss", *_key_named_in(problem, loss)), f": {text}")
+        near = nearest(name, known)
+        hint = f"did you mean loss.{near}?" if near else f"known are {', '.join(known)}."
+        yield InputProblem(f"loss.{name}", f"is not a known key; {hint}")
+    with keys_for_arguments(section="loss", key="loss"):
+        DPOLoss(**{name: v for name, v in loss.arguments().items() if name not in unknown})
 
 
-def _key_named_in(problem: str, loss: Loss) -> tuple[str, ...]:
-    """Finds the key that a sentence of `DPOLoss` is about, for its line."""
-    if "enalty" in problem:
-        return ("penalties", *(name for name in loss.penalties if repr(name) in problem))
-    keys = {"loss_type": "type", "loss_weights": "weights"}
-    keys |= {name: name for name in [*type(loss).model_fields, *(loss.model_extra or {})]}
-    return next(((keys[word],) for word in re.findall(r"\w+", problem) if word in keys), ())
-
-
-def _loss_has_its_reference(loss: Loss, reference: str) -> Iterator[Fault]:
+def _loss_has_its_reference(loss: Loss, reference: str) -> Iterator[InputProblem]:
     if reference != "none":
         return
     try:
-        needs = build_loss(loss).needs_reference
+        needed = build_loss(loss).needs_reference
     except InputError:
         return
-    if needs:
-        yield Fault(
-            ("reference",),
+    if needed:
+        yield InputProblem(
+            "reference",
             f"must not be none, for loss.type {'+'.join(loss.type)} needs a reference; choose "
             "auto, or a loss without one (dpo-keras losses lists them).",
         )
 
 
-def _files_are_there(data: Data) -> Iterator[Fault]:
+def _files_exist(data: Data) -> Iterator[InputProblem]:
     for key in ("path", "held_out_path"):
         for name in getattr(data, key) or ():
-            for problem in _source_problems(name):
-                yield Fault(("data", key), problem)
+            yield from _file_problems(name, f"data.{key}")
 
 
-def _source_problems(name: str) -> list[str]:
+def _file_problems(name: str, key: str) -> Iterator[InputProblem]:
     if name.startswith("tfds:"):
-        try:
+        with keys_for_arguments(key=key):
             parse_name(name)
-        except InputError as error:
-            return [f": {problem}" for problem in error.problems]
-    if name.startswith(("builtin:", "tfds:")) or Path(name).is_file() or is_built(name):
-        return []
-    if Path(name).is_dir():
-        return [f"names {name}, which is a directory and has no {MANIFEST}; give a file, or what "
-                "dpo-keras data build made."]  # fmt: skip
-    return [f"names {name}, which does not exist; give a file."]
+    elif name.startswith("builtin:") or Path(name).is_file() or is_built(name):
+        return
+    elif Path(name).is_dir():
+        yield InputProblem(
+            key,
+            f"names {name}, which is a directory and has no {MANIFEST}; give a file, or what "
+            "dpo-keras data build made.",
+        )
+    else:
+        yield InputProblem(key, f"names {name}, which does not exist; give a file.")
 
 
-def _model_is_there(model: Model) -> Iterator[Fault]:
-    from dpo_keras.app.model_sources import source_problems
-
-    if model.path is not None:
-        for problem in source_problems(model.path):
-            yield Fault(("model", "path"), problem)
+def _model_exists(model: Model) -> Iterator[InputProblem]:
+    problem = None if model.path is None else source_problem(model.path)
+    if problem is not None:
+        yield InputProblem("model.path", problem)
 
 
-def _reference_is_there(reference: str) -> Iterator[Fault]:
-    from dpo_keras.app.model_sources import source_problems
-
-    if reference not in REFERENCES:
-        for problem in source_problems(reference):
-            kinds = ", ".join(REFERENCES)
-            hint = reference_hint(reference) or ";"
-            yield Fault(("reference",), f"must be one of {kinds}, or a model{hint} {problem}")
+def _reference_exists(reference: str) -> Iterator[InputProblem]:
+    problem = None if reference in REFERENCES else source_problem(reference)
+    if problem is not None:
+        hint = did_you_mean(reference, REFERENCES)
+        kinds = f"must be one of {', '.join(REFERENCES)}, or a model; {hint}".strip()
+        yield InputProblem("reference", f"{kinds} {problem}")
 
 
-def _template_is_one(data: Data) -> Iterator[Fault]:
+def _template_exists(data: Data) -> Iterable[InputProblem]:
     from dpo_keras.batching.chat_templates import get_template
 
-    try:
+    with keys_for_arguments(key="data.template"):
         get_template(data.template)
-    except InputError as error:
-        for problem in error.problems:
-            yield Fault(("data", "template"), f": {problem}")
+    return ()
 
 
-OUTSIDE_RULES: tuple[tuple[tuple[str, ...], Any], ...] = (
-    (("data",), _files_are_there),
-    (("data",), _template_is_one),
-    (("model",), _model_is_there),
-    (("reference",), _reference_is_there),
-    (("loss",), _loss_is_one),
+OUTSIDE_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("data",), _files_exist),
+    (("data",), _template_exists),
+    (("model",), _model_exists),
+    (("reference",), _reference_exists),
+    (("loss",), _loss_is_accepted),
     (("loss", "reference"), _loss_has_its_reference),
 )

@@ -1,247 +1,215 @@
-"""What the sections of a configuration share: habits, and types of values."""
+"""The sections of a configuration: every key with its type, its default and its meaning."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from dpo_keras.app.config_problems import Fault, raise_faults
 from dpo_keras.app.yaml_document import guess_types
-from dpo_keras.preferences.record_stream import Reading
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
 
 
-def _as_list(value: Any) -> Any:
+def _as_list(value: JSON) -> JSON:
     return [value] if isinstance(value, str | Path | float | int) else value
 
 
-def _one_or_all(values: list[Any] | None) -> Any:
+def _one_or_all(values: list[JSON] | None) -> JSON:
     return values[0] if values and len(values) == 1 else values
+
+
+def _as_switch(value: JSON) -> JSON:
+    words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _strategy_of_keras_3(value: JSON) -> JSON:
+    if value == "parameter_server":
+        raise InputError(
+            "must be a strategy that Keras 3 has. For parameter servers, write a program with "
+            "dpo_keras.legacy, which trains models of tf-keras; got parameter_server."
+        )
+    return value
 
 
 OneOrMore = Annotated[
     list[str],
     Field(min_length=1),
     BeforeValidator(_as_list),
-    PlainSerializer(_one_or_all, return_type=Any),
+    PlainSerializer(_one_or_all, return_type=JSON),
 ]
-
-_SWITCH = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-AutoSwitch = Annotated[
-    Literal["auto", True, False],
-    BeforeValidator(lambda v: _SWITCH.get(v.lower(), v) if isinstance(v, str) else v),
-]
-
-
-def _strategy_of_keras_3(value: Any) -> Any:
-    if value == "parameter_server":
-        raise PydanticCustomError(
-            "parameter_server",
-            "must be a strategy that Keras 3 has (for parameter servers write a program with "
-            "dpo_keras.legacy, which trains models of tf-keras)",
-        )
-    return value
-
-
+AutoSwitch = Annotated[Literal["auto", True, False], BeforeValidator(_as_switch)]
 Strategy = Annotated[
     Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"],
     BeforeValidator(_strategy_of_keras_3),
 ]
-
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+
+
+def key(default: JSON, meaning: str) -> JSON:
+    """Declare a key of a section. README.md lists the meanings."""
+    return Field(default, description=meaning)
 
 
 class Section(BaseModel):
-    """Common habits: no unknown keys, finite numbers, immutable, rules over several keys.
-
-    A subclass yields its rules over several keys from `faults`.
-    """
+    """Base of all sections: no unknown keys, finite numbers, immutable, rules over several keys."""
 
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, frozen=True, validate_default=True
     )
 
-    def faults(self) -> Iterator[Fault]:
-        """Yields every broken rule that no single key's type can state."""
+    def _broken_rules(self) -> Iterator[InputProblem]:
+        """Yield what breaks a rule that no single key's type can state."""
         yield from ()
 
     @model_validator(mode="after")
-    def _check(self) -> Any:
-        raise_faults(self.faults())
+    def _check(self) -> Self:
+        problems = list(self._broken_rules())
+        if problems:
+            raise InputError(problems)  # `config` takes it out of pydantic's
         return self
 
 
 class Scratch(Section):
-    """A policy with random weights, and a byte-level BPE tokenizer trained on the training pairs.
+    """A policy with random weights, and a byte-level BPE tokenizer made of the training pairs."""
 
-    Args:
-        family: architecture; each has its KerasHub classes.
-        vocabulary_size: tokens, the 256 bytes and the special tokens among them.
-        max_sequence_length: the longest text (prompt and response) in tokens.
-    """
+    family: Literal["gpt2", "llama"] = key("gpt2", "architecture; each has its KerasHub classes")
+    vocabulary_size: Annotated[int, Field(ge=300)] = key(
+        4096, "the most tokens, the 256 bytes and the special tokens among them"
+    )
+    num_layers: Count = key(4, "transformer blocks")
+    num_heads: Count = key(4, "attention heads of a block")
+    hidden_dim: Count = key(256, "width of the hidden states")
+    intermediate_dim: Count = key(1024, "width of the feed-forward layers")
+    max_sequence_length: Annotated[int, Field(ge=8)] = key(
+        512, "the longest text (prompt and response) in tokens"
+    )
+    dropout: Fraction = key(0.0, "share of values dropped in training")
 
-    family: Literal["gpt2", "llama"] = "gpt2"
-    vocabulary_size: Annotated[int, Field(ge=300)] = 4096
-    num_layers: Count = 4
-    num_heads: Count = 4
-    hidden_dim: Count = 256
-    intermediate_dim: Count = 1024
-    max_sequence_length: Annotated[int, Field(ge=8)] = 512
-    dropout: Fraction = 0.0
-
-    def faults(self) -> Iterator[Fault]:
-        """Heads must share the width evenly; rotary positions need an even share."""
-        if self.hidden_dim % self.num_heads:
-            yield Fault(
-                ("hidden_dim",),
-                f"must be a multiple of num_heads ({self.num_heads}), got {self.hidden_dim}.",
-            )
-        elif self.family == "llama" and (self.hidden_dim // self.num_heads) % 2:
-            yield Fault(
-                ("hidden_dim",),
-                f"divided by num_heads ({self.num_heads}) must be even for the llama family, "
-                f"got {self.hidden_dim // self.num_heads}.",
-            )
+    def _broken_rules(self) -> Iterator[InputProblem]:
+        width, left = divmod(self.hidden_dim, self.num_heads)
+        if left:
+            rule = f"must be a multiple of num_heads ({self.num_heads})"
+            yield InputProblem("hidden_dim", rule, self.hidden_dim)
+        elif self.family == "llama" and width % 2:  # rotary positions turn pairs of values
+            rule = f"divided by num_heads ({self.num_heads}) must be even for the llama family"
+            yield InputProblem("hidden_dim", rule, width)
 
 
 class Model(Section):
-    """The policy: an existing one (`path`) or a new one (`scratch`).
+    """The policy: an existing one (`path`) or a new one (`scratch`)."""
 
-    Args:
-        path: a KerasHub preset name, or a directory in KerasHub or Hugging Face format, or a
-            `.keras` file.
-        scratch: sizes of a new model; not together with `path`.
-        dtype: of weights and computation; `mixed_bfloat16` keeps weights in float32.
-        lora_rank: train low-rank adapters only; null trains all weights.
-    """
+    path: str | None = key(
+        None,
+        "a KerasHub preset name, or a directory in KerasHub or Hugging Face format, or a "
+        "`.keras` file",
+    )
+    scratch: Scratch | None = key(None, "sizes of a new model; not together with `path`")
+    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = key(
+        "float32", "of weights and computation; `mixed_bfloat16` keeps weights in float32"
+    )
+    lora_rank: Count | None = key(
+        None, "train low-rank adapters of this rank only; null trains all weights"
+    )
 
-    path: str | None = None
-    scratch: Scratch | None = None
-    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = "float32"
-    lora_rank: Count | None = None
-
-    def faults(self) -> Iterator[Fault]:
-        """Exactly one of `path` and `scratch`."""
+    def _broken_rules(self) -> Iterator[InputProblem]:
         if self.path is not None and self.scratch is not None:
-            yield Fault(
-                (), "must have either path or scratch, not both; set one of the two to null."
-            )
+            rule = "must have either path or scratch, not both; set one of the two to null."
+            yield InputProblem("", rule)
         elif self.path is None and self.scratch is None:
-            yield Fault(
-                (),
-                "must have path (a preset name, or a model directory) or scratch (the sizes of a "
-                "new model).",
-            )
+            rule = "must have path (a preset name, or a model directory) or scratch (the sizes of a"
+            yield InputProblem("", f"{rule} new model).")
 
 
 class Data(Section):
-    """The preference pairs and how they become tokens.
+    """The preference pairs, and how they become tokens."""
 
-    Args:
-        path: a file, a list of files, a directory that `dpo-keras data build` made (it is streamed
-            and its tokens are kept on disk), `tfds:NAME/CONFIG:SPLIT`, or `builtin:support`.
-        columns: our name of a column to the one that the data have, for instance
-            `{prompt: question, chosen: answer_a}`.
-        data_dir: where TensorFlow Datasets keeps its data.
-        tokens: where the tokens of a built directory are kept; null: in it.
-        format: how to read it; `auto` goes by the file's name and columns.
-        on_error: `report` keeps the good lines, `fail` stops at bad ones (naming all).
-        held_out: share of the pairs, by `split_by`, kept for evaluation; 0.1 unless
-            `held_out_path` is given.
-        held_out_path: files with the held-out pairs instead.
-        split_by: what never stands on both sides of the split.
-        template: chat template, by name, or a Jinja file, or a Hugging Face checkpoint directory;
-            null takes prompts and responses as they are, which messages can not be.
-        max_length: the longest prompt + response in tokens.
-        overlength: what becomes of longer pairs.
-        limit: read this many pairs at most.
-    """
-
-    path: OneOrMore | None = None
-    columns: dict[str, str] | None = None
-    data_dir: str | None = None
-    tokens: str | None = None
-    format: Literal["auto", "jsonl", "json", "csv", "parquet"] = "auto"
-    on_error: Literal["report", "fail"] = "report"
-    held_out: Fraction | None = None
-    held_out_path: OneOrMore | None = None
-    split_by: Literal["prompt", "annotator", "group"] = "prompt"
-    template: str | None = None
-    max_length: Annotated[int, Field(ge=4)] = 1024
-    overlength: Literal["truncate", "drop", "error"] = "truncate"
-    limit: Count | None = None
+    path: OneOrMore | None = key(
+        None,
+        "a file, a list of files, a directory that `dpo-keras data build` made (it is streamed "
+        "and its tokens are kept on disk), `tfds:NAME/CONFIG:SPLIT`, or `builtin:support`",
+    )
+    columns: dict[str, str] | None = key(
+        None, "our name of a column to the data's, such as `{prompt: question, chosen: best}`"
+    )
+    data_dir: str | None = key(None, "where TensorFlow Datasets keeps its data")
+    tokens: str | None = key(None, "where the tokens of a built directory are kept; null: in it")
+    format: Literal["auto", "jsonl", "json", "csv", "parquet"] = key(
+        "auto", "of the files; `auto` goes by the file's name and columns"
+    )
+    on_error: Literal["report", "fail"] = key(
+        "report", "`report` keeps the good lines, `fail` stops at bad ones and names all of them"
+    )
+    held_out: Fraction | None = key(
+        None,
+        "share of the pairs, by `split_by`, kept for evaluation; 0.1 unless `held_out_path` is "
+        "given",
+    )
+    held_out_path: OneOrMore | None = key(None, "files with the held-out pairs instead")
+    split_by: Literal["prompt", "annotator", "group"] = key(
+        "prompt", "what is never on both sides of the split"
+    )
+    template: str | None = key(
+        None,
+        "chat template: a name, a Jinja file, or a Hugging Face checkpoint directory. null "
+        "takes prompts and responses as they are, and refuses messages",
+    )
+    max_length: Annotated[int, Field(ge=4)] = key(1024, "the longest prompt + response in tokens")
+    overlength: Literal["truncate", "drop", "error"] = key(
+        "truncate", "what happens to longer pairs"
+    )
+    limit: Count | None = key(None, "read this many pairs at most")
 
     @model_validator(mode="before")
     @classmethod
-    def _default_held_out(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            if values.get("held_out") is None and values.get("held_out_path") is None:
-                return {**values, "held_out": 0.1}
-        return values
+    def _default_held_out(cls, values: JSON) -> JSON:
+        given = isinstance(values, dict) and (values.get("held_out"), values.get("held_out_path"))
+        return {**values, "held_out": 0.1} if given == (None, None) else values
 
-    def faults(self) -> Iterator[Fault]:
-        """`path` is required; the held-out pairs come from one place."""
+    def _broken_rules(self) -> Iterator[InputProblem]:
         if self.path is None:
-            yield Fault(
-                ("path",),
+            yield InputProblem(
+                "path",
                 "is required: a file of preference pairs (JSONL, JSONL.gz, CSV or Parquet), a "
                 "list of them, a directory of dpo-keras data build, tfds:NAME/CONFIG:SPLIT, or "
                 "builtin:support; on the command line data.path=FILE.",
             )
         if self.held_out is not None and self.held_out_path is not None:
-            yield Fault(
-                ("held_out",),
-                "must not be given together with data.held_out_path; set one of the two to null.",
-            )
-        for problem in Reading(self.format, self.columns).check():
-            yield Fault(("columns",), f": {problem}")
+            rule = "must not be given together with data.held_out_path; set one of the two to null."
+            yield InputProblem("held_out", rule)
 
 
 class Loss(BaseModel):
     """The objective: the arguments of `dpo_keras.DPOLoss`, which checks them.
 
-    Args:
-        type: a name of `dpo-keras losses`, or a list of them.
-        weights: one per type of a list.
-        beta: how strongly the policy is held to the reference.
-        label_smoothing: assumed share of flipped labels.
-        penalties: weight by penalty name.
-
-    Any other key is handed to the objective as its option.
+    Any other key is handed to the objective as its option; `dpo-keras losses` lists them.
     """
 
     # Options differ by objective, so unknown keys are DPOLoss's to refuse.
     model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
 
-    type: OneOrMore = Field(default_factory=lambda: ["sigmoid"])
-    weights: list[float] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    penalties: dict[str, float] = Field(default_factory=dict)
+    type: OneOrMore = key(["sigmoid"], "a name of `dpo-keras losses`, or a list of them")
+    weights: list[float] | None = key(None, "one per type of a list")
+    beta: float = key(0.1, "how strongly the policy is held to the reference")
+    label_smoothing: float = key(0.0, "assumed share of flipped labels")
+    penalties: dict[str, float] = key({}, "weight by penalty name")
 
     @model_validator(mode="before")
     @classmethod
-    def _types_of_options(cls, values: Any) -> Any:
+    def _types_of_options(cls, values: JSON) -> JSON:
         if not isinstance(values, dict):
             return values
         return {k: v if k in cls.model_fields else guess_types(v) for k, v in values.items()}
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the keyword arguments for `dpo_keras.DPOLoss`."""
+    def arguments(self) -> dict[str, JSON]:
+        """Return the keyword arguments of `dpo_keras.DPOLoss`."""
         return {
             "loss_type": self.type[0] if len(self.type) == 1 else list(self.type),
             "loss_weights": self.weights,
@@ -252,77 +220,111 @@ class Loss(BaseModel):
         }
 
 
-def _idle_top_p(temperature: float, top_p: float) -> Iterator[Fault]:
-    if top_p < 1 and temperature == 0:
-        yield Fault(
-            ("top_p",),
-            f"has no effect at temperature 0, which takes the likeliest token, got {top_p}; give a "
-            "temperature, or leave top_p.",
-        )
+class Optimization(Section):
+    """What any training needs."""
+
+    epochs: Count = key(1, "passes over the training pairs")
+    batch_size: Count = key(8, "pairs per step, over all replicas")
+    learning_rate: Positive = key(5e-6, "of AdamW, at its highest")
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "of the learning rate after its linear rise"
+    )
+    warmup_fraction: Fraction = key(
+        0.0, "share of the steps in which the learning rate rises from 0"
+    )
+    weight_decay: NotNegative = key(0.0, "of AdamW")
+    clip_norm: Positive | None = key(1.0, "bound on the norm of the whole gradient; null for none")
 
 
-class Evaluation(Section):
-    """What is measured before and after the training.
+class Warmup(Optimization):
+    """Supervised warm-up on the chosen responses, before preference training."""
 
-    Args:
-        prompts: how many held-out prompts the policy answers.
-        samples_shown: how many of the answers are shown side by side.
-        max_new_tokens: the longest answer in tokens.
-        temperature: of sampling; 0 takes the likeliest token.
-        batch_size: pairs, or prompts, at once.
-    """
+    batch_size: Count = key(16, "texts per step, over all replicas")
+    learning_rate: Positive = key(2e-5, "of AdamW, at its highest")
 
-    prompts: Annotated[int, Field(ge=0)] = 64
-    samples_shown: Annotated[int, Field(ge=0)] = 4
-    max_new_tokens: Count = 64
-    temperature: NotNegative = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    batch_size: Count = 16
 
-    def faults(self) -> Iterator[Fault]:
-        """Sampling options need sampling."""
-        yield from _idle_top_p(self.temperature, self.top_p)
+class ReferenceSync(Section):
+    """A reference that follows the policy: TR-DPO (arXiv 2404.09656)."""
+
+    every: Count = key(512, "steps between updates of the reference")
+    alpha: TopP = key(0.6, "share of the policy in the new reference; 1 replaces it")
+
+
+class Training(Optimization):
+    """Preference training."""
+
+    gradient_accumulation: Count = key(1, "steps per update of the weights")
+    jit_compile: AutoSwitch = key("auto", "XLA; `auto` leaves it to Keras")
+    steps_per_execution: Count = key(1, "steps run in one call, for small models")
+    strategy: Strategy = key("auto", "how replicas are made")
+    worker_timeout: Positive = key(
+        300.0, "seconds to wait at the start for the workers that TF_CONFIG names"
+    )
+    evaluate_every: Count | None = key(
+        None, "steps between evaluations on the held-out pairs; null: once per epoch"
+    )
+    checkpoint_every: Count | None = key(None, "steps between checkpoints; null: once per epoch")
+    keep_checkpoints: Count = key(2, "how many of the newest are kept")
+    batching: Literal["auto", "packed", "buckets"] = key(
+        "auto",
+        "`packed` puts several pairs into a row, each prompt once; `buckets` works with any "
+        "model; `auto` packs where the model allows it, and says why where it does not",
+    )
+    row_length: Count | None = key(None, "tokens per packed row; null chooses, about 1,024")
+    buckets: Count = key(4, "number of lengths of batches that are not packed; XLA compiles each")
+    remat: bool = key(
+        False,
+        "recompute activations in the backward pass instead of keeping them: less memory for "
+        "about a quarter more time; the warm-up then runs without dropout",
+    )
+    sync_reference: ReferenceSync | None = key(
+        None, "how the reference follows the policy; null: it does not"
+    )
+
+    def _broken_rules(self) -> Iterator[InputProblem]:
+        if self.batching == "buckets" and self.row_length is not None:
+            rule = (
+                f"has no effect with batching: buckets, got {self.row_length}; set it to null, or"
+            )
+            yield InputProblem("row_length", f"{rule} choose batching: auto or packed.")
+
+
+class Sampling(Section):
+    """How responses are sampled."""
+
+    max_new_tokens: Count = key(64, "the longest response in tokens")
+    temperature: NotNegative = key(1.0, "0 takes the likeliest token")
+    top_p: TopP = key(1.0, "share of the probability that is sampled from")
+
+    def _broken_rules(self) -> Iterator[InputProblem]:
+        if self.top_p < 1 and self.temperature == 0:
+            rule = "has no effect at temperature 0, which takes the likeliest token, got"
+            yield InputProblem("top_p", f"{rule} {self.top_p}; give a temperature, or leave top_p.")
+
+
+class Evaluation(Sampling):
+    """What is measured before and after the training."""
+
+    prompts: Annotated[int, Field(ge=0)] = key(64, "how many held-out prompts the policy answers")
+    samples_shown: Annotated[int, Field(ge=0)] = key(
+        4, "how many of the answers are shown side by side"
+    )
+    batch_size: Count = key(16, "pairs, or prompts, at once")
 
 
 Signature = Literal["score", "prefer", "generate"]
 
 
-class Export(Section):
-    """The SavedModel for TensorFlow Serving.
+class Export(Sampling):
+    """The SavedModel for TensorFlow Serving; the sampling keys are of its `generate` signature."""
 
-    Args:
-        path: `<name>/<version>/`; null takes the next version under `saved_models/<name>/`.
-        signatures: which to write; the first is `serving_default` too.
-        max_new_tokens: the longest answer of the `generate` signature.
-        temperature: of the `generate` signature; 0 takes the likeliest token.
-        top_p: share of the probability that is sampled from.
-    """
-
-    path: str | None = None
-    signatures: list[Signature] = Field(
-        default_factory=lambda: list(get_args(Signature)), min_length=1
+    path: str | None = key(
+        None, "`<name>/<version>/`; null takes the next version under `saved_models/<name>/`"
     )
-    max_new_tokens: Count = 64
-    temperature: NotNegative = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-    def faults(self) -> Iterator[Fault]:
-        """Sampling options need sampling."""
-        yield from _idle_top_p(self.temperature, self.top_p)
+    signatures: Annotated[list[Signature], Field(min_length=1)] = key(
+        list(get_args(Signature)), "which to write; the first is `serving_default` too"
+    )
+    temperature: NotNegative = key(0.0, "0 takes the likeliest token")
 
 
 REFERENCES = ("auto", "frozen_copy", "adapters_off", "cached", "none")
-
-
-def reference_hint(value: str) -> str:
-    """Names the kind of reference that a misspelt one is nearest to, or returns an empty string.
-
-    Args:
-        value: what was given.
-
-    Example:
-        >>> reference_hint("frozen-copy")
-        "; did you mean 'frozen_copy'?"
-    """
-    close = difflib.get_close_matches(value, REFERENCES, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,9 +1,8 @@
-"""A run's progress on a console."""
+"""What a run and a command say to people, and how a command ends."""
 
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import sys
@@ -12,16 +11,25 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Protocol, Self
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import shortened
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# 75 is EX_TEMPFAIL of sysexits.h: try again.
+DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+_KINDS = {FAILED: "failed", WRONG_INPUT: "input", STOPPED: "stopped", INTERRUPTED: "interrupted"}
 
 # What is shown of a step's figures, and what it is called where there is little room.
 _SHOWN = {
@@ -33,18 +41,32 @@ _SHOWN = {
 }
 
 
-class TerminalProgress:
-    """Shows a run's progress on a console: a bar on a terminal, a line now and then in a log.
+class Progress(Protocol):
+    """Listens to a run."""
 
-    Args:
-        console: usually on stderr.
-        every: seconds between lines where there is no terminal.
-    """
+    def stage(self, title: str) -> None:
+        """Begin a stage, such as "Preference training"."""
+        return
+
+    def note(self, text: str) -> None:
+        """Take a report or a warning of one or more lines."""
+        return
+
+    def advance(self, done: int, total: int | None, **values: float) -> None:
+        """Take the steps (pairs, prompts) done, and figures of the moment such as `loss`."""
+        return
+
+
+class Silent(Progress):
+    """A `Progress` that says nothing."""
+
+
+class TerminalProgress:
+    """A `Progress` on a console: a bar on a terminal, a line now and then in a log."""
 
     def __init__(self, console: Console, every: float = 10.0):
         self.console = console
-        self.every = every
-        self.title = ""
+        self.every = every  # seconds between the lines of a log
         self._said = 0.0
         self._bar = Bar(
             BarColumn(bar_width=20),
@@ -55,24 +77,19 @@ class TerminalProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task: Any = None
+        self._task: TaskID | None = None
 
-    def __enter__(self) -> TerminalProgress:
-        """Starts drawing."""
+    def __enter__(self) -> Self:
+        """Start drawing."""
         self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stops drawing."""
+        """Stop drawing."""
         self._bar.stop()
 
     def stage(self, title: str) -> None:
-        """Begins a stage: its title, and a new bar once it advances.
-
-        Args:
-            title: the stage's name.
-        """
-        self.title = title
+        """Print the title; a new bar comes once the stage advances."""
         self._said = time.monotonic()
         if self._task is not None:
             self._bar.remove_task(self._task)
@@ -80,22 +97,12 @@ class TerminalProgress:
         self.console.print(f"[bold]{escape(title)}[/bold]")
 
     def note(self, text: str) -> None:
-        """Prints text, indented under the stage.
-
-        Args:
-            text: one or more lines.
-        """
+        """Print text, indented under the stage."""
         for line in text.splitlines():
             self.console.print(f"  {line}", markup=False)
 
-    def advance(self, done: int, total: int | None, **values: Any) -> None:
-        """Moves the bar, or prints a line if the last one is long ago.
-
-        Args:
-            done: steps done.
-            total: steps in all.
-            **values: figures of the moment.
-        """
+    def advance(self, done: int, total: int | None, **values: float) -> None:
+        """Move the bar, or print a line if the last one is long ago."""
         figures = "  ".join(
             f"{label} {values[name]:.3g}" for name, label in _SHOWN.items() if name in values
         )
@@ -111,20 +118,11 @@ class TerminalProgress:
             self.console.print(f"  {done}{of}  {figures}".rstrip(), markup=False)
 
 
-# 75 is EX_TEMPFAIL of sysexits.h: try again.
-DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
-_KINDS = {FAILED: "failed", WRONG_INPUT: "input", STOPPED: "stopped", INTERRUPTED: "interrupted"}
-
-
 class Terminal:
-    """Where a command prints.
+    """Where a command prints: results on stdout (`out`), messages on stderr (`log`).
 
     Args:
         as_json: print the result as JSON, for programs.
-
-    Attributes:
-        out: for results, on stdout.
-        log: for progress and messages, on stderr.
     """
 
     def __init__(self, as_json: bool):
@@ -132,13 +130,8 @@ class Terminal:
         self.out = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
         self.log = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
 
-    def result(self, content: Mapping[str, Any], *views: Any) -> None:
-        """Prints a command's result.
-
-        Args:
-            content: all of it, for `--json`.
-            *views: what people see instead: strings and rich tables.
-        """
+    def result(self, content: Mapping[str, JSON], *views: RenderableType) -> None:
+        """Print a command's result: all of `content` as JSON, or `views` for people."""
         if self.as_json:
             json.dump(content, sys.stdout, indent=2, ensure_ascii=False, default=str)
             sys.stdout.write("\n")
@@ -147,55 +140,29 @@ class Terminal:
             self.out.print(view, markup=False) if isinstance(view, str) else self.out.print(view)
 
     def say(self, text: str) -> None:
-        """Prints a message for people on stderr.
-
-        Args:
-            text: printed as it is.
-        """
+        """Print a message for people, as it is, on stderr."""
         self.log.print(text, markup=False)
 
-    def fail(self, kind: str, problems: list[str]) -> None:
-        """Prints what went wrong: for people on stderr, with `--json` also on stdout.
-
-        Args:
-            kind: "input", "failed", "stopped" or "interrupted".
-            problems: one sentence each.
-        """
+    def fail(self, code: int, problems: list[str]) -> None:
+        """Print what went wrong: for people on stderr, with `--json` also on stdout."""
         for problem in problems:
-            self.log.print(f"[bold red]error:[/bold red] {_escaped(problem)}", soft_wrap=True)
+            self.log.print(f"[bold red]error:[/bold red] {escape(problem)}", soft_wrap=True)
         if self.as_json:
+            kind = _KINDS.get(code, "failed")
             self.result({"error": {"kind": kind, "problems": problems}})
 
     def end(self, text: str, code: int) -> None:
-        """Prints what went wrong elsewhere and ends the process, whatever it is doing.
-
-        Args:
-            text: what went wrong.
-            code: exit code.
-        """
+        """Print what went wrong elsewhere, and end the process whatever it is doing."""
         self.log.show_cursor(True)
-        self.fail(_KINDS.get(code, "failed"), [text])
+        self.fail(code, [text])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 @contextmanager
 def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
-    """Runs a command's body and turns its errors into messages and exit codes.
-
-    Args:
-        as_json: see `Terminal`.
-        debug: print the traceback too.
-
-    Yields:
-        The terminal to print to.
+    """Run a command's body, and turn its errors into messages and exit codes.
 
     Raises:
         typer.Exit: 2 for an `InputError`, 75 for a run that was stopped and can go on, 130 on any
@@ -221,33 +188,32 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
         code, problems = FAILED, [failure(error)]
     if debug:
         traceback.print_exc()
-    terminal.fail(_KINDS[code], problems)
+    terminal.fail(code, problems)
     raise typer.Exit(code)
 
 
-def failure(error: Exception) -> str:
-    """Writes an unforeseen error as one sentence.
+@contextmanager
+def working(terminal: Terminal) -> Iterator[TerminalProgress]:
+    """Import Keras, then show the progress of what the block does.
 
-    Args:
-        error: what was raised.
-
-    Example:
-        >>> failure(OSError(28, "No space left on device", "runs/a/checkpoints"))
-        'the disk is full: runs/a/checkpoints could not be written. Make room, then go on with
-         --resume.'
+    Print results after the block: a bar that is still drawn captures what is printed.
     """
+    prepare_keras()
+    with TerminalProgress(terminal.log) as progress:
+        yield progress
+
+
+def failure(error: Exception) -> str:
+    """Describe an unforeseen error in one sentence."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        what = error.filename or "a file"
-        return (
-            f"the disk is full: {what} could not be written. Make room, then go on with --resume."
-        )
+        what = f"{error.filename or 'a file'} could not be written"
+        return f"the disk is full: {what}. Make room, then go on with --resume."
     first = (str(error).strip() or "no reason given").splitlines()[0]
-    first = first if len(first) <= 400 else first[:397] + "..."
-    return f"{type(error).__name__}: {first} (--debug shows the traceback.)"
+    return f"{type(error).__name__}: {shortened(first, 400)} (--debug shows the traceback.)"
 
 
 def prepare_keras() -> None:
-    """Imports Keras on TensorFlow, without TensorFlow's start-up notices.
+    """Import Keras on TensorFlow, without TensorFlow's start-up notices.
 
     Raises:
         InputError: if the environment asks for another backend.
@@ -260,14 +226,15 @@ def prepare_keras() -> None:
         )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with _quiet_start():
-        import_module = importlib.import_module
-        import_module("tensorflow").config.list_physical_devices()
-        import_module("keras")
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
+        import keras  # noqa: F401 (so that its own notices are held back too)
 
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Holds back what TensorFlow's C++ side prints before its log level is in force.
+    """Hold back what TensorFlow's C++ side prints before its log level is in force.
 
     If the import fails, what it printed is the best explanation there is, and is shown.
     """

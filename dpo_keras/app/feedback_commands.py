@@ -1,16 +1,19 @@
-"""Commands of human feedback: the annotation page, its report, and its pairs for training."""
+"""The commands of human feedback: the annotation page, its report, its pairs for training."""
 
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_keras.app.console import reporting
-from dpo_keras.app.options import AsJson, Debug
+from dpo_keras.app.config import read_text
+from dpo_keras.app.config_rules import keys_for_arguments
+from dpo_keras.app.console import AsJson, Debug, reporting
 from dpo_keras.errors import InputError
+from dpo_keras.utils.tensors import JSON
 
 if TYPE_CHECKING:
     from dpo_keras.feedback import Store
@@ -22,7 +25,7 @@ feedback = typer.Typer(
 StoreFile = Annotated[Path, typer.Argument(metavar="STORE", help="The SQLite file of a round.")]
 
 
-def annotate(
+def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     candidates: Annotated[
         Path, typer.Argument(metavar="CANDIDATES", help="JSONL from `dpo-keras generate`.")
     ],
@@ -67,7 +70,8 @@ def annotate(
         from dpo_keras.feedback.quality import overview
 
         hosts, secure = allowed_hosts(host, url)
-        shown = _read_guidelines(guidelines)
+        with keys_for_arguments("guidelines:"):
+            shown = "" if guidelines is None else read_text(guidelines)
         given = read_candidates(candidates)
         settings = Settings(
             overlap=overlap,
@@ -171,13 +175,7 @@ def feedback_export(
 
 
 def needs_extra() -> None:
-    """Checks that the libraries of the page and of the report are there.
-
-    Raises:
-        InputError: naming those that are not.
-    """
-    from importlib.util import find_spec
-
+    """Check that the libraries of the page and of the report are installed."""
     names = ("choix", "krippendorff", "markdown_it", "scipy", "starlette", "statsmodels", "uvicorn")
     missing = [name for name in names if find_spec(name) is None]
     if missing:
@@ -186,25 +184,17 @@ def needs_extra() -> None:
         )
 
 
-def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[dict[str, Any]]:
-    """Adds annotators and an administrator, and makes their links.
+def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[dict[str, JSON]]:
+    """Add annotators (NAME or NAME:GROUP) and an administrator to a store, and make their links.
 
-    Args:
-        store: open.
-        people: NAME or NAME:GROUP each.
-        renew: those who are known get new tokens.
-        base: the page's address.
-
-    Returns:
-        `name`, `group`, `admin` and `link` each; `link` is None for those who have one, which
-        only they know.
+    `link` is None for those who have one, which only they know, unless `renew` makes new tokens.
     """
     known = {person.name for person in store.annotators() if not person.admin}
     if not people and not known:
         people = ["annotator"]
     if "admin" in (name.partition(":")[0].strip() for name in people):
         raise InputError("the name admin is the administrator's; give another to --annotator.")
-    links: list[dict[str, Any]] = []
+    links: list[dict[str, JSON]] = []
     for words in people:
         name, _, group = (part.strip() for part in words.partition(":"))
         link = None
@@ -217,21 +207,12 @@ def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[
     return links
 
 
-def _link_views(links: list[dict[str, Any]]) -> list[str]:
+def _link_views(links: list[dict[str, JSON]]) -> list[str]:
     width = max(len(one["name"]) for one in links)
     return [
         f"{one['name'].ljust(width)}  {one['link'] or 'has a link; --renew makes a new one'}"
         for one in links
     ]
-
-
-def _read_guidelines(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"guidelines: {path} cannot be read as UTF-8 text: {error}.") from error
 
 
 def _in_url(host: str) -> str:

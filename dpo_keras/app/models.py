@@ -1,40 +1,103 @@
-"""Policies and references from presets, directories, files, or from scratch."""
+"""Policies and references: found, loaded, built from scratch, saved."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from dpo_keras.app.model_sources import source_problems
-from dpo_keras.app.new_models import build_policy
-from dpo_keras.errors import InputError
+from dpo_keras.app.config_sections import Model, Scratch
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, save_preset
+from dpo_keras.utils.text import nearest, shortened
 
 if TYPE_CHECKING:
-    from dpo_keras.app.config_sections import Model
+    import keras
 
 
-def load_model(path: str, dtype: str = "float32") -> Any:
-    """Loads a language model.
+def source_problem(path: str) -> str | None:
+    """Say why `path` names no model, from names and small files only; None where it may name one.
 
-    Args:
-        path: as for `source_problems`.
-        dtype: Keras dtype policy; a `.keras` file keeps its own.
-
-    Returns:
-        A `keras_hub.models.CausalLM` with its preprocessor.
-
-    Raises:
-        InputError: if it is no model, or not a language model with its tokenizer.
+    A model is a preset's name or handle, a directory in KerasHub or Hugging Face format, or a
+    `.keras` file.
     """
-    problems = source_problems(path)
-    if problems:
-        raise InputError(problems)
+    place = Path(path)
+    if "://" in path:
+        return None
+    if place.is_dir():
+        return _directory_problem(place)
+    if place.is_file():
+        archive = place.suffix == ".keras" and zipfile.is_zipfile(place)
+        return None if archive else f"{path} is not a .keras archive; give a model directory."
+    if "/" in path or path.startswith(".") or place.suffix == ".keras":
+        return f"{path} does not exist; give a model directory, a .keras file or a preset name."
+    return _preset_problem(path)
+
+
+def _preset_problem(name: str) -> str | None:
     import keras_hub
 
-    local = Path(path).exists()
+    presets = keras_hub.models.CausalLM.presets
+    near = nearest(name, presets)
+    hint = f"; did you mean {near}?" if near else "."
+    problem = f"{name} is neither a directory here nor a KerasHub preset of a language model{hint}"
+    return None if name in presets else problem
+
+
+def _directory_problem(place: Path) -> str | None:
+    present = sorted(item.name for item in place.iterdir())
+    found = f"it holds {', '.join(present[:8])}{', ...' if present[8:] else ''}"
+    found = f"{found if present else 'it is empty'}."
+    if "config.json" not in present:
+        if (place / "config.yaml").is_file() and (place / "policy").is_dir():
+            return f"{place} is a run directory, not a model; give {place / 'policy'}."
+        return (
+            f"{place} is not a model directory: config.json was looked for, which both a KerasHub "
+            f"preset and a Hugging Face checkpoint have; {found}"
+        )
+    try:
+        content = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{place} is not a model directory: its config.json can not be read: {error}."
+    content = content if isinstance(content, dict) else {}
+    if "registered_name" in content:
+        kind = "a KerasHub preset"
+        wanted = [("model.weights.h5", "model.weights.json"), ("tokenizer.json",)]
+    elif "model_type" in content:
+        kind = "a Hugging Face checkpoint"
+        wanted = [("model.safetensors", "model.safetensors.index.json")]
+        wanted += [(name,) for name in TOKENIZER_FILES.get(content["model_type"], ())]
+    else:
+        return (
+            f"{place} is not a model directory: its config.json has neither registered_name "
+            f"(KerasHub preset) nor model_type (Hugging Face checkpoint); {found}"
+        )
+    if kind == "a Hugging Face checkpoint" and not content.get("architectures"):
+        found = 'add it, for instance ["GPT2LMHeadModel"].'
+        missing = ['"architectures" in its config.json']
+    else:
+        missing = [" or ".join(names) for names in wanted if not set(names) & set(present)]
+    if not missing:
+        return None
+    return f"{place} looks like {kind}, but these are missing: {', '.join(missing)}; {found}"
+
+
+def load_model(path: str, dtype: str = "float32") -> keras.Model:
+    """Load a language model: a `keras_hub.models.CausalLM` with its preprocessor.
+
+    A `.keras` file keeps its own dtype policy. A preset that can not be fetched is a RuntimeError,
+    everything else that is wrong an InputError.
+    """
+    problem = source_problem(path)
+    if problem is not None:
+        raise InputError(problem)
+    import keras_hub
+
     try:
         if Path(path).is_file():
             model = _from_archive(path)
@@ -46,31 +109,30 @@ def load_model(path: str, dtype: str = "float32") -> Any:
     except InputError:
         raise
     except Exception as error:
-        if not local:  # the network, or the hub's terms: not the configuration's fault
+        if not Path(path).exists():  # the network, or the hub's terms: not the input's fault
             raise RuntimeError(f"the preset {path} could not be fetched: {error}") from error
         raise InputError(f"{path} could not be loaded as a model: {_reason(error)}") from error
     _check_language_model(model, path)
     return model
 
 
-def _from_archive(path: str) -> Any:
+def _from_archive(path: str) -> keras.Model:
     import keras
 
     import dpo_keras.training  # noqa: F401 (registers DPOModel for loading)
 
     with warnings.catch_warnings():
-        # Keras tells of containers that hold the layers a second time, under another name.
+        # Keras warns of containers that hold the layers a second time, under another name.
         warnings.filterwarnings("ignore", message="Skipping nested container")
         model = keras.saving.load_model(path, compile=False)
     return getattr(model, "policy", model)
 
 
 def _reason(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return text if len(text) < 300 else text[:297] + "..."
+    return shortened(f"{type(error).__name__}: {error}".strip().splitlines()[0], 300)
 
 
-def _check_language_model(model: Any, path: str) -> None:
+def _check_language_model(model: keras.Model, path: str) -> None:
     preprocessor = getattr(model, "preprocessor", None)
     if preprocessor is None or not hasattr(model, "backbone"):
         raise InputError(
@@ -86,18 +148,19 @@ def _check_language_model(model: Any, path: str) -> None:
         )
 
 
-def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> Any:
-    """Loads or builds the policy that a configuration describes.
+def load_reference(path: str, policy: keras.Model, dtype: str = "float32") -> keras.Model:
+    """Load a reference model, as `load_model`, and check that it has the policy's vocabulary."""
+    from dpo_keras.scoring import check_same_vocabulary
 
-    Args:
-        model: the configuration's section.
-        training_texts: for `scratch`: what its tokenizer learns from.
+    reference = load_model(path, dtype)
+    check_same_vocabulary(policy, reference, path)
+    return reference
 
-    Returns:
-        A `keras_hub.models.CausalLM`, with LoRA enabled where the section says so.
 
-    Raises:
-        InputError: if the model can not be had, or has no layers for LoRA.
+def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> keras.Model:
+    """Load or build the policy that a configuration describes, with LoRA where it says so.
+
+    `training_texts` are what a tokenizer from scratch learns from.
     """
     if model.scratch is not None:
         policy = build_policy(model.scratch, training_texts or (), model.dtype)
@@ -108,108 +171,121 @@ def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> An
     return policy
 
 
-def enable_lora(policy: Any, rank: int) -> None:
-    """Adds low-rank adapters to the policy's attention layers and freezes the rest.
-
-    Args:
-        policy: a KerasHub CausalLM.
-        rank: of the adapters.
-
-    Raises:
-        InputError: if no layer of the model takes adapters.
-    """
+def enable_lora(policy: keras.Model, rank: int) -> None:
+    """Add low-rank adapters to the policy's attention layers, and freeze the rest."""
+    name = type(policy.backbone).__name__
     try:
         policy.backbone.enable_lora(rank)
     except (AttributeError, ValueError, NotImplementedError) as error:
-        raise InputError(
-            f"model.lora_rank: {type(policy.backbone).__name__} does not take LoRA: "
-            f"{_reason(error)}"
-        ) from error
+        why = f": {name} does not take LoRA: {_reason(error)}"
+        raise InputError(InputProblem("model.lora_rank", why)) from error
     if not policy.backbone.trainable_variables:
-        raise InputError(
-            f"model.lora_rank: no layer of {type(policy.backbone).__name__} took LoRA; set it to "
-            "null."
-        )
+        why = f": no layer of {name} took LoRA; set it to null."
+        raise InputError(InputProblem("model.lora_rank", why))
 
 
-def check_same_vocabulary(policy: Any, reference: Any, name: str) -> None:
-    """Refuses a reference whose tokens are not the policy's: its log-probs would mean nothing.
-
-    Args:
-        policy: a CausalLM.
-        reference: another.
-        name: what the user called the reference.
-
-    Raises:
-        InputError: naming both sizes, and the first token that differs.
-    """
-    ours, theirs = (_tokens(model.preprocessor.tokenizer) for model in (policy, reference))
-    if ours == theirs:
-        return
-    message = f"reference: {name} has another vocabulary than the policy"
-    if len(ours) != len(theirs):
-        message += f" ({len(theirs)} tokens, the policy has {len(ours)})"
-    else:
-        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        message += f" (token {at} is {theirs[at]!r}, the policy's is {ours[at]!r})"
-    raise InputError(f"{message}; take the model that the policy started from.")
-
-
-def _tokens(tokenizer: Any) -> list[str]:
-    # In the order of the ids: get_vocabulary() returns them in whatever order the file has.
-    return [tokenizer.id_to_token(i) for i in range(tokenizer.vocabulary_size())]
-
-
-def save_policy(policy: Any, directory: Path) -> None:
-    """Writes a policy as a KerasHub preset directory, LoRA merged into the weights.
-
-    Args:
-        policy: a CausalLM.
-        directory: where to; what is there is overwritten.
-    """
-    policy.save_to_preset(str(directory))
-    # Llama's get_config (keras-hub 0.32) leaves this out, so a tied model would not load again.
-    tied = getattr(policy.backbone, "tie_word_embeddings", None)
-    if tied is None or "tie_word_embeddings" in policy.backbone.get_config():
-        return
-    for name, keys in (("config.json", ()), ("task.json", ("config", "backbone"))):
-        content = json.loads((directory / name).read_text(encoding="utf-8"))
-        part = content
-        for key in keys:
-            part = part[key]
-        part["config"]["tie_word_embeddings"] = tied
-        (directory / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
-
-
-def load_reference(path: str, policy: Any, dtype: str = "float32") -> Any:
-    """Loads a reference model and checks that it speaks the policy's tokens.
-
-    Args:
-        path: as `model.path`.
-        policy: the policy.
-        dtype: Keras dtype policy.
-
-    Raises:
-        InputError: if it is no model, or has another vocabulary.
-    """
-    reference = load_model(path, dtype)
-    check_same_vocabulary(policy, reference, path)
-    return reference
-
-
-def check_length(policy: Any, max_length: int) -> None:
-    """Refuses lengths beyond the policy's positions.
-
-    Args:
-        policy: a CausalLM.
-        max_length: the longest text in tokens.
-
-    Raises:
-        InputError: if the policy has a table of positions that is shorter.
-    """
+def check_length(policy: keras.Model, max_length: int) -> None:
+    """Refuse texts longer than the policy's table of positions, where it has one."""
     positions = getattr(policy.backbone, "max_sequence_length", None)
     if positions is not None and max_length > positions:
-        raise InputError(
-            f"data.max_length must be <= {positions}, the positions that the model has, got "
-            f"{max_length}."
+        rule = f"must be <= {positions}, the positions that the model has"
+        raise InputError(InputProblem("data.max_length", rule, max_length))
+
+
+def save_policy(policy: keras.Model, directory: Path) -> None:
+    """Write a policy as a KerasHub preset directory, whole, with LoRA merged into the weights."""
+    with replaced(directory) as partial:
+        save_preset(policy, partial)
+
+
+class Family(NamedTuple):
+    """An architecture that can be built from scratch."""
+
+    prefix: str  # of its KerasHub classes, `GPT2` in `GPT2CausalLM`
+    special_tokens: tuple[str, ...]  # the first gets id 0, which KerasHub pads with
+
+
+FAMILIES = {
+    "gpt2": Family("GPT2", ("<|endoftext|>",)),
+    "llama": Family(
+        "Llama3",
+        (
+            "<|end_of_text|>",
+            "<|begin_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ),
+    ),
+}
+
+
+def build_policy(sizes: Scratch, texts: Iterable[str], dtype: str = "float32") -> keras.Model:
+    """Build a policy with random weights and a tokenizer trained on `texts`.
+
+    The weights follow `keras.utils.set_random_seed`. `sizes.vocabulary_size` is an upper bound: the
+    model gets as many embeddings as the tokenizer has tokens.
+    """
+    import keras_hub
+
+    prefix, special_tokens = FAMILIES[sizes.family]
+    vocabulary, merges = train_tokenizer(texts, sizes.vocabulary_size, special_tokens)
+    shared = sizes.model_dump(include={"num_layers", "hidden_dim", "intermediate_dim", "dropout"})
+    shared |= {"vocabulary_size": len(vocabulary), "dtype": dtype}
+    if sizes.family == "gpt2":
+        backbone = keras_hub.models.GPT2Backbone(
+            num_heads=sizes.num_heads, max_sequence_length=sizes.max_sequence_length, **shared
         )
+    else:
+        backbone = keras_hub.models.Llama3Backbone(
+            num_query_heads=sizes.num_heads, num_key_value_heads=sizes.num_heads, **shared
+        )
+    tokenizer, preprocessor, language_model = (
+        getattr(keras_hub.models, f"{prefix}{role}")
+        for role in ("Tokenizer", "CausalLMPreprocessor", "CausalLM")
+    )
+    prepare = preprocessor(
+        tokenizer(vocabulary=vocabulary, merges=merges), sequence_length=sizes.max_sequence_length
+    )
+    return language_model(backbone=backbone, preprocessor=prepare)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, special_tokens: tuple[str, ...]
+) -> tuple[dict[str, int], list[str]]:
+    """Train a byte-level BPE on texts; the same texts give the same tokens.
+
+    Args:
+        texts: what to learn from.
+        vocabulary_size: the most tokens it may have; few texts give fewer.
+        special_tokens: they get the first ids, in this order.
+
+    Returns:
+        `(vocabulary, merges)` as KerasHub's `BytePairTokenizer` takes them: token to id, and
+        "left right" lines in order of priority.
+
+    Example:
+        >>> vocabulary, merges = train_tokenizer(["low lower"] * 9, 300, ("<|endoftext|>",))
+        >>> vocabulary["<|endoftext|>"], merges[0]
+        (0, 'l o')
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    some = filter(None, texts)
+    first = next(some, None)
+    if first is None:
+        raise InputError("a tokenizer needs text to learn from; there is no training pair.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        special_tokens=list(special_tokens),
+        # All 256 bytes, so that no text is unknown.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(itertools.chain([first], some), trainer=trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in learned["merges"]]
+    return dict(sorted(learned["vocab"].items(), key=lambda item: item[1])), merges

@@ -1,25 +1,27 @@
-"""The first stages of a run: pairs are read and split, tokenized; prompts are chosen."""
+"""The inputs of a run: pairs are read and split, then tokenized."""
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
-from dpo_keras.app.progress import Progress
-from dpo_keras.errors import InputError
+from dpo_keras.app.config import Config
+from dpo_keras.app.config_rules import keys_for_arguments
+from dpo_keras.app.config_sections import Data
+from dpo_keras.app.console import Progress
+from dpo_keras.app.run_directory import RunDirectory
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Preferences, StoredPreferences, is_built, read_preferences
 from dpo_keras.preferences.collection import earlier_split
 from dpo_keras.preferences.pair import plain_text
 
 if TYPE_CHECKING:
-    from dpo_keras.app.config import Config
-    from dpo_keras.app.config_sections import Data
-    from dpo_keras.app.run_directory import RunDirectory
+    import keras
+
     from dpo_keras.batching import TokenizedPairs
 
 Pairs: TypeAlias = Preferences | StoredPreferences
@@ -27,13 +29,7 @@ TOKENIZER_PAIRS = 20_000  # of a built directory, which a tokenizer from scratch
 
 
 class Sides(NamedTuple):
-    """Pairs to train on, and pairs to measure on.
-
-    Args:
-        train: the training pairs.
-        held_out: the others; None where nothing is held out.
-        dropped: records that were read and not kept.
-    """
+    """Pairs to train on, pairs to measure on (or None), and the number of records left out."""
 
     train: Pairs
     held_out: Pairs | None
@@ -43,13 +39,7 @@ class Sides(NamedTuple):
 def read_sides(config: Config, progress: Progress, run: RunDirectory | None = None) -> Sides:
     """Read the pairs that a configuration names, report what was dropped, and split them.
 
-    Args:
-        config: the configuration.
-        progress: hears the reports.
-        run: the run that goes on; one begun before 'data.json' named its split keeps that one.
-
-    Raises:
-        InputError: if a file can not be read, or holds no good pair.
+    A `run` that is resumed and began before 'data.json' named its split keeps that split.
     """
     data = config.data
     assert data.path is not None
@@ -64,7 +54,8 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
     if begun is not None and "split" not in begun and isinstance(pairs, Preferences):
         train, held_out = earlier_split(pairs, data.held_out, config.seed, data.split_by)
     else:
-        train, held_out = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
+        with keys_for_arguments():
+            train, held_out = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
     progress.note(f"{len(train):,} pairs to train on, {len(held_out):,} held out.")
     return Sides(train, held_out, pairs.report.dropped)
 
@@ -72,35 +63,24 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
 def read_pairs(
     paths: Sequence[str], data: Data, progress: Progress, limit: int | None = None
 ) -> Pairs:
-    """Reads pairs as a configuration says; those of one built directory stay on disk.
-
-    Args:
-        paths: files, or other sources.
-        data: how to read them.
-        progress: hears the report.
-        limit: read this many at most.
-
-    Raises:
-        InputError: as `read_preferences`; or a built directory is damaged.
-    """
+    """Read pairs as a configuration says; those of one built directory stay on disk."""
     if len(paths) == 1 and is_built(paths[0]):
         if data.columns:
-            raise InputError(
-                f"data.columns has no effect on {paths[0]}, whose columns were named when it was "
-                "built; set it to null."
-            )
+            rule = f"has no effect on {paths[0]}, whose columns were named when it was built;"
+            raise InputError(InputProblem("data.columns", f"{rule} set it to null."))
         stored = StoredPreferences.open(paths[0])
         progress.note(f"{len(stored):,} pairs in {len(stored.shards)} shards, built from:")
         progress.note(stored.report.summary())
         return stored if limit is None else stored.first(limit)
-    pairs = read_preferences(
-        paths,
-        format=data.format,
-        on_error=data.on_error,
-        limit=limit,
-        columns=data.columns,
-        data_dir=data.data_dir,
-    )
+    with keys_for_arguments():
+        pairs = read_preferences(
+            paths,
+            format=data.format,
+            on_error=data.on_error,
+            limit=limit,
+            columns=data.columns,
+            data_dir=data.data_dir,
+        )
     progress.note(pairs.report.summary())
     return pairs
 
@@ -115,10 +95,9 @@ def _warn_of_shared_prompts(train: Pairs, held_out: Pairs, progress: Progress) -
 
 
 def texts_of(pairs: Pairs) -> Iterator[str]:
-    """Yields the texts that a tokenizer from scratch learns from; of pairs on disk, of a sample.
+    """Yield the texts that a tokenizer from scratch learns from; of many pairs on disk, a sample.
 
-    Args:
-        pairs: the training pairs, never the held-out ones.
+    Only the training pairs may be given, never the held-out ones.
     """
     if isinstance(pairs, StoredPreferences) and len(pairs) > TOKENIZER_PAIRS:
         pairs = pairs.select(np.linspace(0, len(pairs) - 1, TOKENIZER_PAIRS).astype(np.int64))
@@ -127,87 +106,35 @@ def texts_of(pairs: Pairs) -> Iterator[str]:
 
 
 def tokenize(
-    config: Config,
+    data: Data,
     pairs: Pairs,
-    policy: Any,
+    policy: keras.Model,
     name: str,
     progress: Progress,
-    run: RunDirectory | None = None,
+    run: RunDirectory,
 ) -> TokenizedPairs:
-    """Tokenizes pairs as the configuration says, and says what was cut and dropped.
+    """Tokenize pairs as the configuration says, and report what was cut and dropped.
 
-    Args:
-        config: the configuration.
-        pairs: the pairs.
-        policy: a CausalLM, for its preprocessor.
-        name: of these pairs, in messages.
-        progress: hears the report.
-        run: keeps the tokens of a built directory that cannot be written into.
-
-    Raises:
-        InputError: if a pair is too long and that is an error, or none is left.
+    The run keeps the tokens of a built directory that cannot be written into.
     """
     from dpo_keras.batching import tokenize_pairs
 
-    data = config.data
-    stored = isinstance(pairs, StoredPreferences)
-    try:
+    with keys_for_arguments(f"{name} pairs:"):
         tokenized = tokenize_pairs(
             pairs,
             policy.preprocessor,
             max_length=data.max_length,
             template=data.template,
             overlength=data.overlength,
-            cache=_token_folder(pairs, data, run) if stored else None,
+            cache=_token_folder(pairs, data, run),
         )
-    except InputError as error:
-        keys = {key: f"data.{key}" for key in ("template", "overlength", "max_length")}
-        keys["cache"] = "data.tokens"
-        texts = [p.renamed(keys.get(p.argument, p.argument)) for p in error.problems]
-        raise InputError([f"{name} pairs: {text}" for text in texts]) from error
     progress.note(f"{name}: {tokenized.report.summary()}")
     return tokenized
 
 
-def _token_folder(pairs: Any, data: Data, run: RunDirectory | None) -> str | Path | None:
-    if data.tokens is not None or run is None or os.access(pairs.path, os.W_OK):
+def _token_folder(pairs: Pairs, data: Data, run: RunDirectory) -> str | Path | None:
+    if not isinstance(pairs, StoredPreferences):
+        return None
+    if data.tokens is not None or os.access(pairs.path, os.W_OK):
         return data.tokens
     return run.path / "tokens"
-
-
-def choose_rows(tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int) -> list[int]:
-    """Draws pairs with different prompts, to sample responses to.
-
-    Args:
-        tokenized: the tokenized pairs.
-        pairs: the pairs that they were made of.
-        count: how many at most.
-        seed: of the draw; the same seed and pairs give the same rows.
-
-    Returns:
-        Rows of `tokenized`, in its order.
-    """
-    sources = range(len(tokenized)) if tokenized.source is None else tokenized.source
-    keys = pairs.prompt_hashes.tolist()
-    rows: dict[int, int] = {}
-    for row, source in enumerate(sources):
-        rows.setdefault(keys[int(source)], row)
-    distinct = list(rows.values())
-    return sorted(random.Random(seed).sample(distinct, min(count, len(distinct))))
-
-
-def replicas_share(batch_size: int, replicas: int, key: str) -> None:
-    """Refuses a batch that replicas can not share evenly.
-
-    Args:
-        batch_size: rows of a batch over all replicas.
-        replicas: their number.
-        key: the configuration's key, for the message.
-
-    Raises:
-        InputError: if there is a remainder.
-    """
-    if batch_size % replicas:
-        raise InputError(
-            f"{key} must be a multiple of the {replicas} replicas that share it, got {batch_size}."
-        )

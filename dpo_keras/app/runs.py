@@ -1,126 +1,64 @@
-"""The part of a run that depends on how many processes take part in it."""
+"""Runs from Python: `train`, `evaluate`, `generate` and `export_run` are what the commands call."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dpo_keras.app.build_model import build_model, given_reference
 from dpo_keras.app.candidate_generation import generate
-from dpo_keras.app.finished_run import evaluate, export_run, export_trained
+from dpo_keras.app.config import Config
+from dpo_keras.app.config_sections import Export
+from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_policy, save_policy
-from dpo_keras.app.progress import Progress, Silent
-from dpo_keras.app.run_directory import RunDirectory, check_run, start_run, versions
-from dpo_keras.app.run_inputs import Pairs, read_sides, texts_of, tokenize
-from dpo_keras.app.run_measurements import Examiner, Measured
+from dpo_keras.app.run_directory import RunDirectory, check_run, open_run, start_run
+from dpo_keras.app.run_evaluation import Examiner, evaluate, load_trained, report_training
+from dpo_keras.app.run_inputs import read_sides, texts_of, tokenize
 from dpo_keras.app.training_stages import (
     Context,
+    build_model,
     check_steps,
-    leave_together,
+    choose_reference,
     train_policy,
     warm_up_policy,
 )
 from dpo_keras.cluster import Cluster, StopRequest, Watchdog, read_tf_config
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
 
 if TYPE_CHECKING:
-    from dpo_keras.app.config import Config
+    import tensorflow as tf
+
     from dpo_keras.batching import TokenizedPairs
-
-
-End = Callable[[str, int], None]
-_IN_STEP = ("auto", "multi_worker")
-
-
-def cluster_of(config: Config) -> Cluster | None:
-    """Returns the cluster that a run trains on; None for a single process.
-
-    Args:
-        config: the run's configuration.
-
-    Raises:
-        InputError: if TF_CONFIG is wrong, or this process has no part in such a run.
-    """
-    if config.training.strategy not in _IN_STEP:
-        return None
-    cluster = read_tf_config()
-    if cluster is not None and cluster.this not in cluster.in_step:
-        raise InputError(
-            f"training.strategy multi_worker has chief and workers only, but TF_CONFIG makes this "
-            f"process {cluster.this}."
-        )
-    return cluster
-
-
-def meet_workers(
-    cluster: Cluster | None,
-    config: Config,
-    *,
-    resume: bool,
-    stop: StopRequest,
-    end: End | None = None,
-) -> AbstractContextManager[Watchdog | None]:
-    """Waits for all workers of a run, and watches over them until the context is left.
-
-    Args:
-        cluster: None gives a context that does nothing.
-        config: all workers must have the same.
-        resume: all workers must have the same.
-        stop: of this process.
-        end: how a process ends whose peer was lost: prints the message, exits with the code.
-
-    Raises:
-        ClusterError: somebody did not connect within `training.worker_timeout`.
-        InputError: the workers were not started with the same configuration.
-    """
-    if cluster is None or len(cluster.in_step) == 1:
-        return nullcontext()
-    options = {} if end is None else {"end": end}
-    digest = hashlib.sha256(config.resolved().encode()).hexdigest()
-    greeting = {"the configuration": digest[:12], "--resume": str(resume)}
-    return Watchdog(cluster, stop, **options).meet(config.training.worker_timeout, greeting)
-
+    from dpo_keras.preferences import PreferencePair
+    from dpo_keras.training import DPOModel
 
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
+
+End = Callable[[str, int], None]
 
 
 @dataclass
 class RunResult:
-    """The outcome of a run; `result.json` holds the same.
-
-    Args:
-        directory: the run's directory.
-        steps: of preference training.
-        pairs: how many were trained on and held out, and how many were dropped.
-        before: `metrics`, `figures` (with 95 % intervals) on the held-out pairs and of the
-            `responses` before preference training; None without held-out pairs.
-        after: the same after it.
-        samples: some of the responses to held-out prompts side by side; `samples.jsonl` has all.
-        report: paths of the report's files, by kind.
-        findings: what the report warns about.
-        export: what was exported and what it answered; None without export.
-        seconds: of wall time, of the process that finished the run.
-    """
+    """The outcome of a run; `result.json` holds the same."""
 
     directory: str
-    steps: int
-    pairs: dict[str, int]
-    before: dict[str, Any] | None = None
-    after: dict[str, Any] | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    report: dict[str, str] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
-    export: dict[str, Any] | None = None
-    seconds: float = 0.0
+    steps: int  # of preference training
+    pairs: dict[str, int]  # how many were trained on, held out, and dropped
+    before: dict[str, JSON] | None = None  # `metrics`, `figures` with 95 % intervals, `responses`
+    after: dict[str, JSON] | None = None  # None without held-out pairs
+    samples: list[dict[str, JSON]] = field(default_factory=list)  # some of `samples.jsonl`
+    report: dict[str, str] = field(default_factory=dict)  # paths of its files, by kind
+    findings: list[str] = field(default_factory=list)  # what the report warns about
+    export: dict[str, JSON] | None = None  # what was exported, and what it answered
+    seconds: float = 0.0  # of wall time, of the process that finished the run
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, for JSON."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return everything as plain values, for JSON."""
         return asdict(self)
 
 
@@ -133,25 +71,25 @@ def train(
     stop: StopRequest | None = None,
     end: End | None = None,
 ) -> RunResult:
-    """Runs the main job: warm-up, preference training, evaluation before and after, export.
+    """Run the main job: warm-up, preference training, evaluation before and after, export.
 
     Args:
         config: what to do.
-        resume: go on where this run was stopped; a run that is done returns its result, and one
-            that never began, begins.
+        resume: go on where this run was stopped. A finished run returns its result; one that never
+            began, begins.
         given: the configuration as it was given, for the record.
-        progress: hears what happens; None: nobody.
-        stop: asked, it ends the run behind the step in progress.
+        progress: progress listener. None disables reporting.
+        stop: ends the run after the step in progress once it is requested.
         end: on a cluster, how this process ends when another worker was lost (see `Watchdog`).
 
     Returns:
         The outcome, which `result.json` in the run's directory holds too.
 
     Raises:
-        InputError: if the configuration or the data are wrong, or a run is there already.
-        RuntimeError: if the loss is no number any more, or does not start where it must.
+        InputError: if the configuration or the data are wrong, or a run exists already.
+        RuntimeError: if the loss became NaN or infinite, or does not start where it must.
         ClusterError: if a worker did not come, or does not answer any more.
-        RunStopped: if `stop` was asked.
+        RunStopped: if `stop` was requested.
     """
     progress, stop = progress or Silent(), stop or StopRequest()
     cluster = cluster_of(config)
@@ -161,142 +99,214 @@ def train(
         return RunResult(**run.read("result.json"))
     if cluster is not None:
         progress.stage("Waiting for all workers that TF_CONFIG names")
-    with meet_workers(cluster, config, resume=resume, stop=stop, end=end) as watchdog:
-        return _train(config, cluster, watchdog, stop, resume, given, progress)
+    with meet_workers(cluster, config, resume, stop, end) as watchdog:
+        import keras
+
+        from dpo_keras.training import strategy
+
+        started = time.monotonic()
+        # First of all: a strategy must be made before TensorFlow has set up its devices.
+        replicas = strategy(config.training.strategy, watchdog=watchdog)
+        run = start_run(config, resume, given, writes=cluster is None or cluster.is_chief)
+        keras.utils.set_random_seed(config.seed)
+        context = Context(config, run, resume, progress, replicas, stop, watchdog)
+        result = _run_stages(context)
+        result.seconds = time.monotonic() - started
+        run.write("result.json", result.as_dict())
+        _leave_together(replicas)
+        return result
 
 
-def _train(
-    config: Config,
-    cluster: Cluster | None,
-    watchdog: Watchdog | None,
-    stop: StopRequest,
-    resume: bool,
-    given: str | None,
-    progress: Progress,
-) -> RunResult:
-    import keras
+def cluster_of(config: Config) -> Cluster | None:
+    """Return the cluster that a run trains on; None for a single process."""
+    if config.training.strategy not in ("auto", "multi_worker"):
+        return None
+    cluster = read_tf_config()
+    if cluster is not None and cluster.this not in cluster.in_step:
+        why = f"multi_worker has chief and workers only, but TF_CONFIG makes this {cluster.this}"
+        raise InputError(InputProblem("training.strategy", why))
+    return cluster
 
-    from dpo_keras.training import strategy
 
-    started = time.monotonic()
-    # First of all: a strategy must be made before TensorFlow has set up its devices.
-    replicas = strategy(config.training.strategy, watchdog=watchdog)
-    run = start_run(config, resume, given, writes=cluster is None or cluster.is_chief)
-    context = Context(config, run, resume, progress, replicas, stop, watchdog)
-    keras.utils.set_random_seed(config.seed)
+def meet_workers(
+    cluster: Cluster | None, config: Config, resume: bool, stop: StopRequest, end: End | None
+) -> AbstractContextManager[Watchdog | None]:
+    """Wait for all workers of a run, and watch over them until the context is left.
 
+    All workers must be started with the same configuration and the same `resume`.
+    """
+    if cluster is None or len(cluster.in_step) == 1:
+        return nullcontext()
+    options = {} if end is None else {"end": end}
+    digest = hashlib.sha256(config.resolved().encode()).hexdigest()
+    greeting = {"the configuration": digest[:12], "--resume": str(resume)}
+    return Watchdog(cluster, stop, **options).meet(config.training.worker_timeout, greeting)
+
+
+def _run_stages(context: Context) -> RunResult:
+    config, run, progress = context.config, context.run, context.progress
     progress.stage("Data")
     sides = read_sides(config, progress, run)
     progress.stage("Policy")
-    with replicas.scope():
+    with context.strategy.scope():
         policy = load_policy(config.model, texts_of(sides.train))
     check_length(policy, config.data.max_length)
     progress.note(f"{type(policy).__name__}, {policy.count_params():,} weights")
-    pairs = tokenize(config, sides.train, policy, "training", progress, run)
+    pairs = tokenize(config.data, sides.train, policy, "training", progress, run)
     held_out = None
     if sides.held_out is not None:
-        held_out = tokenize(config, sides.held_out, policy, "held-out", progress, run)
-    _check_same_data(run, watchdog, pairs, held_out)
+        held_out = tokenize(config.data, sides.held_out, policy, "held-out", progress, run)
+    _check_same_data(context, pairs, held_out)
+    reports = [side.report for side in (pairs, held_out) if side is not None]
+    counts = {
+        "train": len(pairs),
+        "held_out": 0 if held_out is None else len(held_out),
+        "dropped": sides.dropped + sum(report.pairs - report.kept for report in reports),
+    }
 
-    reference = given_reference(context, policy)
+    reference = choose_reference(context, policy)
     context.settle_layout(policy, reference)
     check_steps(context, pairs)
 
     warm_up_policy(context, policy, pairs)
-    model, (pairs, held_out) = build_model(context, policy, reference, pairs, held_out)
+    model, pairs, held_out = build_model(context, policy, reference, pairs, held_out)
     examiner = Examiner(context, model, held_out, sides.held_out)
     before = examiner.measure("before")
     steps = train_policy(context, model, pairs, held_out)
     after = examiner.measure("after")
 
-    result = RunResult(
-        directory=str(run.path),
-        steps=steps,
-        pairs={
-            "train": len(pairs),
-            "held_out": 0 if held_out is None else len(held_out),
-            "dropped": sides.dropped
-            + sum(
-                side.report.pairs - side.report.kept
-                for side in (pairs, held_out)
-                if side is not None
-            ),
-        },
-    )
-    if run.writes:
-        _save_policy(run, policy)
-        if before is not None and after is not None:
-            _report(context, sides.held_out, before, after, result)
-        if config.export is not None:
-            result.export = export_trained(run, model, examiner.chosen, progress)
-    result.seconds = time.monotonic() - started
-    run.write("result.json", result.as_dict())
-    leave_together(replicas)
+    if not run.writes:
+        return RunResult(str(run.path), steps, counts)
+    save_policy(policy, run.policy)
+    report = {}
+    if before is not None and after is not None:
+        report = report_training(context, sides.held_out, before, after)
+    result = RunResult(str(run.path), steps, counts, **report)
+    if config.export is not None:
+        result.export = _export_trained(run, model, examiner.chosen, progress)
     return result
 
 
 def _check_same_data(
-    run: RunDirectory,
-    watchdog: Watchdog | None,
-    pairs: TokenizedPairs,
-    held_out: TokenizedPairs | None,
+    context: Context, pairs: TokenizedPairs, held_out: TokenizedPairs | None
 ) -> None:
-    """Refuses other tokens than the run began with, or the other workers have."""
-    now = {
-        "train": pairs.fingerprint,
-        "held_out": None if held_out is None else held_out.fingerprint,
-    }
-    if watchdog is not None:
-        watchdog.agree("pairs (fingerprint)", now, "Give all of them the same files at data.path.")
+    """Refuse other tokens than the run began with, or the other workers have."""
+    run = context.run
+    sides = {"train": pairs, "held_out": held_out}
+    now = {name: None if side is None else side.fingerprint for name, side in sides.items()}
+    if context.watchdog is not None:
+        hint = "Give all of them the same files at data.path."
+        context.watchdog.agree("pairs (fingerprint)", now, hint)
     then = run.read("data.json")
     if then is None:
         run.write("data.json", {**now, "split": "hash of the prompt"})
     elif changed := " and ".join(name for name in now if now[name] != then.get(name)):
-        raise InputError(
-            f"data.path: the {changed} pairs are not those that {run.path} was started with; "
-            "restore the files, or start a new run with output=DIRECTORY."
-        )
+        why = f": the {changed} pairs are not those that {run.path} was started with; restore the"
+        why += " files, or start a new run with output=DIRECTORY."
+        raise InputError(InputProblem("data.path", why))
 
 
-def _save_policy(run: RunDirectory, policy: Any) -> None:
-    partial = run.path / ".policy.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_policy(policy, partial)
-    shutil.rmtree(run.policy, ignore_errors=True)
-    os.replace(partial, run.policy)
+def _leave_together(strategy: tf.distribute.Strategy) -> None:
+    """Wait until every worker has come to this line.
+
+    A worker that leaves while the chief still writes would be taken for one that crashed.
+    """
+    import tensorflow as tf
+
+    @tf.function
+    def count_workers() -> tf.Tensor:
+        ones = strategy.run(lambda: tf.constant(1.0))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, ones, axis=None)
+
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        count_workers()
 
 
-def _report(
-    context: Context,
-    held_out: Pairs | None,
-    before: Measured,
-    after: Measured,
-    result: RunResult,
-) -> None:
-    """Writes the report and puts what it says into the result."""
-    from dpo_keras.evaluation import side_by_side, write_report
+def export_run(
+    run: str | Path,
+    path: str | Path,
+    *,
+    max_new_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, JSON]:
+    """Write a run's policy as a SavedModel, verified by loading it without Keras.
 
-    run, config = context.run, context.config
-    context.progress.stage("Report")
-    result.before, result.after = before.as_dict(), after.as_dict()
-    if after.samples is not None:
-        rows = side_by_side(before.samples, after.samples, len(after.samples))
-        run.write("samples.jsonl", rows)
-        result.samples = rows[: config.evaluation.samples_shown]
-    report = write_report(
-        run.path,
-        after.held_out,
-        before=before.held_out,
-        samples_before=before.samples,
-        samples_after=after.samples,
-        metrics_jsonl=run.path / "metrics.jsonl",
-        config_text=config.resolved(),
-        pairs=held_out,
-        title=config.name,
-        details={"data": ", ".join(config.data.path or ()), **versions()},
-        samples_shown=config.evaluation.samples_shown,
+    Args:
+        run: the run's directory.
+        path: `<name>/<version>`, or `<name>` for its next version.
+        max_new_tokens: the longest answer of the `generate` signature; None: as configured.
+        progress: progress listener. None disables reporting.
+
+    Returns:
+        What was written, how it compared with the model in Python, and what it answered.
+
+    Raises:
+        InputError: if this is no run with a policy, or the version exists.
+        RuntimeError: if the exported model does not answer as the model in Python does.
+    """
+    directory = open_run(run)
+    config = directory.config()
+    settings = config.export or Export()
+    if max_new_tokens is not None:
+        settings = settings.model_copy(update={"max_new_tokens": max_new_tokens})
+    progress = progress or Silent()
+    progress.stage("Policy and reference")
+    return _export(config, settings, path, load_trained(directory), (), progress)
+
+
+def _export_trained(
+    run: RunDirectory, model: DPOModel, pairs: Sequence[PreferencePair], progress: Progress
+) -> dict[str, JSON]:
+    config = run.config()
+    assert config.export is not None
+    if model.reference.mode == "cached":
+        # The served model meets new texts, for which nothing is cached.
+        model = load_trained(run, model.policy)
+    path = config.export.path or f"saved_models/{config.name}"
+    return _export(config, config.export, path, model, pairs, progress)
+
+
+def _export(
+    config: Config,
+    settings: Export,
+    path: str | Path,
+    model: DPOModel,
+    pairs: Sequence[PreferencePair],
+    progress: Progress,
+) -> dict[str, JSON]:
+    """Export a model, and put one request to each signature in a process without Keras.
+
+    The request is of the first of `pairs` that is plain text, else an example.
+    """
+    from dpo_keras.serving import EXAMPLES, export, run_standalone
+    from dpo_keras.serving.verification import calls
+
+    progress.stage("Export")
+    report = export(
+        model,
+        path,
+        max_length=config.data.max_length,
+        max_new_tokens=settings.max_new_tokens,
+        signatures=settings.signatures,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        template=config.data.template,
+        on_stage=progress.note,
     )
-    result.report = {kind: str(path) for kind, path in report.paths.items()}
-    result.findings = [f"{finding.severity}: {finding.text}" for finding in report.findings]
-    for notice in report.notices:
-        context.progress.note(notice)
+    progress.note(report.summary())
+    progress.stage("One request to the exported model")
+    texts = [
+        (prompt, chosen, rejected)
+        for prompt, chosen, rejected in ((p.prompt, p.chosen, p.rejected) for p in pairs)
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+    ]
+    requests = calls(list(report.signatures), texts[:1] or EXAMPLES[:1])
+    outputs = run_standalone(report.path, requests)["outputs"]
+    answer = {
+        name: {
+            "request": {key: value[0] for key, value in inputs.items()},
+            "response": {key: value[0] for key, value in found.items()},
+        }
+        for (name, inputs), found in zip(requests, outputs, strict=True)
+    }
+    return {**report.as_dict(), "answer": answer}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from dpo_keras.preferences.audit import share_text
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import visible
 
 if TYPE_CHECKING:
     from dpo_keras.app.runs import RunResult
@@ -17,27 +19,21 @@ if TYPE_CHECKING:
     from dpo_keras.preferences.audit import Audit
 
 _BAD_LINES = 20
-# What an untrained model writes must not move the cursor or ring the bell.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _table(title: str | None, *columns: str, numbers: Iterable[int] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     right = set(numbers)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place in right else "left")
+        # A name that is cut off cannot be copied.
+        table.add_column(column, justify="right" if place in right else "left", overflow="fold")
     return table
 
 
-def data_views(pairs: Preferences, picture: Audit) -> list[Any]:
-    """Draws what `dpo-keras data inspect` shows.
-
-    Args:
-        pairs: what was read, with its report.
-        picture: its audit.
-    """
+def data_views(pairs: Preferences, picture: Audit) -> list[RenderableType]:
+    """Draw what `dpo-keras data inspect` shows: the report of reading, and the audit."""
     report = pairs.report
-    views: list[Any] = [report.summary()]
+    views: list[RenderableType] = [report.summary()]
     if report.problems:
         bad = _table("Bad lines (left out)", "line", "column", "what is wrong", numbers=[0])
         for problem in report.problems[:_BAD_LINES]:
@@ -52,24 +48,9 @@ def data_views(pairs: Preferences, picture: Audit) -> list[Any]:
     return views
 
 
-def build_views(result: Mapping[str, Any]) -> list[Any]:
-    """Draws what `dpo-keras data build` made.
-
-    Args:
-        result: of `dpo_keras.app.data_commands.build`.
-    """
-    shards = len(result["shards"])
-    return [
-        result["summary"],
-        f"{result['pairs']:,} pairs ({result['bytes'] / 1e6:,.1f} MB in {shards:,} "
-        f"shard{'s' if shards > 1 else ''}) are in {result['directory']}; train on them with "
-        f"data.path={result['directory']}",
-    ]
-
-
 def _counts(picture: Audit) -> Table:
     table = _table("Pairs", "what", "count", numbers=[1])
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "pairs": f"{picture.pairs:,}",
         "distinct prompts": f"{picture.prompts:,}",
         "ties (preference 0.5)": f"{picture.ties:,}",
@@ -88,9 +69,8 @@ def _counts(picture: Audit) -> Table:
 
 
 def _lengths(picture: Audit) -> Table:
-    table = _table("Lengths", "text", "unit", "mean", *["0", "10", "50", "90", "99", "100"])
-    for column in table.columns[2:]:
-        column.justify = "right"
+    percentiles = ["0", "10", "50", "90", "99", "100"]
+    table = _table("Lengths", "text", "unit", "mean", *percentiles, numbers=range(2, 9))
     for name, units in picture.lengths.items():
         for unit, values in units.items():
             table.add_row(name, unit, *(f"{value:,.0f}" for value in values.values()))
@@ -108,8 +88,19 @@ def _parts(picture: Audit) -> Table:
     return table
 
 
-def loss_rows() -> list[dict[str, Any]]:
-    """Lists the objectives with formula, source and options, for JSON and for the table."""
+def build_views(result: Mapping[str, JSON]) -> list[RenderableType]:
+    """Say what `dpo-keras data build` made."""
+    shards = len(result["shards"])
+    return [
+        result["summary"],
+        f"{result['pairs']:,} pairs ({result['bytes'] / 1e6:,.1f} MB in {shards:,} "
+        f"shard{'s' if shards > 1 else ''}) are in {result['directory']}; train on them with "
+        f"data.path={result['directory']}",
+    ]
+
+
+def loss_rows() -> list[dict[str, JSON]]:
+    """List the objectives with formula, source and options, for JSON and for the table."""
     from dpo_keras.losses import OBJECTIVES, available
 
     return [
@@ -125,23 +116,13 @@ def loss_rows() -> list[dict[str, Any]]:
     ]
 
 
-def loss_views(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Draws the table of objectives.
-
-    Args:
-        rows: from `loss_rows`.
-    """
+def loss_views(rows: Sequence[Mapping[str, JSON]]) -> list[RenderableType]:
+    """Draw the table of objectives, from `loss_rows`."""
     table = _table(None, "loss.type", "loss of a pair", "what it does", "reference", "arXiv")
-    for column in table.columns:
-        column.overflow = "fold"  # a name that is cut off cannot be copied
     for row in rows:
-        table.add_row(
-            row["name"],
-            escape(row["formula"]),
-            escape(row["summary"]),
-            "yes" if row["needs_reference"] else "no",
-            row["arxiv"],
-        )
+        needed = "yes" if row["needs_reference"] else "no"
+        formula, summary = escape(row["formula"]), escape(row["summary"])
+        table.add_row(row["name"], formula, summary, needed, row["arxiv"])
     return [
         table,
         "c, r: log-ratios to the reference of chosen and rejected; c̄, r̄: per token; Δ = c - r; "
@@ -149,18 +130,12 @@ def loss_views(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
 
 
-def run_views(result: RunResult) -> list[Any]:
-    """Draws the outcome of a run.
-
-    Args:
-        result: from `runs.train`.
-    """
-    views: list[Any] = []
+def run_views(result: RunResult) -> list[RenderableType]:
+    """Draw the outcome of a run."""
+    views: list[RenderableType] = []
     if result.before is not None and result.after is not None:
-        for title, key in (
-            ("Held-out pairs", "figures"),
-            ("Responses to held-out prompts", "responses"),
-        ):
+        titles = {"figures": "Held-out pairs", "responses": "Responses to held-out prompts"}
+        for key, title in titles.items():
             if key in result.after:
                 columns = {"before": result.before[key], "after": result.after[key]}
                 views.append(figure_table(title, columns))
@@ -170,107 +145,84 @@ def run_views(result: RunResult) -> list[Any]:
     if result.export is not None:
         views += export_views(result.export)
     files = {"run": result.directory, **result.report}
-    views += [f"{kind}: {path}" for kind, path in files.items()]
-    return views
+    return views + [f"{kind}: {path}" for kind, path in files.items()]
 
 
-def evaluation_views(result: Mapping[str, Any]) -> list[Any]:
-    """Draws an evaluation.
-
-    Args:
-        result: from `runs.evaluate`.
-    """
+def evaluation_views(result: Mapping[str, JSON]) -> list[RenderableType]:
+    """Draw an evaluation, from `runs.evaluate`."""
     title = f"{result['file']}: {result['pairs']:,} pairs, {result['dropped']:,} dropped"
-    views: list[Any] = [figure_table(title, {"value (95 % interval)": result["figures"]})]
-    views += [f"The report says: {finding}" for finding in result["findings"]]
-    return views + [f"{kind}: {path}" for kind, path in result["report"].items()]
+    return [
+        figure_table(title, {"value (95 % interval)": result["figures"]}),
+        *(f"The report says: {finding}" for finding in result["findings"]),
+        *(f"{kind}: {path}" for kind, path in result["report"].items()),
+    ]
 
 
-def export_views(result: Mapping[str, Any]) -> list[Any]:
-    """Draws an export and what it answered.
-
-    Args:
-        result: from `runs.export_run`.
-    """
-    table = _table(
-        "The exported model, asked in a process without Keras", "signature", "request", "response"
-    )
+def export_views(result: Mapping[str, JSON]) -> list[RenderableType]:
+    """Draw an export and what it answered, from `runs.export_run`."""
+    title = "The exported model, asked in a process without Keras"
+    table = _table(title, "signature", "request", "response")
     for name, call in result["answer"].items():
         table.add_row(name, _fields(call["request"]), _fields(call["response"]))
     return [table, f"exported: {result['path']}"]
 
 
-def _fields(values: Mapping[str, Any]) -> str:
+def _fields(values: Mapping[str, JSON]) -> str:
     return "\n".join(
-        f"[dim]{name}[/dim] {escape(_short(f'{v:.4f}' if isinstance(v, float) else str(v)))}"
+        f"[dim]{name}[/dim] {_cell(f'{v:.4f}' if isinstance(v, float) else str(v))}"
         for name, v in values.items()
     )
 
 
-def figure_table(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """Draws figures with their intervals side by side.
-
-    Args:
-        title: above the table.
-        columns: heading to figures by name, for instance before and after.
-    """
+def figure_table(title: str, columns: Mapping[str, Mapping[str, dict[str, JSON]]]) -> Table:
+    """Draw figures with their intervals side by side; `columns` are figures by name, by heading."""
     from dpo_keras.evaluation import Figure
 
     table = _table(title, "figure", *columns, numbers=range(1, len(columns) + 1))
-    names = dict.fromkeys(name for figures in columns.values() for name in figures)
-    for name in names:
+    for name in dict.fromkeys(name for figures in columns.values() for name in figures):
         cells = (
-            str(Figure.from_dict(dict(figures[name]))) if name in figures else ""
+            str(Figure.from_dict(figures[name])) if name in figures else ""
             for figures in columns.values()
         )
         table.add_row(name, *cells)
     return table
 
 
-def sample_table(samples: Sequence[Mapping[str, Any]]) -> Table:
-    """Draws responses before and after, side by side.
-
-    Args:
-        samples: from `dpo_keras.evaluation.side_by_side`.
-    """
+def sample_table(samples: Sequence[Mapping[str, JSON]]) -> Table:
+    """Draw responses before and after, side by side, from `evaluation.side_by_side`."""
     table = Table(title="Samples on held-out prompts", title_justify="left", show_lines=True)
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")
     for sample in samples:
-        cells = [escape(_short(str(sample["prompt"])))]
+        cells = [_cell(str(sample["prompt"]))]
         for name in ("before", "after"):
             good = sample.get(f"{name}_preferred")
             mark = "" if good is None else "[green]good:[/green] " if good else "[red]bad:[/red] "
-            cells.append(mark + escape(_short(str(sample.get(name, "")))))
+            cells.append(mark + _cell(str(sample.get(name, ""))))
         table.add_row(*cells)
     return table
 
 
-def _short(text: str, width: int = 400) -> str:
-    # The end of a prompt is what is answered.
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.strip())
-    return text if len(text) <= width else "... " + text[-width:]
-
-
-def candidate_views(candidates: Sequence[Mapping[str, Any]], shown: int = 5) -> list[Any]:
-    """Draws the first candidates.
-
-    Args:
-        candidates: mappings with `prompt` and `responses`.
-        shown: how many prompts.
-    """
-    views: list[Any] = []
+def candidate_views(
+    candidates: Sequence[Mapping[str, JSON]], shown: int = 5
+) -> list[RenderableType]:
+    """Draw the candidates of the first prompts."""
+    views: list[RenderableType] = []
     for record in candidates[:shown]:
-        table = Table(title=escape(_short(_prompt_text(record["prompt"]))), title_justify="left")
+        prompt = record["prompt"]
+        last_turn = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        table = Table(title=_cell(last_turn), title_justify="left")
         table.add_column("")
         table.add_column("response", overflow="fold")
         for number, response in enumerate(record["responses"], start=1):
-            table.add_row(str(number), escape(_short(response)))
+            table.add_row(str(number), _cell(response))
         views.append(table)
     if len(candidates) > shown:
         views.append(f"... and {len(candidates) - shown:,} more prompts (--output or --json: all)")
     return views
 
 
-def _prompt_text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+def _cell(text: str, width: int = 400) -> str:
+    """Make text safe to draw. The end is kept, for the end of a prompt is what is answered."""
+    text = visible(text.strip())
+    return escape(text if len(text) <= width else "... " + text[-width:])

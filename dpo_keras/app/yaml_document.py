@@ -1,93 +1,79 @@
-"""YAML read so that the configuration's types decide, with the place of every key kept.
+"""YAML whose types the configuration decides, with the place of every key kept.
 
 PyYAML guesses types from the text: `1e-4` becomes a string and `on` becomes True. Here an unquoted
-scalar stays text (`Plain`) until a typed field converts it, so a number in exponent notation is a
+scalar stays text (`Plain`) until a typed field converts it. A number in exponent notation is then a
 number where a number belongs, and a name that happens to be `on` is a name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import yaml
 
-KeyPath = tuple[str | int, ...]
+from dpo_keras.utils.tensors import JSON
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STANDARD_TAG = re.compile(r"tag:yaml\.org,2002:[a-z]+")
+_LAST_PART = re.compile(r"(\.?[^.\[\]]+|\[\d+\])$")
 
 
 class Plain(str):
     """An unquoted YAML scalar: text whose type the field that receives it decides."""
 
 
+def dotted(parts: Iterable[str | int]) -> str:
+    """Write the path of a key as people write it: `data.path[0]`."""
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value was written.
-
-    Args:
-        source: name of the file, or of the override.
-        line: line number from 1, or None for an override.
-
-    Example:
-        >>> str(Place("quickstart.yaml", 12))
-        'quickstart.yaml, line 12'
-    """
+    """Where a value was written: a source, and a line from 1; None for an override."""
 
     source: str
     line: int | None = None
 
     def __str__(self) -> str:
-        """Returns the place as it stands in a message."""
+        """Return the place as it is written in a message."""
         return self.source if self.line is None else f"{self.source}, line {self.line}"
 
 
 @dataclass
 class Document:
-    r"""A tree of mappings, lists and text, with the place of every key and item.
+    """A tree of mappings, lists and text, with the place of every key and item."""
 
-    Args:
-        source: name used in messages.
-        tree: nested dicts and lists; leaves are `Plain`, `str` (quoted) or None.
-        places: place of each key path; `place` finds the nearest.
-        problems: what could not be read, each with its place.
-        readable: False where there is no tree at all for the problems.
+    source: str  # name used in messages
+    tree: dict[str, JSON] = field(default_factory=dict)  # leaves are Plain, str (quoted) or None
+    places: dict[str, Place] = field(default_factory=dict)  # by the dotted name of the key
+    problems: list[str] = field(default_factory=list)  # what could not be read, with its place
+    readable: bool = True  # False where the problems leave no tree at all
 
-    Example:
-        >>> document = read_document("loss:\n  beta: 1e-1\n", "a.yaml")
-        >>> document.tree, str(document.place(("loss", "beta")))
-        ({'loss': {'beta': '1e-1'}}, 'a.yaml, line 2')
-    """
-
-    source: str
-    tree: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, Place] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    readable: bool = True
-
-    def place(self, path: KeyPath) -> Place:
-        """Returns where `path`, or the nearest key above it, was written."""
-        for length in range(len(path), 0, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
+    def place(self, key: str) -> Place:
+        """Return where a key, or the nearest key above it, was written."""
+        while key:
+            if key in self.places:
+                return self.places[key]
+            key = _LAST_PART.sub("", key)
         return Place(self.source)
 
     def override(self, text: str) -> None:
-        """Applies one `section.key=value`; the value is YAML and follows the file's rules.
+        """Apply one `section.key=value`; the value is YAML and follows the file's rules.
 
-        Args:
-            text: for instance `training.epochs=2`, `data.path=[a.jsonl, b.jsonl]`, `warmup=null`.
-                A faulty one is added to `problems` and changes nothing.
+        A faulty one is added to `problems` and changes nothing.
         """
         place = Place(f"override {text!r}")
         name, equals, value_text = text.partition("=")
-        keys = tuple(name.strip().split("."))
-        if not equals or not all(keys):
+        name = name.strip()
+        *sections, last = name.split(".")
+        if not equals or not all((*sections, last)):
             self.problems.append(
                 f"{place}: must read section.key=value, for instance training.epochs=2."
             )
@@ -101,92 +87,88 @@ class Document:
             )
             return
         reader = _Reader(place.source, with_lines=False)
-        value = None if node is None else reader.value(node, keys)
+        value = None if node is None else reader.value(node, name)
         if reader.problems:
             self.problems.extend(reader.problems)
             return
         branch = self.tree
-        for depth, key in enumerate(keys[:-1], start=1):
-            if branch.get(key) is None:
-                branch[key] = {}
-            if not isinstance(branch[key], dict):
+        for depth, section in enumerate(sections, start=1):
+            if branch.get(section) is None:
+                branch[section] = {}
+            if not isinstance(branch[section], dict):
                 self.problems.append(
-                    f"{place}: {'.'.join(keys[:depth])} is {branch[key]!r}, not a section; "
+                    f"{place}: {'.'.join(sections[:depth])} is {branch[section]!r}, not a section; "
                     f"{name} can not be set in it."
                 )
                 return
-            branch = branch[key]
-        branch[keys[-1]] = value
-        # An override replaces all that stood there, so no older place under it holds any more.
-        self.places = {p: at for p, at in self.places.items() if p[: len(keys)] != keys}
-        self.places |= {**reader.places, keys: place}
+            branch = branch[section]
+        branch[last] = value
+        # An override replaces all that was there, so older places under it do not hold any more.
+        replaced = (name + ".", name + "[")
+        self.places = {key: at for key, at in self.places.items() if not key.startswith(replaced)}
+        self.places |= {**reader.places, name: place}
 
 
 class _Reader:
-    """Turns YAML nodes into a tree and notes places and problems on the way."""
+    """Turns YAML nodes into a tree, and notes places and problems on the way."""
 
     def __init__(self, source: str, with_lines: bool = True):
         self.source = source
         self.with_lines = with_lines
-        self.places: dict[KeyPath, Place] = {}
+        self.places: dict[str, Place] = {}
         self.problems: list[str] = []
         self._open: list[yaml.Node] = []
 
     def at(self, node: yaml.Node) -> Place:
         return Place(self.source, node.start_mark.line + 1 if self.with_lines else None)
 
-    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+    def value(self, node: yaml.Node, key: str) -> JSON:
         if not _STANDARD_TAG.fullmatch(node.tag):
-            self.problems.append(f"{self.at(node)}: the tag {node.tag!r} is not supported.")
-            return None
+            return self._refuse(node, f"the tag {node.tag!r} is not supported.")
         if node in self._open:
-            self.problems.append(f"{self.at(node)}: this alias contains itself.")
-            return None
+            return self._refuse(node, "this alias contains itself.")
         self._open.append(node)
         try:
             if isinstance(node, yaml.ScalarNode):
                 return _scalar(node)
             if isinstance(node, yaml.SequenceNode):
-                return [self._item(item, (*path, i)) for i, item in enumerate(node.value)]
+                return [self._item(item, f"{key}[{i}]") for i, item in enumerate(node.value)]
             assert isinstance(node, yaml.MappingNode)
-            return self._mapping(node, path)
+            return self._mapping(node, key)
         finally:
             self._open.pop()
 
-    def _item(self, node: yaml.Node, path: KeyPath) -> Any:
-        self.places[path] = self.at(node)
-        return self.value(node, path)
+    def _refuse(self, node: yaml.Node, why: str) -> None:
+        self.problems.append(f"{self.at(node)}: {why}")
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+    def _item(self, node: yaml.Node, key: str) -> JSON:
+        self.places[key] = self.at(node)
+        return self.value(node, key)
+
+    def _mapping(self, node: yaml.MappingNode, section: str) -> dict[str, JSON]:
+        tree: dict[str, JSON] = {}
+        merged: dict[str, JSON] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(f"{self.at(key_node)}: a key must be a plain word.")
+                self._refuse(key_node, "a key must be a plain word.")
                 continue
-            key = str(key_node.value)
+            name = str(key_node.value)
+            key = f"{section}.{name}" if section else name
             if key_node.tag == "tag:yaml.org,2002:merge":
-                included = self.value(value_node, path)
+                included = self.value(value_node, section)
                 for part in included if isinstance(included, list) else [included]:
                     if isinstance(part, dict):
                         merged = {**part, **merged}
                     else:
-                        self.problems.append(f"{self.at(key_node)}: << takes a mapping.")
-                continue
-            if key in tree:
+                        self._refuse(key_node, "<< takes a mapping.")
+            elif name in tree:
                 # YAML itself would let the last one win without a word.
-                self.problems.append(
-                    f"{self.at(key_node)}: {'.'.join(map(str, (*path, key)))} is given twice; "
-                    f"it stands at {self.places[(*path, key)]} too."
-                )
-                continue
-            if ":" in key and key_node.style is None and _is_empty(value_node):
-                self.problems.append(
-                    f"{self.at(key_node)}: {key!r} must have a space after its colon."
-                )
-                continue
-            self.places[(*path, key)] = self.at(key_node)
-            tree[key] = self.value(value_node, (*path, key))
+                self._refuse(key_node, f"{key} is given twice; it is at {self.places[key]} too.")
+            elif ":" in name and key_node.style is None and _is_empty(value_node):
+                self._refuse(key_node, f"{name!r} must have a space after its colon.")
+            else:
+                self.places[key] = self.at(key_node)
+                tree[name] = self.value(value_node, key)
         return {**merged, **tree}
 
 
@@ -201,19 +183,7 @@ def _scalar(node: yaml.ScalarNode) -> str | None:
 
 
 def read_document(text: str, source: str) -> Document:
-    r"""Reads YAML text; what can not be read is in `problems` of the result.
-
-    Args:
-        text: the YAML text; its top level is a mapping, or it is empty.
-        source: name used in messages, usually the file's path.
-
-    Returns:
-        The tree with its places. An empty text gives an empty tree.
-
-    Example:
-        >>> read_document("a: 1\na: 2\n", "x.yaml").problems
-        ['x.yaml, line 2: a is given twice; it stands at x.yaml, line 1 too.']
-    """
+    """Read YAML text; what can not be read is in `problems` of the result."""
     document = Document(source)
     reader = _Reader(source)
     try:
@@ -231,26 +201,14 @@ def read_document(text: str, source: str) -> Document:
         document.readable = False
         document.problems.append(f"{reader.at(node)}: a configuration must be keys with values.")
         return document
-    document.tree = reader.value(node, ())
+    document.tree = reader.value(node, "")
     document.places = reader.places
     document.problems = reader.problems
     return document
 
 
-def guess_types(value: Any) -> Any:
-    """Converts `Plain` text by YAML 1.2's rules, for values that no field gives a type to.
-
-    Args:
-        value: a tree as `Document.tree` holds it; anything else is returned as it is.
-
-    Returns:
-        The tree with `true`/`false`, integers and floats (`1e-4` too) converted; quoted text and
-        all other text stay text.
-
-    Example:
-        >>> guess_types({"alpha": Plain("1e-4"), "kind": Plain("on"), "name": "3"})
-        {'alpha': 0.0001, 'kind': 'on', 'name': '3'}
-    """
+def guess_types(value: JSON) -> JSON:
+    """Convert `Plain` text by YAML 1.2's rules, for values that no field gives a type to."""
     if isinstance(value, Plain):
         if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
             return value.lower() == "true"

@@ -42,11 +42,11 @@ def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) ->
             # A directory that holds files cannot be replaced in one step.
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)
-            os.replace(path, old)
-            os.replace(partial, path)
+            path.replace(old)
+            partial.replace(path)
             _remove(old)
         else:
-            os.replace(partial, path)
+            partial.replace(path)
         flush_to_disk(path.parent)
     except BaseException:
         _remove(partial)

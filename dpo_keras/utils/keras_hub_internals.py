@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_keras.utils.private_api import KERAS, KERAS_HUB, private
@@ -281,3 +283,34 @@ def python_tokenizer(tokenizer: object) -> tokenizers.Tokenizer | None:
     KerasHub's Python path runs on it. There is no public way to it.
     """
     return getattr(tokenizer, "_tokenizer", None)
+
+
+# -- presets (written for KerasHub 0.32) ---------------------------------------------------
+
+# What KerasHub 0.32's converters of Hugging Face checkpoints read beside the weights, by the
+# `model_type` of config.json.
+TOKENIZER_FILES = {
+    "gpt2": ("vocab.json", "merges.txt"),
+    "llama": ("tokenizer.json", "tokenizer_config.json"),
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3", "gpt_oss"), ("tokenizer.json",)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "mixtral"), ("tokenizer.model",)),
+}
+
+
+def save_preset(model: Any, directory: Path) -> None:
+    """Write a KerasHub model as a preset directory that loads again.
+
+    KerasHub 0.32 leaves `tie_word_embeddings` out of Llama's `get_config`, so that a model with
+    tied embeddings would not load. Its files get it here.
+    """
+    model.save_to_preset(str(directory))
+    tied = getattr(model.backbone, "tie_word_embeddings", None)
+    if tied is None or "tie_word_embeddings" in model.backbone.get_config():
+        return
+    for name, keys in (("config.json", ()), ("task.json", ("config", "backbone"))):
+        content = json.loads((directory / name).read_text(encoding="utf-8"))
+        part = content
+        for key in keys:
+            part = part[key]
+        part["config"]["tie_word_embeddings"] = tied
+        (directory / name).write_text(json.dumps(content, indent=4), encoding="utf-8")

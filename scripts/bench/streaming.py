@@ -75,7 +75,7 @@ def tokenizer():
     """A KerasHub tokenizer, the same in every process."""
     import keras_hub
 
-    from dpo_keras.app.new_models import train_tokenizer
+    from dpo_keras.app.models import train_tokenizer
 
     vocabulary, merges = train_tokenizer(sentences(0), 8192, ("<|endoftext|>",))
     return keras_hub.tokenizers.BytePairTokenizer(vocabulary, merges)

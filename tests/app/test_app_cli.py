@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_keras.app import console as terminal
+from dpo_keras.app.console import FAILED
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"prompt": "How are you?", "chosen": "Fine, thanks.", "rejected": "No."}
@@ -27,7 +27,11 @@ def test_help_and_version_answer_without_tensorflow():
     )
     for arguments in (["--help"], ["train", "--help"], ["--version"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done
         assert "dpo-keras" in done.stdout
@@ -133,8 +137,6 @@ def test_data_without_one_good_line_exit_with_2(run, tmp_path):
 
 
 def test_unforeseen_errors_exit_with_1_and_ctrl_c_with_130(run, monkeypatch):
-    from dpo_keras.preferences import reader as readers
-
     for error, code, words in (
         (RuntimeError("boom\nmore"), 1, "RuntimeError: boom (--debug shows the traceback.)"),
         (OSError(28, "No space left on device", "x"), 1, "the disk is full"),
@@ -144,7 +146,7 @@ def test_unforeseen_errors_exit_with_1_and_ctrl_c_with_130(run, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("dpo_keras.preferences.read_preferences", fail)
+        monkeypatch.setattr("dpo_keras.app.cli.read_preferences", fail)
         found, out, err = run("data", "inspect", "x.jsonl")
         assert found == code and words in err and "Traceback" not in err and out == ""
-    assert readers is not None and terminal.FAILED == 1
+    assert FAILED == 1

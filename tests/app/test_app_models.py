@@ -10,18 +10,19 @@ import pytest
 from app_tiny import SIZES, TEXTS, same_logits
 
 from dpo_keras.app.config_sections import Model, Scratch
-from dpo_keras.app.model_sources import source_problems
 from dpo_keras.app.models import (
+    FAMILIES,
     check_length,
-    check_same_vocabulary,
     enable_lora,
     load_model,
     load_policy,
     load_reference,
     save_policy,
+    source_problem,
+    train_tokenizer,
 )
-from dpo_keras.app.new_models import FAMILIES, train_tokenizer
 from dpo_keras.errors import InputError
+from dpo_keras.scoring import check_same_vocabulary
 
 
 def test_a_tokenizer_is_the_same_for_the_same_texts_and_knows_every_byte():
@@ -30,6 +31,7 @@ def test_a_tokenizer_is_the_same_for_the_same_texts_and_knows_every_byte():
     vocabulary, merges = first
     assert list(vocabulary.values()) == list(range(len(vocabulary)))
     assert len(vocabulary) == 1 + 256 + len(merges)
+    assert vocabulary["<|endoftext|>"] == 0
     with pytest.raises(InputError, match="no training pair"):
         train_tokenizer(["", ""], 300, ("<|endoftext|>",))
 
@@ -126,12 +128,12 @@ def test_a_directory_that_is_no_model_is_told_what_was_looked_for(tmp_path):
             "Hugging Face", "model.safetensors", "vocab.json", "merges.txt"
         ],
         directory(tmp_path / "g", config__json='{"model_type": "gpt2"}'): ["architectures"],
-        directory(tmp_path / "h", weights__h5="x") + "/weights.h5": ["no .keras archive"],
+        directory(tmp_path / "h", weights__h5="x") + "/weights.h5": ["not a .keras archive"],
         str(tmp_path / "missing"): ["does not exist"],
         "missing.keras": ["does not exist"],
     }  # fmt: skip
     for path, words in cases.items():
-        (problem,) = source_problems(path)
+        problem = source_problem(path)
         assert path.split("/")[-1] in problem
         assert [word for word in words if word not in problem] == [], problem
         with pytest.raises(InputError):
@@ -141,13 +143,13 @@ def test_a_directory_that_is_no_model_is_told_what_was_looked_for(tmp_path):
 def test_a_run_directory_points_to_the_policy_in_it(tmp_path):
     directory(tmp_path / "run", config__yaml="")
     (tmp_path / "run" / "policy").mkdir()
-    (problem,) = source_problems(str(tmp_path / "run"))
+    problem = source_problem(str(tmp_path / "run"))
     assert problem.endswith(f"give {tmp_path / 'run' / 'policy'}.")
 
 
 def test_a_misspelt_preset_is_answered_with_the_nearest_one():
-    assert source_problems("gpt2_base_en") == []
-    (problem,) = source_problems("gpt2_bse_en")
+    assert source_problem("gpt2_base_en") is None
+    problem = source_problem("gpt2_bse_en")
     assert "did you mean gpt2_base_en?" in problem
 
 
@@ -184,7 +186,7 @@ def test_a_tokenizer_that_does_not_belong_to_the_weights_is_refused(gpt2_preset,
 
 def test_a_reference_with_another_vocabulary_is_refused(gpt2, llama, gpt2_preset, tmp_path):
     save_policy(llama, tmp_path / "llama")
-    with pytest.raises(InputError, match=r"reference: .*llama has another vocabulary .* tokens"):
+    with pytest.raises(InputError, match=r"reference .*llama has another vocabulary .* tokens"):
         load_reference(str(tmp_path / "llama"), gpt2)
     shuffled = tmp_path / "shuffled"
     shutil.copytree(gpt2_preset, shuffled)
@@ -217,4 +219,4 @@ def test_sizes_that_do_not_divide_are_refused():
         Scratch(hidden_dim=10, num_heads=3)
     with pytest.raises(ValueError, match="even"):
         Scratch(family="llama", hidden_dim=12, num_heads=4)
-    assert source_problems("kaggle://x/y") == []
+    assert source_problem("kaggle://x/y") is None

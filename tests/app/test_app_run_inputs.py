@@ -21,15 +21,15 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
     write_preferences(support_pairs(50), data)
     config = settings(tmp_path / "run", data={"path": str(data)}, warmup=None)
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     class Stopping(runs.Silent):
         def stage(self, title):
             if title == "Preference training":
-                raise Stop
+                raise StoppedError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         runs.train(config, progress=Stopping())
     write_preferences(support_pairs(50, seed=1), data)
     with pytest.raises(InputError, match="the train and held_out pairs are not those"):
@@ -96,7 +96,9 @@ def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_p
             "data": config.data.model_copy(update={"template": None}),
         }
     )
-    with pytest.raises(InputError, match="data.template is needed to turn chat"):
+    with pytest.raises(
+        InputError, match=r"training pairs: .*data\.template is needed to turn chat"
+    ):
         runs.train(bare)
 
 

@@ -1,7 +1,6 @@
 """Runs from Python and from the command line: what they write, and that they can be repeated."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -87,7 +86,7 @@ def test_a_directory_with_other_files_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(InputError, match="not the directory of a run"):
         runs.train(settings(tmp_path))
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+    assert [item.name for item in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 @pytest.fixture(scope="module")

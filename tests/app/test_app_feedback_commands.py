@@ -258,6 +258,8 @@ def test_the_commands_do_not_wait_for_tensorflow(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60

@@ -1,4 +1,4 @@
-"""Who decides how a run's batches are laid out, and in whose words it is refused."""
+"""How a run's batches are laid out, and that what is refused is named by its key."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 from tiny import Letters, gpt2, pairs, plain_model
 
 from dpo_keras.app.config import Config
-from dpo_keras.app.progress import Silent
+from dpo_keras.app.console import Silent
 from dpo_keras.app.training_stages import check_steps, layout_of, steps_per_epoch
 from dpo_keras.batching import tokenize_pairs
 from dpo_keras.errors import InputError

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_keras.app.config import load_config, parse_config
-from dpo_keras.app.config_rules import build_loss
+from dpo_keras.app.config import Config, keys_of, load_config, parse_config
+from dpo_keras.app.config_rules import KEYS, build_loss, keys_for_arguments, with_key
 from dpo_keras.app.config_sections import Loss
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,17 +33,72 @@ def test_every_fault_of_the_objective_is_on_its_own_line(gpt2_preset):
     )
     found = problems(gpt2_preset, text)
     lines = [problem.split(":")[0].removeprefix("c.yaml, line ") for problem in found]
-    assert "c.yaml, line 5: loss.beta: beta must be a number > 0, got -0.1." in found
+    assert "c.yaml, line 5: loss.beta must be a number > 0, got -0.1." in found
     assert "c.yaml, line 7: loss.bete is not a known key; did you mean loss.beta?" in found
-    assert any("loss.gamma" in p and "has no effect with loss.type ipo" in p for p in found)
-    assert any("does not apply to loss.type ipo" in p for p in found if "line 10" in p)
-    assert any("must be >= 0, got -1" in p for p in found if "line 11" in p)
+    for start in (
+        "c.yaml, line 6: loss.gamma",
+        "c.yaml, line 8: loss.weights",
+        "c.yaml, line 10: loss.penalties.insufficient_confidence",
+        "c.yaml, line 11: loss.penalties.nll must have a weight >= 0, got -1",
+    ):
+        assert any(problem.startswith(start) for problem in found), (start, found)
     assert lines == sorted(lines, key=int)
+
+
+def test_an_argument_of_the_library_is_named_as_its_key():
+    cases = {
+        "loss_type": "loss.type",
+        "penalties.nll": "loss.penalties.nll",
+        "gamma": "loss.gamma",
+        "by": "data.split_by",
+        "row_length": "training.row_length",
+    }
+    for argument, key in cases.items():
+        problem = with_key(InputProblem(argument, "must be > 0", -1, "Try 1."), section="loss")
+        assert problem == f"{key} must be > 0, got -1. Try 1."
+        assert (problem.argument, problem.value) == (key, -1)
+    assert with_key(InputProblem("", "Bad."), key="data.path") == "data.path: Bad."
+    assert with_key(InputProblem("", "Bad.")) == "Bad."
+
+
+def test_every_key_that_arguments_are_named_by_is_one_of_the_configuration():
+    sections = keys_of(Config)
+    for key in KEYS.values():
+        section, _, name = key.rpartition(".")
+        assert name in sections[section], key
+
+
+def test_all_problems_of_a_block_are_renamed_and_told_apart():
+    with pytest.raises(InputError) as error, keys_for_arguments("training pairs:"):
+        raise InputError([InputProblem("template", "is needed"), "Nothing is left."])
+    assert error.value.problems == [
+        "training pairs: data.template is needed.",
+        "training pairs: Nothing is left.",
+    ]
+
+
+def test_problems_of_the_objective_are_placed_by_their_arguments(gpt2_preset, monkeypatch):
+    def refuse(**arguments):
+        raise InputError(
+            [
+                InputProblem("penalties.nll", "does not apply", hint="See beta and loss_type."),
+                InputProblem("loss_weights", "must have one weight", 2),
+                "These do not go together.",
+            ]
+        )
+
+    monkeypatch.setattr("dpo_keras.losses.DPOLoss", refuse)
+    text = "loss:\n  penalties:\n    nll: 1\n  weights: [1, 2]\n  beta: 3\n"
+    assert problems(gpt2_preset, text, "loss.beta=4") == [
+        "c.yaml, line 3: loss: These do not go together.",
+        "c.yaml, line 5: loss.penalties.nll does not apply. See beta and loss_type.",
+        "c.yaml, line 6: loss.weights must have one weight, got 2.",
+    ]
 
 
 def test_an_unknown_objective_is_answered_with_the_nearest(gpt2_preset):
     (problem,) = problems(gpt2_preset, "loss: {type: sigmiod}")
-    assert problem.startswith("c.yaml, line 3: loss.type:") and "'sigmoid'?" in problem
+    assert problem.startswith("c.yaml, line 3: loss.type ") and "'sigmoid'?" in problem
 
 
 def test_a_loss_that_compares_needs_a_reference_and_others_do_not(gpt2_preset):
@@ -66,10 +121,10 @@ def test_missing_files_models_and_templates_are_reported_together(gpt2_preset, t
         "data.path names nowhere.jsonl, which does not exist",
         "which is a directory",
         "model.path ./nowhere does not exist",
-        "data.template: template 'chatlm'",
         "did you mean 'frozen_copy'?",
     ):
         assert any(words in problem for problem in found), (words, found)
+    assert any("data.template" in problem and "'chatlm'" in problem for problem in found)
 
 
 def test_nothing_outside_is_looked_at_unless_asked(tmp_path):

@@ -28,13 +28,13 @@ def scripted(monkeypatch):
     calls = []
     answers = {}
 
-    def respond(settings, policy, inputs, progress, *, seed, **options):
-        calls.append((policy, seed, options["temperature"], list(inputs)))
+    def respond(policy, inputs, *, seed, temperature, **options):
+        calls.append((policy, seed, temperature, list(inputs)))
         unique = lambda prompt: f"{policy} {seed} {prompt}"  # noqa: E731
         return [answers.get(seed, unique)(prompt) for prompt in inputs]
 
     monkeypatch.setattr(module, "load_model", lambda path, dtype: str(path))
-    monkeypatch.setattr(module, "respond", respond)
+    monkeypatch.setattr("dpo_keras.training.generate_responses", respond)
     return calls, answers
 
 

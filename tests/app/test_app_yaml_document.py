@@ -30,15 +30,15 @@ def test_quoted_text_is_text_even_where_it_looks_like_null_or_a_number():
 
 def test_every_key_and_item_knows_its_line():
     document = read_document("a:\n  b: 1\n  c:\n    - x\n    - {d: 2}\n", "a.yaml")
-    lines = {path: document.place(path).line for path in [("a",), ("a", "b"), ("a", "c", 1, "d")]}
-    assert lines == {("a",): 1, ("a", "b"): 2, ("a", "c", 1, "d"): 5}
-    assert document.place(("a", "missing")).line == 1, "the nearest key above"
-    assert document.place(("nowhere",)).line is None
+    lines = {key: document.place(key).line for key in ["a", "a.b", "a.c[1].d"]}
+    assert lines == {"a": 1, "a.b": 2, "a.c[1].d": 5}
+    assert document.place("a.missing").line == 1, "the nearest key above"
+    assert document.place("nowhere").line is None
 
 
 def test_a_key_given_twice_is_a_problem_with_both_lines():
     (problem,) = read_document("a:\n  b: 1\n  b: 2\n", "x.yaml").problems
-    assert problem == "x.yaml, line 3: a.b is given twice; it stands at x.yaml, line 2 too."
+    assert problem == "x.yaml, line 3: a.b is given twice; it is at x.yaml, line 2 too."
 
 
 def test_anchors_and_merges_work_and_own_keys_win():
@@ -76,9 +76,9 @@ def test_an_override_replaces_whole_values_and_makes_sections():
         "i": None,
         "j": "a=b",
     }
-    assert str(document.place(("a", "b"))) == "override 'a.b=5'"
-    assert str(document.place(("d", "h"))) == "override 'd={h: 1}'"
-    assert str(document.place(("a", "c"))) == "x.yaml, line 1"
+    assert str(document.place("a.b")) == "override 'a.b=5'"
+    assert str(document.place("d.h")) == "override 'd={h: 1}'"
+    assert str(document.place("a.c")) == "x.yaml, line 1"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,281 @@
+"""Evaluation of a run's policy: before and after training, and on any pairs later."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_keras.app.config_rules import build_loss
+from dpo_keras.app.config_sections import REFERENCES
+from dpo_keras.app.console import Progress, Silent
+from dpo_keras.app.models import check_length, load_model, load_reference
+from dpo_keras.app.run_directory import RunDirectory, open_run, versions
+from dpo_keras.app.run_inputs import Pairs, read_pairs, tokenize
+from dpo_keras.app.training_stages import Context, layout_of
+from dpo_keras.preferences import judge
+from dpo_keras.preferences.pair import plain_text
+from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.tensors import JSON
+
+if TYPE_CHECKING:
+    import keras
+
+    from dpo_keras.batching import TokenizedPairs
+    from dpo_keras.evaluation import HeldOut, Report, Samples
+    from dpo_keras.preferences import PreferencePair
+    from dpo_keras.training import DPOModel
+
+Judge = Callable[[str, str], object]
+# Data whose generator can say whether a response is good, by path; judges take prompt, response.
+JUDGES: Mapping[str, Judge] = {"builtin:support": judge}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement of a policy: figures on held-out pairs, and responses to their prompts."""
+
+    held_out: HeldOut
+    samples: Samples | None
+
+    def as_dict(self) -> dict[str, JSON]:
+        """Return metrics and figures with their intervals, without the pairs and responses."""
+        found = {"figures": self.held_out.figures}
+        if self.samples is not None:
+            found["responses"] = self.samples.figures
+        figures = {
+            part: {name: figure.as_dict() for name, figure in named.items()}
+            for part, named in found.items()
+        }
+        return {"metrics": self.held_out.metrics, **figures}
+
+
+class Examiner:
+    """Measures a model on the same held-out pairs, and prompts of them, whenever it is asked."""
+
+    def __init__(
+        self,
+        context: Context,
+        model: DPOModel,
+        tokenized: TokenizedPairs | None,
+        pairs: Pairs | None,
+    ):
+        self.context = context
+        self.model = model
+        self.tokenized = tokenized
+        self.chosen: list[PreferencePair] = []
+        self._prompts: list[JSON] = []
+        if tokenized is not None and pairs is not None:
+            config = context.config
+            rows = choose_rows(tokenized, pairs, config.evaluation.prompts, config.seed)
+            sources = range(len(pairs)) if tokenized.source is None else tokenized.source
+            self.chosen = [pairs[int(sources[row])] for row in rows]
+            # A chat template places special tokens that no text can stand for: ids are exact.
+            self._prompts = (
+                [plain_text(pair.prompt) for pair in self.chosen]
+                if config.data.template is None
+                else [tokenized.prompt[row].tolist() for row in rows]
+            )
+
+    def measure(self, name: str) -> Measured | None:
+        """Measure, or load the measurement that the run has already in its folder `name`.
+
+        Return None without held-out pairs, and on workers that write nothing.
+        """
+        from dpo_keras.evaluation import HeldOut, Samples, evaluate_preferences
+
+        run, progress = self.context.run, self.context.progress
+        if self.tokenized is None or not run.writes:
+            return None
+        folder = run.path / name
+        if folder.is_dir():
+            stored = folder / "responses.json"
+            samples = Samples.load(stored) if stored.is_file() else None
+            return Measured(HeldOut.load(folder / "pairs.npz"), samples)
+        progress.stage(f"Evaluation {name} preference training")
+        held_out = evaluate_preferences(
+            self.model,
+            self.tokenized,
+            batch_size=self.context.config.evaluation.batch_size,
+            batching=self.context.layout.batching,
+            on_batch=progress.advance,
+        )
+        accuracy = held_out.figures["reward_accuracy"]
+        progress.note(f"{len(held_out):,} pairs: reward accuracy {accuracy}")
+        samples = None
+        if self._prompts:
+            progress.stage(f"Responses {name} preference training")
+            samples = self._sample()
+        with replaced(folder) as partial:
+            partial.mkdir()
+            held_out.save(partial / "pairs.npz")
+            if samples is not None:
+                samples.save(partial / "responses.json")
+        return Measured(held_out, samples)
+
+    def _sample(self) -> Samples:
+        from dpo_keras.evaluation import sample_and_judge
+
+        config, progress = self.context.config, self.context.progress
+        samples = sample_and_judge(
+            self.model.policy,
+            self._prompts,
+            judge_of(config.data.path),
+            questions=[plain_text(pair.prompt) for pair in self.chosen],
+            max_new_tokens=config.evaluation.max_new_tokens,
+            temperature=config.evaluation.temperature,
+            top_p=config.evaluation.top_p,
+            seed=config.seed,
+            batch_size=config.evaluation.batch_size,
+            max_length=config.data.max_length,
+            on_batch=progress.advance,
+        )
+        good = samples.figures.get("preferred")
+        judged = "" if good is None else f": {good} are good by the data's ground truth"
+        progress.note(f"{len(samples):,} responses{judged}")
+        return samples
+
+
+def choose_rows(tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int) -> list[int]:
+    """Draw at most `count` rows of `tokenized` with different prompts, to sample responses to."""
+    prompts = pairs.prompt_hashes
+    if tokenized.source is not None:
+        prompts = prompts[tokenized.source]
+    first_rows: dict[int, int] = {}
+    for row, prompt in enumerate(prompts.tolist()):
+        first_rows.setdefault(prompt, row)
+    distinct = list(first_rows.values())
+    return sorted(random.Random(seed).sample(distinct, min(count, len(distinct))))
+
+
+def judge_of(paths: Sequence[str] | None) -> Judge | None:
+    """Find who can judge responses to prompts of these data; None where nobody can."""
+    names = set(paths or ())
+    return JUDGES.get(names.pop()) if len(names) == 1 else None
+
+
+def report_training(
+    context: Context, held_out: Pairs | None, before: Measured, after: Measured
+) -> dict[str, JSON]:
+    """Write the report of a training into the run, and return what a `RunResult` holds of it."""
+    from dpo_keras.evaluation import side_by_side, write_report
+
+    run, config = context.run, context.config
+    context.progress.stage("Report")
+    samples: list[dict[str, JSON]] = []
+    if after.samples is not None:
+        samples = side_by_side(before.samples, after.samples, len(after.samples))
+        run.write("samples.jsonl", samples)
+    report = write_report(
+        run.path,
+        after.held_out,
+        before=before.held_out,
+        samples_before=before.samples,
+        samples_after=after.samples,
+        metrics_jsonl=run.path / "metrics.jsonl",
+        config_text=config.resolved(),
+        pairs=held_out,
+        title=config.name,
+        details={"data": ", ".join(config.data.path or ()), **versions()},
+        samples_shown=config.evaluation.samples_shown,
+    )
+    for notice in report.notices:
+        context.progress.note(notice)
+    return {
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+        "samples": samples[: config.evaluation.samples_shown],
+        **_said(report),
+    }
+
+
+def _said(report: Report) -> dict[str, JSON]:
+    return {
+        "report": {kind: str(path) for kind, path in report.paths.items()},
+        "findings": [f"{finding.severity}: {finding.text}" for finding in report.findings],
+    }
+
+
+def load_trained(run: RunDirectory, policy: keras.Model | None = None) -> DPOModel:
+    """Load a run's trained policy with the reference that it was trained against, compiled.
+
+    The reference is the model that training started from, or the one that the configuration names.
+    """
+    from dpo_keras.training import DPOModel
+
+    config = run.config()
+    loss = build_loss(config.loss)
+    if policy is None:
+        policy = load_model(str(run.policy), config.model.dtype)
+    reference: keras.Model | str = "none"
+    if loss.needs_reference:
+        path = config.reference
+        if path in REFERENCES:
+            path = str(run.reference) if run.reference.is_dir() else str(config.model.path)
+        reference = load_reference(path, policy, config.model.dtype)
+    model = DPOModel(policy, reference=reference)
+    model.compile(loss=loss)
+    return model
+
+
+def evaluate(
+    run: str | Path,
+    file: str | Path,
+    *,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, JSON]:
+    """Measure a run's policy on preference pairs, and write a report into the run.
+
+    Args:
+        run: the run's directory.
+        file: the pairs, as `data.path` takes them.
+        limit: read this many pairs at most.
+        progress: progress listener. None disables reporting.
+
+    Returns:
+        `{"run", "file", "pairs", "dropped", "metrics", "figures", "report", "findings"}`.
+
+    Raises:
+        InputError: if this is no run with a policy, or the pairs can not be read.
+    """
+    from dpo_keras.evaluation import evaluate_preferences, write_report
+
+    progress = progress or Silent()
+    directory = open_run(run)
+    config = directory.config()
+    progress.stage("Data")
+    any_format = config.data.model_copy(update={"format": "auto"})
+    pairs = read_pairs([str(file)], any_format, progress, limit)
+    progress.stage("Policy and reference")
+    model = load_trained(directory)
+    check_length(model.policy, config.data.max_length)
+    tokenized = tokenize(config.data, pairs, model.policy, "evaluation", progress, directory)
+    progress.stage("Evaluation")
+    reference = getattr(model.reference, "model", "none")
+    held_out = evaluate_preferences(
+        model,
+        tokenized,
+        batch_size=config.evaluation.batch_size,
+        batching=layout_of(config, model.policy, reference, progress).batching,
+        on_batch=progress.advance,
+    )
+    name = Path(str(file).removeprefix("builtin:")).name.split(".")[0]
+    report = write_report(
+        directory.path / "evaluations" / name,
+        held_out,
+        config_text=config.resolved(),
+        pairs=pairs,
+        title=f"{config.name} on {name}",
+        details={"run": str(directory.path), "data": str(file), **versions()},
+    )
+    return {
+        "run": str(directory.path),
+        "file": str(file),
+        "pairs": len(tokenized),
+        "dropped": pairs.report.dropped + tokenized.report.pairs - tokenized.report.kept,
+        **Measured(held_out, None).as_dict(),
+        **_said(report),
+    }
