@@ -10,7 +10,6 @@ from dpo_keras.errors import InputError
 from dpo_keras.preferences.pair import shown
 from dpo_keras.utils.tensors import JSON
 
-
 SHOWN = 20  # problems in the message of an `InvalidPreferences`
 
 
