@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from typing import Any
 
-_NO_VALUE = object()
+
+class _NoValue(enum.Enum):
+    """A value that was not given; an enum member stays itself when it is pickled."""
+
+    NO_VALUE = enum.auto()
+
+
+_NO_VALUE = _NoValue.NO_VALUE
 
 
 class InputProblem(str):
@@ -43,6 +51,10 @@ class InputProblem(str):
         problem = super().__new__(cls, f"{text} {hint}" if hint else text)
         problem.argument, problem.rule, problem.value, problem.hint = argument, rule, value, hint
         return problem
+
+    def __reduce__(self) -> tuple[type[InputProblem], tuple[Any, ...]]:
+        """Return how to make it again: copies and pickles keep the parts."""
+        return InputProblem, (self.argument, self.rule, self.value, self.hint)
 
     def renamed(self, argument: str) -> InputProblem:
         """Return the problem under another name, such as that of a configuration's key."""

@@ -52,10 +52,11 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
         return Sides(pairs, None, pairs.report.dropped)
     begun = None if run is None else run.read("data.json")
     if begun is not None and "split" not in begun and isinstance(pairs, Preferences):
-        train, held_out = earlier_split(pairs, data.held_out, config.seed, data.split_by)
+        sides: tuple[Pairs, Pairs] = earlier_split(pairs, data.held_out, config.seed, data.split_by)
     else:
         with keys_for_arguments():
-            train, held_out = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
+            sides = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
+    train, held_out = sides
     progress.note(f"{len(train):,} pairs to train on, {len(held_out):,} held out.")
     return Sides(train, held_out, pairs.report.dropped)
 

@@ -27,7 +27,7 @@ class Audit:
         prompts: number of distinct prompts.
         ties: pairs with preference exactly 0.5.
         soft: pairs with a preference strictly between 0.5 and 1.
-        zero_weight: pairs that do not count in the loss.
+        zero_weight: pairs without influence on the loss.
         lengths: percentiles {"prompt" | "chosen" | "rejected": {"characters" | "words":
             {"mean": ..., "0": ..., "10": ..., "50": ...}}}.
         duplicates: (index, earlier index) of pairs that say the same again.
@@ -163,7 +163,7 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
 
 
 class RepeatFinder:
-    """Finds duplicates and contradictions, from 16 bytes per pair instead of the pairs.
+    """Find duplicates and contradictions, from 16 bytes per pair instead of the pairs.
 
     A duplicate has prompt, both responses, preference and annotator of an earlier pair. A
     contradiction has the prompt and responses of an earlier pair and prefers the other response,
@@ -189,18 +189,14 @@ class RepeatFinder:
         """Note the next pair."""
         prompt = text_bytes(pair.prompt)
         chosen, rejected = text_bytes(pair.chosen), text_bytes(pair.rejected)
-        ordered = chosen < rejected
-        sides = (chosen, rejected) if ordered else (rejected, chosen)
-        comparison = hash64(prompt, *sides)
-        tie = pair.preference == 0.5
-        if tie:
+        comparison = hash64(prompt, *sorted((chosen, rejected)))
+        direction = int(chosen < rejected)
+        if pair.preference == 0.5:
             self._ties.append(len(self._said))
-        direction = 2 if tie else int(ordered)
-        annotator = (pair.annotator or "").encode()
-        by = bytes([direction, pair.annotator is None]) + annotator
-        self._said.append(
-            hash64(comparison.to_bytes(8, "little"), repr(float(pair.preference)).encode(), by)
-        )
+            direction = 2
+        preference = repr(float(pair.preference)).encode()
+        by = bytes([direction, pair.annotator is None]) + (pair.annotator or "").encode()
+        self._said.append(hash64(comparison.to_bytes(8, "little"), preference, by))
         self._preferred.append(comparison & ~1 | (direction & 1))
 
     def find(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

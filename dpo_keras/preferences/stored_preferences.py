@@ -40,6 +40,7 @@ NAMES = ("annotator", "group", "id")
 NUMBERS = ("preference", "weight", "margin")
 FLAGS = ("messages", "swapped")
 FEATURES = frozenset((*TEXTS, *NAMES, *NUMBERS, *FLAGS))
+
 AGAIN = "build the directory again, or restore the file."
 
 
