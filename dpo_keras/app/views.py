@@ -210,13 +210,13 @@ def figure_table(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any
         title: above the table.
         columns: heading to figures by name, for instance before and after.
     """
-    from dpo_keras.evaluation import Figure
+    from dpo_keras.utils.intervals import Estimate
 
     table = _table(title, "figure", *columns, numbers=range(1, len(columns) + 1))
     names = dict.fromkeys(name for figures in columns.values() for name in figures)
     for name in names:
         cells = (
-            str(Figure.from_dict(dict(figures[name]))) if name in figures else ""
+            str(Estimate.from_dict(dict(figures[name]))) if name in figures else ""
             for figures in columns.values()
         )
         table.add_row(name, *cells)

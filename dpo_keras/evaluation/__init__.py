@@ -5,7 +5,7 @@
     change                 before, after -> the paired difference of a figure, with its interval
     write_report           all of it, with the training curves -> report.md, .html, .json, plots
 
-A figure is a `Figure`: a value with its 95 % interval, or the reason why there is none.
+A figure is a `Estimate`: a value with its 95 % interval, or the reason why there is none.
 """
 
 from dpo_keras.evaluation.before_after import change
@@ -16,13 +16,13 @@ from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.report_content import most_wrong
 from dpo_keras.evaluation.run_report import Report, write_report
 from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
-from dpo_keras.evaluation.statistics import Figure
 from dpo_keras.evaluation.training_log import TrainingLog, read_training_log
+from dpo_keras.utils.intervals import Estimate
 
 __all__ = [
     "Bin",
     "Calibration",
-    "Figure",
+    "Estimate",
     "Finding",
     "HeldOut",
     "Report",

@@ -7,16 +7,11 @@ import numpy as np
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
-from dpo_keras.evaluation.statistics import (
-    Figure,
-    correlation,
-    mean,
-    share_difference,
-    undefined,
-)
+from dpo_keras.evaluation.statistics import correlation, mean, share_difference
+from dpo_keras.utils.intervals import Estimate, undefined
 
 
-def change(before: HeldOut | Samples, after: HeldOut | Samples, name: str) -> Figure:
+def change(before: HeldOut | Samples, after: HeldOut | Samples, name: str) -> Estimate:
     """The change of a figure, taken over the same pairs or prompts one by one.
 
     Pairing takes away what makes items easy or hard, so that smaller changes can be seen than from
@@ -70,7 +65,7 @@ def same_pairs(before: HeldOut, after: HeldOut) -> bool:
     )
 
 
-def _pairs_change(before: HeldOut, after: HeldOut, name: str) -> Figure:
+def _pairs_change(before: HeldOut, after: HeldOut, name: str) -> Estimate:
     if not same_pairs(before, after):
         return undefined("before and after are of different pairs", len(after))
     if name == "reward_accuracy":
@@ -86,7 +81,7 @@ def _pairs_change(before: HeldOut, after: HeldOut, name: str) -> Figure:
     return mean(difference, after.pairs["weight"], after.pairs["prompt"])
 
 
-def _samples_change(before: Samples, after: Samples, name: str) -> Figure:
+def _samples_change(before: Samples, after: Samples, name: str) -> Estimate:
     if before.prompts != after.prompts:
         return undefined("before and after answer different prompts", len(after))
     one, other = before.values(name), after.values(name)
@@ -98,9 +93,9 @@ def _samples_change(before: Samples, after: Samples, name: str) -> Figure:
     return share_difference(before.figures[name], after.figures[name], correlation(one, other))
 
 
-def _plain(before: Figure | None, after: Figure) -> Figure:
+def _plain(before: Estimate | None, after: Estimate) -> Estimate:
     if before is None:
         return undefined("it was not measured before")
     if before.value is None or after.value is None:
         return undefined(before.reason or after.reason or "")
-    return Figure(after.value - before.value, count=after.count)
+    return Estimate(after.value - before.value, count=after.count)

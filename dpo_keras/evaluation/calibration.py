@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
+from dpo_keras.evaluation.statistics import mean, share
+from dpo_keras.utils.intervals import Estimate, undefined
 
 BINS = 10
 _DRAWS = 200
@@ -27,8 +28,8 @@ class Bin:
 
     low: float
     high: float
-    confidence: Figure
-    agreement: Figure
+    confidence: Estimate
+    agreement: Estimate
     weight: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,21 +65,21 @@ class Calibration:
     """
 
     bins: tuple[Bin, ...]
-    expected_calibration_error: Figure
-    chance_level: Figure
-    brier: Figure
-    log_loss: Figure
-    label_entropy: Figure
-    confidence: Figure
-    agreement: Figure
-    overconfidence: Figure
+    expected_calibration_error: Estimate
+    chance_level: Estimate
+    brier: Estimate
+    log_loss: Estimate
+    label_entropy: Estimate
+    confidence: Estimate
+    agreement: Estimate
+    overconfidence: Estimate
     note: str = ""
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """All figures by name."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return {name: value for name, value in fields.items() if isinstance(value, Figure)}
+        return {name: value for name, value in fields.items() if isinstance(value, Estimate)}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -156,7 +157,7 @@ def calibrate(
         error = chance = undefined(gap.reason or "", gap.count)
     else:
         shares, gaps = weight[usable] / total, (confidence - agreement)[usable]
-        error = Figure(_binned(shares * gaps, where[usable], bins), count=gap.count)
+        error = Estimate(_binned(shares * gaps, where[usable], bins), count=gap.count)
         chance = _chance_level(confidence, label, shares, where, usable, bins)
     probability = np.where(llr > 0, confidence, 1 - confidence)
     return Calibration(
@@ -184,7 +185,7 @@ def _chance_level(
     where: np.ndarray,
     usable: np.ndarray,
     bins: int,
-) -> Figure:
+) -> Estimate:
     count = int(usable.sum())
     if ((label[usable] != 0) & (label[usable] != 1)).any():
         # How a vote share scatters depends on the number of voters, which nobody told.
@@ -195,7 +196,7 @@ def _chance_level(
         _binned(shares * (confidence - (random.random(count) < confidence)), where, bins)
         for _ in range(_DRAWS)
     ]
-    return Figure(float(np.quantile(errors, 0.95)), count=count)
+    return Estimate(float(np.quantile(errors, 0.95)), count=count)
 
 
 def _entropy(label: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ import numpy as np
 from dpo_keras.evaluation.before_after import change, same_pairs
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
-from dpo_keras.evaluation.statistics import Figure, mean, short
+from dpo_keras.evaluation.statistics import mean
 from dpo_keras.evaluation.training_log import TrainingLog
+from dpo_keras.utils.intervals import Estimate, short
 
 LENGTH_GAP = 0.1  # difference in accuracy between longer and shorter that is worth a word
 OVERFIT = 0.02  # relative rise of the held-out loss above its lowest
@@ -31,12 +32,12 @@ class Measured:
     log: TrainingLog | None = None
 
 
-def above(figure: Figure, bound: float) -> bool:
+def above(figure: Estimate, bound: float) -> bool:
     """Whether the whole interval lies above a bound."""
     return figure.low is not None and figure.low > bound
 
 
-def below(figure: Figure, bound: float) -> bool:
+def below(figure: Estimate, bound: float) -> bool:
     """Whether the whole interval lies below a bound."""
     return figure.high is not None and figure.high < bound
 
@@ -62,10 +63,10 @@ def chosen_logps_fell(measured: Measured) -> str | None:
     )
 
 
-def _course_of_chosen(measured: Measured) -> tuple[Figure | None, Figure | None, str]:
+def _course_of_chosen(measured: Measured) -> tuple[Estimate | None, Estimate | None, str]:
     after, before = measured.after, measured.before
-    fall: Figure | None
-    growth: Figure | None
+    fall: Estimate | None
+    growth: Estimate | None
     if before is not None and same_pairs(before, after):
         names = ("chosen_logps", "reward_margin")
         fall, growth = (change(before, after, name) for name in names)
@@ -80,7 +81,7 @@ def _course_of_chosen(measured: Measured) -> tuple[Figure | None, Figure | None,
     return None, None, ""
 
 
-def _trend(log: TrainingLog, name: str) -> Figure | None:
+def _trend(log: TrainingLog, name: str) -> Estimate | None:
     """Mean of the last tenth of the steps less that of the first."""
     values = log.curve(name)[1]
     count = len(values) // 10
@@ -91,7 +92,7 @@ def _trend(log: TrainingLog, name: str) -> Figure | None:
         return None
     difference = last.value - first.value
     reach = float(np.hypot(first.high - first.value, last.high - last.value))
-    return Figure(difference, difference - reach, difference + reach, len(values))
+    return Estimate(difference, difference - reach, difference + reach, len(values))
 
 
 def training_broke(measured: Measured) -> str | None:
@@ -204,12 +205,12 @@ def underconfident(measured: Measured) -> str | None:
     )
 
 
-def _apart(one: Figure, other: Figure) -> bool:
+def _apart(one: Estimate, other: Estimate) -> bool:
     return any(
         a.low is not None and b.high is not None and a.low > b.high
         for a, b in ((one, other), (other, one))
     )
 
 
-def _percent(figure: Figure) -> str:
+def _percent(figure: Estimate) -> str:
     return "unknown" if figure.value is None else f"{figure.value:.0%}"

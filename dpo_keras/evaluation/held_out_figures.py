@@ -14,7 +14,8 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.calibration import Calibration, calibrate
-from dpo_keras.evaluation.statistics import Figure, mean, percentiles, share, undefined
+from dpo_keras.evaluation.statistics import mean, percentiles, share
+from dpo_keras.utils.intervals import Estimate, undefined
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _NEEDED = (
@@ -102,7 +103,7 @@ class HeldOut:
     # -- figures ---------------------------------------------------------------------------
 
     @cached_property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """The logged names of `DPOModel` and the means of all other columns, with intervals."""
         return self._figures(np.ones(len(self), bool))
 
@@ -111,7 +112,7 @@ class HeldOut:
         """The values alone; `model.evaluate(…, return_dict=True)` gives the same."""
         return {name: figure.value for name, figure in self.figures.items()}
 
-    def _figures(self, rows: np.ndarray) -> dict[str, Figure]:
+    def _figures(self, rows: np.ndarray) -> dict[str, Estimate]:
         weight, prompt = self.pairs["weight"][rows], self.pairs["prompt"][rows]
         columns = {
             **{k: v for k, v in self.pairs.items() if k not in _ABOUT_PAIRS},
@@ -125,17 +126,17 @@ class HeldOut:
         if self.entropy is not None and rows.all():
             # Measured over tokens, not pairs: there is nothing to take an interval from.
             known = math.isfinite(self.entropy)
-            found["entropy"] = Figure(self.entropy) if known else undefined("it is not finite")
+            found["entropy"] = Estimate(self.entropy) if known else undefined("it is not finite")
         return {name: found[name] for name in (*first, *found) if name in found}
 
-    def _accuracy(self, rows: np.ndarray, absent: str) -> Figure:
+    def _accuracy(self, rows: np.ndarray, absent: str) -> Estimate:
         rows = rows & (self.decided > 0)
         return share(
             self.right[rows], self.decided[rows], self.pairs["prompt"][rows], absent=absent
         )
 
     @cached_property
-    def groups(self) -> dict[str, dict[str, Figure]]:
+    def groups(self) -> dict[str, dict[str, Estimate]]:
         """Loss, accuracy and margin of each group; empty where no pair has one."""
         numbers = self.pairs["group"].astype(np.int64)
         wanted = ("loss", "reward_accuracy", "reward_margin")
@@ -152,7 +153,7 @@ class HeldOut:
         return self.group_names[number] if number < len(self.group_names) else str(number)
 
     @cached_property
-    def by_length(self) -> dict[str, Figure]:
+    def by_length(self) -> dict[str, Estimate]:
         """Reward accuracy by which response is longer, in tokens.
 
         `length_controlled` is the mean of `chosen_longer` and `chosen_shorter`: whoever goes by
@@ -198,7 +199,7 @@ class HeldOut:
     def as_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON; the rows themselves are in `pairs`."""
 
-        def plain(figures: Mapping[str, Figure]) -> dict[str, Any]:
+        def plain(figures: Mapping[str, Estimate]) -> dict[str, Any]:
             return {name: figure.as_dict() for name, figure in figures.items()}
 
         return {
@@ -262,7 +263,7 @@ class HeldOut:
             ) from error
 
 
-def _middle(one: Figure, other: Figure) -> Figure:
+def _middle(one: Estimate, other: Estimate) -> Estimate:
     """Mean of two independent figures."""
     count = one.count + other.count
     for figure in (one, other):
@@ -274,4 +275,4 @@ def _middle(one: Figure, other: Figure) -> Figure:
     # Square and add, as for differences (Zou and Donner 2008): keeps the bounds within [0, 1].
     low = value - 0.5 * np.hypot(one.value - one.low, other.value - other.low)
     high = value + 0.5 * np.hypot(one.high - one.value, other.high - other.value)
-    return Figure(value, float(low), float(high), count)
+    return Estimate(value, float(low), float(high), count)

@@ -13,8 +13,8 @@ from dpo_keras.evaluation.checks import Measured
 from dpo_keras.evaluation.findings import Finding
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples, side_by_side
-from dpo_keras.evaluation.statistics import Figure, short, undefined
 from dpo_keras.preferences import PreferencePair, plain_text
+from dpo_keras.utils.intervals import Estimate, short, undefined
 
 # Name, label, meaning; those not named here are shown under their own name.
 _HELD_OUT = {
@@ -241,15 +241,15 @@ def _sample_rows(measured: Measured) -> list[dict[str, str]]:
     return _rows({**first, **verdict, **_SAMPLES}, after.figures, _of(before), changes)
 
 
-def _of(measured: HeldOut | Samples | None) -> dict[str, Figure] | None:
+def _of(measured: HeldOut | Samples | None) -> dict[str, Estimate] | None:
     return None if measured is None else measured.figures
 
 
 def _rows(
     labels: Mapping[str, tuple[str, str]],
-    after: Mapping[str, Figure],
-    before: Mapping[str, Figure] | None = None,
-    changes: Mapping[str, Figure] | None = None,
+    after: Mapping[str, Estimate],
+    before: Mapping[str, Estimate] | None = None,
+    changes: Mapping[str, Estimate] | None = None,
 ) -> list[dict[str, str]]:
     names = [name for name in labels if name in after]
     rows = []
@@ -264,15 +264,15 @@ def _rows(
     return rows
 
 
-def _accuracies(held_out: HeldOut) -> dict[str, Figure]:
+def _accuracies(held_out: HeldOut) -> dict[str, Estimate]:
     return {name: figures["reward_accuracy"] for name, figures in held_out.groups.items()}
 
 
-def _moved(measured: Measured) -> Figure:
+def _moved(measured: Measured) -> Estimate:
     assert measured.before is not None
     return change(measured.before, measured.after, "reward_accuracy")
 
 
-def _signed(figure: Figure) -> str:
+def _signed(figure: Estimate) -> str:
     text = str(figure)
     return f"+{text}" if figure.value is not None and figure.value >= 0 else text

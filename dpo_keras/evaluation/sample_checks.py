@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo_keras.evaluation.before_after import change
 from dpo_keras.evaluation.checks import Measured, above, below
-from dpo_keras.evaluation.statistics import Figure, short
+from dpo_keras.utils.intervals import Estimate, short
 
 LONGER = 1.25  # growth of generated responses that is worth a word
 CUT = 0.2  # share of responses cut off that is worth a word
@@ -70,7 +70,7 @@ def responses_cut(measured: Measured) -> str | None:
     )
 
 
-def _samples_change(measured: Measured, name: str) -> Figure | None:
+def _samples_change(measured: Measured, name: str) -> Estimate | None:
     before, after = measured.samples_before, measured.samples_after
     if before is None or after is None or name not in after.figures or name not in before.figures:
         return None

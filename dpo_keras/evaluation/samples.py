@@ -14,8 +14,9 @@ import numpy as np
 
 from dpo_keras.batching import TextEncoder
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
+from dpo_keras.evaluation.statistics import mean, share
 from dpo_keras.training import generate_responses
+from dpo_keras.utils.intervals import Estimate, undefined
 
 Judge = Callable[[str, str], Any]
 
@@ -33,7 +34,7 @@ class Samples:
     def __init__(
         self,
         records: Sequence[dict[str, Any]],
-        figures: dict[str, Figure],
+        figures: dict[str, Estimate],
         options: dict[str, Any] | None = None,
     ):
         self.records = list(records)
@@ -100,7 +101,7 @@ class Samples:
         """
         try:
             stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            figures = {name: Figure.from_dict(f) for name, f in stored["figures"].items()}
+            figures = {name: Estimate.from_dict(f) for name, f in stored["figures"].items()}
             return cls(stored["records"], figures, stored["options"])
         except FileNotFoundError:
             raise InputError(f"There is no file {os.fspath(path)}.") from None
@@ -255,7 +256,7 @@ def _verdict(found: Any) -> dict[str, bool]:
     return {"preferred": bool(found.preferred), **kept}
 
 
-def _figures(records: list[dict[str, Any]], tokens: list[list[int]]) -> dict[str, Figure]:
+def _figures(records: list[dict[str, Any]], tokens: list[list[int]]) -> dict[str, Estimate]:
     prompts = [record["prompt"] for record in records]
     clusters = np.unique(prompts, return_inverse=True)[1].reshape(-1) if prompts else None
     of = {"of": "response"}
@@ -275,10 +276,10 @@ def _figures(records: list[dict[str, Any]], tokens: list[list[int]]) -> dict[str
     }
 
 
-def _distinct(tokens: list[list[int]], size: int) -> Figure:
+def _distinct(tokens: list[list[int]], size: int) -> Estimate:
     grams = [tuple(ids[i : i + size]) for ids in tokens for i in range(len(ids) - size + 1)]
     return _ratio(len(set(grams)), len(grams), f"no response has {size} tokens")
 
 
-def _ratio(part: int, whole: int, absent: str) -> Figure:
-    return Figure(part / whole, count=whole) if whole else undefined(absent)
+def _ratio(part: int, whole: int, absent: str) -> Estimate:
+    return Estimate(part / whole, count=whole) if whole else undefined(absent)

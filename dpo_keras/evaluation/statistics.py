@@ -1,4 +1,4 @@
-"""Figures that know how sure they are: means and shares with 95 % intervals, never NaN.
+"""Estimates that know how sure they are: means and shares with 95 % intervals, never NaN.
 
 Pairs about one prompt go wrong together, so intervals count prompts ("clusters") where that
 matters: the variance of a mean is that of its clusters' sums, and a share's Wilson interval is
@@ -9,94 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Z = 1.959963984540054  # the normal's 97.5 % quantile
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A measured value with its 95 % interval, or the reason why there is none.
-
-    Args:
-        value: the value; None where it is undefined.
-        low: lower end of the interval; None where there is none.
-        high: upper end.
-        count: pairs, responses or whatever else the value was taken over.
-        reason: why `value` is None.
-
-    Example:
-        >>> print(Figure(0.9123, 0.8741, 0.9402, count=250))
-        0.912 (0.874 to 0.940)
-        >>> print(undefined("no pair has a longer chosen response"))
-        undefined: no pair has a longer chosen response
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    count: int = 0
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        """The value, then its interval."""
-        if self.value is None:
-            return f"undefined: {self.reason}"
-        text = short(self.value)
-        if self.low is None or self.high is None:
-            return text
-        return f"{text} ({short(self.low)} to {short(self.high)})"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields that are set, ready for JSON.
-
-        Example:
-            >>> Figure(0.5, count=3).as_dict()
-            {'value': 0.5, 'count': 3}
-        """
-        found = {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
-        kept = {name: v for name, v in found.items() if v is not None or name == "value"}
-        return kept if self.reason is None else {**kept, "reason": self.reason}
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Figure:
-        """The figure that `as_dict` was called on.
-
-        Args:
-            record: what `as_dict` returned.
-        """
-        return cls(**record)
-
-
-def undefined(reason: str, count: int = 0) -> Figure:
-    """A figure without a value.
-
-    Args:
-        reason: why.
-        count: what it was to be taken over.
-    """
-    return Figure(None, count=count, reason=reason)
-
-
-def short(value: float) -> str:
-    """A number as people read it: three decimals, or four digits where it is large or tiny.
-
-    Example:
-        >>> [short(v) for v in (0.5, 12.3456, -1234.5, 0.00012, 0.0)]
-        ['0.500', '12.35', '-1234', '0.00012', '0.000']
-    """
-    size = abs(value)
-    if size >= 10:
-        return f"{value:.4g}" if size < 1e6 else f"{value:.3g}"
-    return f"{value:.3f}" if size >= 0.001 or size == 0 else f"{value:.2g}"
+from dpo_keras.utils.intervals import Estimate, Z, undefined, wilson_interval
 
 
 def mean(
     values: Any, weight: Any = None, clusters: Any = None, *, of: str = "pair", absent: str = ""
-) -> Figure:
+) -> Estimate:
     """Weighted mean, with an interval that is robust to dependence within clusters.
 
         mean = sum w v / sum w,   variance = C/(C-1) sum_c (sum_{i in c} w_i (v_i - mean))^2 / W^2
@@ -119,21 +41,21 @@ def mean(
         0.54
     """
     data = _items(values, weight, clusters, of, absent)
-    if isinstance(data, Figure):
+    if isinstance(data, Estimate):
         return data
     values, weight, clusters = data
     centre = float(weight @ values) / float(weight.sum())
     weight = weight / weight.sum()
     sums = np.bincount(clusters, weight * (values - centre))
     if len(sums) < 2:
-        return Figure(centre, count=len(values))
+        return Estimate(centre, count=len(values))
     spread = Z * math.sqrt(float(sums @ sums) * len(sums) / (len(sums) - 1))
-    return Figure(centre, centre - spread, centre + spread, len(values))
+    return Estimate(centre, centre - spread, centre + spread, len(values))
 
 
 def share(
     values: Any, weight: Any = None, clusters: Any = None, *, of: str = "pair", absent: str = ""
-) -> Figure:
+) -> Estimate:
     """Weighted share of successes, with the Wilson interval.
 
     The interval is taken at the effective number of items: Kish's (sum w)² / sum w², divided by
@@ -160,7 +82,7 @@ def share(
         Wilson (1927), JASA 22: 209-212. Kish (1965), Survey Sampling.
     """
     data = _items(values, weight, clusters, of, absent)
-    if isinstance(data, Figure):
+    if isinstance(data, Estimate):
         return data
     values, weight, clusters = data
     p = float(weight @ values) / float(weight.sum())
@@ -172,30 +94,10 @@ def share(
     else:
         totals = np.bincount(clusters, weight)
         count = 1 / float(totals @ totals)
-    return Figure(p, *wilson(p, count), len(values))
+    return Estimate(p, *wilson_interval(p, count), len(values))
 
 
-def wilson(p: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
-
-    Args:
-        p: the share found, in [0, 1].
-        count: number of items, > 0; need not be whole.
-
-    Returns:
-        (low, high), within [0, 1].
-
-    Example:
-        >>> [round(end, 4) for end in wilson(1.0, 10)]  # 10 / (10 + 1.96²) to 1
-        [0.7225, 1.0]
-    """
-    z2 = Z * Z / count
-    centre = (p + z2 / 2) / (1 + z2)
-    half = Z / (1 + z2) * math.sqrt(p * (1 - p) / count + z2 / (4 * count))
-    return min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
-
-
-def share_difference(before: Figure, after: Figure, correlation: float) -> Figure:
+def share_difference(before: Estimate, after: Estimate, correlation: float) -> Estimate:
     """Difference of two shares of the same items, with Newcombe's interval.
 
     Args:
@@ -225,7 +127,7 @@ def share_difference(before: Figure, after: Figure, correlation: float) -> Figur
     difference = after.value - before.value
     down = reach(after.value - after.low, before.high - before.value)
     up = reach(after.high - after.value, before.value - before.low)
-    return Figure(difference, difference - down, difference + up, after.count)
+    return Estimate(difference, difference - down, difference + up, after.count)
 
 
 def correlation(one: Any, other: Any, weight: Any = None) -> float:
@@ -270,7 +172,7 @@ def percentiles(values: Any, weight: Any, wanted: Sequence[float]) -> dict[str, 
 
 def _items(
     values: Any, weight: Any, clusters: Any, of: str, absent: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Figure:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Estimate:
     """Items of weight, their weights and clusters numbered from 0; or why there is none."""
     values = np.asarray(values, np.float64)
     if not len(values):

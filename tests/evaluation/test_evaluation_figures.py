@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 
 from dpo_keras.evaluation.statistics import (
-    Figure,
     Z,
     correlation,
     mean,
     percentiles,
     share,
     share_difference,
-    undefined,
-    wilson,
 )
+from dpo_keras.utils.intervals import Estimate, undefined, wilson_interval
 
 
 def test_mean_of_independent_values_has_the_textbook_interval():
@@ -30,7 +28,7 @@ def test_mean_of_independent_values_has_the_textbook_interval():
 
 def test_wilson_solves_its_quadratic():
     for p, n in ((0.0, 3), (0.2, 10), (0.5, 7.5), (0.97, 400), (1.0, 1)):
-        for end in wilson(p, n):
+        for end in wilson_interval(p, n):
             assert (end - p) ** 2 == pytest.approx(Z * Z * end * (1 - end) / n, abs=1e-12)
 
 
@@ -45,7 +43,7 @@ def test_wilson_covers_about_95_percent():
     random = np.random.default_rng(0)
     inside = 0
     for hits in random.binomial(40, 0.85, 2000):
-        low, high = wilson(hits / 40, 40)
+        low, high = wilson_interval(hits / 40, 40)
         inside += low <= 0.85 <= high
     assert 0.93 <= inside / 2000 <= 0.98
 
@@ -79,7 +77,7 @@ def test_weights_scale_freely_and_weight_zero_is_absent():
 def test_unequal_weights_are_worth_fewer_items():
     # Kish: (1 + 1 + 2)^2 / (1 + 1 + 4)
     found = share([1, 1, 1], [1, 1, 2])
-    assert found.low == pytest.approx(wilson(1.0, 16 / 6)[0])
+    assert found.low == pytest.approx(wilson_interval(1.0, 16 / 6)[0])
 
 
 @pytest.mark.parametrize("figure", [mean, share])
@@ -95,8 +93,8 @@ def test_what_is_undefined_says_why(figure):
 
 
 def test_one_item_has_a_mean_and_no_interval():
-    assert mean([3.0]) == Figure(3.0, count=1)
-    assert mean([3.0, 5.0], None, [4, 4]) == Figure(4.0, count=2)
+    assert mean([3.0]) == Estimate(3.0, count=1)
+    assert mean([3.0, 5.0], None, [4, 4]) == Estimate(4.0, count=2)
 
 
 def test_difference_of_equal_shares_that_always_agree_is_exactly_zero():
@@ -144,7 +142,7 @@ def test_percentiles_are_values_of_the_data():
 def test_figures_are_json_and_come_back():
     for figure in (share([1, 0, 1]), mean([2.0]), undefined("no pair", 3)):
         record = json.loads(json.dumps(figure.as_dict(), allow_nan=False))
-        assert Figure.from_dict(record) == figure
+        assert Estimate.from_dict(record) == figure
     assert undefined("no pair").as_dict() == {"value": None, "count": 0, "reason": "no pair"}
 
 
