@@ -9,8 +9,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.before_after import change, same_pairs
-from dpo_keras.evaluation.checks import Measured
-from dpo_keras.evaluation.findings import Finding
+from dpo_keras.evaluation.findings import Finding, Measured
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples, side_by_side
 from dpo_keras.preferences import PreferencePair, plain_text

@@ -18,8 +18,7 @@ import jinja2
 
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.before_after import change, same_pairs
-from dpo_keras.evaluation.checks import Measured
-from dpo_keras.evaluation.findings import Finding, findings
+from dpo_keras.evaluation.findings import Finding, Measured, findings
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.plots import margins, reliability, training_curves
 from dpo_keras.evaluation.report_content import report_content

@@ -7,7 +7,7 @@ import pytest
 from evaluation_columns import held_out, samples
 
 from dpo_keras.evaluation import read_training_log
-from dpo_keras.evaluation.checks import Measured
+from dpo_keras.evaluation.findings import Measured
 from dpo_keras.evaluation.findings import CHECKS, findings
 from dpo_keras.evaluation.training_log import TrainingLog
 
