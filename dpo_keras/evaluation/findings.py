@@ -1,7 +1,7 @@
-"""Findings: what a reader of the figures should not miss.
+"""Findings: warnings and notes that the figures support.
 
-A check is a function from a `Measured` to a sentence or None, and a line in `CHECKS`. It reports
-only what the data support: the 95 % interval must lie on one side.
+A check is a function from `Measured` to a text or None, with an entry in `CHECKS`. Where a figure
+has a 95 % interval, the whole interval must lie on one side of the threshold.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_keras.evaluation.before_after import change, same_pairs
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
-from dpo_keras.evaluation.statistics import mean
+from dpo_keras.evaluation.statistics import change, mean
 from dpo_keras.evaluation.training_log import TrainingLog
 from dpo_keras.utils.intervals import Estimate, short
 
-LENGTH_GAP = 0.1  # difference in accuracy between longer and shorter that is worth a word
-OVERFIT = 0.02  # relative rise of the held-out loss above its lowest
-CERTAINTY_GAP = 0.05  # difference of confidence and agreement that is worth a word
-LONGER = 1.25  # growth of generated responses that is worth a word
-CUT = 0.2  # share of responses cut off that is worth a word
+# Smaller differences than these are not reported, however certain they are.
+LENGTH_GAP = 0.1  # accuracy where the chosen response is longer, against shorter
+OVERFIT = 0.02  # relative rise of the held-out loss above its lowest value
+CERTAINTY_GAP = 0.05  # confidence against agreement
+LONGER = 1.25  # growth of generated responses
+COLLAPSE = 0.5  # share of distinct responses, after / before
+CUT = 0.2  # share of responses cut at max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know before trusting the result.
+    """A warning or note about the result.
 
     Attributes:
         code: a stable name, for programs.
-        severity: "warning", or "note" for what need not be wrong.
-        text: what was seen, what it means and what to do.
+        severity: "warning", or "note" for what may be harmless.
+        text: what was found, what it means and what to do.
     """
 
     code: str
@@ -40,30 +41,13 @@ class Finding:
     text: str
 
     def as_dict(self) -> dict[str, str]:
-        """The finding, ready for JSON."""
+        """Return the finding, ready for JSON."""
         return {"code": self.code, "severity": self.severity, "text": self.text}
-
-
-def findings(measured: Measured) -> list[Finding]:
-    """Runs every check.
-
-    Args:
-        measured: figures, samples and log.
-
-    Returns:
-        What was found, warnings first.
-    """
-    found = [
-        Finding(code, severity, text)
-        for code, (severity, check) in CHECKS.items()
-        if (text := check(measured)) is not None
-    ]
-    return sorted(found, key=lambda finding: finding.severity != "warning")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that checks look at; parts that were not measured are None."""
+    """Everything that the checks look at. None marks what was not measured."""
 
     after: HeldOut
     before: HeldOut | None = None
@@ -73,56 +57,53 @@ class Measured:
 
 
 def above(figure: Estimate, bound: float) -> bool:
-    """Whether the whole interval lies above a bound."""
+    """Return whether the whole interval lies above a bound."""
     return figure.low is not None and figure.low > bound
 
 
 def below(figure: Estimate, bound: float) -> bool:
-    """Whether the whole interval lies below a bound."""
+    """Return whether the whole interval lies below a bound."""
     return figure.high is not None and figure.high < bound
 
 
 def chosen_logps_fell(measured: Measured) -> str | None:
-    """The chosen responses became less likely while the margin grew (trl#800)."""
+    """Report that chosen responses became less likely while the margin grew (trl#800)."""
     fall, growth, since = _course_of_chosen(measured)
     if fall is None or growth is None or not (below(fall, 0) and above(growth, 0)):
         return None
     assert fall.value is not None
-    has = {name for name in ("nll", "dpo_positive") if f"penalty/{name}" in measured.after.pairs}
-    remedy = (
-        f"raise the weight of the penalty {' and '.join(sorted(has))}"
-        if has
-        else "add the penalty `nll` (arXiv 2404.19733) or `dpo_positive` (arXiv 2402.13228), as in "
-        "`loss.penalties: {nll: 0.1}`"
-    )
+    if "penalty/nll" in measured.after.pairs:
+        remedy = "raise the weight of the penalty nll"
+    else:
+        remedy = "add the penalty `nll` (arXiv 2404.19733), as in `penalties: {nll: 0.1}`"
     return (
         f"Chosen responses are less likely than {since}, by {short(-fall.value)} nats each, while "
-        "the reward margin grew: the policy learned more of what to avoid than of what to write, "
-        "and the probability goes to responses in neither column. Read the samples. "
-        f"If they got worse, {remedy}, or raise beta, or train for less (trl#800)."
+        "the reward margin grew: the policy learned more about what to avoid than about what to "
+        "write, and probability moves to responses that are in neither column. Read the samples. "
+        f"If they got worse, {remedy}, or give the loss the option `dpo_positive` (arXiv "
+        "2402.13228), raise beta, or train for fewer steps (trl#800)."
     )
 
 
 def _course_of_chosen(measured: Measured) -> tuple[Estimate | None, Estimate | None, str]:
+    """Return the changes of the chosen log-probs and of the margin, and since when."""
     after, before = measured.after, measured.before
-    fall: Estimate | None
-    growth: Estimate | None
-    if before is not None and same_pairs(before, after):
-        names = ("chosen_logps", "reward_margin")
-        fall, growth = (change(before, after, name) for name in names)
-        return fall, growth, "before the training"
+    names = ("chosen_logps", "reward_margin")
+    if before is not None and not after.difference_from(before):
+        changed, grown = (change(before, after, name) for name in names)
+        return changed, grown, "before the training"
     if "chosen_reference_logps" in after.pairs:
         ratio = after.pairs["chosen_logps"] - after.pairs["chosen_reference_logps"]
-        fall = mean(ratio, after.pairs["weight"], after.pairs["prompt"])
-        return fall, after.figures["reward_margin"], "under the reference"
+        since = mean(ratio, after.pairs["weight"], after.pairs["prompt"])
+        return since, after.figures["reward_margin"], "under the reference"
     if measured.log is not None:
-        fall, growth = (_trend(measured.log, name) for name in ("chosen_logps", "reward_margin"))
+        fall, growth = (_trend(measured.log, name) for name in names)
         return fall, growth, "in the first steps"
     return None, None, ""
 
 
 def _trend(log: TrainingLog, name: str) -> Estimate | None:
-    """Mean of the last tenth of the steps less that of the first."""
+    """Return the mean of the last tenth of the steps minus that of the first tenth."""
     values = log.curve(name)[1]
     count = len(values) // 10
     if count < 2:
@@ -136,7 +117,7 @@ def _trend(log: TrainingLog, name: str) -> Estimate | None:
 
 
 def training_broke(measured: Measured) -> str | None:
-    """A loss or gradient that is no number, in the log or on the held-out pairs."""
+    """Report a loss or gradient that became NaN or infinite, in the log or on held-out pairs."""
     step = measured.log.broken_step() if measured.log is not None else None
     if step is not None:
         return (
@@ -150,19 +131,19 @@ def training_broke(measured: Measured) -> str | None:
 
 
 def accuracy_at_chance(measured: Measured) -> str | None:
-    """Held-out accuracy that guessing reaches too."""
+    """Report held-out accuracy whose interval includes 0.5."""
     accuracy = measured.after.figures["reward_accuracy"]
     if accuracy.value is None or above(accuracy, 0.5):
         return None
     return (
-        f"Held-out reward accuracy, {accuracy}, cannot be told from guessing on these "
-        f"{accuracy.count:,} pairs. More pairs, more steps or a higher learning rate; "
+        f"Held-out reward accuracy, {accuracy}, is no better than chance on these "
+        f"{accuracy.count:,} pairs. Use more pairs, more steps or a higher learning rate; "
         "`dpo-keras data inspect` shows contradictions."
     )
 
 
 def accuracy_fell(measured: Measured) -> str | None:
-    """Training made held-out accuracy worse."""
+    """Report that training lowered held-out accuracy."""
     if measured.before is None:
         return None
     fall = change(measured.before, measured.after, "reward_accuracy")
@@ -172,7 +153,7 @@ def accuracy_fell(measured: Measured) -> str | None:
 
 
 def overfitting(measured: Measured) -> str | None:
-    """The held-out loss has been lower in the course of the training."""
+    """Report that the held-out loss rose again during training."""
     steps, losses = measured.log.curve("val_loss") if measured.log else (None, None)
     if steps is None or losses is None or len(losses) < 2 or not np.isfinite(losses).all():
         return None
@@ -188,7 +169,7 @@ def overfitting(measured: Measured) -> str | None:
 
 
 def length_bias(measured: Measured) -> str | None:
-    """Accuracy that depends on which response is longer."""
+    """Report accuracy that depends on which response is longer."""
     longer, shorter = (measured.after.by_length[f"chosen_{name}"] for name in ("longer", "shorter"))
     if longer.value is None or shorter.value is None:
         return None
@@ -199,12 +180,12 @@ def length_bias(measured: Measured) -> str | None:
     return (
         f"The policy leans towards {towards} responses: accuracy is {longer} where the preferred "
         f"response is longer and {shorter} where it is shorter. Length-normalized objectives "
-        "(`sigmoid_norm`, `simpo`) or `ld_alpha` (arXiv 2409.06411) lessen this."
+        "(`sigmoid_norm`, `simpo`) or `ld_alpha` (arXiv 2409.06411) reduce this."
     )
 
 
 def weak_groups(measured: Measured) -> str | None:
-    """Groups on which the policy does clearly worse than on all pairs."""
+    """Report groups whose accuracy lies below the interval of the overall accuracy."""
     overall = measured.after.figures["reward_accuracy"]
     weak = {
         name: figures["reward_accuracy"]
@@ -221,27 +202,33 @@ def weak_groups(measured: Measured) -> str | None:
 
 
 def overconfident(measured: Measured) -> str | None:
-    """P(chosen) nearer to 0 and 1 than the agreement with people bears out."""
+    """Report a P(chosen) that is more confident than people agree."""
     gap = measured.after.calibration.overconfidence
-    if measured.after.note or gap.value is None or not above(gap, CERTAINTY_GAP):
+    if measured.after.note or not above(gap, CERTAINTY_GAP):
         return None
     return (
-        f"P(chosen) is too sure: on average {_percent(measured.after.calibration.confidence)} sure "
-        f"and {_percent(measured.after.calibration.agreement)} right. Label smoothing, the penalty "
-        "`overconfidence`, or fewer epochs lower it."
+        f"P(chosen) is overconfident: {_confidence_and_agreement(measured)}. Label smoothing, the "
+        "penalty `overconfidence`, or fewer epochs lower it."
     )
 
 
 def underconfident(measured: Measured) -> str | None:
-    """P(chosen) nearer to one half than the agreement with people bears out."""
+    """Report a P(chosen) that is less confident than people agree."""
     gap = measured.after.calibration.overconfidence
-    if measured.after.note or gap.value is None or not below(gap, -CERTAINTY_GAP):
+    if measured.after.note or not below(gap, -CERTAINTY_GAP):
         return None
     return (
-        f"P(chosen) is less sure than it could be: on average "
-        f"{_percent(measured.after.calibration.confidence)} sure and "
-        f"{_percent(measured.after.calibration.agreement)} right. It orders pairs better than it "
-        "rates them; more steps, or the penalty `insufficient_confidence`, raise it."
+        f"P(chosen) is underconfident: {_confidence_and_agreement(measured)}. The order of the "
+        "pairs is better than their probabilities; more steps, or the penalty "
+        "`insufficient_confidence`, raise the confidence."
+    )
+
+
+def _confidence_and_agreement(measured: Measured) -> str:
+    found = measured.after.calibration
+    return (
+        f"mean confidence {found.confidence.value or 0:.0%}, "
+        f"agreement with people {found.agreement.value or 0:.0%}"
     )
 
 
@@ -252,59 +239,43 @@ def _apart(one: Estimate, other: Estimate) -> bool:
     )
 
 
-def _percent(figure: Estimate) -> str:
-    return "unknown" if figure.value is None else f"{figure.value:.0%}"
-
-
 def preferred_fell(measured: Measured) -> str | None:
-    """The policy writes preferred responses less often than before."""
+    """Report that the judge prefers fewer responses than before."""
     fall = _samples_change(measured, "preferred")
     if fall is None or not below(fall, 0):
         return None
     return (
         f"The share of generated responses that the judge prefers fell: {fall}. Reward accuracy "
-        "is about given responses; what the policy writes is another matter. A higher beta or a "
-        "lower learning rate keeps it nearer to the reference."
+        "measures given responses, not those that the policy writes. A higher beta or a lower "
+        "learning rate keeps the policy nearer to the reference."
     )
 
 
 def responses_grew(measured: Measured) -> str | None:
-    """Generated responses became much longer."""
+    """Report that generated responses became much longer."""
+    old, new = _sampled(measured, "tokens")
     grown = _samples_change(measured, "tokens")
-    if grown is None or measured.samples_before is None or measured.samples_after is None:
-        return None
-    old, new = (
-        s.figures["tokens"].value for s in (measured.samples_before, measured.samples_after)
-    )
-    if not old or new is None or new / old < LONGER or not above(grown, 0):
+    if not old or new is None or new / old < LONGER or grown is None or not above(grown, 0):
         return None
     return (
-        f"Generated responses grew from {short(old)} to {short(new)} tokens on average. Where "
-        "length is not what people asked for, use `sigmoid_norm`, `simpo` or `ld_alpha`."
+        f"Generated responses grew from {short(old)} to {short(new)} tokens on average. If the "
+        "length is not wanted, use `sigmoid_norm`, `simpo` or `ld_alpha`."
     )
 
 
 def responses_collapsed(measured: Measured) -> str | None:
-    """Different prompts get the same response far more often than before."""
-    if measured.samples_before is None or measured.samples_after is None:
-        return None
-    old, new = (
-        s.figures.get("distinct_responses")
-        for s in (measured.samples_before, measured.samples_after)
-    )
-    if old is None or new is None or not old.value or new.value is None:
-        return None
-    if new.value >= 0.5 * old.value:
+    """Report that different prompts get the same response more often than before."""
+    old, new = _sampled(measured, "distinct_responses")
+    if not old or new is None or new >= COLLAPSE * old:
         return None
     return (
-        f"Only {new.value:.0%} of the generated responses are different from one another, after "
-        f"{old.value:.0%} before: the policy is collapsing onto few texts. Raise beta or lower the "
-        "learning rate."
+        f"Only {new:.0%} of the generated responses differ from one another, after {old:.0%} "
+        "before: the policy collapses to few texts. Raise beta or lower the learning rate."
     )
 
 
 def responses_cut(measured: Measured) -> str | None:
-    """Many responses reached the limit of tokens."""
+    """Report that many responses were cut at max_new_tokens."""
     ended = measured.samples_after.figures.get("ended") if measured.samples_after else None
     if ended is None or not below(ended, 1 - CUT):
         return None
@@ -314,6 +285,13 @@ def responses_cut(measured: Measured) -> str | None:
         "that does not help, the policy has not learned to end: the training pairs may have been "
         "cut themselves (max_length)."
     )
+
+
+def _sampled(measured: Measured, name: str) -> tuple[float | None, float | None]:
+    """Return a figure of the samples before and after."""
+    both = (measured.samples_before, measured.samples_after)
+    old, new = (s.figures.get(name) if s is not None else None for s in both)
+    return old.value if old else None, new.value if new else None
 
 
 def _samples_change(measured: Measured, name: str) -> Estimate | None:
@@ -339,3 +317,13 @@ CHECKS: dict[str, tuple[str, Check]] = {
     "overconfident": ("warning", overconfident),
     "underconfident": ("note", underconfident),
 }
+
+
+def findings(measured: Measured) -> list[Finding]:
+    """Run every check; warnings come first."""
+    found = [
+        Finding(code, severity, text)
+        for code, (severity, check) in CHECKS.items()
+        if (text := check(measured)) is not None
+    ]
+    return sorted(found, key=lambda finding: finding.severity != "warning")
