@@ -41,11 +41,16 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)
             os.replace(path, old)
-            os.replace(partial, path)
+            try:
+                os.replace(partial, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
             _remove(old)
         else:
             os.replace(partial, path)
-        flush_to_disk(path.parent)
+        # The new name only: the folder's other files may be large, or vanish meanwhile.
+        _flush_names(path.parent)
     except BaseException:
         _remove(partial)
         raise
@@ -69,8 +74,14 @@ def flush_to_disk(path: str | os.PathLike[str]) -> None:
         for inner in path.rglob("*"):
             if inner.is_file():
                 _flush(inner)
-    with contextlib.suppress(OSError):  # not every file system flushes directories
+        _flush_names(path)
+    else:
         _flush(path)
+
+
+def _flush_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system flushes directories
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:
