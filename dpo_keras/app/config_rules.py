@@ -20,7 +20,7 @@ from dpo_keras.app.config_sections import (
 )
 from dpo_keras.app.training_sections import Training, Warmup
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.record_files import MANIFEST, is_built
+from dpo_keras.preferences.stored_preferences import MANIFEST, is_built
 from dpo_keras.preferences.tfds_source import parse_name
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from dpo_keras.app.config_problems import Fault, raise_faults
 from dpo_keras.app.yaml_document import guess_types
-from dpo_keras.preferences.sources import Reading
+from dpo_keras.preferences.record_stream import Reading
 
 
 def _as_list(value: Any) -> Any:

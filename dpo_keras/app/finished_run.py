@@ -204,7 +204,7 @@ def _export(
 def _ask(path: Path, signatures: Sequence[str], pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """Puts one request to each signature, in a process without Keras."""
     from dpo_keras.serving import EXAMPLES, run_standalone
-    from dpo_keras.serving.answer_comparison import calls
+    from dpo_keras.serving.verification import calls
 
     texts = [
         (pair.prompt, pair.chosen, pair.rejected)

@@ -13,8 +13,8 @@ import numpy as np
 from dpo_keras.app.progress import Progress
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Preferences, StoredPreferences, is_built, read_preferences
+from dpo_keras.preferences.collection import earlier_split
 from dpo_keras.preferences.pair import plain_text
-from dpo_keras.preferences.prompt_hashes import prompt_hash
 
 if TYPE_CHECKING:
     from dpo_keras.app.config import Config
@@ -40,12 +40,13 @@ class Sides(NamedTuple):
     dropped: int
 
 
-def read_sides(config: Config, progress: Progress) -> Sides:
-    """Reads the pairs that a configuration names, says what was dropped, and splits them.
+def read_sides(config: Config, progress: Progress, run: RunDirectory | None = None) -> Sides:
+    """Read the pairs that a configuration names, report what was dropped, and split them.
 
     Args:
         config: the configuration.
         progress: hears the reports.
+        run: the run that goes on; one begun before 'data.json' named its split keeps that one.
 
     Raises:
         InputError: if a file can not be read, or holds no good pair.
@@ -59,7 +60,11 @@ def read_sides(config: Config, progress: Progress) -> Sides:
         return Sides(pairs, held_out, pairs.report.dropped + held_out.report.dropped)
     if not data.held_out:
         return Sides(pairs, None, pairs.report.dropped)
-    train, held_out = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
+    begun = None if run is None else run.read("data.json")
+    if begun is not None and "split" not in begun and isinstance(pairs, Preferences):
+        train, held_out = earlier_split(pairs, data.held_out, config.seed, data.split_by)
+    else:
+        train, held_out = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
     progress.note(f"{len(train):,} pairs to train on, {len(held_out):,} held out.")
     return Sides(train, held_out, pairs.report.dropped)
 
@@ -100,25 +105,8 @@ def read_pairs(
     return pairs
 
 
-def _prompt_keys(pairs: Pairs) -> Sequence[Any]:
-    """What tells prompts apart, without reading them where they are on disk."""
-    if isinstance(pairs, StoredPreferences):
-        return pairs.prompt_hashes.tolist()
-    return [pair.prompt for pair in pairs]
-
-
 def _warn_of_shared_prompts(train: Pairs, held_out: Pairs, progress: Progress) -> None:
-    if any(isinstance(pairs, StoredPreferences) for pairs in (train, held_out)):
-        hashes = [
-            pairs.prompt_hashes
-            if isinstance(pairs, StoredPreferences)
-            else np.array([prompt_hash(pair.prompt) for pair in pairs], np.uint64)
-            for pairs in (train, held_out)
-        ]
-        shared = int(np.isin(hashes[1], hashes[0]).sum())
-    else:
-        known = {pair.prompt for pair in train}
-        shared = sum(pair.prompt in known for pair in held_out)
+    shared = int(np.isin(held_out.prompt_hashes, train.prompt_hashes).sum())
     if shared:
         progress.note(
             f"warning: the prompts of {shared:,} of {len(held_out):,} held-out pairs are in the "
@@ -173,8 +161,9 @@ def tokenize(
             cache=_token_folder(pairs, data, run) if stored else None,
         )
     except InputError as error:
-        # The arguments' names, as the configuration has them.
-        texts = [p.replace("template=", "data.template=") for p in error.problems]
+        keys = {key: f"data.{key}" for key in ("template", "overlength", "max_length")}
+        keys["cache"] = "data.tokens"
+        texts = [p.renamed(keys.get(p.argument, p.argument)) for p in error.problems]
         raise InputError([f"{name} pairs: {text}" for text in texts]) from error
     progress.note(f"{name}: {tokenized.report.summary()}")
     return tokenized
@@ -199,8 +188,8 @@ def choose_rows(tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int) 
         Rows of `tokenized`, in its order.
     """
     sources = range(len(tokenized)) if tokenized.source is None else tokenized.source
-    keys = _prompt_keys(pairs)
-    rows: dict[Any, int] = {}
+    keys = pairs.prompt_hashes.tolist()
+    rows: dict[int, int] = {}
     for row, source in enumerate(sources):
         rows.setdefault(keys[int(source)], row)
     distinct = list(rows.values())

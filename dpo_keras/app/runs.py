@@ -76,7 +76,7 @@ def meet_workers(
         end: how a process ends whose peer was lost: prints the message, exits with the code.
 
     Raises:
-        ClusterError: somebody did not come within `training.worker_timeout`.
+        ClusterError: somebody did not connect within `training.worker_timeout`.
         InputError: the workers were not started with the same configuration.
     """
     if cluster is None or len(cluster.in_step) == 1:
@@ -186,7 +186,7 @@ def _train(
     keras.utils.set_random_seed(config.seed)
 
     progress.stage("Data")
-    sides = read_sides(config, progress)
+    sides = read_sides(config, progress, run)
     progress.stage("Policy")
     with replicas.scope():
         policy = load_policy(config.model, texts_of(sides.train))
@@ -250,9 +250,8 @@ def _check_same_data(
         watchdog.agree("pairs (fingerprint)", now, "Give all of them the same files at data.path.")
     then = run.read("data.json")
     if then is None:
-        run.write("data.json", now)
-    elif then != now:
-        changed = " and ".join(name for name in now if now[name] != then.get(name))
+        run.write("data.json", {**now, "split": "hash of the prompt"})
+    elif changed := " and ".join(name for name in now if now[name] != then.get(name)):
         raise InputError(
             f"data.path: the {changed} pairs are not those that {run.path} was started with; "
             "restore the files, or start a new run with output=DIRECTORY."

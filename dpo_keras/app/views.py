@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_keras.preferences.audit import share_text
+
 if TYPE_CHECKING:
     from dpo_keras.app.runs import RunResult
     from dpo_keras.preferences import Preferences
@@ -75,8 +77,10 @@ def _counts(picture: Audit) -> Table:
         "of weight 0": f"{picture.zero_weight:,}",
         "duplicates": f"{len(picture.duplicates):,}",
         "contradictions": f"{len(picture.contradictions):,}",
-        "the longer response wins": picture.longer_wins,
-        "the first response wins": picture.first_wins or "not known: the files do not say",
+        "the longer response wins": share_text(picture.longer_wins),
+        "the first response wins": "not known: the files do not say"
+        if picture.first_wins is None
+        else share_text(picture.first_wins),
     }
     for name, value in rows.items():
         table.add_row(name, str(value))

@@ -1,19 +1,17 @@
-"""Preference pairs become batches: templates, tokens, truncation, length buckets, `tf.data`.
+"""Preference pairs become batches: templates, tokens, truncation, length buckets, packed rows.
 
-`tokenize_pairs` turns text into token ids once; `preference_dataset` deals them into batches of few
-static shapes, or packs them into rows of one. `collate` and `collate_packed` are the batch contract
-itself, in NumPy.
+`tokenize_pairs` turns text into token ids, `preference_dataset` makes batches of them: of a few
+static shapes, or of packed rows, all by one contract, `Batch`.
 """
 
 from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate, available_templates, get_template
-from dpo_keras.batching.collate import Batch, batch_from_strings, collate, collate_single
+from dpo_keras.batching.collate import Batch, collate, collate_packed, collate_single
 from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
 from dpo_keras.batching.encoders import TextEncoder
-from dpo_keras.batching.packed_rows import collate_packed
 from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.batching.single_pass import one_pass, pass_signature
+from dpo_keras.batching.single_pass import Part, batch_from_strings, one_pass, pass_signature
 from dpo_keras.batching.tokenization import tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import DroppedPair, TokenizationReport, TokenizedPairs
 
@@ -26,6 +24,7 @@ __all__ = [
     "EpochOrder",
     "PackedOrder",
     "PackingPlan",
+    "Part",
     "Ragged",
     "TextEncoder",
     "TokenizationReport",

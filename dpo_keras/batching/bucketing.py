@@ -1,4 +1,4 @@
-"""Length buckets and the order of an epoch: which pairs share a batch, and of what shape."""
+"""Length buckets: which pairs share a batch, in which order, and of which shape."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_keras.batching.collate import round_up
+from dpo_keras.batching.ragged import round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 
 MAX_BUCKETS = 16  # each bucket is a shape, and each shape costs a trace of the training step
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """The few static shapes that batches come in.
+    """The few static shapes that batches have.
 
     Args:
         lengths: tokens per sequence of each bucket, rising.
@@ -42,32 +42,31 @@ class EpochOrder:
     rows: np.ndarray
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return len(self.bucket)
 
 
 def plan_buckets(
     tokenized: TokenizedPairs, batch_size: int = 8, buckets: int | Sequence[int] = 4
 ) -> BucketPlan:
-    """Chooses the bucket lengths that compute the least padding.
+    """Choose the bucket lengths that compute the least padding.
 
-    Candidates are multiples of 8 tokens (of 16 above 256, of 64 above 1024); of all choices of at
-    most `buckets` among them, the one with the fewest token places over the data is taken, by
-    dynamic programming. Buckets with less than one full batch are merged into the next longer one.
+    Candidates are multiples of 8 tokens (of 16 above 256, of 64 above 1024). Dynamic programming
+    finds the at most `buckets` of them with the fewest token places over the data. A bucket with
+    less than one full batch is merged into the next longer one.
 
     Args:
         tokenized: the pairs.
         batch_size: pairs per batch.
-        buckets: the most lengths to use, 1 to 16; or the lengths themselves.
+        buckets: maximum number of lengths, 1 to 16; or the lengths themselves.
 
     Returns:
-        The plan. One bucket means one fully static shape, as XLA and TPU like it.
+        The plan. One bucket means one static shape, which XLA and TPUs prefer.
 
     Raises:
-        InputError: `buckets` out of range, or lengths of which none holds the longest pair.
+        InputError: `buckets` is out of range, or no given length holds the longest pair.
 
     Example:
-        >>> import numpy as np
         >>> from dpo_keras.batching.ragged import Ragged
         >>> rows = Ragged.from_lists([[5] * n for n in (4, 5, 30, 31)])
         >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
@@ -80,20 +79,16 @@ def plan_buckets(
     longest = int(lengths.max(initial=1))
     if isinstance(buckets, int):
         if isinstance(buckets, bool) or not 1 <= buckets <= MAX_BUCKETS:
-            raise InputError(
-                f"buckets must be 1 to {MAX_BUCKETS} (each one is a shape to compile), or a list "
-                f"of lengths; got {buckets!r}."
-            )
+            rule = f"must be 1 to {MAX_BUCKETS} (each is a shape to compile), or a list of lengths"
+            raise InputError(InputProblem("buckets", rule, buckets))
         bounds = _best_lengths(lengths, longest, buckets, tokenized.max_length)
     else:
         bounds = sorted({int(bound) for bound in buckets})
         if not bounds or bounds[0] < 1 or bounds[-1] < longest:
-            raise InputError(
-                f"buckets must hold the longest pair, {longest} tokens; got {list(buckets)}. Add "
-                "a longer bucket, or tokenize with a smaller max_length."
-            )
-    bucket = np.searchsorted(bounds, lengths)
-    counts = np.bincount(bucket, minlength=len(bounds))
+            rule = f"must hold the longest pair, {longest} tokens"
+            hint = "Add a longer bucket, or tokenize with a smaller max_length."
+            raise InputError(InputProblem("buckets", rule, list(buckets), hint))
+    counts = np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds))
     kept: list[int] = []
     waiting = 0
     for bound, count in zip(bounds, counts, strict=True):
@@ -118,12 +113,12 @@ def epoch_order(
     shuffle: bool = True,
     drop_remainder: bool = False,
 ) -> EpochOrder:
-    """Deals all pairs into batches: a pure function of its arguments.
+    """Deal all pairs into batches: a pure function of its arguments.
 
-    Within each bucket pairs are dealt in random order (file order without `shuffle`). Pairs left
-    over after the last full batch of a bucket move up into the next longer one, so that an epoch
-    has at most one short batch, its last. The batches of all buckets are then shuffled together
-    (without `shuffle`: in the order in which they fill up as the file is read).
+    Within each bucket pairs are dealt in random order, or in file order without `shuffle`. Pairs
+    left over after the last full batch of a bucket move up into the next longer one, so that an
+    epoch has at most one short batch, its last. The batches of all buckets are then shuffled
+    together. Without `shuffle` they come in the order in which they fill up as the file is read.
 
     Args:
         plan: the buckets.
@@ -134,7 +129,7 @@ def epoch_order(
         drop_remainder: leave the short batch out.
 
     Returns:
-        The batches; `ceil(N / batch_size)` of them, or the floor with `drop_remainder`.
+        `ceil(N / batch_size)` batches, or the floor with `drop_remainder`.
 
     Example:
         >>> plan = BucketPlan((8, 16), (8, 8), np.array([0, 1, 0, 0, 1]))
@@ -167,14 +162,14 @@ def epoch_order(
 def _best_lengths(lengths: np.ndarray, longest: int, buckets: int, limit: int | None) -> list[int]:
     step = 8 if longest <= 256 else 16 if longest <= 1024 else 64
     bounds = np.arange(step, round_up(longest, step) + 1, step)
-    if limit is not None:  # rounding up must not lead past the model's positions
+    if limit is not None:  # rounding up must not exceed the model's positions
         bounds = np.minimum(bounds, max(limit, longest))
     held = np.searchsorted(np.sort(lengths), bounds, side="right")
     # cost[j]: token places of all pairs up to bounds[j], which is the longest of the buckets used.
     cost = held * bounds
     previous = [np.full(len(bounds), -1)]
     for _ in range(min(buckets, len(bounds)) - 1):
-        # options[i, j]: bounds[j] takes over from bounds[i], the best choice up to there.
+        # options[i, j]: bounds[j] is added after bounds[i], the best choice up to there.
         options = cost[:, None] + (held[None, :] - held[:, None]) * bounds[None, :]
         options[np.tril_indices(len(bounds))] = np.iinfo(np.int64).max
         best = options.min(axis=0)
@@ -182,7 +177,7 @@ def _best_lengths(lengths: np.ndarray, longest: int, buckets: int, limit: int | 
         cost = np.minimum(best, cost)
     chosen = [len(bounds) - 1]
     for choice in reversed(previous):
-        # -1: one bucket fewer serves as well here.
+        # -1: one bucket fewer costs the same here.
         if choice[chosen[-1]] >= 0:
             chosen.append(int(choice[chosen[-1]]))
     return [int(bounds[place]) for place in reversed(chosen)]

@@ -1,133 +1,56 @@
-"""Chat templates known by name: Jinja sources, and the special tokens that mark their turns.
+"""Chat templates: Jinja sources that render messages as text, known by name or read from files.
 
-A beginning-of-text token is left to the tokenizer (`TextEncoder` adds it where the model's
-preprocessor does). Roles are user, assistant and system; a template without a place for the system
-message puts it before the first user turn's words.
+The templates known by name are in `templates/`. They write no beginning-of-text token:
+`TextEncoder` adds it where the model's preprocessor does. Their roles are user, assistant and
+system. One without a place for the system message puts it before the words of the next user turn.
 """
 
 from __future__ import annotations
 
 import datetime
-import difflib
 import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import did_you_mean
 
-
-class NamedTemplate(NamedTuple):
-    """A Jinja source and the texts in it that stand for one token each."""
-
-    source: str
-    markers: tuple[str, ...] = ()
-
-
-_WITH_SYSTEM_IN_USER = """
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message.role == 'system' -%}
-{%- set ns.system = SYSTEM -%}
-{%- elif message.role == 'assistant' -%}
-ASSISTANT
-{%- else -%}
-USER
-{%- set ns.system = '' -%}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
-def _turns(user: str, assistant: str, system: str = r"message.content + '\n\n'") -> str:
-    source = _WITH_SYSTEM_IN_USER.replace("SYSTEM", system)
-    source = source.replace("ASSISTANT", "{{- " + assistant + " -}}")
-    return source.replace("USER", "{{- " + user + " -}}").strip()
-
-
-NAMED: dict[str, NamedTemplate] = {
-    # Strings stay as they are; messages are joined by line feeds.
-    "plain": NamedTemplate(
-        "{% for message in messages %}{{ message.content }}"
-        r"{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
-    ),
-    # Anthropic's HH-RLHF files.
-    "human_assistant": NamedTemplate(
-        _turns(
-            r"'\n\nHuman: ' + ns.system + message.content", r"'\n\nAssistant: ' + message.content"
-        )
-        + r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-    ),
-    # Qwen, SmolLM, Yi and many others.
-    "chatml": NamedTemplate(
-        r"{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content "
-        r"+ '<|im_end|>\n' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        ("<|im_start|>", "<|im_end|>"),
-    ),
-    "llama2": NamedTemplate(
-        _turns(
-            "(bos_token if not loop.first and ns.system == '' else '') + '[INST] ' + ns.system "
-            "+ message.content + ' [/INST]'",
-            "' ' + message.content + ' ' + eos_token",
-            r"'<<SYS>>\n' + message.content + '\n<</SYS>>\n\n'",
-        ),
-        ("<s>", "</s>"),
-    ),
-    "llama3": NamedTemplate(
-        r"{% for message in messages %}{{ '<|start_header_id|>' + message.role "
-        r"+ '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}{% endfor %}"
-        r"{% if add_generation_prompt %}"
-        r"{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    # Mistral instruct from 0.2 on.
-    "mistral": NamedTemplate(
-        _turns(
-            "'[INST] ' + ns.system + message.content + ' [/INST]'",
-            "' ' + message.content + eos_token",
-        ),
-        ("<s>", "</s>", "[INST]", "[/INST]"),
-    ),
-    "gemma": NamedTemplate(
-        _turns(
-            r"'<start_of_turn>user\n' + ns.system + message.content | trim + '<end_of_turn>\n'",
-            r"'<start_of_turn>model\n' + message.content | trim + '<end_of_turn>\n'",
-        )
-        + r"{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-        ("<start_of_turn>", "<end_of_turn>"),
-    ),
-    "phi3": NamedTemplate(
-        r"{% for message in messages %}"
-        r"{{ '<|' + message.role + '|>\n' + message.content + '<|end|>\n' }}{% endfor %}"
-        r"{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-    ),
+FOLDER = Path(__file__).with_name("templates")
+# The templates known by name, with the texts in them that are one token each.
+MARKERS: dict[str, tuple[str, ...]] = {
+    "plain": (),  # strings stay as they are; messages are joined by line feeds
+    "human_assistant": (),  # Anthropic's HH-RLHF files
+    "chatml": ("<|im_start|>", "<|im_end|>"),  # Qwen, SmolLM, Yi and many others
+    "llama2": ("<s>", "</s>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),  # Mistral instruct from 0.2 on
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
 }
-
-
 # What special tokens look like inside a template's source.
 _TOKEN_LIKE = re.compile(r"<\|[^|<>\s]+\|>|</?[a-z_]+>|<[a-z]+\||<\|[a-z]+>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    r"""Renders messages as text, in Jinja's sandbox, the way Hugging Face tokenizers do.
+    r"""Render messages as text in Jinja's sandbox, as Hugging Face tokenizers do.
 
     Args:
-        source: the Jinja template; it sees `messages`, `add_generation_prompt`, `bos_token`,
+        source: the Jinja template. It sees `messages`, `add_generation_prompt`, `bos_token`,
             `eos_token`, `raise_exception` and `strftime_now`.
-        name: how messages refer to it.
-        markers: the special tokens it writes. Each is looked up in the tokenizer as one token, and
-            the same text inside a message cannot stand for it (see `encode_conversations`).
+        name: the template's name in messages.
+        markers: the special tokens that it writes. Each is looked up in the tokenizer as one token,
+            and the same text inside a message cannot stand for it.
         variables: further values for the template, such as `bos_token`.
 
     Raises:
@@ -145,34 +68,33 @@ class ChatTemplate:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Compiles the source, so that a mistake shows at once."""
+        """Compile the source, so that a mistake shows at once."""
         try:
             _compile(self.source)
         except jinja2.TemplateError as error:
-            raise InputError(
-                f"template {self.name!r} is not valid Jinja, line "
-                f"{getattr(error, 'lineno', '?')}: {error}"
-            ) from error
+            line = getattr(error, "lineno", "?")
+            rule = f"{self.name!r} is not valid Jinja, line {line}: {error}"
+            raise InputError(InputProblem("template", rule)) from error
 
     def render(
         self,
         messages: Sequence[Mapping[str, str]],
         *,
         add_generation_prompt: bool = False,
-        **variables: Any,
+        **variables: JSON,
     ) -> str:
-        r"""Renders a conversation.
+        r"""Render a conversation.
 
         Args:
             messages: mappings with `role` and `content`.
             add_generation_prompt: end with what announces the assistant's turn.
-            **variables: defaults for the template's variables; the template's own win.
+            **variables: defaults for the template's variables. The template's own take precedence.
 
         Returns:
             The text.
 
         Raises:
-            InputError: the template refused the messages, or reached outside the sandbox.
+            InputError: the template refuses the messages, or reaches outside the sandbox.
 
         Example:
             >>> get_template("gemma").render([{"role": "assistant", "content": "Hello!"}])
@@ -188,29 +110,28 @@ class ChatTemplate:
                 **values,
             )
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(f"template {self.name!r} cannot render these messages: {error}") from (
-                error
-            )
+            rule = f"{self.name!r} cannot render these messages: {error}"
+            raise InputError(InputProblem("template", rule)) from error
 
 
 def available_templates() -> list[str]:
-    """The template names that `template=` takes.
+    """Return the template names that `get_template` knows.
 
     Example:
         >>> "chatml" in available_templates()
         True
     """
-    return sorted(NAMED)
+    return sorted(MARKERS)
 
 
 def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | None:
-    """Finds a chat template.
+    """Find a chat template.
 
     Args:
         template: a name from `available_templates()`; the path of a Jinja file; the path of a
-            Hugging Face checkpoint directory or of its `tokenizer_config.json` (a
-            `chat_template.jinja` file comes first, then the `chat_template` entry, of several the
-            one named "default"); a `ChatTemplate`; or None.
+            Hugging Face checkpoint directory or of its `tokenizer_config.json` (the file
+            `chat_template.jinja` takes precedence over the entry `chat_template`; of several
+            templates the one named "default" is taken); a `ChatTemplate`; or None.
 
     Returns:
         The template, or None for None.
@@ -226,9 +147,10 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
     """
     if template is None or isinstance(template, ChatTemplate):
         return template
-    if str(template) in NAMED:
-        named = NAMED[str(template)]
-        return ChatTemplate(named.source, str(template), named.markers)
+    name = str(template)
+    if name in MARKERS:
+        source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        return ChatTemplate(source.removesuffix("\n"), name, MARKERS[name])
     path = Path(template)
     if path.is_dir():
         return _from_checkpoint(path)
@@ -236,12 +158,11 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
         if path.suffix == ".json":
             return _from_checkpoint(path.parent, path.name)
         return _from_source(path.read_text(encoding="utf-8"), path.name, {})
-    near = difflib.get_close_matches(str(template), NAMED, n=1)
-    raise InputError(
-        f"template {str(template)!r} is neither a file nor a known name"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f" Known names: {', '.join(available_templates())}."
-    )
+    rule = f"{name!r} is neither a file nor a known name"
+    if suggestion := did_you_mean(name, MARKERS):
+        rule += f"; {suggestion}"
+    hint = f"Known names: {', '.join(available_templates())}."
+    raise InputError(InputProblem("template", rule, hint=hint))
 
 
 def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -> ChatTemplate:
@@ -254,17 +175,20 @@ def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -
     if isinstance(source, list):
         by_name = {entry["name"]: entry["template"] for entry in source}
         if "default" not in by_name:
-            raise InputError(
-                f"template: {config_path} has chat templates named {', '.join(sorted(by_name))} "
-                "and none named 'default'. Save the one you want to a Jinja file and pass its path."
+            rule = (
+                f"{str(config_path)!r} has chat templates named {', '.join(sorted(by_name))} and "
+                "none named 'default'"
             )
+            hint = "Save the one you want to a Jinja file and pass its path."
+            raise InputError(InputProblem("template", rule, hint=hint))
         source = by_name["default"]
     if not isinstance(source, str):
-        raise InputError(
-            f"template: {folder} has no chat template (neither chat_template.jinja nor a "
-            f"chat_template entry in {config_name}). Pass a name ({', '.join(NAMED)}) or the path "
-            "of a Jinja file."
+        rule = (
+            f"{str(folder)!r} has no chat template (neither chat_template.jinja nor a "
+            f"chat_template entry in {config_name})"
         )
+        hint = f"Pass a name ({', '.join(MARKERS)}) or the path of a Jinja file."
+        raise InputError(InputProblem("template", rule, hint=hint))
     special = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in config.items()
@@ -286,11 +210,11 @@ def _from_source(
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, Hugging Face's mark around the assistant's words."""
+    """`{% generation %}…{% endgeneration %}`: marks the assistant's words in Hugging Face files."""
 
     tags = {"generation"}
 
-    def parse(self, parser: Any) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -299,7 +223,7 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, **options: Any) -> str:
+def _tojson(value: JSON, **options: JSON) -> str:
     return json.dumps(value, ensure_ascii=False, **options)
 
 

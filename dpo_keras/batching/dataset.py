@@ -1,27 +1,28 @@
-"""Tokenized pairs as a `tf.data.Dataset` of dict batches: few shapes, one order per seed."""
+"""Pairs as a `tf.data.Dataset` of batches: few shapes, and one order per seed."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.batch_stream import DYNAMIC, Source, signature_of, stream
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate
-from dpo_keras.batching.collate import Batch, collate
-from dpo_keras.batching.packed_rows import collate_packed
-from dpo_keras.batching.packing import PackingPlan, packed_order, plan_packing
+from dpo_keras.batching.collate import Batch, collate, collate_packed
+from dpo_keras.batching.packing import PackingPlan, not_integers, packed_order, plan_packing
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.python_stream import Source, signature_of, stream
 
 Batching = Literal["buckets", "packed"]
 
 AHEAD = 32  # batches that disks are told of before they are needed
+# The dimensions in which batches of different buckets differ.
+DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
 
 def steps_per_epoch(
@@ -36,22 +37,21 @@ def steps_per_epoch(
     seed: int = 0,
     shuffle: bool = True,
 ) -> int:
-    """Counts the batches of one epoch, the same for every epoch.
+    """Count the batches of one epoch, the same for every epoch.
 
     Args:
-        pairs: the tokenized pairs; for buckets their number is enough.
+        pairs: the tokenized pairs. For buckets their number is enough.
         batch_size: pairs per batch.
         drop_remainder: whether the short last batch is left out.
-        batching: as in `preference_dataset`, and so are the rest, which matter only when packed.
+        batching: as in `preference_dataset`, like the rest, which matter only when packed.
         row_length: tokens per row.
         rows: rows per batch.
-        replicas: that share a batch.
-        seed: of the order.
-        shuffle: whether there is one.
+        replicas: number of replicas that share a batch.
+        seed: seed of the order.
+        shuffle: whether the order is random.
 
     Returns:
-        With buckets, whatever they are, `ceil(pairs / batch_size)`, or the floor; packed, what the
-        first epoch needs.
+        With buckets `ceil(pairs / batch_size)`, or the floor; packed, what the first epoch needs.
 
     Raises:
         InputError: packed, and `pairs` is only a number; or as `plan_packing`.
@@ -62,15 +62,17 @@ def steps_per_epoch(
     """
     if batching == "packed":
         if not isinstance(pairs, TokenizedPairs):
-            raise InputError(f"pairs must be TokenizedPairs to count packed batches, got {pairs}.")
-        return _plan(pairs, batch_size, row_length, rows, replicas, seed, shuffle).steps
+            rule = "must be TokenizedPairs to count packed batches"
+            raise InputError(InputProblem("pairs", rule, pairs))
+        shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        return plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle).steps
     count = pairs if isinstance(pairs, int) else len(pairs)
     return count // batch_size if drop_remainder else -(-count // batch_size)
 
 
-def preference_dataset(
+def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by name
     pairs: Iterable[Any] | TokenizedPairs,
-    preprocessor: Any = None,
+    preprocessor: object = None,
     *,
     batch_size: int = 8,
     max_length: int = 1024,
@@ -88,55 +90,41 @@ def preference_dataset(
     replicas: int = 1,
     worker: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
-    """Makes the batches that `DPOModel.fit` and `evaluate` take.
+    """Make the batches that `DPOModel.fit` and `evaluate` take. An epoch has each pair once.
 
-    An epoch brings each pair once. There are two ways to lay pairs out:
+    * `"buckets"`, for any model: every batch has exactly `batch_size` rows, one pair each as two
+      padded sequences, in one of a few static shapes. Only the last batch of an epoch may hold
+      empty rows.
+    * `"packed"`, for models without a packing obstacle: rows hold several pairs, each prompt once,
+      in one static shape and almost without padding. A batch holds `batch_size` pairs on average.
 
-    * `"buckets"`, for any model: every batch is a dict (see `dpo_keras.batching.collate`) of
-      exactly `batch_size` rows, one pair each as two padded sequences, in one of a few static
-      shapes; only the last batch of an epoch may hold empty rows.
-    * `"packed"`, for models without a packing obstacle: rows hold several pairs, each prompt once
-      (see `dpo_keras.batching.packed_rows`), in one static shape and almost without padding.
-      A batch holds `batch_size` pairs in the mean.
-
-    **Order.** Global batch k is a pure function of the arguments and k; k // steps_per_epoch is its
-    epoch. `start_step=k` begins there without making the batches before, so a stopped run goes on
-    with exactly the batches it had not seen: build the stream with `epochs=None` and give `fit` its
-    `steps_per_epoch`. Where `epochs` is a number and `start_step` 0, iterating the same object
-    again (as `fit(epochs=3)` does with `epochs=1`) goes on to the following epochs, each in its own
-    order, like `tf.data`'s `reshuffle_each_iteration`; with `shuffle=False` every iteration is the
-    same.
-
-    **Distribution.** Pass the dataset to `fit` as it is. Every worker builds the same dataset, of
-    the *global* batch size; the strategy cuts each batch along its rows, and the pieces that all
-    replicas get in a step are together exactly that batch (`batch_size` must be a multiple of the
-    number of replicas). With `worker=(index, count)` a worker makes, and reads from disk, only its
-    own rows of each global batch, the same that the strategy would have cut for it: for
-    `strategy.distribute_datasets_from_function`, where each worker has one replica.
+    Batch k over all epochs is a pure function of the arguments and k, so that `start_step=k`
+    resumes a stopped run exactly. Iterating the same object again, as `fit(epochs=3)` does,
+    continues with the following epochs. `dpo_keras/batching/README.md` has order and distribution.
 
     Args:
         pairs: `Preferences` or any pairs that `tokenize_pairs` takes, or `TokenizedPairs`.
-        preprocessor: the policy's KerasHub preprocessor or what else `tokenize_pairs` takes; not
-            needed for `TokenizedPairs`.
+        preprocessor: the policy's KerasHub preprocessor, or what else `tokenize_pairs` takes.
+            `TokenizedPairs` need none, nor the next three.
         batch_size: pairs per batch, over all replicas.
-        max_length: see `tokenize_pairs`; of no concern to `TokenizedPairs`, as are the next two.
+        max_length: see `tokenize_pairs`.
         template: see `tokenize_pairs`.
         overlength: see `tokenize_pairs`.
         shuffle: False keeps file order as far as buckets, or rows, allow.
         seed: any integer >= 0.
-        epochs: how many epochs one iteration brings; None never ends.
-        start_step: number of the first global batch, from 0.
-        buckets: how many static lengths at most, or the lengths (see `plan_buckets`). 1 gives one
-            fully static shape. Of no concern to packed batches.
-        drop_remainder: leave out the short last batch of each epoch; packed batches have none.
+        epochs: epochs in one iteration; None never ends.
+        start_step: number of the first batch, over all epochs, from 0.
+        buckets: maximum number of static lengths, or the lengths (see `plan_buckets`). 1 gives one
+            static shape. Packed batches ignore it.
+        drop_remainder: leave out the short last batch of each epoch. Packed batches have none.
         batching: "buckets" or "packed".
         row_length: tokens per row of packed batches; None chooses (see `plan_packing`).
         rows: rows per packed batch, over all replicas; None chooses.
-        replicas: how many share a packed batch, so that they get as many rows each.
-        worker: (index, count): bring the rows of this worker only; None brings all.
+        replicas: number of replicas that share a packed batch in equal numbers of rows.
+        worker: (index, count): make the rows of this worker only; None makes all.
 
     Returns:
-        A dataset of known cardinality, deterministic, prefetching.
+        A dataset of `Batch` dicts, of known cardinality, deterministic, prefetching.
 
     Raises:
         InputError: wrong arguments, all of them together; or as `tokenize_pairs`.
@@ -151,135 +139,113 @@ def preference_dataset(
         >>> int(dataset.cardinality()), [batch["weight"].numpy().sum() for batch in dataset]
         (2, [np.float32(2.0), np.float32(1.0)])
     """
-    problems = [
-        f"{name} must be an integer >= {least}, got {value!r}."
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("start_step", start_step, 0),
-            ("epochs", 1 if epochs is None else epochs, 1),
-        )
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least
-    ]
+    problems = not_integers(1, batch_size=batch_size, epochs=1 if epochs is None else epochs)
+    problems += not_integers(0, seed=seed, start_step=start_step)
     if not isinstance(pairs, TokenizedPairs) and preprocessor is None:
-        problems.append("preprocessor is needed to tokenize the pairs: pass policy.preprocessor.")
+        hint = "Pass policy.preprocessor."
+        problems.append(InputProblem("preprocessor", "is needed to tokenize the pairs.", hint=hint))
+    only_packed = {"row_length": row_length, "rows": rows}
+    problems += _batching_problems(batching, batch_size, drop_remainder, only_packed, worker)
+    if problems:
+        raise InputError(problems)
+    tokenized = (
+        pairs
+        if isinstance(pairs, TokenizedPairs)
+        else tokenize_pairs(
+            pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
+        )
+    )
+    if batching == "packed":
+        shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        plan = plan_packing(tokenized, batch_size, **shape, seed=seed, shuffle=shuffle)
+        source = _packed(tokenized, plan, worker)
+    else:
+        order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
+        source = _bucketed(tokenized, batch_size, buckets, order, worker)
+    if source.steps == 0:
+        rule = f"leaves no batch: {len(tokenized)} pairs, batch_size {batch_size}"
+        raise InputError(InputProblem("drop_remainder", rule))
+    total = None if epochs is None else epochs * source.steps
+    if total is not None and start_step >= total:
+        rule = f"must be less than the {total} batches of {epochs} epochs"
+        raise InputError(InputProblem("start_step", rule, start_step))
+    return stream(source, start_step, total)
+
+
+def _batching_problems(
+    batching: str,
+    batch_size: int,
+    drop_remainder: bool,
+    only_packed: Mapping[str, int | None],
+    worker: tuple[int, int] | None,
+) -> list[InputProblem]:
+    problems = []
     if batching not in get_args(Batching):
         names = " or ".join(map(repr, get_args(Batching)))
-        problems.append(f"batching must be {names}, got {batching!r}.")
+        problems.append(InputProblem("batching", f"must be {names}", batching))
+    rule = "has no effect {} batching='packed'"
     if batching != "packed":
         problems += [
-            f"{name} has no effect without batching='packed', got {value}; leave it out."
-            for name, value in (("row_length", row_length), ("rows", rows))
+            InputProblem(name, rule.format("without"), value, "Leave it out.")
+            for name, value in only_packed.items()
             if value is not None
         ]
     elif drop_remainder:
-        problems.append("drop_remainder has no effect with batching='packed'; leave it out.")
+        problems.append(InputProblem("drop_remainder", rule.format("with"), hint="Leave it out."))
     if worker is not None and not 0 <= worker[0] < worker[1]:
-        problems.append(f"worker must be (index, count) with 0 <= index < count, got {worker}.")
+        rule = "must be (index, count) with 0 <= index < count"
+        problems.append(InputProblem("worker", rule, worker))
     elif worker is not None and batching != "packed" and batch_size % worker[1]:
-        problems.append(
-            f"batch_size must be a multiple of the {worker[1]} workers, got {batch_size}."
-        )
-    if problems:
-        raise InputError(problems)
-    if isinstance(pairs, TokenizedPairs):
-        tokenized = pairs
-    else:
-        tokenized = tokenize_pairs(
-            pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
-        )
-    if batching == "packed":
-        plan = _plan(tokenized, batch_size, row_length, rows, replicas, seed, shuffle)
-        source = _packed(tokenized, plan, worker)
-    else:
-        source = _bucketed(tokenized, batch_size, buckets, seed, shuffle, drop_remainder, worker)
-    if source.steps == 0:
-        raise InputError(
-            f"drop_remainder leaves no batch: {len(tokenized)} pairs, batch_size {batch_size}."
-        )
-    total = None if epochs is None else epochs * source.steps
-    if total is not None and start_step >= total:
-        raise InputError(
-            f"start_step must be less than the {total} batches of {epochs} epochs, "
-            f"got {start_step}."
-        )
-    return stream(source, start_step, total)
+        rule = f"must be a multiple of the {worker[1]} workers"
+        problems.append(InputProblem("batch_size", rule, batch_size))
+    return problems
 
 
 def _bucketed(
     tokenized: TokenizedPairs,
     batch_size: int,
     buckets: int | Sequence[int],
-    seed: int,
-    shuffle: bool,
-    drop_remainder: bool,
+    options: Mapping[str, Any],
     worker: tuple[int, int] | None,
 ) -> Source:
     plan = plan_buckets(tokenized, batch_size, buckets)
     order = functools.lru_cache(maxsize=2)(
-        lambda epoch: epoch_order(
-            plan, batch_size, seed=seed, epoch=epoch, shuffle=shuffle, drop_remainder=drop_remainder
-        )
+        lambda epoch: epoch_order(plan, batch_size, epoch=epoch, **options)
     )
 
     def make(epoch: int, step: int) -> Batch:
-        shape, batches = order(epoch).bucket[step], order(epoch).rows
-        rows = _rows_of(tokenized, batches, step, worker)
+        shape = order(epoch).bucket[step]
+        rows = _share(tokenized, order(epoch).rows, step, worker)
         return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
 
-    # Batches of one shape are static throughout; else only length and slots are left open.
-    one = len(plan.lengths) == 1
     rows = batch_size // (1 if worker is None else worker[1])
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], rows)
-    return Source(
-        steps_per_epoch(tokenized, batch_size, drop_remainder),
-        make,
-        signature_of(sample, {} if one else DYNAMIC),
-    )
-
-
-def _plan(
-    tokenized: TokenizedPairs,
-    batch_size: int,
-    row_length: int | None,
-    rows: int | None,
-    replicas: int,
-    seed: int,
-    shuffle: bool,
-) -> PackingPlan:
-    return plan_packing(
-        tokenized,
-        batch_size,
-        length=row_length,
-        rows=rows,
-        replicas=replicas,
-        seed=seed,
-        shuffle=shuffle,
-    )
+    # Batches of one bucket are static throughout. Else only lengths and slots are left open.
+    signature = signature_of(sample, {} if len(plan.lengths) == 1 else DYNAMIC)
+    steps = steps_per_epoch(tokenized, batch_size, options["drop_remainder"])
+    return Source(steps, make, signature)
 
 
 def _packed(tokenized: TokenizedPairs, plan: PackingPlan, worker: tuple[int, int] | None) -> Source:
+    if worker is not None and plan.rows % worker[1]:
+        rule = f"cannot share batches of {plan.rows} packed rows among {worker[1]} workers."
+        hint = f"To make rows a multiple of them, pass replicas={worker[1]}."
+        raise InputError(InputProblem("worker", rule, hint=hint))
     order = functools.lru_cache(maxsize=2)(lambda epoch: packed_order(plan, epoch))
 
     def make(epoch: int, step: int) -> Batch:
-        batches = order(epoch if plan.shuffle else 0).pairs
-        pairs = _rows_of(tokenized, batches, step, worker)
-        return collate_packed(tokenized, pairs, plan.length, plan.slots)
+        grid = _share(tokenized, order(epoch if plan.shuffle else 0).pairs, step, worker)
+        return collate_packed(tokenized, grid, plan.length, plan.slots)
 
     return Source(plan.steps, make, signature_of(make(0, 0), {}))
 
 
-def _rows_of(
+def _share(
     tokenized: TokenizedPairs, batches: np.ndarray, step: int, worker: tuple[int, int] | None
 ) -> np.ndarray:
-    """Takes a batch's rows, or a worker's share of them, and announces those of a later batch."""
+    """Return a worker's rows of a batch, and announce those of a later batch to the disk."""
     index, count = worker or (0, 1)
     size = batches.shape[1]
-    if size % count:
-        raise InputError(
-            f"a batch of {size} packed rows cannot be shared by {count} workers; pass "
-            f"replicas={count}."
-        )
     mine = batches[:, index * size // count : (index + 1) * size // count]
     soon = mine[0 if step == 0 else step + AHEAD : step + AHEAD + 1]
     tokenized.expect(soon[soon >= 0])

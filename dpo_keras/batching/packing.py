@@ -1,8 +1,8 @@
-"""Packing: rows of one fixed length hold whole trees, a prompt with both its responses.
+"""Packing: rows of one fixed length hold whole trees, each a prompt with both its responses.
 
-A tree takes `|prompt| + |chosen| + |rejected|` places: the prompt is there once. Rows are packed by
-best fit from the shuffled stream of each epoch, so that hardly any place is empty, and every batch
-of a run has one static shape.
+A tree takes `|prompt| + |chosen| + |rejected|` places, because its prompt is there once. Each epoch
+packs its own shuffled stream of pairs by best fit, so that hardly any place is empty and every
+batch of a run has one static shape.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dpo_keras.batching.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
-from dpo_keras.batching.collate import round_up
-from dpo_keras.batching.tokenized_pairs import TokenizedPairs
-from dpo_keras.errors import InputError
+from dpo_keras.batching.ragged import round_up
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
 
-ROW_LENGTH = 1024  # the length that rows have at least, unless a step needs less
-_FILL = 0.98  # what best fit reaches on ordinary data
+ROW_LENGTH = 1024  # tokens that rows have at least, unless a step needs fewer
+_FILL = 0.98  # share of the places that best fit fills on ordinary data
 _SAMPLE = 8192  # pairs that the length of rows is tried on
-_GROUP = 16  # steps whose rows are dealt together, to be alike in their number of pairs
-_NAMED = 20  # pairs that an error names one by one
+_GROUP = 16  # steps whose rows are dealt together, so that they hold similar numbers of pairs
+_LISTED = 20  # pairs that an error lists
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The one static shape of all batches, and all that the order of an epoch follows from.
+    """The one static shape of all batches, and everything that the order of an epoch depends on.
 
     Args:
         length: tokens per row.
         rows: rows per batch.
-        slots: response-token slots per row.
+        slots: response tokens per row.
         pairs: pair slots per row.
         steps: batches per epoch, the same for every epoch.
-        seed: of the order.
+        seed: seed of the order.
         shuffle: whether each epoch has its own order.
         sizes: tokens of each pair.
-        partition: `steps * rows` lists of pairs, the packing of epoch 0.
+        partition: the pairs of each of the `steps * rows` rows in epoch 0.
     """
 
     length: int
@@ -56,7 +56,7 @@ class PackingPlan:
 
     @property
     def fill(self) -> float:
-        """Share of the token places of an epoch that hold tokens."""
+        """Share of the places of an epoch that hold tokens."""
         return float(self.sizes.tokens.sum()) / (self.steps * self.rows * self.length)
 
 
@@ -65,16 +65,15 @@ class PackedOrder:
     """All batches of one epoch.
 
     Args:
-        pairs: int `[steps, rows, pairs]`, which pair stands in which row and pair slot of each
-            batch; -1 for empty pair slots.
-
-    A result per pair slot, `[rows * pairs]`, belongs to the pairs `order.pairs[step].reshape(-1)`.
+        pairs: int `[steps, rows, pairs]`, the pair in each row and pair slot of each batch; -1 for
+            empty pair slots. Results per pair slot, `[rows * pairs]`, belong to the pairs
+            `order.pairs[step].reshape(-1)`.
     """
 
     pairs: np.ndarray
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return len(self.pairs)
 
 
@@ -88,18 +87,18 @@ def plan_packing(
     seed: int = 0,
     shuffle: bool = True,
 ) -> PackingPlan:
-    """Chooses the shape of packed batches and packs the first epoch.
+    """Choose the shape of packed batches and pack the first epoch.
 
-    Steps hold `batch_size` pairs in the mean. Rows are about 1,024 tokens long: their number is
-    chosen first, then the length (a multiple of 64 tokens, of 8 below 512) that comes nearest to
-    `batch_size`. The longest tree always fits, even where that makes a step larger.
+    Steps hold `batch_size` pairs on average. The number of rows is chosen first, so that rows are
+    about 1,024 tokens long. Their length, a multiple of 64 tokens (of 8 below 512), is the one that
+    comes nearest to `batch_size`. The longest tree always fits, even if that makes a step larger.
 
     Args:
         tokenized: the pairs.
-        batch_size: pairs per step, in the mean.
+        batch_size: pairs per step, on average.
         length: tokens per row; None chooses.
         rows: rows per step, over all replicas; None chooses.
-        replicas: what `rows` is a multiple of.
+        replicas: number that `rows` is a multiple of.
         seed: any integer >= 0.
         shuffle: False packs in file order, each epoch the same.
 
@@ -107,7 +106,7 @@ def plan_packing(
         The plan.
 
     Raises:
-        InputError: no pairs; a pair longer than a row; rows that replicas can not share.
+        InputError: no pairs; a pair longer than a row; rows that the replicas cannot share.
 
     Example:
         >>> from dpo_keras.batching.ragged import Ragged
@@ -118,8 +117,9 @@ def plan_packing(
         >>> plan.length, plan.rows, plan.steps, plan.partition
         (24, 1, 2, [[0, 2, 3], [1]])
     """
+    if problems := _plan_problems(tokenized, batch_size, length, rows, replicas):
+        raise InputError(problems)
     sizes = Sizes(tokenized.tree_tokens, tokenized.response_tokens)
-    _check(sizes, tokenized, batch_size, length, rows, replicas)
     stream = _stream(len(tokenized), seed, 0, shuffle)
     length, rows = _shape(stream, sizes, batch_size, length, rows, replicas)
     packed = best_fit(stream, sizes, Capacity(length, length, length))
@@ -141,12 +141,12 @@ def plan_packing(
 
 
 def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
-    """Packs one epoch and deals its rows into batches: a pure function of its arguments.
+    """Pack one epoch and deal its rows into batches: a pure function of its arguments.
 
-    Each epoch packs its own shuffled stream, into the same number of rows: where it comes out with
-    fewer, rows are split; with more, the emptiest are dissolved into the others; and should that
-    fail, the rows of epoch 0 are taken again. Rows are then dealt so that neighbouring steps are
-    alike in their number of pairs: a mean over a step weighs each pair by one over that number.
+    Each epoch packs its own shuffled stream into the same number of rows. If there are fewer, rows
+    are split. If there are more, the emptiest are dissolved into the others; where that fails, the
+    rows of epoch 0 are used again. Rows are dealt so that neighboring steps hold similar numbers of
+    pairs, because a mean over a step weighs each pair by one over that number.
 
     Args:
         plan: from `plan_packing`.
@@ -167,19 +167,19 @@ def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
     rows = plan.partition
     if plan.shuffle and epoch:
         stream = _stream(len(plan.sizes.tokens), plan.seed, epoch, True)
-        found = _exactly(best_fit(stream, plan.sizes, plan.capacity), plan, stream)
-        rows = plan.partition if found is None else found
+        rows = _same_number_of_rows(plan, stream) or plan.partition
     grid = np.full((len(rows), plan.pairs), -1, np.int64)
     counts = np.array([len(row) for row in rows])
     grid[np.arange(plan.pairs) < counts[:, None]] = np.concatenate(rows)
     if plan.shuffle:
-        # Another stream of random numbers than the one that shuffled the pairs.
+        # Independent of the random numbers that shuffled the pairs.
         random = np.random.default_rng([plan.seed, epoch, 1])
         grid = grid[_deal(counts, plan.rows, random)]
     return PackedOrder(grid.reshape(plan.steps, plan.rows, plan.pairs))
 
 
-def _exactly(rows: Rows, plan: PackingPlan, stream: np.ndarray) -> Rows | None:
+def _same_number_of_rows(plan: PackingPlan, stream: np.ndarray) -> Rows | None:
+    rows = best_fit(stream, plan.sizes, plan.capacity)
     count = plan.steps * plan.rows
     if len(rows) > count:
         squeezed = squeeze_rows(rows, count, plan.sizes, plan.capacity)
@@ -191,7 +191,7 @@ def _exactly(rows: Rows, plan: PackingPlan, stream: np.ndarray) -> Rows | None:
 
 
 def _deal(counts: np.ndarray, rows: int, random: np.random.Generator) -> np.ndarray:
-    """The order of rows in which those of one step stand together."""
+    """Return an order of rows in which those of one step are together."""
     order = []
     for begin in range(0, len(counts), _GROUP * rows):
         group = begin + random.permutation(min(_GROUP * rows, len(counts) - begin))
@@ -222,6 +222,7 @@ def _shape(
     rows: int | None,
     replicas: int,
 ) -> tuple[int, int]:
+    """Choose the length and the number of rows."""
     longest = int(sizes.tokens.max())
     together = min(batch_size, len(stream))
     wanted = together * float(sizes.tokens.mean()) / _FILL
@@ -243,45 +244,38 @@ def _shape(
     return min(tried, key=missed), rows
 
 
-def _check(
-    sizes: Sizes,
-    tokenized: TokenizedPairs,
-    batch_size: int,
-    length: int | None,
-    rows: int | None,
-    replicas: int,
-) -> None:
-    problems = [
-        f"{name} must be an integer >= 1, got {value!r}."
-        for name, value in (
-            ("batch_size", batch_size),
-            ("row_length", 1 if length is None else length),
-            ("rows", 1 if rows is None else rows),
-            ("replicas", replicas),
-        )
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1
+def not_integers(least: int, **arguments: object) -> list[InputProblem]:
+    """Return the problems of arguments that are not integers of at least `least`."""
+    return [
+        InputProblem(name, f"must be an integer >= {least}", value)
+        for name, value in arguments.items()
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least
     ]
+
+
+def _plan_problems(
+    tokenized: TokenizedPairs, batch_size: int, length: int | None, rows: int | None, replicas: int
+) -> list[str]:
+    given = {"row_length": length, "rows": rows}
+    given = {name: value for name, value in given.items() if value is not None}
+    problems: list[str] = []
+    problems += not_integers(1, batch_size=batch_size, replicas=replicas, **given)
     if not problems and rows is not None and rows % replicas:
-        problems.append(
-            f"rows must be a multiple of the {replicas} replicas that share them, got {rows}."
-        )
+        rule = f"must be a multiple of the {replicas} replicas that share them"
+        problems.append(InputProblem("rows", rule, rows))
     if not len(tokenized):
         problems.append("there is no pair to pack; give at least one.")
     elif (tokenized.prompt.lengths == 0).any():
-        problems.append(
-            f"prompt {int(np.argmin(tokenized.prompt.lengths))} has no token: nothing predicts its "
-            "response's first token. Give it some text, or use a tokenizer with a start token."
-        )
+        problems.append(prompt_without_tokens(int(np.argmin(tokenized.prompt.lengths))))
     if not problems and length is not None:
-        long = np.flatnonzero(sizes.tokens > length)
+        sizes = tokenized.tree_tokens
+        long = np.flatnonzero(sizes > length)
         if len(long):
-            problems.append(
-                f"row_length must hold the longest pair, {int(sizes.tokens.max())} tokens of "
-                f"prompt and both responses, got {length}; {len(long)} pairs are longer. Raise it, "
-                "leave it out, or tokenize with a smaller max_length."
+            rule = (
+                f"must hold the longest pair, {int(sizes.max())} tokens of prompt and both "
+                f"responses, got {length}; {len(long)} pairs are longer."
             )
-            problems += [
-                f"pair {number}: {sizes.tokens[number]} tokens" for number in long[:_NAMED]
-            ]
-    if problems:
-        raise InputError(problems)
+            hint = "Raise it, leave it out, or tokenize with a smaller max_length."
+            problems.append(InputProblem("row_length", rule, hint=hint))
+            problems += [f"pair {number}: {sizes[number]} tokens" for number in long[:_LISTED]]
+    return problems

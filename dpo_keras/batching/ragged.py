@@ -1,4 +1,4 @@
-"""Sequences of differing length in two flat arrays: small, fast to slice and cheap to hash."""
+"""Sequences of different lengths in two flat arrays, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 
+TOKEN_BYTES = 4  # bytes of a token in a file
+
 
 @dataclass(frozen=True)
 class Ragged:
-    """Token sequences laid end to end; sequence i is `flat_values[row_splits[i]:row_splits[i+1]]`.
+    """Token sequences end to end; sequence i is `flat_values[row_splits[i]:row_splits[i + 1]]`.
 
-    The layout is that of `tf.RaggedTensor`: `tf.RaggedTensor.from_row_splits(r.flat_values,
-    r.row_splits)` takes it as it is.
+    `tf.RaggedTensor` has the same layout: `tf.RaggedTensor.from_row_splits(r.flat_values,
+    r.row_splits)` makes one without a copy.
 
     Args:
         flat_values: int32 `[total]`, all tokens.
@@ -32,6 +34,8 @@ class Ragged:
         (3, [3, 0, 1], [5, 6, 7])
         >>> tokens.slice([1, 0, 0], [3, 0, 1]).tolist()
         [[6, 7], [], [8]]
+        >>> tokens.take([2, 2, 0]).tolist()
+        [[8], [8], [5, 6, 7]]
     """
 
     flat_values: np.ndarray
@@ -39,21 +43,9 @@ class Ragged:
 
     @classmethod
     def from_lists(cls, sequences: Iterable[Sequence[int] | np.ndarray]) -> Ragged:
-        """Packs lists (or arrays) of token ids.
-
-        Args:
-            sequences: one sequence of token ids per row.
-
-        Returns:
-            The rows in the order given.
-
-        Example:
-            >>> Ragged.from_lists([[1], [2, 3]]).row_splits.tolist()
-            [0, 1, 3]
-        """
+        """Build the rows from lists or arrays of token ids."""
         rows = list(sequences)
-        splits = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=splits[1:])
+        splits = row_splits_of([len(row) for row in rows])
         flat = np.fromiter(chain.from_iterable(rows), np.int32, count=int(splits[-1]))
         return cls(flat, splits)
 
@@ -63,100 +55,62 @@ class Ragged:
         return np.diff(self.row_splits)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.row_splits) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The tokens of one row, a view."""
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        row %= len(self)
+        """Return the tokens of one row, as a view."""
+        row = self._checked(row)
         return self.flat_values[self.row_splits[row] : self.row_splits[row + 1]]
 
     def slice(
         self, starts: Sequence[int] | np.ndarray, stops: Sequence[int] | np.ndarray
     ) -> Ragged:
-        """Cuts every row to `row[start:stop]`, all rows at once.
-
-        Args:
-            starts: int `[rows]`, first token kept, counted from the row's beginning.
-            stops: int `[rows]`, one past the last token kept.
-
-        Returns:
-            As many rows, cut.
-
-        Example:
-            >>> Ragged.from_lists([[1, 2, 3], [4, 5]]).slice([0, 1], [2, 2]).tolist()
-            [[1, 2], [5]]
-        """
+        """Cut every row to `row[start:stop]`, 0 <= start, stop <= the row's length."""
         starts = np.asarray(starts, np.int64)
         lengths = np.maximum(np.asarray(stops, np.int64) - starts, 0)
-        splits = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(lengths, out=splits[1:])
-        return Ragged(self.flat_values[places(self.row_splits[:-1] + starts, lengths)], splits)
+        flat = self.flat_values[places(self.row_splits[:-1] + starts, lengths)]
+        return Ragged(flat, row_splits_of(lengths))
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Ragged:
-        """Picks rows, in the order given, repeats allowed.
-
-        Args:
-            rows: int `[n]` row numbers.
-
-        Returns:
-            A new Ragged of n rows.
-
-        Example:
-            >>> Ragged.from_lists([[1], [2, 3]]).take([1, 1, 0]).tolist()
-            [[2, 3], [2, 3], [1]]
-        """
+        """Return the rows of the given numbers, in that order; repeats are allowed."""
         rows = np.asarray(rows, np.int64)
         starts = self.row_splits[rows]
-        # Not self.lengths[rows]: a batch must not cost more where there are more rows.
+        # Not self.lengths[rows]: the cost of a batch must not grow with the number of rows.
         lengths = self.row_splits[rows + 1] - starts
-        splits = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=splits[1:])
-        return Ragged(self.flat_values[places(starts, lengths)], splits)
+        return Ragged(self.flat_values[places(starts, lengths)], row_splits_of(lengths))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Ragged:
-        """Picks rows without reading their tokens where these are on disk; else as `take`.
-
-        Args:
-            rows: int `[n]` row numbers.
-
-        Returns:
-            n rows.
-
-        Example:
-            >>> Ragged.from_lists([[1], [2, 3]]).select([1]).tolist()
-            [[2, 3]]
-        """
+        """Return rows as `take` does, but leave their tokens on disk where they are on disk."""
         return self.take(rows)
 
     def expect(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Announces rows that will be read soon; rows in memory need no announcement.
-
-        Args:
-            rows: int `[n]` row numbers.
-        """
+        """Announce rows that are about to be read. Rows in memory need no announcement."""
 
     def tolist(self) -> list[list[int]]:
-        """The rows as lists of Python integers.
-
-        Example:
-            >>> Ragged.from_lists([[1], []]).tolist()
-            [[1], []]
-        """
+        """Return the rows as lists of Python integers."""
         return [self[row].tolist() for row in range(len(self))]
+
+    def _checked(self, row: int) -> int:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return row % len(self)
+
+
+def row_splits_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return where each row begins and the last one ends, int64 `[rows + 1]`."""
+    splits = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=splits[1:])
+    return splits
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round up to a multiple."""
+    return -(-value // multiple) * multiple
 
 
 def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Flat indices of the runs `starts[i], starts[i] + 1, …` of the given lengths, end to end.
-
-    Args:
-        starts: int `[n]`, where each run begins.
-        lengths: int `[n]`, how long each run is, >= 0.
-
-    Returns:
-        int64 `[sum(lengths)]`.
+    """Return the indices of runs that begin at `starts`, end to end, int64 `[sum(lengths)]`.
 
     Example:
         >>> places(np.array([10, 20]), np.array([2, 3])).tolist()
@@ -168,45 +122,28 @@ def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(np.asarray(starts, np.int64) - (ends - lengths), lengths)
 
 
-WIDTH = 4  # bytes of a token
-
-
 class TokenFile:
-    """A file of int32 tokens (little-endian), read in runs.
+    """A file of little-endian int32 tokens, read in runs.
 
-    It is read, not mapped: mapped pages count as the process's own memory, and a pass over the data
-    would seem to need (and in a container may be charged for) all of it. The system's page cache
-    keeps what is read often, either way.
-
-    Args:
-        path: the file.
+    The file is read, not mapped. Mapped pages count as memory of the process, so a pass over the
+    data would appear to need all of it, and a container may be charged for all of it. The page
+    cache of the system keeps frequently read parts either way.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._file = open(self.path, "rb", buffering=0)
+        self._file = self.path.open("rb", buffering=0)
         if hasattr(os, "posix_fadvise"):  # Linux
-            # No reading on behind a row: the next one is somewhere else.
+            # Disable read-ahead: the next row is somewhere else.
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
     def read(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Reads runs of tokens, end to end; safe to call from several threads.
-
-        Args:
-            starts: int `[n]`, the first token of each run.
-            lengths: int `[n]`, how many.
-
-        Returns:
-            int32 `[sum(lengths)]`.
-
-        Raises:
-            InputError: if the file ends before.
-        """
-        sizes = np.asarray(lengths, np.int64) * WIDTH
-        flat = np.empty(int(sizes.sum()) // WIDTH, "<i4")
+        """Read runs of tokens, end to end, int32 `[sum(lengths)]`. Threads may share a file."""
+        sizes = np.asarray(lengths, np.int64) * TOKEN_BYTES
+        flat = np.empty(int(sizes.sum()) // TOKEN_BYTES, "<i4")
         view = memoryview(flat.view(np.uint8).data)
         handle, place = self._file.fileno(), 0
-        runs = zip((np.asarray(starts) * WIDTH).tolist(), sizes.tolist(), strict=True)
+        runs = zip((np.asarray(starts) * TOKEN_BYTES).tolist(), sizes.tolist(), strict=True)
         for start, size in runs:
             if os.preadv(handle, [view[place : place + size]], start) != size:
                 raise InputError(f"{self.path} is cut off; delete its folder to make it again.")
@@ -214,46 +151,40 @@ class TokenFile:
         return flat.astype(np.int32, copy=False)
 
     def expect(self, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """Has the system fetch runs that will be read soon, several at once and in its own time.
+        """Ask the system to fetch runs in the background, several at once.
 
-        Shuffled rows of a file that is not in memory cost a disk access each; one after the other
-        they took three times as long.
-
-        Args:
-            starts: int `[n]`, the first token of each run.
-            lengths: int `[n]`, how many.
+        Shuffled rows of a file that is not in memory cost one disk access each. Read one after the
+        other, they took three times as long.
         """
         if not hasattr(os, "posix_fadvise"):
             return
-        handle = self._file.fileno()
-        runs = (np.asarray(starts) * WIDTH).tolist(), (np.asarray(lengths) * WIDTH).tolist()
-        for start, size in zip(*runs, strict=True):
-            os.posix_fadvise(handle, start, size, os.POSIX_FADV_WILLNEED)
+        for start, size in (np.stack([starts, lengths], axis=1) * TOKEN_BYTES).tolist():
+            os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def warm(self) -> None:
-        """Reads all of a file that fits well into free memory once, from front to back.
+        """Read the whole file once in the background, if it fits well into free memory.
 
-        A disk does that many times faster than it finds shuffled rows, and the system keeps what
-        was read as long as nobody else wants the memory. It happens in the background.
+        A sequential read is many times faster than reading shuffled rows, and the system keeps the
+        content until another program needs the memory.
         """
         if self.path.stat().st_size <= _free_memory() // 2:
             threading.Thread(target=_read_through, args=(self.path,), daemon=True).start()
 
     def __del__(self) -> None:
-        """Closes the file with the last of its readers."""
+        """Close the file."""
         if hasattr(self, "_file"):
             self._file.close()
 
 
 def _read_through(path: Path) -> None:
     buffer = bytearray(2**22)
-    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
             pass
 
 
 def _free_memory() -> int:
-    """Returns the bytes that the system could use for its page cache; 0 where it does not say."""
+    """Return the bytes that the page cache can grow to; 0 where the system does not say."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * int(next(n for n in lines if n.startswith("MemAvailable:")).split()[1])
@@ -261,20 +192,12 @@ def _free_memory() -> int:
 
 
 class StoredRagged(Ragged):
-    """Rows of a `TokenFile`, as a `Ragged`: batches are read when they are taken.
+    """Rows of a `TokenFile` as a `Ragged`; a row is read when it is taken.
 
     Args:
-        file: where the tokens are.
-        starts: int `[rows]`, the first token of each row.
-        lengths: int `[rows]`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.array([5, 6, 7, 8], "<i4").tofile(f"{folder}/tokens")
-        ...     file = TokenFile(f"{folder}/tokens")
-        ...     StoredRagged(file, np.array([0, 3]), np.array([3, 1])).take([1, 0]).tolist()
-        [[8], [5, 6, 7]]
+        file: the file of tokens.
+        starts: int `[rows]`, first token of each row in the file.
+        lengths: int `[rows]`, tokens of each row.
     """
 
     _file: TokenFile
@@ -292,9 +215,7 @@ class StoredRagged(Ragged):
     @property
     def row_splits(self) -> np.ndarray:
         """Where each row would begin in `flat_values`."""
-        splits = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(self._lengths, out=splits[1:])
-        return splits
+        return row_splits_of(self._lengths)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -302,31 +223,26 @@ class StoredRagged(Ragged):
         return self._lengths.astype(np.int64)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self._starts)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The tokens of one row."""
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+        """Read one row."""
+        row = self._checked(row)
         return self._file.read(self._starts[[row]], self._lengths[[row]])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Ragged:
-        """Reads rows, in the order given, repeats allowed."""
-        return Ragged(*self._read(np.asarray(rows, np.int64)))
+        """Read the rows of the given numbers, in that order; repeats are allowed."""
+        rows = np.asarray(rows, np.int64)
+        lengths = self._lengths[rows].astype(np.int64)
+        return Ragged(self._file.read(self._starts[rows], lengths), row_splits_of(lengths))
 
     def expect(self, rows: Sequence[int] | np.ndarray) -> None:
-        """Announces rows that will be read soon."""
+        """Announce rows that are about to be read, so that the disk can begin."""
         rows = np.asarray(rows, np.int64)
         self._file.expect(self._starts[rows], self._lengths[rows])
 
     def select(self, rows: Sequence[int] | np.ndarray) -> StoredRagged:
-        """Picks rows without reading them."""
+        """Return rows without reading them."""
         rows = np.asarray(rows, np.int64)
         return StoredRagged(self._file, self._starts[rows], self._lengths[rows])
-
-    def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lengths = self._lengths[rows].astype(np.int64)
-        splits = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=splits[1:])
-        return self._file.read(self._starts[rows], lengths), splits

@@ -1,42 +1,36 @@
-"""One pass over pairs in order, for what is computed once per pair."""
+"""Batches without a stream: every pair once and in order, or a few strings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.batch_stream import DYNAMIC, signature_of
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
-from dpo_keras.batching.collate import Batch, collate
-from dpo_keras.batching.packed_rows import collate_packed
+from dpo_keras.batching.collate import Batch, collate, collate_packed, collate_single
+from dpo_keras.batching.dataset import DYNAMIC
+from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.packing import packed_order, plan_packing
-from dpo_keras.batching.tokenized_pairs import TokenizedPairs
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.python_stream import signature_of
 
 
 class Part(NamedTuple):
-    """One batch of a pass.
+    """One batch of a pass, and the pairs in it.
 
     Args:
-        pairs: int `[rows * pairs]`, whose results stand where in what a model finds per pair; -1
-            where nobody's do.
-        batch: the batch dict.
+        pairs: int `[rows * pairs]`, the pair that each pair slot holds; -1 for empty ones.
+        batch: the batch.
     """
 
     pairs: np.ndarray
     batch: Batch
 
     def put(self, found: np.ndarray, results: np.ndarray) -> int:
-        """Puts a batch's results where they belong.
-
-        Args:
-            found: `[rows * pairs, …]`.
-            results: `[N, …]`, changed.
-
-        Returns:
-            How many pairs there were.
+        """Copy results per pair slot into `results` per pair; return the number of pairs.
 
         Example:
             >>> results = np.zeros(3)
@@ -53,14 +47,14 @@ class Part(NamedTuple):
 def one_pass(
     tokenized: TokenizedPairs, batch_size: int = 16, batching: str = "buckets"
 ) -> Iterator[Part]:
-    """Every pair once, in `preference_dataset`'s order without shuffling.
+    """Yield every pair once, in the order of `preference_dataset` without shuffling.
 
     Args:
         tokenized: the pairs.
-        batch_size: pairs per batch; in the mean, where packed.
+        batch_size: pairs per batch, on average where packed.
         batching: "buckets" or "packed".
 
-    Returns:
+    Yields:
         The batches, with their pairs.
 
     Example:
@@ -88,10 +82,62 @@ def one_pass(
         yield Part(rows, collate(tokenized, rows, length, slots, batch_size))
 
 
-def pass_signature(batch: Batch) -> dict[str, tf.TensorSpec]:
-    """The shapes and types that one trace needs to serve every batch of a pass.
+def pass_signature(batch: Mapping[str, object]) -> dict[str, tf.TensorSpec]:
+    """Return the shapes and types with which one trace serves every batch of a pass.
 
     Args:
-        batch: one of them. Packed batches have one shape; else lengths and slots stay open.
+        batch: one of them. Packed batches have one shape. Else lengths and slots stay open.
+
+    Returns:
+        A spec per key.
     """
     return signature_of(batch, {} if "tree" in batch else DYNAMIC)
+
+
+def batch_from_strings(
+    preprocessor: object,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    responses_b: Sequence[str] | None = None,
+    *,
+    max_length: int | None = None,
+    **layout: int,
+) -> Batch:
+    """Tokenize a few strings and lay them out as one batch.
+
+    Args:
+        preprocessor: anything that `TextEncoder` takes.
+        prompts: n prompts.
+        responses: n responses; column 0 of the result.
+        responses_b: n other responses, column 1. None scores one response per prompt.
+        max_length: cut to this many tokens as `tokenize_pairs` does; None keeps all.
+        **layout: `length`, `slots`, `batch_size`, as in `collate`.
+
+    Returns:
+        A batch with two sequences per row where `responses_b` is given, else one.
+
+    Raises:
+        InputError: lists of different lengths, or a prompt without any token.
+
+    Example:
+        >>> class Letters:
+        ...     end_token_id, pad_token_id = 2, 0
+        ...     tokenize = staticmethod(lambda texts: [list(map(ord, t)) for t in texts])
+        >>> batch_from_strings(Letters(), ["a"], ["b"], length=4)["token_ids"].tolist()
+        [[[97, 98, 2, 0]]]
+    """
+    others = responses if responses_b is None else responses_b
+    if not len(prompts) == len(responses) == len(others):
+        more = "" if responses_b is None else f" and {len(others)} other responses"
+        rule = f"must be as many as prompts, got {len(prompts)} prompts, {len(responses)} responses"
+        raise InputError(InputProblem("responses", rule + more))
+    encoder = TextEncoder(preprocessor)
+    prompt, first = encoder.prompts(prompts), encoder.responses(responses)
+    second = first if responses_b is None else encoder.responses(responses_b)
+    if max_length is not None:
+        prompt, first, second = truncate(prompt, first, second, max_length, encoder.start)
+    if responses_b is None:
+        return collate_single(prompt, first, pad=encoder.pad, **layout)
+    ones = np.ones(len(prompt), np.float32)
+    pairs = TokenizedPairs(prompt, first, second, ones, ones, pad=encoder.pad)
+    return collate(pairs, np.arange(len(pairs)), **layout)

@@ -1,71 +1,79 @@
-"""From preference pairs to token ids: tokenized once, cut to length, the unusable ones named."""
+"""Preference pairs to token ids: tokenized once, cut to length, unusable pairs reported."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.encoders import TextEncoder, encode_conversations
 from dpo_keras.batching.ragged import Ragged
+from dpo_keras.batching.token_cache import Chunk, cached_tokens
 from dpo_keras.batching.tokenized_pairs import (
     DroppedPair,
     TokenizationReport,
     TokenizedPairs,
+    first_tokens,
     truncate,
 )
-from dpo_keras.errors import InputError
-from dpo_keras.preferences.stored_preferences import StoredPreferences
-
-if TYPE_CHECKING:
-    from dpo_keras.preferences import PreferencePair
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
+from dpo_keras.utils.tensors import JSON
 
 Overlength = Literal["truncate", "drop", "error"]
-_NAMED = 20  # pairs that an error names one by one
+FORMAT = "dpo_keras tokens 1"
+PAIRS_AT_ONCE = 2048  # of a built directory
+PROBE = 64  # pairs whose tokens tell one tokenizer from another
+_LISTED = 20  # pairs that an error lists
 
 
 def tokenize_pairs(
     pairs: Iterable[PreferencePair | Mapping[str, Any]],
-    preprocessor: Any,
+    preprocessor: object,
     *,
     max_length: int = 1024,
     template: str | ChatTemplate | None = None,
     overlength: Overlength = "truncate",
     cache: str | os.PathLike[str] | None = None,
 ) -> TokenizedPairs:
-    r"""Tokenizes preference pairs through the model's own tokenizer.
+    r"""Tokenize preference pairs with the model's own tokenizer.
 
-    Prompt and response are tokenized apart and joined as ids, so that no token straddles the
-    boundary (a prompt that ends in a space stays as it is) and both responses follow the same
-    prompt ids. `TextEncoder` tells how start and end tokens are placed.
+    Prompt and response are tokenized separately and joined as ids, so that no token crosses the
+    boundary (a prompt that ends in a space keeps it) and both responses follow the same prompt ids.
+    `TextEncoder` describes how start and end tokens are placed.
 
-    A pair longer than `max_length` is cut, prompt first: from its left, keeping the start token
-    and at least one more token, to make room for the longer response; then each response that is
-    still too long, from its right. **A response that was cut has no end token**, because the text
-    did not end there.
+    A pair longer than `max_length` is cut. First the prompt loses tokens from its left, to make
+    room for the longer response; its start token and at least one more token stay. Then each
+    response that is still too long loses tokens from its right. **A response that was cut has no
+    end token**, because the text did not end there.
 
     Args:
-        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Those of a built
+        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Pairs of a built
             directory (`StoredPreferences`) are tokenized once, and their tokens stay on disk.
         preprocessor: the model's KerasHub preprocessor (`policy.preprocessor`), its tokenizer, or
             anything that `TextEncoder` takes.
-        max_length: most tokens of prompt and response together, >= 4.
-        template: how chat messages become text: a name (see `available_templates()`), a path to a
-            Jinja file or to a Hugging Face checkpoint directory, or a `ChatTemplate`. None leaves
-            strings as they are, and refuses messages. With a template, a string prompt is one user
+        max_length: maximum number of tokens of prompt and response together, >= 4.
+        template: how chat messages become text: a name (see `available_templates()`), the path of a
+            Jinja file or of a Hugging Face checkpoint directory, or a `ChatTemplate`. None leaves
+            strings as they are and refuses messages. With a template, a string prompt is one user
             turn and a string response one assistant turn.
-        overlength: what happens to a pair that is too long: "truncate", "drop" or "error". Dropped
-            pairs are named in the report.
-        cache: where tokens of a built directory are kept; None: in `tokens/` in it.
+        overlength: what happens to a pair that is too long: "truncate", "drop" or "error". The
+            report lists dropped pairs.
+        cache: folder for the tokens of a built directory. None takes `tokens/` inside it.
 
     Returns:
-        The surviving pairs, with a report of the others.
+        The remaining pairs, with a report of the others.
 
     Raises:
-        InputError: a wrong argument; pairs too long where `overlength="error"`; nothing left.
+        InputError: a wrong argument; pairs too long with `overlength="error"`; no pair left.
 
     Example:
         >>> class Letters:
@@ -81,220 +89,222 @@ def tokenize_pairs(
     """
     problems = []
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 4:
-        problems.append(f"max_length must be an integer >= 4, got {max_length!r}.")
+        problems.append(InputProblem("max_length", "must be an integer >= 4", max_length))
     if overlength not in get_args(Overlength):
         names = ", ".join(map(repr, get_args(Overlength)))
-        problems.append(f"overlength must be one of {names}, got {overlength!r}.")
-    stored = isinstance(pairs, StoredPreferences)
-    if cache is not None and not stored:
-        problems.append(f"cache is for pairs of a built directory, got {type(pairs).__name__}.")
+        problems.append(InputProblem("overlength", f"must be one of {names}", overlength))
+    if cache is not None and not isinstance(pairs, StoredPreferences):
+        rule = f"is for pairs of a built directory, got {type(pairs).__name__}"
+        problems.append(InputProblem("cache", rule))
     if problems:
         raise InputError(problems)
-    rules = Rules(TextEncoder(preprocessor), get_template(template), max_length, overlength)
+    encoder = TextEncoder(preprocessor)
+    tokenizer = PairTokenizer(encoder, get_template(template), max_length, overlength)
     if isinstance(pairs, StoredPreferences):
-        from dpo_keras.batching.token_cache import tokenize_stored
-
-        return tokenize_stored(pairs, rules, cache)
-    records = _records(pairs)
-    tokens, _ = tokenize_chunk(records, rules)
-    if not len(tokens):
-        raise InputError(
-            [f"None of the {len(records)} pairs is left after tokenization."]
-            + [str(pair) for pair in tokens.report.dropped[:_NAMED]]
+        count = len(pairs)
+        tokens = cached_tokens(
+            pairs,
+            key=tokenizer.key(pairs),
+            chunks=lambda done: tokenizer.chunks(pairs, done),
+            cache=cache,
+            pad=encoder.pad,
+            max_length=max_length,
         )
+    else:
+        records = _as_pairs(pairs)
+        count = len(records)
+        tokens, _ = tokenizer.tokenize(records)
+    if not len(tokens):
+        dropped = [str(pair) for pair in tokens.report.dropped[:_LISTED]]
+        raise InputError([f"None of the {count} pairs is left after tokenization.", *dropped])
     return tokens
 
 
-class Rules(NamedTuple):
-    """How text becomes tokens.
-
-    Args:
-        encoder: the tokenizer.
-        template: the chat template, or None.
-        max_length: most tokens of prompt and response together.
-        overlength: what happens to a pair that is too long.
-    """
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Turns pairs into tokens by one set of rules, whatever part of a data set they are."""
 
     encoder: TextEncoder
     template: ChatTemplate | None
     max_length: int
     overlength: Overlength
 
+    def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
+        """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
+        prompt, chosen, rejected, warnings = self._encode(records, first)
+        kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
+        whole = [part.take(kept) for part in (prompt, chosen, rejected)]
+        limits = (self.max_length, self.encoder.start)
+        prompt, chosen, rejected = truncate(whole[0], whole[1], whole[2], *limits)
+        identical = np.zeros(len(kept), bool)
+        for i in np.flatnonzero(chosen.lengths == rejected.lengths):
+            identical[i] = np.array_equal(chosen[int(i)], rejected[int(i)])
+        cut_prompt, cut_chosen, cut_rejected = (
+            cut.lengths < part.lengths
+            for cut, part in zip((prompt, chosen, rejected), whole, strict=True)
+        )
+        cuts = np.stack([cut_prompt, cut_chosen | cut_rejected, identical], axis=1)
+        left = [records[i] for i in kept]
+        margins = [pair.margin or 0.0 for pair in left]
+        any_margin = any(pair.margin is not None for pair in left)
+        names = tuple(sorted({pair.group for pair in left if pair.group is not None}))
+        numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+        tokens = TokenizedPairs(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            preference=np.array([pair.preference for pair in left], np.float32),
+            weight=np.array([pair.weight for pair in left], np.float32),
+            pad=self.encoder.pad,
+            group=np.array([numbers.get(p.group, -1) for p in left], np.int32) if names else None,
+            margin=np.array(margins, np.float32) if any_margin else None,
+            group_names=names,
+            source=first + kept,
+            max_length=self.max_length,
+        )
+        report = TokenizationReport(
+            pairs=len(records),
+            kept=len(kept),
+            dropped=dropped,
+            truncated_prompts=int(cuts[:, 0].sum()),
+            truncated_responses=int(cuts[:, 1].sum()),
+            identical_responses=int(cuts[:, 2].sum()),
+            prompt_tokens=len(prompt.flat_values),
+            response_tokens=len(chosen.flat_values) + len(rejected.flat_values),
+            longest=int(tokens.lengths.max(initial=0)),
+            warnings=warnings,
+        )
+        return replace(tokens, report=report), cuts
 
-def tokenize_chunk(
-    records: list[PreferencePair], rules: Rules, first: int = 0
-) -> tuple[TokenizedPairs, np.ndarray]:
-    """Tokenizes some of the pairs of a larger set, without complaint where none is left.
+    def chunks(self, pairs: StoredPreferences, done: int) -> Iterator[Chunk]:
+        """Tokenize the pairs of a built directory from number `done` on, some at a time."""
+        records = itertools.islice(pairs.whole.read(done), pairs.extent - done)
+        while chunk := list(itertools.islice(records, PAIRS_AT_ONCE)):
+            yield self.tokenize(chunk, done)
+            done += len(chunk)
 
-    Args:
-        records: the pairs.
-        rules: how.
-        first: the number of the first one in the larger set, for `source`, report and messages.
+    def key(self, pairs: StoredPreferences) -> dict[str, JSON]:
+        """Return everything that the tokens of a built directory depend on.
 
-    Returns:
-        The surviving pairs with their report, and bool `[n, 3]`: whether the prompt was cut, a
-        response was cut, both responses have the same tokens.
+        A tokenizer is known by its class, special ids and vocabulary, and by its tokens of the
+        first pairs: a difference that no attribute shows appears there.
+        """
+        template = self.template
+        # A pair that is too long must not raise here, where a few pairs stand for all.
+        lenient = replace(self, overlength="truncate")
+        tokens, _ = lenient.tokenize(list(itertools.islice(pairs.whole, PROBE)))
+        probe = hashlib.sha256()
+        for part in tokens.parts:
+            probe.update(json.dumps(part.tolist()).encode())
+        return {
+            "format": FORMAT,
+            "records": pairs.checksum,
+            "pairs": pairs.extent,
+            "tokenizer": _tokenizer_key(self.encoder),
+            "probe": probe.hexdigest(),
+            "template": None if template is None else [template.name, _digest(template.source)],
+            "max_length": self.max_length,
+            "overlength": self.overlength,
+        }
 
-    Raises:
-        InputError: as `tokenize_pairs`.
-    """
-    encoder, template, max_length, overlength = rules
-    prompt, chosen, rejected, warnings = _encode(records, encoder, template, first)
-    tokens, cuts = _cut(records, encoder, prompt, chosen, rejected, max_length, overlength, first)
-    tokens.report.warnings.extend(warnings)
-    return tokens, cuts
+    def _encode(
+        self, records: list[PreferencePair], first: int
+    ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
+        if self.template is not None:
+            return encode_conversations(records, self.encoder, self.template, first)
+        messages = [
+            number
+            for number, pair in enumerate(records, first)
+            if not all(isinstance(x, str) for x in (pair.prompt, pair.chosen, pair.rejected))
+        ]
+        if messages:
+            rule = (
+                f"is needed to turn chat messages into text: {len(messages)} pairs hold messages "
+                f"(the first is pair {messages[0]})."
+            )
+            hint = "Give a name such as 'chatml', a Jinja file, or a Hugging Face checkpoint."
+            raise InputError(InputProblem("template", rule, hint=hint))
+        return (
+            self.encoder.prompts([str(pair.prompt) for pair in records]),
+            self.encoder.responses([str(pair.chosen) for pair in records]),
+            self.encoder.responses([str(pair.rejected) for pair in records]),
+            [],
+        )
+
+    def _sort_out(
+        self,
+        records: list[PreferencePair],
+        prompt: Ragged,
+        chosen: Ragged,
+        rejected: Ragged,
+        first: int,
+    ) -> tuple[np.ndarray, list[DroppedPair]]:
+        """Return the numbers of the pairs that stay, and the pairs that do not."""
+        total = prompt.lengths + np.maximum(chosen.lengths, rejected.lengths)
+        over = total > self.max_length
+        if self.overlength == "error" and over.any():
+            raise InputError(self._too_long(records, np.flatnonzero(over), total, first))
+        rule = np.full(len(records), "", object)
+        # A response of the end token alone says nothing.
+        rule[self._blank(chosen) | self._blank(rejected)] = "empty_response"
+        rule[(prompt.lengths == 0) & (rule == "")] = "empty_prompt"
+        if self.overlength == "drop":
+            rule[over & (rule == "")] = "overlength"
+        dropped = [
+            DroppedPair(
+                first + int(i),
+                records[i].id,
+                str(rule[i]),
+                f"prompt {prompt.lengths[i]}, chosen {chosen.lengths[i]}, "
+                f"rejected {rejected.lengths[i]} tokens",
+            )
+            for i in np.flatnonzero(rule != "")
+        ]
+        return np.flatnonzero(rule == ""), dropped
+
+    def _blank(self, responses: Ragged) -> np.ndarray:
+        is_end = np.isin(first_tokens(responses), list(self.encoder.ends))
+        return (responses.lengths == 0) | ((responses.lengths == 1) & is_end)
+
+    def _too_long(
+        self, records: list[PreferencePair], rows: np.ndarray, total: np.ndarray, first: int
+    ) -> list[str]:
+        rule = (
+            f"is 'error', and {len(rows)} of {len(records)} pairs are longer than "
+            f"max_length={self.max_length} tokens."
+        )
+        hint = "Raise max_length, or choose 'truncate' or 'drop'."
+        problems: list[str] = [InputProblem("overlength", rule, hint=hint)]
+        for i in rows[:_LISTED]:
+            name = f" (id {records[i].id!r})" if records[i].id is not None else ""
+            problems.append(f"pair {first + i}{name}: {total[i]} tokens")
+        if len(rows) > _LISTED:
+            problems.append(f"… and {len(rows) - _LISTED} more.")
+        return problems
 
 
-def _records(pairs: Iterable[Any]) -> list[PreferencePair]:
+def _as_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
     records = list(pairs)
     if any(isinstance(pair, Mapping) for pair in records):
-        from dpo_keras.preferences import read_preferences
-
         return list(read_preferences(records, on_error="fail"))
     return records
 
 
-def _encode(
-    records: list[PreferencePair],
-    encoder: TextEncoder,
-    template: ChatTemplate | None,
-    first: int,
-) -> tuple[Ragged, Ragged, Ragged, list[str]]:
-    if template is not None:
-        return encode_conversations(records, encoder, template, first)
-    columns: list[list[str]] = [[], [], []]
-    messages = []
-    for number, pair in enumerate(records, first):
-        for column, text in zip(columns, (pair.prompt, pair.chosen, pair.rejected), strict=True):
-            if isinstance(text, str):
-                column.append(text)
-            else:
-                messages.append(number)
-    if messages:
-        raise InputError(
-            f"{len(set(messages))} pairs hold chat messages (the first is pair {messages[0]}), "
-            "which need a template to become text: pass template='chatml' or another name, the "
-            "path of a Jinja file, or a Hugging Face checkpoint directory."
-        )
-    prompt, chosen, rejected = columns
-    return encoder.prompts(prompt), encoder.responses(chosen), encoder.responses(rejected), []
+def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
+    parts: dict[str, str | None] = {}
+    for name in ("get_vocabulary", "merges", "proto"):
+        value = getattr(encoder.tokenizer, name, None)
+        with contextlib.suppress(Exception):  # a custom tokenizer may have anything here
+            value = value() if callable(value) else value
+            value = sorted(value) if isinstance(value, set) else value
+            parts[name] = None if value is None else _digest(repr(value))
+    return {
+        "class": type(encoder.tokenizer).__name__,
+        "ids": [encoder.start, encoder.end, sorted(encoder.ends), encoder.pad],
+        "anchor": encoder.anchor,
+        **parts,
+    }
 
 
-def _cut(
-    records: list[PreferencePair],
-    encoder: TextEncoder,
-    prompt: Ragged,
-    chosen: Ragged,
-    rejected: Ragged,
-    max_length: int,
-    overlength: str,
-    first: int,
-) -> tuple[TokenizedPairs, np.ndarray]:
-    longer = np.maximum(chosen.lengths, rejected.lengths)
-    total = prompt.lengths + longer
-    over = total > max_length
-    if overlength == "error" and over.any():
-        raise InputError(_too_long(records, np.flatnonzero(over), total, max_length, first))
-
-    # Which rule drops a pair, if any. A response of the end token alone says nothing.
-    rule = np.full(len(records), "", object)
-    rule[_blank(chosen, encoder) | _blank(rejected, encoder)] = "empty_response"
-    rule[(prompt.lengths == 0) & (rule == "")] = "empty_prompt"
-    if overlength == "drop":
-        rule[over & (rule == "")] = "overlength"
-    dropped = [
-        DroppedPair(
-            first + int(i),
-            records[i].id,
-            str(rule[i]),
-            f"prompt {prompt.lengths[i]}, chosen {chosen.lengths[i]}, "
-            f"rejected {rejected.lengths[i]} tokens",
-        )
-        for i in np.flatnonzero(rule != "")
-    ]
-    keep = np.flatnonzero(rule == "")
-    records = [records[i] for i in keep]
-    prompt, chosen, rejected = prompt.take(keep), chosen.take(keep), rejected.take(keep)
-    cut_prompt, cut_chosen, cut_rejected = truncate(
-        prompt, chosen, rejected, max_length, encoder.start
-    )
-    identical = np.zeros(len(keep), bool)
-    for i in np.flatnonzero(cut_chosen.lengths == cut_rejected.lengths):
-        identical[i] = np.array_equal(cut_chosen[int(i)], cut_rejected[int(i)])
-    cuts = np.stack(
-        [
-            cut_prompt.lengths < prompt.lengths,
-            (cut_chosen.lengths < chosen.lengths) | (cut_rejected.lengths < rejected.lengths),
-            identical,
-        ],
-        axis=1,
-    )
-    lengths = cut_prompt.lengths + np.maximum(cut_chosen.lengths, cut_rejected.lengths)
-    report = TokenizationReport(
-        pairs=len(rule),
-        kept=len(keep),
-        dropped=dropped,
-        truncated_prompts=int(cuts[:, 0].sum()),
-        truncated_responses=int(cuts[:, 1].sum()),
-        identical_responses=int(identical.sum()),
-        prompt_tokens=len(cut_prompt.flat_values),
-        response_tokens=len(cut_chosen.flat_values) + len(cut_rejected.flat_values),
-        longest=int(lengths.max(initial=0)),
-    )
-    groups = [pair.group for pair in records]
-    names = tuple(sorted({name for name in groups if name is not None}))
-    margins = [pair.margin for pair in records]
-    tokens = TokenizedPairs(
-        prompt=cut_prompt,
-        chosen=cut_chosen,
-        rejected=cut_rejected,
-        preference=np.array([pair.preference for pair in records], np.float32),
-        weight=np.array([pair.weight for pair in records], np.float32),
-        pad=encoder.pad,
-        group=_numbered(groups, names) if names else None,
-        margin=_margins(margins),
-        group_names=names,
-        source=first + keep,
-        max_length=max_length,
-        report=report,
-    )
-    return tokens, cuts
-
-
-def _blank(responses: Ragged, encoder: TextEncoder) -> np.ndarray:
-    lengths = responses.lengths
-    first = responses.flat_values[
-        np.minimum(responses.row_splits[:-1], max(len(responses.flat_values) - 1, 0))
-    ]
-    return (lengths == 0) | ((lengths == 1) & np.isin(first, list(encoder.ends)))
-
-
-def _numbered(groups: list[str | None], names: tuple[str, ...]) -> np.ndarray:
-    number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-    return np.array([number.get(name, -1) for name in groups], np.int32)
-
-
-def _margins(margins: list[float | None]) -> np.ndarray | None:
-    if all(margin is None for margin in margins):
-        return None
-    # Without a margin of its own a pair asks for none.
-    return np.array([margin or 0.0 for margin in margins], np.float32)
-
-
-def _too_long(
-    records: list[PreferencePair],
-    rows: np.ndarray,
-    total: np.ndarray,
-    max_length: int,
-    first: int,
-) -> list[str]:
-    problems = [
-        f"{len(rows)} of {len(records)} pairs are longer than max_length={max_length} tokens. "
-        "Raise max_length, or pass overlength='truncate' or 'drop'."
-    ]
-    for i in rows[:_NAMED]:
-        name = f" (id {records[i].id!r})" if records[i].id is not None else ""
-        problems.append(f"pair {first + i}{name}: {total[i]} tokens")
-    if len(rows) > _NAMED:
-        problems.append(f"… and {len(rows) - _NAMED} more.")
-    return problems
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,16 +1,17 @@
-"""What tokenization did to the pairs: counts, and every dropped pair by name."""
+"""Pairs as token ids, and the report of what tokenization kept, cut and dropped."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
 
 RULES = {
     "empty_response": "no token of a response is left",
@@ -21,7 +22,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class DroppedPair:
-    """One pair that did not survive tokenization.
+    """One pair that tokenization dropped.
 
     Args:
         index: its place among the pairs given, from 0.
@@ -36,29 +37,29 @@ class DroppedPair:
     detail: str
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Describe the pair in one line."""
         name = f" (id {self.id!r})" if self.id is not None else ""
         return f"pair {self.index}{name}: {RULES[self.rule]} ({self.detail})"
 
 
 @dataclass
 class TokenizationReport:
-    """Counts of what was kept, cut and dropped.
+    """Counts of what tokenization kept, cut and dropped.
 
     Args:
         pairs: pairs given.
-        kept: pairs that survived.
-        dropped: those that did not, in order; of pairs on disk only the first are named, and the
-            others show in `pairs - kept`.
-        truncated_prompts: kept pairs whose prompt was cut, from its left.
-        truncated_responses: kept pairs of which a response was cut, from its right; such a
+        kept: pairs that remain.
+        dropped: pairs that do not, in order. Of pairs on disk only the first are listed; the
+            number of all is `pairs - kept`.
+        truncated_prompts: kept pairs whose prompt was cut, from the left.
+        truncated_responses: kept pairs with a response that was cut, from the right. Such a
             response has no end token.
-        identical_responses: kept pairs whose two responses have the same tokens, so that they
-            teach nothing (truncation can make them so).
+        identical_responses: kept pairs whose two responses have the same tokens, possibly after
+            truncation. They teach nothing.
         prompt_tokens: tokens of all kept prompts.
         response_tokens: tokens of all kept responses.
         longest: tokens of the longest kept sequence, prompt and response together.
-        warnings: other things to know, one sentence each.
+        warnings: other findings, one sentence each.
 
     Example:
         >>> report = TokenizationReport(pairs=2, kept=1, prompt_tokens=4, response_tokens=6)
@@ -80,15 +81,14 @@ class TokenizationReport:
     longest: int = 0
     warnings: list[str] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, JSON]) -> TokenizationReport:
+        """Rebuild a report from the fields that `dataclasses.asdict` makes of it."""
+        dropped = [DroppedPair(**entry) for entry in values["dropped"]]
+        return cls(**{**values, "dropped": dropped})
+
     def summary(self, limit: int = 5) -> str:
-        """Describes the report in a few lines.
-
-        Args:
-            limit: how many dropped pairs are named; the rest are counted.
-
-        Returns:
-            Text for a terminal.
-        """
+        """Describe the report in a few lines, with at most `limit` of the dropped pairs."""
         lines = [
             f"{self.pairs} pairs, {self.kept} kept ({self.prompt_tokens} prompt tokens, "
             f"{self.response_tokens} response tokens, longest sequence {self.longest})."
@@ -108,20 +108,9 @@ class TokenizationReport:
                 lines.append(f"  … and {count - min(limit, len(self.dropped))} more.")
         return "\n".join(lines + [f"Warning: {warning}" for warning in self.warnings])
 
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values.
-
-        Returns:
-            Every field, `dropped` as a list of dicts, and `dropped_by_rule`.
-        """
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values["warnings"] = list(self.warnings)
-        values["dropped"] = [
-            {name: getattr(pair, name) for name in pair.__dataclass_fields__}
-            for pair in self.dropped
-        ]
-        values["dropped_by_rule"] = self._by_rule()
-        return values
+    def as_dict(self) -> dict[str, JSON]:
+        """Return every field as JSON values, with counts `dropped_by_rule`."""
+        return {**asdict(self), "dropped_by_rule": self._by_rule()}
 
     def _by_rule(self) -> dict[str, int]:
         rules = Counter(pair.rule for pair in self.dropped)
@@ -134,22 +123,22 @@ class TokenizedPairs:
     """Pairs as token ids, ready to be batched in any order.
 
     Args:
-        prompt: N rows; each begins with the start token where the model has one. The same ids
-            serve both responses.
-        chosen: N rows of response ids; each ends with the end token unless it was cut.
+        prompt: N rows of prompt ids, with the start token where the model has one. Both responses
+            follow the same ids.
+        chosen: N rows of response ids, each with the end token unless it was cut.
         rejected: the same for the other response.
         preference: float32 `[N]`, probability that chosen is better.
         weight: float32 `[N]`, >= 0.
         pad: id that fills sequences up.
-        reference: float32 `[N, 2]` log-probs of a reference model (chosen, rejected), or None.
+        reference: float32 `[N, 2]`, log-probs of a reference model (chosen, rejected), or None.
         group: int32 `[N]`, numbers into `group_names`, -1 without a group; or None.
         margin: float32 `[N]`, or None.
         group_names: the names that `group` numbers.
-        source: int64 `[N]`, each pair's place among the pairs that were given.
-        max_length: the limit that the pairs were cut to; buckets never reach beyond it.
+        source: int64 `[N]`, place of each pair among the pairs that were given.
+        max_length: the limit that the pairs were cut to. Buckets are never longer.
         report: what tokenization did.
-        identity: stands for the tokens in `fingerprint` where these are on disk: whoever made them
-            says what they are, so that nobody has to read all of them.
+        identity: replaces the digest of the tokens in `fingerprint` where they are on disk, so
+            that they need not all be read.
     """
 
     prompt: Ragged
@@ -168,8 +157,13 @@ class TokenizedPairs:
     identity: str | None = None
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return len(self.prompt)
+
+    @property
+    def parts(self) -> tuple[Ragged, Ragged, Ragged]:
+        """The rows of `prompt`, `chosen` and `rejected`."""
+        return self.prompt, self.chosen, self.rejected
 
     @property
     def lengths(self) -> np.ndarray:
@@ -183,72 +177,54 @@ class TokenizedPairs:
 
     @property
     def tree_tokens(self) -> np.ndarray:
-        """Tokens of prompt and both responses, each once, int64 `[N]`: a pair's places in a row."""
+        """Tokens of prompt and both responses, each once, int64 `[N]`: a pair's part of a row."""
         return self.prompt.lengths + self.response_tokens
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every token of every pair, in order.
 
-        Tokenizer, template and truncation all show in the tokens, so two sets of equal fingerprint
-        have the same log-probs under the same model: the key of a cache of reference log-probs.
-        Preferences and weights do not enter. Pairs on disk have the digest of what their tokens
+        Tokenizer, template and truncation all show in the tokens, so that sets of equal fingerprint
+        have equal log-probs under the same model. A cache of reference log-probs uses it as its
+        key. Preferences and weights do not enter. Pairs on disk have a digest of what their tokens
         were made from instead.
         """
         if self.identity is not None:
             return self.identity
         digest = hashlib.sha256(b"dpo_keras tokens 1")
-        for part in (self.prompt, self.chosen, self.rejected):
+        for part in self.parts:
             digest.update(np.ascontiguousarray(part.row_splits, "<i8").tobytes())
             digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
         return digest.hexdigest()
 
     def expect(self, rows: np.ndarray) -> None:
-        """Announces pairs that will be read soon, so that a disk can begin; nothing waits for it.
-
-        Args:
-            rows: int `[n]` row numbers.
-        """
-        for part in (self.prompt, self.chosen, self.rejected):
+        """Announce the pairs of some rows, so that a disk can begin to read. Does not block."""
+        for part in self.parts:
             part.expect(rows)
 
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
-        """Returns the same pairs carrying reference log-probs into every batch.
+        """Return the same pairs with reference log-probs, which every batch then carries.
 
         Args:
             reference: float `[N, 2]` log-probs (chosen, rejected), all finite.
-
-        Returns:
-            A copy that shares the tokens.
 
         Raises:
             InputError: wrong shape, or values that are not finite.
         """
         values = np.asarray(reference, np.float32)
         if values.shape != (len(self), 2) or not np.isfinite(values).all():
-            raise InputError(
-                f"reference must be finite log-probs of shape ({len(self)}, 2), one row per "
-                f"tokenized pair; got shape {values.shape}, "
-                f"{int((~np.isfinite(values)).sum())} values not finite."
+            rule = (
+                f"must be finite log-probs of shape ({len(self)}, 2), one row per tokenized pair; "
+                f"got shape {values.shape}, {int((~np.isfinite(values)).sum())} values not finite"
             )
+            raise InputError(InputProblem("reference", rule))
         return replace(self, reference=values)
 
     def take(self, rows: np.ndarray) -> TokenizedPairs:
-        """Returns some of the pairs, in the order given; tokens on disk stay there.
-
-        Args:
-            rows: int `[n]` row numbers.
-
-        Returns:
-            A new set of n pairs; the report stays that of the whole.
-        """
+        """Return the pairs of some rows, with the report of all. Tokens on disk are not read."""
         rows = np.asarray(rows, np.int64)
-        identity = self.identity
-        if identity is not None:
-            chosen = np.ascontiguousarray(rows, "<i8").tobytes()
-            identity = hashlib.sha256(identity.encode() + chosen).hexdigest()
 
-        def pick(values: Any) -> Any:
+        def pick(values: np.ndarray | None) -> np.ndarray | None:
             return None if values is None else values[rows]
 
         return replace(
@@ -262,50 +238,24 @@ class TokenizedPairs:
             group=pick(self.group),
             margin=pick(self.margin),
             source=pick(self.source),
-            identity=identity,
+            identity=None if self.identity is None else identity_of_rows(self.identity, rows),
         )
 
 
 def truncate(
     prompt: Ragged, chosen: Ragged, rejected: Ragged, max_length: int, start: int | None = None
 ) -> tuple[Ragged, Ragged, Ragged]:
-    """Cuts pairs to `max_length`: prompts from the left, then responses from the right.
-
-    Args:
-        prompt: N rows of prompt ids.
-        chosen: N rows of response ids.
-        rejected: N rows of response ids.
-        max_length: most tokens of prompt and response together.
-        start: id of the start token, kept at the front of a cut prompt that began with it.
-
-    Returns:
-        The three, cut; a prompt keeps at least one token besides its start token.
-
-    Example:
-        >>> rows = [[[1, 5, 6, 7]], [[8, 9, 2]], [[8, 2]]]
-        >>> cut = truncate(*(Ragged.from_lists(r) for r in rows), max_length=5, start=1)
-        >>> [part.tolist() for part in cut]
-        [[[1, 7]], [[8, 9, 2]], [[8, 2]]]
-    """
+    """Cut prompts from the left, but for `start` and one token, then responses from the right."""
     lengths = prompt.lengths
-    starts = np.zeros(len(prompt), np.int64)
-    if start is not None and len(prompt.flat_values):
-        first = prompt.flat_values[np.minimum(prompt.row_splits[:-1], len(prompt.flat_values) - 1)]
-        starts = ((lengths > 0) & (first == start)).astype(np.int64)
+    starts = np.zeros(len(prompt), bool)
+    if start is not None:
+        starts = (lengths > 0) & (first_tokens(prompt) == start)
     room = max_length - np.maximum(chosen.lengths, rejected.lengths)
-    kept = np.minimum(lengths, np.maximum(room, np.minimum(starts + 1, lengths)))
-    # The start token leads, the last kept - 1 tokens follow.
-    tail = prompt.slice(lengths - kept + starts, lengths)
-    if start is not None and starts.any():
-        splits = np.zeros(len(prompt) + 1, np.int64)
-        np.cumsum(kept, out=splits[1:])
-        flat = np.empty(int(splits[-1]), np.int32)
-        leads = splits[:-1][starts == 1]
-        mask = np.ones(len(flat), bool)
-        mask[leads] = False
-        flat[leads] = start
-        flat[mask] = tail.flat_values
-        tail = Ragged(flat, splits)
+    kept = np.minimum(lengths, np.maximum(room, starts + 1))
+    tail = prompt.slice(lengths - kept, lengths)
+    if start is not None:
+        # The start token takes the place of the first token kept.
+        tail.flat_values[tail.row_splits[:-1][starts]] = start
     room = max_length - kept
     zeros = np.zeros(len(prompt), np.int64)
     return (
@@ -313,3 +263,22 @@ def truncate(
         chosen.slice(zeros, np.minimum(chosen.lengths, room)),
         rejected.slice(zeros, np.minimum(rejected.lengths, room)),
     )
+
+
+def first_tokens(rows: Ragged) -> np.ndarray:
+    """Return each row's first token; any token where a row is empty."""
+    if not len(rows.flat_values):
+        return np.full(len(rows), -1, np.int32)
+    return rows.flat_values[np.minimum(rows.row_splits[:-1], len(rows.flat_values) - 1)]
+
+
+def identity_of_rows(identity: str, rows: np.ndarray) -> str:
+    """Return the identity of some rows of a set."""
+    chosen = np.ascontiguousarray(rows, "<i8").tobytes()
+    return hashlib.sha256(identity.encode() + chosen).hexdigest()
+
+
+def prompt_without_tokens(number: int) -> InputProblem:
+    """Describe the problem of a prompt that no response can follow."""
+    rule = f"prompt {number} has no token: nothing predicts its response's first token."
+    return InputProblem("", rule, hint="Give it some text, or use a tokenizer with a start token.")

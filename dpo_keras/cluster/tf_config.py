@@ -1,4 +1,4 @@
-"""TF_CONFIG: which processes make up a cluster, and which of them this one is."""
+"""TF_CONFIG: the processes of a cluster, and which of them this one is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_keras.errors import InputError
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import shortened
 
 TYPES = ("chief", "worker", "ps", "evaluator")
 IN_STEP = ("chief", "worker")
@@ -50,19 +51,15 @@ class Cluster:
     """The processes that TF_CONFIG names.
 
     Args:
-        tasks: all of them: chief, workers, parameter servers, evaluators.
-        this: the one that this process is.
+        tasks: chief, workers, parameter servers and evaluators.
+        this: the task of this process.
     """
 
     tasks: tuple[Task, ...]
     this: Task
 
     def of_type(self, *types: str) -> tuple[Task, ...]:
-        """Returns the tasks of these types, in the cluster's order.
-
-        Args:
-            *types: of `TYPES`.
-        """
+        """Return the tasks of these types (see `TYPES`), in the cluster's order."""
         return tuple(task for task in self.tasks if task.type in types)
 
     @property
@@ -82,16 +79,16 @@ class Cluster:
 
 
 def read_tf_config(text: str | None = None) -> Cluster | None:
-    """Reads and checks TF_CONFIG.
+    """Read and check TF_CONFIG.
 
     Args:
-        text: its content; None takes the environment's.
+        text: its content; None reads the environment variable.
 
     Returns:
         The cluster; None where TF_CONFIG is not set, empty or `{}`.
 
     Raises:
-        InputError: if it breaks a rule; all that is wrong with it together.
+        InputError: TF_CONFIG breaks a rule; all problems together.
 
     Example:
         >>> workers = '"cluster": {"worker": ["a:7000", "b:7000"]}'
@@ -115,9 +112,9 @@ def read_tf_config(text: str | None = None) -> Cluster | None:
         return None
     if not isinstance(content, dict):
         raise InputError(f"TF_CONFIG must be an object like {_EXAMPLE}, got {_shown(content)}.")
-    faults = [*_cluster_faults(content.get("cluster")), *_task_faults(content)]
-    if faults:
-        raise InputError([f"TF_CONFIG: {fault}" for fault in faults])
+    problems = [*_cluster_problems(content.get("cluster")), *_task_problems(content)]
+    if problems:
+        raise InputError([f"TF_CONFIG: {problem}" for problem in problems])
     tasks = tuple(
         Task(kind, index, address)
         for kind in TYPES
@@ -127,7 +124,7 @@ def read_tf_config(text: str | None = None) -> Cluster | None:
     return Cluster(tasks, next(task for task in tasks if (task.type, task.index) == mine))
 
 
-def _cluster_faults(cluster: Any) -> Iterator[str]:
+def _cluster_problems(cluster: JSON) -> Iterator[str]:
     if cluster is None:
         yield f"cluster is missing; it must look like {_EXAMPLE}."
         return
@@ -144,15 +141,15 @@ def _cluster_faults(cluster: Any) -> Iterator[str]:
         yield "cluster.worker is missing: the addresses of the workers, a list of host:port."
     if len(_addresses(cluster, "chief")) > 1:
         yield f"cluster.chief must be one address, got {_shown(cluster['chief'])}."
-    yield from _address_faults(cluster)
+    yield from _address_problems(cluster)
 
 
-def _addresses(cluster: Mapping[str, Any], kind: str) -> list[Any]:
+def _addresses(cluster: Mapping[str, JSON], kind: str) -> list[JSON]:
     addresses = cluster.get(kind)
     return addresses if isinstance(addresses, list) else []
 
 
-def _address_faults(cluster: Mapping[str, Any]) -> Iterator[str]:
+def _address_problems(cluster: Mapping[str, JSON]) -> Iterator[str]:
     seen: dict[str, str] = {}
     for kind in cluster:
         for index, address in enumerate(_addresses(cluster, kind)):
@@ -170,7 +167,7 @@ def _address_faults(cluster: Mapping[str, Any]) -> Iterator[str]:
             seen.setdefault(address, name)
 
 
-def _task_faults(content: Mapping[str, Any]) -> Iterator[str]:
+def _task_problems(content: Mapping[str, JSON]) -> Iterator[str]:
     task = content.get("task")
     if not isinstance(task, dict):
         what = "is missing" if task is None else f"is {_shown(task)}"
@@ -182,7 +179,7 @@ def _task_faults(content: Mapping[str, Any]) -> Iterator[str]:
     if kind not in kinds:
         yield f"task.type must be one of {', '.join(kinds)} (the cluster's), got {_shown(kind)}."
     try:
-        # The launchers of some clusters write the index as a string, which TensorFlow takes.
+        # Some launchers write the index as a string, which TensorFlow accepts.
         number = int(index) if isinstance(index, int | str) else -1
     except ValueError:
         number = -1
@@ -197,6 +194,5 @@ def _task_faults(content: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+def _shown(value: JSON) -> str:
+    return shortened("nothing" if value is None else repr(value), 120)

@@ -1,158 +1,24 @@
-"""Stopping a run on SIGTERM or Ctrl-C where nothing is lost: behind the step in progress."""
+"""End a cluster's workers together, and name the one that was lost."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
 
+from dpo_keras.cluster.stop_request import RunStopped, StopRequest
 from dpo_keras.cluster.tf_config import Cluster
 from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, meet
 from dpo_keras.errors import InputError
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class RunStopped(KeyboardInterrupt):
-    """A run was asked to stop, and stopped where it can go on.
-
-    Args:
-        reason: who asked.
-        step: the step that was saved last; None where no training was under way.
-
-    Example:
-        >>> str(RunStopped("SIGTERM", 7))
-        'stopped by SIGTERM after step 7, which is saved.'
-    """
-
-    def __init__(self, reason: str, step: int | None = None):
-        self.reason, self.step = reason, step
-        where = "between steps" if step is None else f"after step {step}, which is saved"
-        super().__init__(f"stopped by {reason} {where}.")
-
-
-class StopRequest:
-    """Whether a run has been asked to stop.
-
-    Within `at_step_end`, a request waits for whoever looks at `requested`; elsewhere it ends the
-    main thread's work at once with `RunStopped`: a run's files are written whole or not at all.
-    SIGTERM may come any number of times; a second Ctrl-C is a `KeyboardInterrupt`.
-
-    Attributes:
-        announce: called once, from whatever thread, with the name of a signal that came here.
-
-    Example:
-        >>> stop = StopRequest()
-        >>> with stop.at_step_end():
-        ...     stop.request("SIGTERM at worker 1")
-        ...     stop.requested, stop.reason
-        (True, 'SIGTERM at worker 1')
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.announce: Callable[[str], None] | None = None
-        self._requested = threading.Event()
-        self._announced = threading.Lock()
-        self._waiting = 0
-        self._interrupts = 0
-        self._leaving = False
-        self._installed = False
-
-    @property
-    def requested(self) -> bool:
-        """Whether somebody asked."""
-        return self._requested.is_set()
-
-    def request(self, reason: str) -> None:
-        """Asks, from any thread.
-
-        Args:
-            reason: who asks.
-        """
-        if self.requested:
-            return
-        self.reason = reason
-        self._requested.set()
-        # Others are told of signals that came here, not of what they said themselves.
-        self._announced.acquire(blocking=False)
-        if self._installed:
-            # Only a signal reaches a main thread that works in Python and looks at nothing.
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    @contextmanager
-    def at_step_end(self) -> Iterator[None]:
-        """Within this, requests wait to be looked at."""
-        self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
-
-    def stopped(self, step: int | None = None) -> RunStopped:
-        """Makes the exception that ends the run.
-
-        Args:
-            step: see `RunStopped`.
-        """
-        self._leaving = True
-        return RunStopped(self.reason or "another worker", step)
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT for requests; does nothing outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        # A main thread inside TensorFlow runs no handler; a pipe learns of the signal at once.
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
-        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        self._installed = True
-        try:
-            yield
-        finally:
-            self._installed = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            theirs.close()
-
-    def _listen(self, pipe: socket.socket) -> None:
-        with pipe:
-            while received := pipe.recv(16):
-                for number in received:
-                    if number in _SIGNALS:
-                        self._announce(signal.Signals(number).name)
-
-    def _announce(self, name: str) -> None:
-        # Once in a process: the lock is never given back.
-        if self.announce is not None and self._announced.acquire(blocking=False):
-            with suppress(OSError):
-                self.announce(name)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
-        self._requested.set()
-        if not self._waiting and not self._leaving:
-            raise self.stopped()
-
+from dpo_keras.utils.tensors import JSON
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 RESUME = "Start all workers again with --resume; the run goes on from its newest checkpoint."
-# What TensorFlow raises where a peer is gone; this package does not import it for their types.
+# Names of what TensorFlow raises when a peer is gone: this package does not import TensorFlow.
 _PEER_ERRORS = {
     *("UnavailableError", "AbortedError", "CancelledError"),
     *("DeadlineExceededError", "FailedPreconditionError"),
@@ -162,30 +28,25 @@ _GRACE = 5.0
 
 
 def end_process(text: str, code: int) -> None:
-    """Prints a message and ends the process, whatever its main thread is waiting for.
-
-    Args:
-        text: why.
-        code: exit code.
-    """
+    """Print a message and end the process, whatever its main thread is waiting for."""
     print(f"error: {text}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
 class Watchdog:
-    """Holds a link from each worker to the chief for as long as a run takes.
+    """A link from each worker to the chief, for as long as a run takes.
 
-    TensorFlow notices a lost peer as well, but late and badly (2.21, on the loopback): the ring's
-    next worker fails at once with `UnavailableError`, the others hang in the collective until the
-    coordination service misses heartbeats (10 s), its message then accuses those too that left in
-    the meantime, and a worker busy outside of a collective goes on until its next one.
+    TensorFlow 2.21 detects a lost peer too, but slowly and with the wrong names. The next worker of
+    the ring fails at once with `UnavailableError`. The others hang in the collective until the
+    coordination service misses heartbeats (10 s), and its message also names workers that left in
+    the meantime. A worker outside of a collective continues until its next one.
 
-    Use it as a context: leaving it normally says goodbye, leaving it by an exception tells the
-    others why, and they end with the same exit code.
+    Use it as a context manager. A normal exit says goodbye to the other workers. An exception tells
+    them why, and they end with the same exit code.
 
     Args:
         cluster: the processes.
-        stop: is told when another worker was asked to stop, and tells the others.
+        stop: receives the stop requests of other workers, and its own are sent to them.
         end: called from a thread with a message and an exit code; must end the process.
 
     Example:
@@ -208,21 +69,21 @@ class Watchdog:
         self._gone: set[int] = set()
         self._ending = self._closing = False
         self._changed = threading.Condition()
-        self._votes: dict[int, dict[int, Any]] = {}
+        self._votes: dict[int, dict[int, JSON]] = {}
         self._round = 0
 
     def meet(self, timeout: float = 300.0, greeting: Greeting | None = None) -> Watchdog:
-        """Waits for all workers, and watches them from then on.
+        """Wait for all workers, and watch them from then on.
 
         Args:
-            timeout: seconds to wait for them.
-            greeting: what all must have alike, by name.
+            timeout: seconds to wait.
+            greeting: values, by name, that must be equal on all workers.
 
         Returns:
-            Itself, to be used as a context.
+            This object, as a context manager.
 
         Raises:
-            ClusterError: somebody did not come in time.
+            ClusterError: a worker did not connect in time.
             InputError: the greetings differ, or a port is not free.
         """
         self._links = meet(self.cluster, timeout, greeting or {})
@@ -232,16 +93,16 @@ class Watchdog:
             threading.Thread(target=self._watch, args=(place,), daemon=True).start()
         return self
 
-    def agree(self, what: str, value: Any, hint: str = "") -> None:
-        """Waits until all workers have come to this place with the same value.
+    def agree(self, what: str, value: JSON, hint: str = "") -> None:
+        """Wait until all workers reach this call with the same value.
 
         Args:
-            what: the value's name, for the message.
-            value: any value that JSON has.
+            what: name of the value, for the message.
+            value: the value.
             hint: what to do if it differs.
 
         Raises:
-            InputError: if it is not the same on all workers; all of them raise it.
+            InputError: the value differs between workers; all of them raise it.
         """
         self._round += 1
         number = self._round
@@ -249,7 +110,7 @@ class Watchdog:
         if self._links and not self.cluster.is_chief:
             self._links[0].send(vote=number, value=value)
         with self._changed:
-            # The chief waits for everyone's value, a worker for the chief's list of them.
+            # The chief waits for the values of all workers, a worker for the chief's list.
             while len(self._votes[number]) < len(self._links) + 1:
                 self._changed.wait(0.2)
             values = self._votes.pop(number)
@@ -266,13 +127,18 @@ class Watchdog:
             raise InputError(f"the workers do not have the same {what}: {each}. {hint}".rstrip())
 
     def __enter__(self) -> Watchdog:
-        """Returns itself."""
+        """Return this object."""
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Says goodbye, or why this worker ends."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Say goodbye, or tell the other workers why this one ends."""
         if type(error).__name__ in _PEER_ERRORS:
-            # The thread that learns which worker it was ends this process.
+            # The thread that reads which worker was lost ends this process in the meantime.
             time.sleep(_SILENCE)
         self._closing = True
         if error is None:
@@ -288,7 +154,7 @@ class Watchdog:
             ) from error
 
     def _silent(self, text: str) -> str:
-        """Names the task whose heartbeats TensorFlow misses."""
+        """Return the task whose heartbeats TensorFlow misses, from its message."""
         found = re.search(r"unhealthy.*?/job:(\w+)/replica:0/task:(\d+)", text, re.DOTALL)
         named = [
             str(task)
@@ -300,12 +166,12 @@ class Watchdog:
     def _announce_stop(self, name: str) -> None:
         self._tell(stop=f"{name} at {self.cluster.this}")
 
-    def _tell(self, but: int | None = None, **message: Any) -> None:
+    def _tell(self, but: int | None = None, **message: JSON) -> None:
         for place, link in self._links.items():
             if place != but:
                 link.send(**message)
 
-    def _vote(self, number: int, place: int, value: Any) -> None:
+    def _vote(self, number: int, place: int, value: JSON) -> None:
         with self._changed:
             self._votes.setdefault(number, {})[place] = value
             self._changed.notify_all()
@@ -340,7 +206,7 @@ class Watchdog:
             return
         if self.cluster.is_chief:
             self._tell(but=place, **message)
-        # All may have found the same fault, or have stopped at the same step: each says so itself.
+        # All workers may end for the same reason; then each reports it itself.
         deadline = time.monotonic() + _GRACE
         while not self._closing and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -351,7 +217,7 @@ class Watchdog:
         self._lost(message["lost"])
 
     def _lost(self, place: int) -> None:
-        # Workers that this one tells, or that tell this one, close their links too.
+        # Only the first reason counts: links close one after another when workers end.
         if not self._is_first():
             return
         if self.cluster.is_chief:
@@ -363,7 +229,7 @@ class Watchdog:
         )
 
     def _is_first(self) -> bool:
-        """Whether no reason to end was known before."""
+        """Tell whether this is the first reason to end, and remember that there is one."""
         with self._changed:
             first = not self._ending and not self._closing
             self._ending = True
@@ -375,7 +241,7 @@ class Watchdog:
         self._closing = True
         for link in self._links.values():
             link.finish()
-        # Closed sockets of an ended process may take back what the peers have not read yet.
+        # Sockets of an ended process may discard what peers have not read yet.
         time.sleep(0.5)
         self._end(text, code)
 
@@ -390,7 +256,7 @@ _REACTIONS: dict[str, Callable[[Watchdog, int, Message], None]] = {
 }
 
 
-def _farewell(error: BaseException) -> dict[str, Any]:
+def _farewell(error: BaseException) -> dict[str, JSON]:
     if isinstance(error, KeyboardInterrupt):
         reason = error.reason if isinstance(error, RunStopped) else "Ctrl-C"
         return {"code": STOPPED, "why": f"was stopped by {reason}. {RESUME}"}

@@ -1,4 +1,4 @@
-"""One TCP connection from each worker to the chief, carrying a line of JSON per message."""
+"""TCP connections from each worker to the chief: one line of JSON per message."""
 
 from __future__ import annotations
 
@@ -9,29 +9,26 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
 
 from dpo_keras.cluster.tf_config import Cluster, Task
 from dpo_keras.errors import InputError
+from dpo_keras.utils.tensors import JSON
 
-Message = dict[str, Any]
+Message = dict[str, JSON]
 Greeting = Mapping[str, str]
 _HELLO_SECONDS = 5.0
 
 
 class ClusterError(RuntimeError):
-    """A worker is not there, or not there any more; nothing in the input is wrong."""
+    """A worker is missing or was lost. The input is not at fault."""
 
 
 class Link:
-    """A connection that lines of JSON go through.
+    """A connected TCP socket that carries lines of JSON.
 
-    A process that ends, however it ends, closes its connections: its peer reads the end at once.
-    A machine that is gone closes nothing, so the kernel probes the silent connection and gives it
-    up after about 30 seconds. Threads that a busy interpreter starves have no part in that.
-
-    Args:
-        connection: a connected TCP socket.
+    A process that ends in any way closes its connections, and its peer reads the end at once. A
+    machine that is gone closes nothing, so the kernel probes a silent connection and gives it up
+    after about 30 seconds. No Python thread takes part in that, so a busy interpreter does no harm.
     """
 
     def __init__(self, connection: socket.socket):
@@ -48,20 +45,13 @@ class Link:
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    def send(self, **message: Any) -> None:
-        """Sends a message; a peer that is gone is noticed by whoever reads.
-
-        Args:
-            **message: values that JSON has.
-        """
+    def send(self, **message: JSON) -> None:
+        """Send a message. The reading side notices a peer that is gone."""
         with self._sending, suppress(OSError):
             self.socket.sendall((json.dumps(message) + "\n").encode())
 
     def receive(self, seconds: float | None) -> Message | None:
-        """Waits for a message.
-
-        Args:
-            seconds: how long at most; None: as long as it takes.
+        """Wait for a message, for at most `seconds` (None: without a limit).
 
         Returns:
             The message; None if the connection ended, timed out or carried something else.
@@ -74,37 +64,37 @@ class Link:
         return message if isinstance(message, dict) else None
 
     def messages(self) -> Iterator[Message]:
-        """Yields messages until the connection ends."""
+        """Yield messages until the connection ends."""
         while (message := self.receive(None)) is not None:
             yield message
 
     def finish(self) -> None:
-        """Says that nothing more comes from here; what was sent still arrives."""
+        """Close the sending side. What was sent still arrives."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Close the connection."""
         self._lines.close()
         self.socket.close()
 
 
 def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
-    """Waits until every worker is there and has the same greeting.
+    """Wait until every worker has connected with the same greeting.
 
-    The workers meet on the chief's own address, before TensorFlow listens there: no further port
-    has to be open. TensorFlow's own wait has no end where the chief is there and a worker is not.
+    The workers meet on the chief's own address before TensorFlow listens there, so no further port
+    has to be open. TensorFlow itself waits for ever when the chief is up and a worker is not.
 
     Args:
         cluster: the processes.
         timeout: seconds to wait.
-        greeting: what all must have alike, by name.
+        greeting: values, by name, that must be equal on all workers.
 
     Returns:
-        On the chief the links by place among `cluster.in_step`, elsewhere the chief's as 0.
+        On the chief, the links by place in `cluster.in_step`; on a worker, its link as 0.
 
     Raises:
-        ClusterError: somebody did not come in time; the message names who.
+        ClusterError: a worker did not connect in time; the message names it.
         InputError: the greetings differ, or a port is not free.
     """
     if len(cluster.in_step) == 1:
@@ -117,7 +107,7 @@ def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link
 
 
 def _check_port(task: Task, patience: float = 10.0) -> None:
-    # The process that this one replaces may still be on its way out.
+    # The process that this one replaces may still be shutting down.
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -136,7 +126,7 @@ def _listener(task: Task) -> socket.socket:
     family = socket.AF_INET6 if ":" in task.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # TensorFlow must get the port while the links that came through it are still open.
+        # TensorFlow must be able to bind the port while these links are still open.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("", task.port))
         listener.listen(64)
@@ -159,7 +149,7 @@ def _welcome(
             for ready in select.select([listener, *waiting], [], [], 0.2)[0]:
                 if ready is listener:
                     problems += _greet(listener, cluster, links, greeting)
-                else:  # nobody speaks before the welcome: this one is gone
+                else:  # workers send nothing before the welcome: this one closed its connection
                     links.pop(waiting[ready]).close()
     if problems:
         _dismiss(links, refused=problems)
@@ -169,7 +159,7 @@ def _welcome(
     return links
 
 
-def _dismiss(links: Mapping[int, Link], **message: Any) -> None:
+def _dismiss(links: Mapping[int, Link], **message: JSON) -> None:
     for link in links.values():
         link.send(**message)
         link.close()
@@ -178,13 +168,13 @@ def _dismiss(links: Mapping[int, Link], **message: Any) -> None:
 def _greet(
     listener: socket.socket, cluster: Cluster, links: dict[int, Link], greeting: dict[str, str]
 ) -> list[str]:
-    """Takes in one caller; returns what is wrong with it."""
+    """Accept one connection; return the problems with it."""
     connection, _ = listener.accept()
     link = Link(connection)
     hello = link.receive(_HELLO_SECONDS) or {}
     place = hello.get("place")
     if not isinstance(place, int) or not 0 < place < len(cluster.in_step):
-        link.close()  # a port scanner, a health check, a worker of a cluster that is no more
+        link.close()  # a port scanner, a health check, or a worker of an earlier cluster
         return []
     task = cluster.in_step[place]
     links[place] = link
@@ -202,7 +192,7 @@ def _greet(
 def _missing(cluster: Cluster, links: Mapping[int, Link], timeout: float) -> ClusterError:
     missing = [str(task) for n, task in enumerate(cluster.in_step) if n and n not in links]
     text = (
-        f"{' and '.join(missing)} did not come within {timeout:g} seconds. Start every process "
+        f"{' and '.join(missing)} did not connect within {timeout:g} seconds. Start every process "
         "that TF_CONFIG names, check that its addresses are right and reachable, or wait longer "
         "with training.worker_timeout=SECONDS."
     )
@@ -222,7 +212,7 @@ def _join(cluster: Cluster, deadline: float, timeout: float, greeting: dict[str,
             continue
         link = Link(connection)
         link.send(place=place, addresses=_addresses(cluster), greeting=greeting)
-        # The chief's clock may have started later than this one.
+        # The chief may have started to wait later than this worker.
         answer = link.receive(timeout + 5.0) or {}
         if "welcome" in answer:
             return link

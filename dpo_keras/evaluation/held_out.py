@@ -9,14 +9,12 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import Batch, Batching, TokenizedPairs, one_pass, pass_signature
-from dpo_keras.batching.single_pass import Part
+from dpo_keras.batching import Batch, Batching, Part, TokenizedPairs, one_pass, pass_signature
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.losses import OBJECTIVES, kl_to_reference
-from dpo_keras.scoring.offline_scoring import check_packing
-from dpo_keras.training import DPOModel
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
+from dpo_keras.scoring import check_packing
+from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils.tensors import Tensor
 
 
@@ -142,6 +140,7 @@ def _measure(model: DPOModel, batch: Batch) -> dict[str, Tensor]:
     found = {
         "loss": sum(terms.values()),
         **terms,
+        "chosen_probability": preference_probabilities(scores)[:, 0],
         "chosen_reward": scores[:, 0],
         "rejected_reward": scores[:, 1],
         "chosen_logps": outputs["policy"][:, 0],

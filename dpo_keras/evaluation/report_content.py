@@ -21,6 +21,7 @@ _HELD_OUT = {
     "loss": ("Loss", "preference loss and penalties, per pair"),
     "preference_loss": ("Preference loss", "without penalties"),
     "reward_margin": ("Reward margin", "S(chosen) − S(rejected), nats"),
+    "chosen_probability": ("P(chosen)", "mean of softmax(S) for the chosen response"),
     "chosen_reward": ("Chosen reward", "S(chosen)"),
     "rejected_reward": ("Rejected reward", "S(rejected)"),
     "chosen_logps": ("Chosen log-prob", "log π(chosen | prompt), nats per response"),

@@ -1,23 +1,23 @@
-"""People compare responses: candidates, the store, the page, how good the answers are, pairs.
+"""Feedback of people: they compare responses, and their judgements become preference pairs.
 
     read_candidates   JSONL -> prompts with two or more responses, and who made each
-    open_store        one SQLite file: pairs, presentations, an append-only log of judgements
-    server            the page, on the loopback: `make_app`, `bind`, `run`
+    open_store        one SQLite file: pairs, presentations, a log of judgements
+    annotation_server the page, on the loopback: `make_app`, `bind`, `run`
     assess            agreement, annotators, policies -> Quality
     to_pairs          judgements -> preference pairs for training
 
-Nothing here imports TensorFlow. The server and the statistics need `dpo-keras[feedback]`, and are
-imported when first used.
+Nothing here imports TensorFlow. The server and the statistics need `dpo-keras[feedback]`; they are
+imported on first use.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_keras.feedback.assignment import Settings
-from dpo_keras.feedback.candidate_files import Candidates, Response, read_candidates
+from dpo_keras.feedback.candidates import Candidates, Imported, Response, read_candidates
 from dpo_keras.feedback.database import StoreError
 from dpo_keras.feedback.judgements import Conflict, Receipt
-from dpo_keras.feedback.store import Imported, Store, open_store
+from dpo_keras.feedback.store import Store, open_store
 
 if TYPE_CHECKING:
     from dpo_keras.feedback.pair_export import Exported, to_pairs
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'dpo_keras.feedback' has no attribute {name!r}")

@@ -1,90 +1,63 @@
-"""Labels of pairs and accuracy of people, each estimated from the other (Dawid and Skene, 1979)."""
+"""How good each annotator's answers are, and the labels of pairs, estimated from each other."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
-from dpo_keras.feedback.estimate import Estimate, share
-from dpo_keras.feedback.judgement_table import FIRST, SECOND, TIE, Table
+from dpo_keras.feedback.judgements import FIRST, SECOND, TIE, Table
+from dpo_keras.utils.intervals import Estimate, undefined, wilson
+from dpo_keras.utils.tensors import JSON
+
+LEVEL = 0.01  # family-wise error rate over the annotators
 
 
 @dataclass(frozen=True)
 class DawidSkene:
-    """What the model found.
+    """A fit of the model of Dawid and Skene (1979), J. R. Statist. Soc. C 28: 20-28."""
 
-    Args:
-        posterior: `[pairs, classes]` P(label | judgements); rows without judgements hold the prior.
-        confusion: `[annotators, classes, classes]` P(answer | label).
-        prior: `[classes]` P(label).
-        iterations: until it stood still.
-    """
-
-    posterior: np.ndarray
-    confusion: np.ndarray
-    prior: np.ndarray
-    iterations: int
+    posterior: np.ndarray  # [pairs, classes] P(label | judgements); the prior without judgements
+    confusion: np.ndarray  # [annotators, classes, classes] P(answer | label)
+    prior: np.ndarray  # [classes] P(label)
 
     def accuracy(self) -> np.ndarray:
-        """`[annotators]`: P(answer = label), over the labels as frequent as they are."""
+        """Return P(answer = label) of each annotator, averaged over the prior, `[annotators]`."""
         return np.einsum("acc,c->a", self.confusion, self.prior)
 
 
 def dawid_skene(
-    annotator: np.ndarray,
-    pair: np.ndarray,
-    label: np.ndarray,
+    annotator: np.ndarray,  # [N] who judged
+    pair: np.ndarray,  # [N] what
+    label: np.ndarray,  # [N] the answer, in [0, classes); 0 and 1 are first and second
     *,
     annotators: int,
     pairs: int,
-    classes: int,
-    smoothing: float = 1.0,
-    iterations: int = 200,
-    tolerance: float = 1e-6,
+    classes: int,  # 2, or 3 with ties
+    smoothing: float = 1.0,  # weight of the prior, in judgements per row of a confusion matrix
+    iterations: int = 200,  # at most
+    tolerance: float = 1e-6,  # largest change of a posterior at which the fit ends
 ) -> DawidSkene:
-    """Fits the model by expectation maximization.
+    """Fit the model of Dawid and Skene by expectation maximization.
 
-        P(t_p = c | answers) ~ prior_c prod_{a judged p} confusion[a, c, answer(a, p)]
+        P(t_p = c | answers) ∝ prior_c · prod_{a judged p} confusion[a, c, answer(a, p)]
 
-    Everybody starts, and is drawn toward, being right a little more often than not: with two
+    A weak prior draws everybody toward being right a little more often than not: with two
     judgements a pair, maximum likelihood alone would believe anything of people who judged few.
-    Which of two responses is called the first means nothing where the two makers do; so the
-    classes first and second share what is learned of a person, mirrored.
-
-    Args:
-        annotator: `[N]` who judged.
-        pair: `[N]` what.
-        label: `[N]` the answer, in [0, classes). Classes 0 and 1 are first and second.
-        annotators: how many there are.
-        pairs: how many there are.
-        classes: 2, or 3 with ties.
-        smoothing: weight of the start, in judgements per row of a confusion matrix.
-        iterations: at most.
-        tolerance: largest change of a posterior at which it ends.
-
-    Example:
-        >>> fit = dawid_skene(
-        ...     np.array([0, 1, 2, 0, 1, 2]), np.array([0, 0, 0, 1, 1, 1]),
-        ...     np.array([0, 0, 1, 1, 1, 0]), annotators=3, pairs=2, classes=2)
-        >>> fit.posterior.argmax(1).tolist(), bool(fit.accuracy()[2] < 0.5)
-        ([0, 1], True)
+    Which of two responses is called the first is arbitrary, so the classes first and second share,
+    mirrored, what is learned of a person.
     """
     votes = np.zeros((pairs, classes))
     np.add.at(votes, (pair, label), 1.0)
+    judged = votes.sum(1) > 0
+    mirror = np.array([1, 0, *range(2, classes)])
     start = np.full((classes, classes), 0.3 / max(1, classes - 1))
     np.fill_diagonal(start, 0.7)
     posterior = (votes + 1.0 / classes) / (votes.sum(1, keepdims=True) + 1.0)
-    mirror = np.array([1, 0, *range(2, classes)])
     confusion = np.broadcast_to(start, (annotators, classes, classes))
-    judged = votes.sum(1) > 0
     prior = np.full(classes, 1 / classes)
-    done = 0
-    while done < iterations:
-        done += 1
+    for _ in range(iterations):
+        # Maximization: the prior and the confusion matrices, given the labels.
         prior = posterior[judged].sum(0) + 1.0 if judged.any() else np.ones(classes)
         prior = prior + prior[mirror]
         prior /= prior.sum()
@@ -92,6 +65,7 @@ def dawid_skene(
         np.add.at(counts.transpose(0, 2, 1), (annotator, label), posterior[pair])
         counts = counts + counts[:, mirror][:, :, mirror] + smoothing * start
         confusion = counts / counts.sum(2, keepdims=True)
+        # Expectation: the labels, given both.
         logs = np.tile(np.log(prior), (pairs, 1))
         np.add.at(logs, pair, np.log(confusion[annotator, :, label]))
         logs -= logs.max(1, keepdims=True)
@@ -101,199 +75,179 @@ def dawid_skene(
         posterior = updated
         if change < tolerance:
             break
-    return DawidSkene(posterior, confusion, prior, done)
+    return DawidSkene(posterior, confusion, prior)
 
 
-LEVEL = 0.01  # family-wise, over the annotators
+def fit_labels(table: Table) -> DawidSkene:
+    """Fit the labels first, second and tie (or both bad); checks and repeats are left out."""
+    work = table.work()
+    label = np.minimum(work.label, TIE)
+    return dawid_skene(
+        work.annotator,
+        work.pair,
+        label,
+        annotators=len(table.annotators),
+        pairs=len(table.pairs),
+        # Without any tie a class for it would only take probability from the others.
+        classes=3 if (label == TIE).any() else 2,
+    )
 
 
 @dataclass(frozen=True)
-class Person:
-    """What is known of one annotator.
+class AnnotatorQuality:
+    """The quality of one annotator's answers.
 
-    Args:
-        name: theirs.
-        group: theirs.
-        judged: judgements of pairs, checks and repeats left out.
-        skipped: pairs that they skipped.
-        seconds: median time of a judgement.
-        agreement: with others on the same pairs.
-        accuracy: P(answer = label) by Dawid and Skene.
-        left: share of decided judgements that went to the left response.
-        left_p: of the binomial test against 1/2, corrected for the number of annotators.
-        longer: share of decided judgements that went to the longer response.
-        longer_when_differing: the same where they differ from the estimated label; without length
-            bias these errors fall to both sides alike, even where longer responses are better.
-        longer_p: of the binomial test of `longer_when_differing`, corrected.
-        gold: share of hidden checks that they passed.
-        repeats: share of repeated pairs that they answered as before.
+    The p-values are of binomial tests against 1/2, corrected for the number of annotators.
     """
 
     name: str
     group: str | None
-    judged: int
+    judged: int  # judgements of pairs, without checks and repeats
     skipped: int
-    seconds: Estimate
-    agreement: Estimate
-    accuracy: Estimate
-    left: Estimate
+    seconds: Estimate  # median time of a judgement
+    agreement: Estimate  # with others on the same pairs
+    accuracy: Estimate  # P(answer = label) by Dawid and Skene
+    left: Estimate  # share of decided judgements that went to the left response
     left_p: float | None
-    longer: Estimate
+    longer: Estimate  # share of decided judgements that went to the longer response
+    # The same where they differ from the estimated label. Without length bias these errors fall to
+    # both sides alike, even where longer responses are better.
     longer_when_differing: Estimate
-    longer_p: float | None
-    gold: Estimate
-    repeats: Estimate
+    longer_p: float | None  # of `longer_when_differing`
+    gold: Estimate  # share of hidden checks that they passed
+    repeats: Estimate  # share of repeated pairs that they answered as before
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
-        found = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            found[name] = value.as_dict() if isinstance(value, Estimate) else value
-        return found
+    def as_dict(self) -> dict[str, JSON]:
+        """Return all fields as plain values, for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {n: v.as_dict() if isinstance(v, Estimate) else v for n, v in values.items()}
 
     def findings(self) -> list[str]:
-        """What is wrong with their answers, as sentences; none where nothing stands out."""
-        said = []
-        if self.left_p is not None and self.left_p < LEVEL and self.left.value is not None:
-            side = "left" if self.left.value > 0.5 else "right"
-            rate = max(self.left.value, 1 - self.left.value)
-            said.append(
+        """Return what is wrong with their answers, as sentences."""
+        found = []
+        left = self.left.value
+        if self.left_p is not None and self.left_p < LEVEL and left is not None:
+            side, rate = ("left", left) if left > 0.5 else ("right", 1 - left)
+            found.append(
                 f"{self.name} has a position bias: chose the {side} response in {rate:.0%} of "
-                f"{self.left.count:,} decided pairs (p {_p(self.left_p)})."
+                f"{self.left.count:,} decided pairs (p {_p_value(self.left_p)})."
             )
-        said += self._length_finding()
+        found += self._length_finding()
         if self.gold.high is not None and self.gold.high < 0.8:
-            said.append(
+            found.append(
                 f"{self.name} passed {self.gold.value:.0%} of {self.gold.count} hidden checks."
             )
         if self.repeats.high is not None and self.repeats.high < 0.7:
-            said.append(
+            found.append(
                 f"{self.name} answered {self.repeats.value:.0%} of {self.repeats.count} repeated "
                 "pairs as before."
             )
-        return said
+        return found
 
     def _length_finding(self) -> list[str]:
         rate, errors = self.longer.value, self.longer_when_differing.value
         if self.longer_p is None or self.longer_p >= LEVEL or rate is None or errors is None:
             return []
-        # Both must say so: errors lean to the short side where all others prefer the long one.
+        # Both must agree: errors lean to the short side where all others prefer the long one.
         if (rate - 0.5) * (errors - 0.5) <= 0:
             return []
         return [
             f"{self.name} has a length bias: chose the {'longer' if rate > 0.5 else 'shorter'} "
             f"response in {max(rate, 1 - rate):.0%} of {self.longer.count:,} decided pairs, "
-            f"against the estimated labels (p {_p(self.longer_p)})."
+            f"against the estimated labels (p {_p_value(self.longer_p)})."
         ]
 
 
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
+def _p_value(p: float) -> str:
+    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
-def describe_people(table: Table, fit: DawidSkene) -> list[Person]:
-    """Looks at each annotator who has judged or skipped.
-
-    Args:
-        table: all judgements, checks and repeats too.
-        fit: of the judgements without them.
-    """
-    work = table.work()
-    present = [
-        number
+def assess_annotators(table: Table, fit: DawidSkene) -> list[AnnotatorQuality]:
+    """Assess each annotator who has judged or skipped; `fit` is that of `fit_labels`."""
+    counts = table.work().counts()
+    found = [
+        _assess_annotator(table, counts, fit, number)
         for number in range(len(table.annotators))
         if (table.annotator == number).any() or table.skipped[number]
     ]
-    tests = [_tests(work, fit, number) for number in present]
-    corrected = [_holm([test[column] for test in tests]) for column in (2, 5)]
+    left = _holm_corrected([annotator.left_p for annotator in found])
+    longer = _holm_corrected([annotator.longer_p for annotator in found])
     return [
-        _person(table, work, fit, number, test, corrected[0][place], corrected[1][place])
-        for place, (number, test) in enumerate(zip(present, tests, strict=True))
+        replace(annotator, left_p=left_p, longer_p=longer_p)
+        for annotator, left_p, longer_p in zip(found, left, longer, strict=True)
     ]
 
 
-def _tests(work: Table, fit: DawidSkene, number: int) -> tuple[Any, ...]:
-    """Counts and p-values of position and length: left, n, p, longer, n, p, among-differing, n."""
-    mine = work.keep((work.annotator == number) & (work.label <= SECOND))
-    left = int(((mine.label == FIRST) == mine.first_on_left).sum())
-    left_p = binomtest(left, len(mine), 0.5).pvalue if len(mine) else None
-    lengths = work.lengths[mine.pair]
-    differ = lengths[:, 0] != lengths[:, 1]
-    longer = (mine.label == FIRST) == (lengths[:, 0] > lengths[:, 1])
-    # Only pairs with a label to differ from, which needs somebody else.
-    label = fit.posterior[mine.pair][:, :TIE].argmax(1)
-    against = differ & (label != mine.label)
-    long_errors = int(longer[against].sum())
-    errors = int(against.sum())
-    longer_p = binomtest(long_errors, errors, 0.5).pvalue if errors else None
-    return left, len(mine), left_p, int(longer[differ].sum()), int(differ.sum()), longer_p, (
-        long_errors, errors,
-    )  # fmt: skip
-
-
-def _holm(values: list[float | None]) -> list[float | None]:
-    known = [value for value in values if value is not None]
+def _holm_corrected(p_values: list[float | None]) -> list[float | None]:
+    known = [p for p in p_values if p is not None]
     if not known:
-        return values
+        return p_values
     corrected = iter(multipletests(known, method="holm")[1])
-    return [None if value is None else float(next(corrected)) for value in values]
+    return [None if p is None else float(next(corrected)) for p in p_values]
 
 
-def _person(
-    table: Table,
-    work: Table,
-    fit: DawidSkene,
-    number: int,
-    test: tuple[Any, ...],
-    left_p: float | None,
-    longer_p: float | None,
-) -> Person:
-    mine = work.keep(work.annotator == number)
-    times = mine.seconds[np.isfinite(mine.seconds)]
-    left, decided, _, longer, with_lengths, _, (long_errors, errors) = test
-    checks = table.keep((table.annotator == number) & (table.gold >= 0))
-    same, again = _repeats(table.keep(table.annotator == number))
-    return Person(
+def _assess_annotator(
+    table: Table, counts: np.ndarray, fit: DawidSkene, number: int
+) -> AnnotatorQuality:
+    """Assess one annotator; the p-values are not corrected yet."""
+    everything = table.keep(table.annotator == number)
+    judged = everything.work()
+    times = judged.seconds[np.isfinite(judged.seconds)]
+    checks = everything.keep(everything.gold >= 0)
+    same, repeats = _repeats(everything)
+    # Position and length bias show in the judgements that prefer one response.
+    decided = judged.keep(judged.label <= SECOND)
+    left = (decided.label == FIRST) == decided.first_on_left
+    lengths = table.lengths[decided.pair]
+    longer = (decided.label == FIRST) == (lengths[:, 0] > lengths[:, 1])
+    comparable = lengths[:, 0] != lengths[:, 1]
+    differing = comparable & (fit.posterior[decided.pair][:, :TIE].argmax(1) != decided.label)
+    return AnnotatorQuality(
         name=table.annotators[number],
         group=table.groups[number],
-        judged=len(mine),
+        judged=len(judged),
         skipped=int(table.skipped[number]),
         seconds=Estimate(float(np.median(times)), count=len(times))
         if len(times)
-        else Estimate(None, reason="no time is known"),
-        agreement=_agreement(work, number),
-        accuracy=Estimate(float(fit.accuracy()[number]), count=len(mine))
-        if len(mine)
-        else Estimate(None, reason="nothing was judged"),
-        left=share(left, decided, "no pair was decided"),
-        left_p=left_p,
-        longer=share(longer, with_lengths, "no decided pair has responses of different lengths"),
-        longer_when_differing=share(
-            long_errors, errors, "no answer differs from the estimated label"
+        else undefined("no time is known"),
+        agreement=_agreement(counts, judged),
+        accuracy=Estimate(float(fit.accuracy()[number]), count=len(judged))
+        if len(judged)
+        else undefined("nothing was judged"),
+        left=_share(left, "no pair was decided"),
+        left_p=_coin_test(left),
+        longer=_share(longer[comparable], "no decided pair has responses of different lengths"),
+        longer_when_differing=_share(
+            longer[differing], "no answer differs from the estimated label"
         ),
-        longer_p=longer_p,
-        gold=share(
-            int((checks.label == checks.gold).sum()), len(checks), "no hidden check was judged"
-        ),
-        repeats=share(same, again, "no pair was shown again"),
+        longer_p=_coin_test(longer[differing]),
+        gold=_share(checks.label == checks.gold, "no hidden check was judged"),
+        repeats=wilson(same, repeats, "no pair was shown again"),
     )
 
 
-def _agreement(work: Table, number: int) -> Estimate:
-    counts = work.counts()
-    mine = work.annotator == number
-    pair, label = work.pair[mine], work.label[mine]
-    others = counts[pair].sum(1) - 1
-    agreeing = counts[pair, label] - 1
-    reason = "nobody else judged the same pairs"
-    return share(int(agreeing.sum()), int(others.sum()), reason)
+def _share(successes: np.ndarray, reason: str) -> Estimate:
+    return wilson(int(successes.sum()), len(successes), reason)
 
 
-def _repeats(mine: Table) -> tuple[int, int]:
-    before = dict(
-        zip(mine.pair[~mine.repeat].tolist(), mine.label[~mine.repeat].tolist(), strict=True)
-    )
-    again = zip(mine.pair[mine.repeat].tolist(), mine.label[mine.repeat].tolist(), strict=True)
-    pairs = [(before[pair], label) for pair, label in again if pair in before]
-    return sum(one == other for one, other in pairs), len(pairs)
+def _coin_test(successes: np.ndarray) -> float | None:
+    """Return the p-value of the binomial test against 1/2; None without data."""
+    if not len(successes):
+        return None
+    return float(binomtest(int(successes.sum()), len(successes), 0.5).pvalue)
+
+
+def _agreement(counts: np.ndarray, judged: Table) -> Estimate:
+    """Estimate how often others gave the same label to the pairs that one annotator judged."""
+    others = counts[judged.pair].sum(1) - 1
+    agreeing = counts[judged.pair, judged.label] - 1
+    return wilson(int(agreeing.sum()), int(others.sum()), "nobody else judged the same pairs")
+
+
+def _repeats(everything: Table) -> tuple[int, int]:
+    """Count the repeated pairs of one annotator that got the same label, and all of them."""
+    first, again = everything.keep(~everything.repeat), everything.keep(everything.repeat)
+    labels = dict(zip(first.pair.tolist(), first.label.tolist(), strict=True))
+    answers = zip(again.pair.tolist(), again.label.tolist(), strict=True)
+    same = [labels[pair] == label for pair, label in answers if pair in labels]
+    return sum(same), len(same)

@@ -1,6 +1,4 @@
-"""Who is shown what: leases, overlap, sides, and hidden checks."""
-
-from __future__ import annotations
+"""Which pair a person sees next: leases, overlap, sides, hidden checks and repeats."""
 
 import json
 import math
@@ -9,8 +7,8 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_keras.errors import InputError
-from dpo_keras.feedback.database import Database
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,71 +40,60 @@ class Settings:
     repeat_distance: int = 10
 
     def __post_init__(self) -> None:
-        """Checks every rule."""
+        """Check every rule."""
         problems = []
         for name in ("overlap", "repeat_distance"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                problems.append(f"{name} must be a whole number >= 1, got {value!r}.")
-        if not 0 < self.lease_seconds < float("inf"):
-            problems.append(f"lease_seconds must be finite and > 0, got {self.lease_seconds!r}.")
+                problems.append(InputProblem(name, "must be a whole number >= 1", value))
+        if not 0 < self.lease_seconds < math.inf:
+            rule = "must be finite and > 0"
+            problems.append(InputProblem("lease_seconds", rule, self.lease_seconds))
         for name in ("gold_share", "repeat_share"):
             if not 0 <= getattr(self, name) <= 0.5:
-                problems.append(f"{name} must be in [0, 0.5], got {getattr(self, name)!r}.")
+                problems.append(InputProblem(name, "must be in [0, 0.5]", getattr(self, name)))
         if problems:
             raise InputError(problems)
 
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """A pair as one person sees it. Nothing in it tells makers, repeats or checks.
+    """A pair as one person sees it. It does not tell makers, repeats or checks."""
 
-    Args:
-        id: the presentation; a judgement names it.
-        prompt: text, or role/content mappings.
-        left: the response on the left.
-        right: the other one.
-    """
-
-    id: int
-    prompt: Any
+    id: int  # a judgement names it
+    prompt: JSON  # text, or a list of role/content mappings
     left: str
     right: str
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a round is.
-
-    Args:
-        judged: judgements of pairs, checks and repeats left out.
-        wanted: how many of them the round needs.
-    """
+    """How far a round is, in judgements of pairs, without checks and repeats."""
 
     judged: int
     wanted: int
 
 
-_SHOWN = """
+_HELD = """
 SELECT p.id, p.first_on_left, q.content AS prompt, a.content AS first, b.content AS second
 FROM presentations p JOIN pairs ON pairs.id = p.pair JOIN prompts q ON q.id = pairs.prompt
 JOIN responses a ON a.id = pairs.first JOIN responses b ON b.id = pairs.second
 WHERE p.annotator = ? AND p.state = 'leased' ORDER BY p.id LIMIT ?
 """
 # Pairs that somebody has begun come first, so that pairs become complete.
-_OPEN = """
+_OPEN_PAIR = """
 SELECT id FROM pairs WHERE gold IS NULL AND taken < :overlap AND NOT EXISTS (
   SELECT 1 FROM presentations p WHERE p.pair = pairs.id AND p.annotator = :annotator
   AND p.repeat = 0 AND p.state <> 'released')
 ORDER BY taken DESC, shuffle LIMIT 1
 """
-_CHECK = """
+_UNSEEN_CHECK = """
 SELECT id FROM pairs WHERE gold IS NOT NULL AND NOT EXISTS (
   SELECT 1 FROM presentations p WHERE p.pair = pairs.id AND p.annotator = :annotator
   AND p.state <> 'released')
 ORDER BY shuffle LIMIT 1
 """
-_AGAIN = """
+_REPEATABLE = """
 SELECT p.pair AS id FROM presentations p JOIN pairs ON pairs.id = p.pair
 WHERE p.annotator = :annotator AND p.state = 'judged' AND p.repeat = 0 AND pairs.gold IS NULL
   AND NOT EXISTS (SELECT 1 FROM presentations r WHERE r.pair = p.pair
@@ -123,10 +110,10 @@ def hand_out(
     annotator: int,
     count: int,
 ) -> list[Presentation]:
-    """Renews a person's leases and fills them up. Runs inside a transaction; see `Store.next`."""
-    release_expired(connection, now, besides=annotator)
+    """Renew a person's leases and add new ones up to `count`, in a transaction."""
+    _release_expired(connection, now, except_of=annotator)
     expires = now + settings.lease_seconds
-    # Leases that are still long stay as they are: nothing to write.
+    # Leases with more than half their time left stay as they are: nothing to write.
     connection.execute(
         "UPDATE presentations SET expires = ? "
         "WHERE annotator = ? AND state = 'leased' AND expires < ?",
@@ -140,7 +127,7 @@ def hand_out(
         if choice is None:
             break
         pair, repeat = choice
-        # Who comes back to a pair that had been taken from them sees it as before.
+        # A person who gets a released pair back sees the same sides as before.
         connection.execute(
             "INSERT INTO presentations "
             "(pair, annotator, repeat, first_on_left, state, shown, expires) "
@@ -149,112 +136,65 @@ def hand_out(
             (pair, annotator, repeat, chance.getrandbits(1), now, expires),
         )
         if not repeat:
-            take(connection, pair, 1)
+            take_place(connection, pair, 1)
         held += 1
-    rows = connection.execute(_SHOWN, (annotator, count)).fetchall()
-    return [_presentation(row) for row in rows]
+    presentations = []
+    for row in connection.execute(_HELD, (annotator, count)):
+        left, right = in_sides(row)
+        presentations.append(Presentation(row["id"], json.loads(row["prompt"]), left, right))
+    return presentations
 
 
-def take(connection: sqlite3.Connection, pair: int, change: int) -> None:
-    """Counts a place of a pair as in use, or as free again.
+def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:
+    """Return `first` and `second` of a row in the order left, right."""
+    first, second = row["first"], row["second"]
+    return (first, second) if row["first_on_left"] else (second, first)
 
-    Args:
-        connection: in a transaction.
-        pair: its id.
-        change: 1 or -1.
-    """
+
+def take_place(connection: sqlite3.Connection, pair: int, change: int) -> None:
+    """Count a place of a pair as used (`change` 1) or as free again (-1)."""
     connection.execute("UPDATE pairs SET taken = taken + ? WHERE id = ?", (change, pair))
 
 
-def release_expired(connection: sqlite3.Connection, now: float, besides: int) -> None:
-    """Ends leases that are over, so that abandoned pairs return.
-
-    Args:
-        connection: in a transaction.
-        now: seconds since the epoch.
-        besides: this annotator is here and keeps theirs.
-    """
-    over = connection.execute(
+def _release_expired(connection: sqlite3.Connection, now: float, except_of: int) -> None:
+    """End expired leases so that abandoned pairs return; the present annotator keeps theirs."""
+    expired = connection.execute(
         "SELECT id, pair, repeat FROM presentations "
         "WHERE state = 'leased' AND expires < ? AND annotator <> ?",
-        (now, besides),
+        (now, except_of),
     ).fetchall()
-    for row in over:
+    for row in expired:
         connection.execute("UPDATE presentations SET state = 'released' WHERE id = ?", (row["id"],))
         if not row["repeat"]:
-            take(connection, row["pair"], -1)
+            take_place(connection, row["pair"], -1)
 
 
 def _choose(
     connection: sqlite3.Connection, settings: Settings, chance: random.Random, annotator: int
 ) -> tuple[int, int] | None:
-    """The next pair for a person and whether it is a repeat; None where nothing is open."""
+    """Choose a person's next pair and whether it is a repeat (0 or 1); None if none is open."""
     values = {"annotator": annotator, "overlap": settings.overlap}
-    drawn = chance.random()
-    if drawn < settings.gold_share:
-        found = connection.execute(_CHECK, values).fetchone()
-        if found is not None:
-            return found["id"], 0
-    elif drawn < settings.gold_share + settings.repeat_share:
-        found = connection.execute(_AGAIN, values).fetchall()
-        # The latest ones are still in the person's mind.
-        earlier = found[: len(found) - settings.repeat_distance]
-        if len(found) > settings.repeat_distance:
-            return chance.choice(earlier)["id"], 1
-    found = connection.execute(_OPEN, values).fetchone()
-    if found is not None:
-        return found["id"], 0
-    return _missing_check(connection, settings, values)
+    draw = chance.random()
+    if draw < settings.gold_share:
+        check = connection.execute(_UNSEEN_CHECK, values).fetchone()
+        if check is not None:
+            return check["id"], 0
+    elif draw < settings.gold_share + settings.repeat_share:
+        judged = connection.execute(_REPEATABLE, values).fetchall()
+        # The latest pairs are still in the person's mind.
+        if len(judged) > settings.repeat_distance:
+            return chance.choice(judged[: len(judged) - settings.repeat_distance])["id"], 1
+    pair = connection.execute(_OPEN_PAIR, values).fetchone()
+    if pair is None and _owes_check(connection, settings, annotator):
+        pair = connection.execute(_UNSEEN_CHECK, values).fetchone()
+    return None if pair is None else (pair["id"], 0)
 
 
-def _missing_check(
-    connection: sqlite3.Connection, settings: Settings, values: dict[str, int]
-) -> tuple[int, int] | None:
-    """A check still owed at the end of a short round, where chance brought too few."""
+def _owes_check(connection: sqlite3.Connection, settings: Settings, annotator: int) -> bool:
+    """Return whether chance brought too few checks, as it may in a short round."""
     seen, checks = connection.execute(
         "SELECT count(*), count(pairs.gold) FROM presentations p "
-        "JOIN pairs ON pairs.id = p.pair WHERE p.annotator = :annotator AND p.state <> 'released'",
-        values,
-    ).fetchone()
-    if checks >= math.ceil(settings.gold_share * seen):
-        return None
-    found = connection.execute(_CHECK, values).fetchone()
-    return None if found is None else (found["id"], 0)
-
-
-def progress(database: Database, settings: Settings) -> Progress:
-    """Counts what is done. See `Store.progress`."""
-    judged, checks = database.rows(
-        "SELECT count(*), count(pairs.gold) FROM presentations p JOIN pairs ON pairs.id = p.pair "
-        "WHERE p.state = 'judged' AND p.repeat = 0"
-    )[0]
-    pairs = database.rows("SELECT count(*) FROM pairs WHERE gold IS NULL")[0][0]
-    return Progress(judged - checks, pairs * settings.overlap)
-
-
-def done_by(database: Database, annotator: int) -> int:
-    """Counts a person's answers. See `Store.done_by`."""
-    return database.rows(
-        "SELECT count(*) FROM presentations WHERE annotator = ? AND state IN ('judged', 'skipped')",
+        "JOIN pairs ON pairs.id = p.pair WHERE p.annotator = ? AND p.state <> 'released'",
         (annotator,),
-    )[0][0]
-
-
-def may_return(database: Database, annotator: int) -> bool:
-    """Looks for leases that may come free. See `Store.may_return`."""
-    return bool(
-        database.rows(
-            "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
-            "WHERE p.state = 'leased' AND p.annotator <> :annotator AND p.repeat = 0 "
-            "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
-            "WHERE o.pair = p.pair AND o.annotator = :annotator AND o.repeat = 0 "
-            "AND o.state <> 'released') LIMIT 1",
-            {"annotator": annotator},
-        )
-    )
-
-
-def _presentation(row: sqlite3.Row) -> Presentation:
-    sides = row["first"], row["second"]
-    left, right = sides if row["first_on_left"] else sides[::-1]
-    return Presentation(row["id"], json.loads(row["prompt"]), left, right)
+    ).fetchone()
+    return checks < math.ceil(settings.gold_share * seen)

@@ -1,38 +1,26 @@
 """Judgements as preference pairs for training."""
 
-from __future__ import annotations
-
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from dpo_keras.errors import InputError
-from dpo_keras.feedback.annotator_quality import DawidSkene
-from dpo_keras.feedback.judgement_table import BOTH_BAD, FIRST, SECOND, TIE, Table, read_table
-from dpo_keras.feedback.quality import fit_labels
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.annotator_quality import DawidSkene, fit_labels
+from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, Table, read_table
 from dpo_keras.feedback.store import Store
 from dpo_keras.preferences import Message, PreferencePair
-
-TIES = ("half", "drop")
-WEIGHTS = ("none", "quality")
-_CERTAIN = 1e-9
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Preference pairs, and what was left out.
+    """Preference pairs, and what was left out."""
 
-    Args:
-        pairs: ready for `write_preferences` or training.
-        dropped: how many were left out, by reason.
-    """
-
-    pairs: list[PreferencePair]
-    dropped: dict[str, int] = field(default_factory=dict)
+    pairs: list[PreferencePair]  # ready for `write_preferences` or training
+    dropped: dict[str, int] = field(default_factory=dict)  # how many were left out, by reason
 
 
 def to_pairs(
@@ -43,24 +31,24 @@ def to_pairs(
     weights: str = "none",
     both_bad: str = "drop",
 ) -> Exported:
-    """Turns the judgements of a store into preference pairs.
+    """Turn the judgements of a store into preference pairs.
 
     Hidden checks, repeats and skips are never exported.
 
     Args:
-        store: open.
-        label: "each" makes one pair of each judgement, so that annotators can be held out;
-            the others make one of all judgements of a pair: "majority", "vote_share" (a tie is
-            half a vote for each) or "dawid_skene" (the posterior, half a tie's to each).
+        store: the open store.
+        label: "each" makes one pair of each judgement, so that annotators can be held out. The
+            others make one of all judgements of a pair: "majority", "vote_share" (a tie is half a
+            vote for each) or "dawid_skene" (the posterior; half a tie's goes to each response).
         ties: "half" keeps pairs without a preference as 0.5, "drop" leaves them out.
-        weights: "quality" weighs a pair by the mean information of its annotators, their
-            Dawid-Skene accuracy a as (2a - 1)^2 relative to the mean over all judgements, so that
-            guessing weighs nothing; "none" weighs all alike.
+        weights: "quality" weighs a pair by the mean information of its annotators: their
+            Dawid-Skene accuracy a gives (2a - 1)², relative to the mean over all judgements, so
+            that guessing weighs nothing. "none" weighs all alike.
         both_bad: "half" takes judgements that both are bad as ties, "drop" leaves them out.
 
     Returns:
-        Pairs; `annotator` is the person, or all of a pair joined by "+"; `group` is that of the
-        candidates, or of the annotators where the candidates have none and they share one.
+        Pairs. `annotator` is the person, or all people of a pair joined by "+"; `group` is that of
+        the candidates, or of the annotators where the candidates have none and they share one.
 
     Raises:
         InputError: naming every option that is not one of its values; or nothing is left.
@@ -78,20 +66,20 @@ def to_pairs(
         [(' 4', 1.0, 'ann')]
         >>> store.close(); folder.cleanup()
     """
-    options = (
-        ("label", label, ("each", *LABELLERS)),
-        ("ties", ties, TIES),
-        ("weights", weights, WEIGHTS),
+    options: tuple[tuple[str, str, Iterable[str]], ...] = (
+        ("label", label, LABELLERS),
+        ("ties", ties, ("half", "drop")),
+        ("weights", weights, ("none", "quality")),
         ("both_bad", both_bad, ("half", "drop")),
     )
     problems = [
-        f"{name} must be one of {', '.join(allowed)}, got {value!r}."
+        InputProblem(name, f"must be one of {', '.join(allowed)}", value)
         for name, value, allowed in options
         if value not in allowed
     ]
     if problems:
         raise InputError(problems)
-    table = read_table(store)
+    table = read_table(store.database)
     fit = fit_labels(table)
     work = table.work()
     dropped: Counter[str] = Counter()
@@ -103,46 +91,29 @@ def to_pairs(
             "the store holds no judgement that can become a pair: nothing was judged yet, or all "
             "of it was skipped or both bad."
         )
-    weight = _weights(work, fit, weights)
+    weight = _information(work, fit) if weights == "quality" else np.ones(len(work))
     texts = _texts(store)
-    made = _each(work) if label == "each" else _merged(work, fit, LABELLERS[label])
     pairs = []
-    for one in made:
-        if abs(one.preference - 0.5) < _CERTAIN and ties == "drop":
+    for rows in _rows_of_pairs(work, label):
+        pair = int(work.pair[rows[0]])
+        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
+        preference = float(LABELLERS[label](votes, fit.posterior[pair]))
+        if abs(preference - 0.5) < 1e-9 and ties == "drop":
             dropped["ties"] += 1
             continue
-        pairs.append(_pair(one, work, texts, float(weight[one.rows].mean())))
+        text = texts[int(work.pairs[pair])]
+        pairs.append(_preference_pair(preference, work, rows, text, float(weight[rows].mean())))
     if not pairs:
         raise InputError("every pair is a tie, and ties=drop leaves none; give ties=half.")
     return Exported(pairs, {name: count for name, count in dropped.items() if count})
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A pair in the making: P(first is better), and the judgements it rests on."""
-
-    pair: int
-    preference: float
-    rows: np.ndarray
-    single: bool
-
-
-def _each(work: Table) -> Iterator[_Made]:
-    value = {FIRST: 1.0, SECOND: 0.0}
-    for row in range(len(work)):
-        preference = value.get(int(work.label[row]), 0.5)
-        yield _Made(int(work.pair[row]), preference, np.array([row]), single=True)
-
-
-def _merged(
-    work: Table, fit: DawidSkene, labeller: Callable[[np.ndarray, np.ndarray], float]
-) -> Iterator[_Made]:
+def _rows_of_pairs(work: Table, label: str) -> list[np.ndarray]:
+    """Return the rows of the judgements that each exported pair rests on."""
+    if label == "each":
+        return [np.array([row]) for row in range(len(work))]
     order = np.argsort(work.pair, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1):
-        pair = int(work.pair[rows[0]])
-        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
-        preference = float(labeller(votes, fit.posterior[pair]))
-        yield _Made(pair, preference, rows, single=len(rows) == 1)
+    return np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1)
 
 
 def _majority(votes: np.ndarray, posterior: np.ndarray) -> float:
@@ -161,59 +132,56 @@ def _posterior(votes: np.ndarray, posterior: np.ndarray) -> float:
     return posterior[FIRST] + tie / 2
 
 
+# Each takes the votes for first, second and tie, and Dawid and Skene's posterior of the same.
 LABELLERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "each": _vote_share,
     "majority": _majority,
     "vote_share": _vote_share,
     "dawid_skene": _posterior,
 }
 
 
-def _weights(work: Table, fit: DawidSkene, weights: str) -> np.ndarray:
-    if weights == "none":
-        return np.ones(len(work))
+def _information(work: Table, fit: DawidSkene) -> np.ndarray:
+    """Weigh each judgement by what its annotator's answers tell, 1 on average."""
     information = np.maximum(0.0, 2 * fit.accuracy() - 1) ** 2
-    mine = information[work.annotator]
-    # The mean weight stays 1, so that the learning rate means what it meant.
-    return mine / mine.mean() if mine.mean() > 0 else np.ones(len(work))
+    weight = information[work.annotator]
+    # With a mean of 1 the learning rate keeps its meaning.
+    return weight / weight.mean() if weight.mean() > 0 else np.ones(len(work))
 
 
-def _texts(store: Store) -> dict[int, dict[str, Any]]:
+def _texts(store: Store) -> dict[int, sqlite3.Row]:
     rows = store.database.rows(
         "SELECT p.id, q.content AS prompt, q.name, q.grp, a.content AS first, b.content AS second "
         "FROM pairs p JOIN prompts q ON q.id = p.prompt "
         "JOIN responses a ON a.id = p.first JOIN responses b ON b.id = p.second"
     )
-    return {row["id"]: dict(row) for row in rows}
+    return {row["id"]: row for row in rows}
 
 
-def _pair(
-    made: _Made, work: Table, texts: dict[int, dict[str, Any]], weight: float
+def _preference_pair(
+    preference: float, work: Table, rows: np.ndarray, text: sqlite3.Row, weight: float
 ) -> PreferencePair:
-    text = texts[int(work.pairs[made.pair])]
+    """Make a pair of P(first is better) and the judgements in `rows`."""
     prompt = json.loads(text["prompt"])
-    sides = [text["first"], text["second"]]
+    responses = [text["first"], text["second"]]
     if not isinstance(prompt, str):
         prompt = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
-    responses: list[Any] = sides
-    if not isinstance(prompt, str):
-        responses = [(Message("assistant", side),) for side in sides]
-    better = 0 if made.preference >= 0.5 else 1
-    names = sorted({work.annotators[number] for number in work.annotator[made.rows]})
-    groups = {work.groups[number] for number in work.annotator[made.rows]}
-    shared = groups.pop() if len(groups) == 1 else None
-    strengths = work.strength[made.rows][work.label[made.rows] == (FIRST, SECOND)[better]]
+        responses = [(Message("assistant", response),) for response in responses]
+    better = FIRST if preference >= 0.5 else SECOND
+    groups = {work.groups[number] for number in work.annotator[rows]}
+    strengths = work.strength[rows][work.label[rows] == better]
     strengths = strengths[strengths > 0]
-    on_left = bool(work.first_on_left[made.rows[0]]) == (better == 0)
+    better_on_left = bool(work.first_on_left[rows[0]]) == (better == FIRST)
     return PreferencePair(
         prompt,
         responses[better],
         responses[1 - better],
-        preference=max(made.preference, 1 - made.preference),
+        preference=max(preference, 1 - preference),
         weight=weight,
-        annotator="+".join(names),
-        group=text["grp"] or shared,
+        annotator="+".join(sorted({work.annotators[number] for number in work.annotator[rows]})),
+        group=text["grp"] or (groups.pop() if len(groups) == 1 else None),
         id=text["name"],
-        margin=float(strengths.mean()) if len(strengths) and made.preference != 0.5 else None,
+        margin=float(strengths.mean()) if len(strengths) and preference != 0.5 else None,
         # Only one judgement has a side.
-        swapped=made.single and not on_left,
+        swapped=len(rows) == 1 and not better_on_left,
     )

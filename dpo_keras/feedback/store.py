@@ -1,54 +1,36 @@
-"""The feedback store: pairs to judge, who was shown what, and an append-only log of judgements."""
-
-from __future__ import annotations
+"""The feedback store: pairs to judge, the people who judge, and the log of their judgements."""
 
 import json
 import os
 import random
+import secrets
+import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from dpo_keras.feedback import annotators as people
-from dpo_keras.feedback import assignment, candidate_import, judgements
-from dpo_keras.feedback.annotators import Annotator
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback import assignment, judgements
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
-from dpo_keras.feedback.candidate_files import Candidates
-from dpo_keras.feedback.candidate_import import Imported
-from dpo_keras.feedback.database import Database
-from dpo_keras.feedback.judgements import Receipt
+from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates
+from dpo_keras.feedback.database import Database, sha256
+from dpo_keras.feedback.judgements import Receipt, Submission
 
-__all__ = ["Imported", "Store", "open_store"]
+DAY = 86_400.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Annotator:
+    """A person who judges."""
+
+    id: int
+    name: str  # unique; in reports and exported pairs
+    group: str | None = None  # kept in exported pairs
+    admin: bool = False  # may see the administrator's page
 
 
 class Store:
-    """A round of feedback in one SQLite file.
-
-    Several processes and threads may use one file at once.
-
-    Args:
-        database: the open file.
-        settings: how pairs are handed out.
-        clock: seconds since the epoch; tests have their own.
-        chance: source of sides and order; tests seed it.
-
-    Example:
-        >>> import tempfile
-        >>> from dpo_keras.feedback import Candidates, Response
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> store = open_store(f"{folder.name}/feedback.sqlite", create=True)
-        >>> round = [Candidates("2 + 2 =", (Response(" 4"), Response(" 5")))]
-        >>> store.add(round).pairs
-        1
-        >>> ann, token = store.add_annotator("ann")
-        >>> shown = store.next(ann.id)[0]
-        >>> side = "left" if shown.left == " 4" else "right"
-        >>> receipt = store.submit(ann.id, shown.id, side, key="one")
-        >>> store.next(ann.id)
-        []
-        >>> store.close(); folder.cleanup()
-    """
+    """A round of feedback in one SQLite file, shared by processes and threads; see `open_store`."""
 
     def __init__(
         self,
@@ -61,10 +43,10 @@ class Store:
         self.database = database
         self.clock = clock
         self.chance = chance or random.SystemRandom()
-        kept = {row["key"]: row["value"] for row in database.rows("SELECT key, value FROM meta")}
-        self.id = kept["id"]
-        # They belong to the round: whoever opens the file goes on by them.
-        stored = Settings(**json.loads(kept["settings"])) if "settings" in kept else None
+        meta = {row["key"]: row["value"] for row in database.rows("SELECT key, value FROM meta")}
+        self.id = meta["id"]
+        # The settings belong to the round: every program that opens the file uses them.
+        stored = Settings(**json.loads(meta["settings"])) if "settings" in meta else None
         self.settings = settings or stored or Settings()
         if settings is not None and settings != stored:
             text = json.dumps(asdict(settings))
@@ -72,54 +54,54 @@ class Store:
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (text,))
 
     def add(self, candidates: Iterable[Candidates]) -> Imported:
-        """Adds pairs to be judged; those already there are left as they are.
-
-        Args:
-            candidates: every two different responses of a prompt become a pair.
+        """Add every two different responses of a prompt as a pair; known pairs stay as they are.
 
         Raises:
             StoreError: nothing was added.
         """
         with self.database.writing() as connection:
-            return candidate_import.add(connection, self.chance, candidates)
+            return add_candidates(connection, self.chance, candidates)
 
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
-        """What a person is to judge now: what they were given and have not judged, then new pairs.
+        """Return what a person is to judge now: first the pairs they hold, then new ones.
 
-        Args:
-            annotator: their id.
-            count: how many to hold at once; more than one lets a page fetch ahead.
-
-        Returns:
-            At most `count`; fewer where nothing is left, or others hold it.
+        There are fewer than `count` where nothing is left or others hold it.
         """
-        # A lease that a power failure takes back is given anew.
         return self.database.batched(
             lambda connection: assignment.hand_out(
                 connection, self.settings, self.clock(), self.chance, annotator, count
             ),
-            durable=False,
+            durable=False,  # a lease lost in a power failure is given again
         )
 
     def progress(self) -> Progress:
-        """How far the round is."""
-        return assignment.progress(self.database, self.settings)
+        """Return how far the round is."""
+        judged, checks = self.database.rows(
+            "SELECT count(*), count(pairs.gold) FROM presentations p "
+            "JOIN pairs ON pairs.id = p.pair WHERE p.state = 'judged' AND p.repeat = 0"
+        )[0]
+        pairs = self.database.rows("SELECT count(*) FROM pairs WHERE gold IS NULL")[0][0]
+        return Progress(judged - checks, pairs * self.settings.overlap)
 
     def done_by(self, annotator: int) -> int:
-        """How many presentations a person has judged or skipped.
-
-        Args:
-            annotator: their id.
-        """
-        return assignment.done_by(self.database, annotator)
+        """Count the presentations that a person has judged or skipped."""
+        return self.database.rows(
+            "SELECT count(*) FROM presentations "
+            "WHERE annotator = ? AND state IN ('judged', 'skipped')",
+            (annotator,),
+        )[0][0]
 
     def may_return(self, annotator: int) -> bool:
-        """Whether pairs that others hold may come to this person, if those do not judge them.
-
-        Args:
-            annotator: their id.
-        """
-        return assignment.may_return(self.database, annotator)
+        """Return whether pairs that others hold may still come to this person."""
+        found = self.database.rows(
+            "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
+            "WHERE p.state = 'leased' AND p.annotator <> ?1 AND p.repeat = 0 "
+            "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
+            "WHERE o.pair = p.pair AND o.annotator = ?1 AND o.repeat = 0 "
+            "AND o.state <> 'released') LIMIT 1",
+            (annotator,),
+        )
+        return bool(found)
 
     def submit(
         self,
@@ -132,13 +114,13 @@ class Store:
         reason: str | None = None,
         seconds: float | None = None,
     ) -> Receipt:
-        """Records a judgement. Once this returns, it is on the disk.
+        """Record a judgement. Once this returns, the judgement is on the disk.
 
         Args:
             annotator: who judges.
             presentation: what was shown to them.
             choice: "left", "right", "tie", "both_bad" or "skip".
-            key: unique to this judgement; sent again, the first answer comes back.
+            key: unique to this judgement. A repeated key returns the first receipt again.
             strength: 1 (slightly) to 3 (much better), for "left" and "right".
             reason: in words, 2,000 characters at most.
             seconds: time the person took.
@@ -147,20 +129,17 @@ class Store:
             InputError: naming every value that breaks a rule.
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
-        given = judgements.Given(presentation, choice, key, strength, reason, seconds)
+        submission = Submission(presentation, choice, key, strength, reason, seconds)
         return self.database.batched(
             lambda connection: judgements.submit(
-                connection, self.settings, self.clock(), annotator, given
+                connection, self.settings, self.clock(), annotator, submission
             )
         )
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
-        """Takes a judgement back by a further entry in the log; the pair is theirs again.
+        """Take a judgement back by an entry in the log, and lease the pair to its annotator again.
 
-        Args:
-            annotator: who judged.
-            presentation: what they judged.
-            key: unique to this undoing.
+        The `key` is unique to this undo.
 
         Raises:
             Conflict: (an `InputError`) there is no judgement to take back.
@@ -172,61 +151,80 @@ class Store:
         )
 
     def last_judged(self, annotator: int) -> int | None:
-        """The presentation that an undo of this person would take back; None where there is none.
-
-        Args:
-            annotator: their id.
-        """
-        return judgements.last_judged(self.database, annotator)
+        """Return the presentation that this person would undo; None where there is none."""
+        rows = self.database.rows(
+            "SELECT id FROM presentations WHERE annotator = ? AND state IN ('judged', 'skipped') "
+            "ORDER BY entry DESC LIMIT 1",
+            (annotator,),
+        )
+        return rows[0]["id"] if rows else None
 
     def add_annotator(
         self, name: str, group: str | None = None, *, admin: bool = False, days: float = 30.0
     ) -> tuple[Annotator, str]:
-        """Adds a person, or gives one a new token: the old one ends, sessions go on.
+        """Add a person, or give a known one a new token. The old token ends; sessions continue.
 
-        Args:
-            name: 1 to 100 characters; no two people share one.
-            group: what the person belongs to; None leaves it as it was.
-            admin: may see the administrator's page.
-            days: until the token ends.
-
-        Returns:
-            The annotator, and the token, which is not stored.
+        A group of None leaves the group as it was. Only a hash of the token is stored.
 
         Raises:
-            InputError: the name is empty or too long.
+            InputError: the name is not 1 to 100 characters long.
         """
-        return people.add_annotator(self.database, self.clock(), name, group, admin, days)
+        if not name.strip() or len(name) > 100:
+            raise InputError(InputProblem("annotator names", "must have 1 to 100 characters", name))
+        token = secrets.token_urlsafe(24)
+        with self.database.writing() as connection:
+            connection.execute(
+                "INSERT INTO annotators (name, grp, admin, token_hash, expires) "
+                "VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "grp = coalesce(excluded.grp, grp), admin = excluded.admin, "
+                "token_hash = excluded.token_hash, expires = excluded.expires",
+                # A token has 192 random bits, so one round of SHA-256 is enough.
+                (name, group, admin, sha256(token), self.clock() + days * DAY),
+            )
+            row = connection.execute("SELECT * FROM annotators WHERE name = ?", (name,)).fetchone()
+        return _annotator(row), token
 
     def annotators(self) -> list[Annotator]:
-        """Everybody, in the order they came."""
+        """Return all annotators in the order in which they were added."""
         rows = self.database.rows("SELECT * FROM annotators ORDER BY id")
-        return [people.annotator(row) for row in rows]
+        return [_annotator(row) for row in rows]
 
     def start_session(self, token: str, days: float = 30.0) -> tuple[Annotator, str] | None:
-        """Turns a link's token into a session.
+        """Start a session with a link's token; None if the token is forged or has expired.
 
-        Args:
-            token: from the link.
-            days: until the session ends.
-
-        Returns:
-            The annotator and the session's secret, which is not stored; None if the token is
-            forged or has expired.
+        The second value is the session's secret, of which only a hash is stored.
         """
-        return people.start_session(self.database, self.clock(), token, days)
+        now = self.clock()
+        rows = self.database.rows(
+            "SELECT * FROM annotators WHERE token_hash = ? AND expires > ?", (sha256(token), now)
+        )
+        if not rows:
+            return None
+        secret = secrets.token_urlsafe(24)
+        with self.database.writing() as connection:
+            connection.execute("DELETE FROM sessions WHERE expires < ?", (now,))
+            connection.execute(
+                "INSERT INTO sessions VALUES (?, ?, ?)",
+                (sha256(secret), rows[0]["id"], now + days * DAY),
+            )
+        return _annotator(rows[0]), secret
 
     def session(self, secret: str) -> Annotator | None:
-        """Who a session belongs to; None if it is forged or has expired.
-
-        Args:
-            secret: from the cookie.
-        """
-        return people.session(self.database, self.clock(), secret)
+        """Return whose session a secret belongs to; None if it is forged or has expired."""
+        rows = self.database.rows(
+            "SELECT a.* FROM sessions s JOIN annotators a ON a.id = s.annotator "
+            "WHERE s.hash = ? AND s.expires > ?",
+            (sha256(secret), self.clock()),
+        )
+        return _annotator(rows[0]) if rows else None
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self.database.close()
+
+
+def _annotator(row: sqlite3.Row) -> Annotator:
+    return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]))
 
 
 def open_store(
@@ -234,17 +232,33 @@ def open_store(
     settings: Settings | None = None,
     *,
     create: bool = False,
-    **options: Any,
+    clock: Callable[[], float] = time.time,
+    chance: random.Random | None = None,
 ) -> Store:
-    """Opens a store.
+    """Open a store.
 
     Args:
         path: the SQLite file.
-        settings: how pairs are handed out; None: as they were.
+        settings: how pairs are handed out; None keeps those of the round.
         create: make the file where there is none.
-        **options: `clock` and `chance` of `Store`.
+        clock: seconds since the epoch. Tests pass their own.
+        chance: source of sides and order. Tests pass a seeded one.
 
     Raises:
-        StoreError: if the file is no store, or one of another version.
+        StoreError: the file is not a store, or has another version.
+
+    Example:
+        >>> import tempfile
+        >>> from dpo_keras.feedback import Candidates, Response
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = open_store(f"{folder.name}/feedback.sqlite", create=True)
+        >>> store.add([Candidates("2 + 2 =", (Response(" 4"), Response(" 5")))]).pairs
+        1
+        >>> ann, token = store.add_annotator("ann")
+        >>> shown = store.next(ann.id)[0]
+        >>> receipt = store.submit(ann.id, shown.id, "left", key="one")
+        >>> store.next(ann.id)
+        []
+        >>> store.close(); folder.cleanup()
     """
-    return Store(Database(path, create=create), settings, **options)
+    return Store(Database(path, create=create), settings, clock=clock, chance=chance)

@@ -10,17 +10,13 @@ from dpo_keras.errors import InputError
 from dpo_keras.legacy.tf_keras_policy import Reference, make_reference
 from dpo_keras.legacy.tf_keras_trainer import PolicyTrainer
 from dpo_keras.losses import DPOLoss
+from dpo_keras.training import dpo_model, supervised_model
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.training.shared_recipes import (
-    PreferenceRecipe,
-    SupervisedRecipe,
-    check_has_reference,
-    loss_from,
-)
+from dpo_keras.training.metrics import preference_metric_names
 
 
 @tf_keras.saving.register_keras_serializable("dpo_keras")
-class DPOModel(PreferenceRecipe, PolicyTrainer):
+class DPOModel(PolicyTrainer):
     """`dpo_keras.DPOModel` for policies of tf-keras: the same loss, metrics and batches.
 
         loss = -[p log P(y_1) + (1 - p) log P(y_2)] + penalties,  P = softmax(beta log(pi / pi_ref))
@@ -73,7 +69,18 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
         """The loss that the model was compiled with."""
         return self._held.loss
 
-    # -- log-probs -------------------------------------------------------------------------
+    # -- the method ------------------------------------------------------------------------
+
+    # The steps of Keras 3's model, on `gradients`, `update` and `report` of tf-keras.
+    train_step = dpo_model.DPOModel.train_step
+    test_step = dpo_model.DPOModel.test_step
+    call = dpo_model.DPOModel.call
+    policy_logps = dpo_model.DPOModel.policy_logps
+
+    def metric_names(self) -> list[str]:
+        """Return the names that both steps measure, `loss` first."""
+        assert self.preference_loss is not None
+        return preference_metric_names(self.preference_loss)
 
     def reference_logps(self, batch: Batch) -> Any:
         """Log pi_ref(y | x) of each response, `[rows * pairs, 2]` float32; None without one."""
@@ -94,7 +101,7 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
             InputError: a loss that is no DPOLoss, needs a reference where there is none, or keeps
                 state of its own on parameter servers.
         """
-        loss = loss_from(loss)
+        loss = dpo_model.loss_from(loss)
         stateful = bool(loss.group_robust) or loss.shift_momentum is not None
         if stateful and self._on_parameter_servers():
             raise InputError(
@@ -107,7 +114,7 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
             self._held.reference = make_reference(self.policy, "none")
             self.reference_model = None
         self._may_drop_reference = False
-        check_has_reference(loss, self.reference.mode)
+        dpo_model.check_has_reference(loss, self.reference.mode)
         self._held.loss = loss
         with self.distribute_strategy.scope():
             # Keras 3 holds them; tf-keras saves them as this model's own.
@@ -169,7 +176,7 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
 
 
 @tf_keras.saving.register_keras_serializable("dpo_keras")
-class SupervisedModel(SupervisedRecipe, PolicyTrainer):
+class SupervisedModel(PolicyTrainer):
     """`dpo_keras.SupervisedModel` for tf-keras: the same loss, metrics and batches.
 
     Args:
@@ -185,5 +192,14 @@ class SupervisedModel(SupervisedRecipe, PolicyTrainer):
         ['loss', 'chosen_logps']
     """
 
+    # The steps of Keras 3's model, on `gradients`, `update` and `report` of tf-keras.
+    train_step = supervised_model.SupervisedModel.train_step
+    test_step = supervised_model.SupervisedModel.test_step
+    call = supervised_model.SupervisedModel.call
+
     def __init__(self, policy: tf_keras.Model, dropout: bool = True, **options: Any):
         super().__init__(policy, dropout=dropout, **options)
+
+    def metric_names(self) -> list[str]:
+        """Return `loss`, in nats per token, and `chosen_logps`, in nats per response."""
+        return ["loss", "chosen_logps"]

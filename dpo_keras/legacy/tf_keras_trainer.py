@@ -14,8 +14,10 @@ from dpo_keras.legacy.tf_keras_policy import PolicyCall
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.training.default_callbacks import Throughput
 from dpo_keras.training.distribution import sum_over_replicas
-from dpo_keras.training.shared_recipes import Recipe
-from dpo_keras.training.steps import step_counts
+from dpo_keras.training.metrics import COUNTS, MetricSums, means_by_name, step_counts
+from dpo_keras.training.tensorflow_trainer import Gradients, StepLoss
+from dpo_keras.utils.keras_internals import tf_keras_steps_per_execution
+from dpo_keras.utils.tensors import Tensor
 
 _HOOKS = [
     name
@@ -70,22 +72,18 @@ class StepSums(tf_keras.metrics.Metric):
 
     Args:
         names: what is measured.
-        hidden: names among them that are not logged.
-        derive: from averages by name to further figures.
 
     Example:
-        >>> sums = StepSums(["loss", "pairs"], hidden=["pairs"])
+        >>> sums = StepSums(["loss", "pairs"])
         >>> for _ in range(2):
         ...     _ = sums.update_state({"loss": (6.0, 3.0), "pairs": (3.0, 1.0)})
         >>> {name: float(value) for name, value in sums.result().items()}, sums.total("pairs")
         ({'loss': 2.0}, 6.0)
     """
 
-    def __init__(self, names: list[str], hidden: Any = (), derive: Any = None, **options: Any):
+    def __init__(self, names: list[str], **options: Any):
         super().__init__(dtype=options.pop("dtype", "float64"), **options)
         self.names = list(names)
-        self._hidden = frozenset(hidden)
-        self._derive: Any = derive or (lambda means: {})
         table = {"shape": (len(names), 2), "initializer": "zeros"}
         self.totals = self.add_weight("totals", **table)
         self.first = self.add_weight("first", **table)
@@ -109,8 +107,7 @@ class StepSums(tf_keras.metrics.Metric):
     def result(self) -> dict[str, Any]:
         """Averages since the last reset, of what is logged."""
         means = self.means(self.totals)
-        shown = {name: mean for name, mean in means.items() if name not in self._hidden}
-        return {**shown, **self._derive(shown)}
+        return means_by_name(list(means), list(means.values()))
 
     def means(self, table: Any) -> dict[str, Any]:
         """Averages by name, hidden ones included.
@@ -132,9 +129,6 @@ class StepSums(tf_keras.metrics.Metric):
             variable.assign(tf.zeros(variable.shape, variable.dtype))
 
 
-_COUNTS = ("tokens", "pairs")
-
-
 class _Held:
     """Holds what tf-keras would take for parts of the model: metrics, loss, reference."""
 
@@ -145,10 +139,11 @@ class _Held:
     loss: Any
 
 
-class PolicyTrainer(Recipe, tf_keras.Model):
+class PolicyTrainer(tf_keras.Model):
     """A `tf_keras.Model` that trains another model, its policy.
 
-    Subclasses say what the loss is, in `measure` (see `Recipe`).
+    Subclasses write `train_step` and `test_step` from `gradients`, `update` and `report`, and name
+    what they measure in `metric_names`, as those of `dpo_keras.training.PolicyTrainer` do.
 
     Args:
         policy: a tf-keras model from `{"token_ids", "padding_mask"}`, or from token ids alone, to
@@ -168,13 +163,17 @@ class PolicyTrainer(Recipe, tf_keras.Model):
 
     # -- one step --------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch) -> dict[str, Any]:
-        """One update of the policy; returns the averages so far."""
+    def metric_names(self) -> list[str]:
+        """Return the names that both steps measure, in the order in which they are logged."""
+        raise NotImplementedError(f"{type(self).__name__} must define metric_names.")
+
+    def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
+        """Differentiate the loss of a step, and sum its gradients over the replicas."""
         variables = self.trainable_variables
         scaled = getattr(self.optimizer, "get_scaled_loss", lambda value: value)
         unscaled = getattr(self.optimizer, "get_unscaled_gradients", lambda values: values)
         with tf.GradientTape() as tape:
-            loss, sums = self.measure(batch, training=True)
+            loss, sums = step_loss()
             loss = scaled(loss)
         gradients = tape.gradient(loss, variables)
         used = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
@@ -183,19 +182,21 @@ class PolicyTrainer(Recipe, tf_keras.Model):
         dense = [tf.convert_to_tensor(gradient) for gradient, _ in used]
         # Summed here, so that clipping sees the gradient of the whole batch, and so does the norm.
         dense = sum_over_replicas(unscaled(dense))
+        return [(gradient, v) for gradient, (_, v) in zip(dense, used, strict=True)], sums
+
+    def update(self, gradients: Gradients, weight: Tensor) -> Tensor:
+        """Update the weights, and return the norm of the gradient before it is clipped."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         summed = {"experimental_aggregate_gradients": False} if replicas > 1 else {}
-        pairs = [(gradient, variable) for gradient, (_, variable) in zip(dense, used, strict=True)]
-        self.optimizer.apply_gradients(pairs, **summed)
-        norm = tf.cast(tf.linalg.global_norm(dense), tf.float32)
-        self._held.train.update_state({**sums, "grad_norm": (norm, 1.0), **step_counts(batch)})
-        return self._held.train.result()
+        self.optimizer.apply_gradients(gradients, **summed)
+        return tf.cast(tf.linalg.global_norm([gradient for gradient, _ in gradients]), tf.float32)
 
-    def test_step(self, batch: Batch) -> dict[str, Any]:
-        """Averages with one batch more, nothing updated."""
-        sums = self.measure(batch, training=False)[1]
-        self._held.test.update_state({**sums, **step_counts(batch)})
-        return self._held.test.result()
+    def report(self, batch: Batch, sums: MetricSums) -> dict[str, Tensor]:
+        """Add a step to the averages, and return them."""
+        # Only a training step has a gradient.
+        held = self._held.train if "grad_norm" in sums else self._held.test
+        held.update_state({**sums, **step_counts(batch)})
+        return held.result()
 
     # -- fit's machinery -------------------------------------------------------------------
 
@@ -215,14 +216,14 @@ class PolicyTrainer(Recipe, tf_keras.Model):
         if problems:
             raise InputError(problems)
         super().compile(optimizer, **options)
-        logged, counted = self.metric_names(), [*self.hidden_names(), *_COUNTS]
+        names = self.metric_names()
         with self.distribute_strategy.scope():
             # Now, not in the first step: a model saved before it must load as well.
             if hasattr(self.optimizer, "build"):
                 self.optimizer.build(self.trainable_variables)
-            held, derive = self._held, self.derived_metrics
-            held.train = StepSums([*logged, "grad_norm", *counted], counted, derive, name="train")
-            held.test = StepSums([*logged, *counted], counted, derive, name="test")
+            held = self._held
+            held.train = StepSums([*names, "grad_norm", *COUNTS], name="train")
+            held.test = StepSums([*names, *COUNTS], name="test")
             held.current = held.train
 
     @property
@@ -279,7 +280,7 @@ class PolicyTrainer(Recipe, tf_keras.Model):
     @property
     def steps_per_execution(self) -> int:
         """Steps in one call."""
-        return int(self._steps_per_execution or 1)
+        return tf_keras_steps_per_execution(self)
 
     @property
     def first_step_logs(self) -> dict[str, Any]:
@@ -297,7 +298,7 @@ class PolicyTrainer(Recipe, tf_keras.Model):
 
     def counts(self) -> dict[str, float]:
         """Tokens and pairs trained on since the last reset."""
-        return {name: self._held.train.total(name) for name in _COUNTS}
+        return {name: self._held.train.total(name) for name in COUNTS}
 
     # -- saving ----------------------------------------------------------------------------
 

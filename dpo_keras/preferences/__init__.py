@@ -2,7 +2,7 @@
 
 from dpo_keras.preferences.audit import Audit, audit
 from dpo_keras.preferences.collection import Preferences
-from dpo_keras.preferences.file_writers import write_preferences
+from dpo_keras.preferences.file_formats import write_preferences
 from dpo_keras.preferences.pair import (
     InvalidPair,
     Message,
@@ -14,8 +14,7 @@ from dpo_keras.preferences.quickstart_data import Verdict, judge, support_pairs
 from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
 from dpo_keras.preferences.reader import PreferenceStream, read_preferences
 from dpo_keras.preferences.record_builder import build_preferences
-from dpo_keras.preferences.record_files import is_built
-from dpo_keras.preferences.stored_preferences import StoredPreferences
+from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
 
 __all__ = [
     "Audit",

@@ -2,63 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
-from dpo_keras.errors import InputError
-from dpo_keras.preferences.collection import Preferences
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.collection import Preferences, hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
+from dpo_keras.utils.intervals import Estimate, wilson
+from dpo_keras.utils.tensors import JSON
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """How often something was so: `count` of `total`, with the 95 % Wilson interval.
-
-    Example:
-        >>> print(Share.of(80, 100))
-        80 of 100 (80.0 %, 95 % interval 71.1 to 86.7 %)
-    """
-
-    count: int
-    total: int
-    share: float | None
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, count: int, total: int) -> Share:
-        """Computes share and interval; None where there is nothing to count.
-
-        centre = (p + z²/2n) / (1 + z²/n), half width = z·sqrt(p(1−p)/n + z²/4n²) / (1 + z²/n),
-        z = 1.96 (Wilson 1927).
-        """
-        if not total:
-            return cls(count, total, None, None, None)
-        p, z = count / total, 1.959964
-        shrink = 1 + z * z / total
-        centre = (p + z * z / (2 * total)) / shrink
-        half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / shrink
-        return cls(count, total, p, max(0.0, centre - half), min(1.0, centre + half))
-
-    def __str__(self) -> str:
-        """Returns the share as people read it."""
-        if self.share is None or self.low is None or self.high is None:
-            return "none to count"
-        return (
-            (
-                f"{self.count:,} of {self.total:,} ({self.share:.1%}, "
-                f"95 % interval {100 * self.low:.1f} to {self.high:.1%})"
-            )
-            .replace("%", " %")
-            .replace("95  %", "95 %")
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +32,12 @@ class Audit:
             {"mean": ..., "0": ..., "10": ..., "50": ...}}}.
         duplicates: (index, earlier index) of pairs that say the same again.
         contradictions: (index, earlier index) of pairs that say the opposite.
-        longer_wins: how often the response with more characters is chosen, where they differ and
-            the pair is no tie. About a half is unbiased; far more, and length is what is learnt.
-        first_wins: how often the response shown first is chosen; None where the source says
-            nothing about who was first (`chosen`, `rejected` columns).
-        annotators: pairs by annotator, most first; "none" has no key.
+        longer_wins: share of pairs whose response with more characters is chosen, of those with
+            different lengths that are no ties. About a half is unbiased; where it is far more,
+            training learns length.
+        first_wins: share of pairs whose response shown first is chosen; None where the source does
+            not say which was first (`chosen`, `rejected` columns).
+        annotators: pairs by annotator, most first; pairs without one are not counted.
         groups: pairs by group.
     """
 
@@ -91,35 +49,40 @@ class Audit:
     lengths: dict[str, dict[str, dict[str, float]]]
     duplicates: tuple[tuple[int, int], ...]
     contradictions: tuple[tuple[int, int], ...]
-    longer_wins: Share
-    first_wins: Share | None
+    longer_wins: Estimate
+    first_wins: Estimate | None
     annotators: dict[str, int]
     groups: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values, for JSON."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return everything as plain values, for JSON.
+
+        Shares have the keys `count` (successes), `total`, `share`, `low` and `high`.
+        """
         values = asdict(self)
         for name in ("duplicates", "contradictions"):
             values[name] = [list(both) for both in values[name]]
+        values["longer_wins"] = _share_dict(self.longer_wins)
+        values["first_wins"] = self.first_wins and _share_dict(self.first_wins)
         return values
 
     def summary(self) -> str:
-        """Returns the picture as plain text."""
+        """Return the picture as plain text."""
         lines = [
             f"{self.pairs:,} pairs on {self.prompts:,} prompts; {self.ties:,} ties, "
             f"{self.soft:,} soft preferences, {self.zero_weight:,} of weight 0"
         ]
-        for name, units in self.lengths.items():
-            for unit, values in units.items():
-                lines.append(
-                    f"{name} {unit}: median {values['50']:.0f}, "
-                    f"90 % up to {values['90']:.0f}, longest {values['100']:.0f}"
-                )
+        lines += [
+            f"{name} {unit}: median {values['50']:.0f}, 90 % up to {values['90']:.0f}, "
+            f"longest {values['100']:.0f}"
+            for name, units in self.lengths.items()
+            for unit, values in units.items()
+        ]
         lines.append(f"duplicates: {len(self.duplicates):,}")
         lines.append(f"contradictions: {len(self.contradictions):,}")
-        lines.append(f"the longer response wins: {self.longer_wins}")
+        lines.append(f"the longer response wins: {share_text(self.longer_wins)}")
         if self.first_wins is not None:
-            lines.append(f"the first response wins: {self.first_wins}")
+            lines.append(f"the first response wins: {share_text(self.first_wins)}")
         for name, counts in (("annotators", self.annotators), ("groups", self.groups)):
             if counts:
                 listed = ", ".join(f"{key} {count:,}" for key, count in list(counts.items())[:10])
@@ -128,14 +91,37 @@ class Audit:
         return "\n".join(lines)
 
 
+def _successes(share: Estimate) -> int:
+    return round((share.value or 0.0) * share.count)
+
+
+def _share_dict(share: Estimate) -> dict[str, JSON]:
+    counts = {"count": _successes(share), "total": share.count}
+    return {**counts, "share": share.value, "low": share.low, "high": share.high}
+
+
+def share_text(share: Estimate) -> str:
+    """Return a share for people, with its counts.
+
+    Example:
+        >>> share_text(wilson(80, 100))
+        '80 of 100 (80.0 %, 95 % interval 71.1 to 86.7 %)'
+    """
+    if share.value is None or share.low is None or share.high is None:
+        return "none to count"
+    low, high = 100 * share.low, 100 * share.high
+    interval = f"95 % interval {low:.1f} to {high:.1f} %"
+    return f"{_successes(share):,} of {share.count:,} ({100 * share.value:.1f} %, {interval})"
+
+
 def audit(pairs: Iterable[PreferencePair]) -> Audit:
-    """Counts, measures and looks for what spoils training.
+    """Count and measure pairs, and search them for what spoils training.
 
     Args:
         pairs: `Preferences`, or any pairs.
 
     Returns:
-        An `Audit`; indices in it are those of the pairs.
+        An `Audit`; its indices are those of the pairs.
 
     Raises:
         InputError: if there are no pairs.
@@ -143,16 +129,19 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
     Example:
         >>> longer, shorter = PreferencePair("Q", "Yes", "No"), PreferencePair("Q", "No", "Yes")
         >>> picture = audit([longer, shorter])
-        >>> picture.contradictions, picture.longer_wins.count
-        (((1, 0),), 1)
+        >>> picture.contradictions, picture.longer_wins.value
+        (((1, 0),), 0.5)
     """
     known = pairs if isinstance(pairs, Preferences) else Preferences(pairs)
     if not known:
-        raise InputError("pairs must hold at least one pair to audit, got none.")
+        raise InputError(InputProblem("pairs", "must hold at least one pair to audit, got none."))
     decided = [pair for pair in known if pair.preference > 0.5]
     sizes = [(len(plain_text(p.chosen)), len(plain_text(p.rejected))) for p in decided]
     unequal = [chosen > rejected for chosen, rejected in sizes if chosen != rejected]
-    duplicates, contradictions = find_repeats(known)
+    finder = RepeatFinder()
+    for pair in known:
+        finder.add(pair)
+    duplicates, contradictions = finder.find()
     ordered = known.report.layouts["response_a/response_b"] or any(p.swapped for p in known)
     return Audit(
         pairs=len(known),
@@ -166,66 +155,87 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
         },
         duplicates=tuple(duplicates),
         contradictions=tuple(contradictions),
-        longer_wins=Share.of(sum(unequal), len(unequal)),
-        first_wins=Share.of(sum(not p.swapped for p in decided), len(decided)) if ordered else None,
+        longer_wins=wilson(sum(unequal), len(unequal)),
+        first_wins=wilson(sum(not p.swapped for p in decided), len(decided)) if ordered else None,
         annotators=_counts(pair.annotator for pair in known),
         groups=_counts(pair.group for pair in known),
     )
 
 
-def find_repeats(
-    pairs: Sequence[PreferencePair],
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Finds duplicates and contradictions.
+class RepeatFinder:
+    """Finds duplicates and contradictions, from 16 bytes per pair instead of the pairs.
 
     A duplicate has prompt, both responses, preference and annotator of an earlier pair. A
     contradiction has the prompt and responses of an earlier pair and prefers the other response,
-    whoever the annotators were. A tie contradicts nothing.
-
-    Args:
-        pairs: the pairs, in order.
-
-    Returns:
-        `(duplicates, contradictions)`, each as (index, index of the earlier pair).
+    whoever the annotators were. A tie contradicts nothing. Two different comparisons count as one
+    with a probability of 2⁻⁶⁴.
 
     Example:
+        >>> finder = RepeatFinder()
         >>> one, other = PreferencePair("Hi", "Yes", "No"), PreferencePair("Hi", "No", "Yes")
-        >>> find_repeats([one, other, one])
+        >>> for pair in (one, other, one):
+        ...     finder.add(pair)
+        >>> finder.find()
         ([(2, 0)], [(1, 0), (2, 1)])
     """
-    said: dict[tuple[Any, ...], int] = {}
-    preferred: dict[tuple[Text, Text, Text], int] = {}
-    duplicates, contradictions = [], []
-    for index, pair in enumerate(pairs):
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+
+    def __init__(self) -> None:
+        self._said = array("Q")
+        # The last bit tells which of the two is preferred.
+        self._preferred = array("Q")
+        self._ties: list[int] = []
+
+    def add(self, pair: PreferencePair) -> None:
+        """Note the next pair."""
+        prompt = text_bytes(pair.prompt)
+        chosen, rejected = text_bytes(pair.chosen), text_bytes(pair.rejected)
+        ordered = chosen < rejected
+        sides = (chosen, rejected) if ordered else (rejected, chosen)
+        comparison = hash64(prompt, *sides)
         tie = pair.preference == 0.5
-        # The two sides of a tie have no order.
-        sides = frozenset((chosen, rejected)) if tie else (chosen, rejected)
-        earlier = said.setdefault((prompt, sides, pair.preference, pair.annotator), index)
-        if earlier != index:
-            duplicates.append((index, earlier))
         if tie:
-            continue
-        opposite = preferred.get((prompt, rejected, chosen))
-        if opposite is not None:
-            contradictions.append((index, opposite))
-        preferred.setdefault((prompt, chosen, rejected), index)
-    return duplicates, contradictions
+            self._ties.append(len(self._said))
+        direction = 2 if tie else int(ordered)
+        annotator = (pair.annotator or "").encode()
+        by = bytes([direction, pair.annotator is None]) + annotator
+        self._said.append(
+            hash64(comparison.to_bytes(8, "little"), repr(float(pair.preference)).encode(), by)
+        )
+        self._preferred.append(comparison & ~1 | (direction & 1))
+
+    def find(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return `(duplicates, contradictions)`, each as (index, index of the earlier pair)."""
+        places = np.arange(len(self._said))
+        said = np.array(self._said, np.uint64)
+        _, first, number = np.unique(said, return_index=True, return_inverse=True)
+        earlier = first[number]
+        repeated = earlier != places
+        duplicates = _tuples(places[repeated], earlier[repeated])
+
+        decided = np.ones(len(said), bool)
+        decided[self._ties] = False
+        places = places[decided]
+        preferred = np.array(self._preferred, np.uint64)[decided]
+        values, first = np.unique(preferred, return_index=True)
+        if not len(values):
+            return duplicates, []
+        opposite = preferred ^ np.uint64(1)
+        found = np.minimum(np.searchsorted(values, opposite), len(values) - 1)
+        other = places[first[found]]
+        against = (values[found] == opposite) & (other < places)
+        return duplicates, _tuples(places[against], other[against])
+
+
+def _tuples(index: np.ndarray, earlier: np.ndarray) -> list[tuple[int, int]]:
+    return list(zip(index.tolist(), earlier.tolist(), strict=True))
 
 
 def _lengths(texts: Sequence[Text]) -> dict[str, dict[str, float]]:
     plain = [plain_text(text) for text in texts]
     counts = {"characters": list(map(len, plain)), "words": [len(text.split()) for text in plain]}
     return {
-        unit: {
-            "mean": float(np.mean(values)),
-            **{
-                str(percentile): float(value)
-                for percentile, value in zip(
-                    PERCENTILES, np.percentile(values, PERCENTILES), strict=True
-                )
-            },
-        }
+        unit: {"mean": float(np.mean(values))}
+        | {str(place): float(np.percentile(values, place)) for place in PERCENTILES}
         for unit, values in counts.items()
     }
 

@@ -1,207 +1,288 @@
-"""Which pairs are held out: whole prompts (annotators, groups), drawn by a seeded hash."""
+"""Preference pairs as a sequence, and the one way to split them, in memory and on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from functools import cached_property
+from typing import Self, overload
 
-from dpo_keras.errors import InputError
-from dpo_keras.preferences.pair import PreferencePair, as_number
+import numpy as np
+
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.pair import PreferencePair, Text, as_number
 from dpo_keras.preferences.read_report import ReadReport
 
 SPLIT_KEYS = ("prompt", "annotator", "group")
 
 
-def split_indices(
-    pairs: Sequence[PreferencePair], fraction: float, *, seed: int = 0, by: str = "prompt"
-) -> list[int]:
-    """Returns the indices of the pairs to hold out.
-
-    Args:
-        pairs: the pairs to split.
-        fraction: share of them to hold out, in (0, 1).
-        seed: seeds the hash.
-        by: "prompt", "annotator" or "group": what is never on both sides, besides prompts.
-
-    Returns:
-        Ascending indices; their number is as near to `fraction * len(pairs)` as the units allow.
-
-    Raises:
-        InputError: as `Preferences.split` says.
-
-    Example:
-        >>> pairs = [PreferencePair(f"prompt {n // 2}", "yes", "no") for n in range(8)]
-        >>> split_indices(pairs, 0.25, seed=1)  # the two pairs of one prompt
-        [6, 7]
-    """
-    number = as_number(fraction)
-    if number is None or not 0 < number < 1:
-        raise InputError(f"fraction must be a number in (0, 1), got {fraction!r}.")
-    if by not in SPLIT_KEYS:
-        raise InputError(f"by must be one of {', '.join(SPLIT_KEYS)}, got {by!r}.")
-    units = _units(pairs, by)
-    target = number * len(pairs)
-    held: list[int] = []
-    passed_over: list[list[int]] = []
-    for _, unit in sorted((_unit_hash(pairs, unit, seed), unit) for unit in units):
-        if len(unit) <= target - len(held):
-            held += unit
-        else:
-            passed_over.append(unit)
-    for unit in passed_over:
-        if len(unit) < 2 * (target - len(held)):  # too large, but nearer with it than without
-            held += unit
-    if not held or len(held) == len(pairs):
-        raise InputError(_empty_side(pairs, number, by, len(units), not held))
-    return sorted(held)
+def text_bytes(text: Text) -> bytes:
+    """Return a text or messages as bytes; different texts never have the same."""
+    if isinstance(text, str):
+        return b"s" + text.encode()
+    return b"m" + json.dumps([[turn.role, turn.content] for turn in text]).encode()
 
 
-def _units(pairs: Sequence[PreferencePair], by: str) -> list[list[int]]:
-    """Groups indices that must stay together: those with one prompt, or one value of `by`."""
-    parent: dict[object, object] = {}
-
-    def root(key: object) -> object:
-        while (above := parent.setdefault(key, key)) != key:
-            parent[key] = parent[above]
-            key = above
-        return key
-
-    missing = 0
-    for pair in pairs:
-        prompt_root = root(("prompt", pair.prompt))
-        if by != "prompt":
-            value = getattr(pair, by)
-            missing += value is None
-            parent[root((by, value))] = prompt_root
-    if missing:
-        raise InputError(
-            f"by={by!r} needs {by} set on every pair; {missing:,} of {len(pairs):,} have none."
-        )
-    units: dict[object, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        units.setdefault(root(("prompt", pair.prompt)), []).append(index)
-    return list(units.values())
+def hash64(*parts: bytes) -> int:
+    """Return a 64-bit hash of a sequence of byte strings. Built directories keep it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
-def _unit_hash(pairs: Sequence[PreferencePair], unit: list[int], seed: int) -> str:
-    # The least prompt stands for the unit, so the order of the pairs changes nothing.
-    prompt = min(
-        json.dumps(text if isinstance(text, str) else [m.as_dict() for m in text])
-        for text in (pairs[index].prompt for index in unit)
-    )
-    return hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest()
+class PairSequence(Sequence[PreferencePair]):
+    """Pairs in a fixed order: what `Preferences` and `StoredPreferences` share."""
+
+    report: ReadReport
+    """How the pairs were read."""
+
+    @property
+    @abstractmethod
+    def prompt_hashes(self) -> np.ndarray:
+        """The hash of each pair's prompt, uint64 `[N]`; equal for equal prompts."""
+
+    @abstractmethod
+    def select(self, rows: np.ndarray) -> Self:
+        """Return the pairs at `rows`, int `[n]`, ascending."""
+
+    @abstractmethod
+    def _pair(self, row: int) -> PreferencePair: ...
+
+    @overload
+    def __getitem__(self, index: int) -> PreferencePair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> PreferencePair | Self:
+        """Return one pair, or the pairs of a slice."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._pair(index % len(self))
+
+    def split(self, fraction: float, seed: int = 0, by: str = "prompt") -> tuple[Self, Self]:
+        """Split into training and held-out pairs; no prompt is ever on both sides.
+
+        The sides depend on the pairs and the arguments only, not on the order of the pairs, nor on
+        whether they are in memory or on disk.
+
+        `by="prompt"` draws each prompt by its own hash: it is held out where
+        `draw(hash, seed) < fraction`, with draws uniform in [0, 1). Pairs that are added later move
+        no other prompt; the held-out share is the fraction as nearly as chance has it. Where that
+        leaves a side empty, the one prompt whose draw is nearest to the fraction changes sides.
+
+        Annotators and groups are few and large. They are held out in the order of their draws for
+        as long as they fit, so that the held-out share is as near to the fraction as they allow.
+
+        Args:
+            fraction: share of the pairs to hold out, in (0, 1).
+            seed: another seed draws another split.
+            by: "prompt", or "annotator" or "group" to keep each of those on one side too. Those
+                that share a prompt, directly or through others, then stay together.
+
+        Returns:
+            `(train, held_out)`, each in the order of the pairs here.
+
+        Raises:
+            InputError: if the fraction is not in (0, 1), `by` is unknown or not set on every pair,
+                all pairs belong together, or no annotator or group is near the fraction.
+
+        Example:
+            >>> from dpo_keras.preferences import support_pairs
+            >>> train, held_out = support_pairs(100).split(0.1)
+            >>> len(train), len(held_out)
+            (92, 8)
+        """
+        problems = []
+        number = as_number(fraction)
+        if number is None or not 0 < number < 1:
+            problems.append(InputProblem("fraction", "must be a number in (0, 1)", fraction))
+        if by not in SPLIT_KEYS:
+            problems.append(InputProblem("by", f"must be one of {', '.join(SPLIT_KEYS)}", by))
+        if problems or number is None:
+            raise InputError(problems)
+        values = None if by == "prompt" else _value_hashes(self, by)
+        held = held_out_rows(self.prompt_hashes, number, seed, values)
+        if held.all() or not held.any():
+            prompts = self.prompt_hashes
+            units = prompts if values is None else joined(prompts, values)
+            raise InputError(_empty_side(held, number, by, units))
+        return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
 
 
-def _empty_side(
-    pairs: Sequence[PreferencePair], fraction: float, by: str, units: int, held_empty: bool
-) -> str:
-    count = f"{len(pairs):,} pair{'s' if len(pairs) != 1 else ''}"
-    if units < 2:
-        reason = (
-            f"all {count} have one prompt"
-            if by == "prompt"
-            else f"every {by} shares prompts with the others; split by='prompt' instead"
-        )
-        return f"Cannot split {count} so that no prompt is on both sides: {reason}."
-    side = "held-out" if held_empty else "training"
-    return (
-        f"fraction {fraction:g} of {count} in {units:,} units (pairs that share a prompt"
-        f"{'' if by == 'prompt' else ' or ' + by} stay together) leaves the {side} side empty; "
-        "choose another fraction."
-    )
-
-
-class Preferences(Sequence[PreferencePair]):
-    """Preference pairs: list-like and immutable.
+class Preferences(PairSequence):
+    """Preference pairs in memory: list-like and immutable.
 
     Args:
         pairs: the pairs, in order.
         report: how they were read; a slice or a split keeps the report of the whole.
 
     Example:
-        >>> pairs = Preferences([PreferencePair("Hi", "Hello!", "Go away.")])
-        >>> pairs
+        >>> Preferences([PreferencePair("Hi", "Hello!", "Go away.")])
         Preferences(1 pair, 0 dropped)
-        >>> pairs[0].chosen
-        'Hello!'
     """
 
     def __init__(self, pairs: Iterable[PreferencePair], report: ReadReport | None = None):
         self._pairs = tuple(pairs)
         for place, pair in enumerate(self._pairs):
             if not isinstance(pair, PreferencePair):
-                raise InputError(
-                    f"pairs must be PreferencePair objects, item {place} is a "
-                    f"{type(pair).__name__}; read_preferences() takes records."
+                found = (
+                    f"item {place} is a {type(pair).__name__}; read_preferences() takes records."
                 )
+                raise InputError(InputProblem("pairs", f"must be PreferencePair objects, {found}"))
         count = len(self._pairs)
         self.report = ReadReport(read=count, kept=count) if report is None else report
 
     def __len__(self) -> int:
-        """Returns the number of pairs."""
         return len(self._pairs)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Preferences: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | Preferences:
-        """Returns one pair, or the `Preferences` of a slice."""
-        if isinstance(index, slice):
-            return Preferences(self._pairs[index], self.report)
-        return self._pairs[index]
-
     def __iter__(self) -> Iterator[PreferencePair]:
-        """Iterates over the pairs."""
         return iter(self._pairs)
 
     def __eq__(self, other: object) -> bool:
-        """Compares the pairs; reports do not count."""
         return isinstance(other, Preferences) and self._pairs == other._pairs
 
     def __hash__(self) -> int:
-        """Returns the hash of the pairs."""
         return hash(self._pairs)
 
     def __repr__(self) -> str:
-        """Returns the counts."""
         pairs = "pair" if len(self) == 1 else "pairs"
         return f"Preferences({len(self):,} {pairs}, {self.report.dropped:,} dropped)"
 
-    def split(
-        self, fraction: float, seed: int = 0, by: str = "prompt"
-    ) -> tuple[Preferences, Preferences]:
-        """Splits into training and held-out pairs; no prompt is ever on both sides.
+    def _pair(self, row: int) -> PreferencePair:
+        return self._pairs[row]
 
-        The held-out side is drawn by a seeded hash of what must stay together, so it does not
-        depend on the order of the pairs, and comes as near to the fraction of pairs as whole
-        prompts (annotators, groups) allow.
+    @cached_property
+    def prompt_hashes(self) -> np.ndarray:
+        """The hash of each pair's prompt, uint64 `[N]`."""
+        return np.array([hash64(text_bytes(pair.prompt)) for pair in self._pairs], np.uint64)
 
-        Args:
-            fraction: share of the pairs to hold out, in (0, 1).
-            seed: another seed draws another split.
-            by: "prompt", or "annotator" or "group" to also keep each of those on one side. Those
-                that share a prompt then stay together too.
+    def select(self, rows: np.ndarray) -> Preferences:
+        """Return the pairs at `rows`, int `[n]`, ascending."""
+        return Preferences((self._pairs[row] for row in rows.tolist()), self.report)
 
-        Returns:
-            `(train, held_out)`, each in the order of the pairs here.
 
-        Raises:
-            InputError: if the fraction is not in (0, 1), `by` is unknown or not set on every
-                pair, or one side would be empty.
+def held_out_rows(
+    prompts: np.ndarray, fraction: float, seed: int, values: np.ndarray | None
+) -> np.ndarray:
+    """Choose what is held out, bool `[N]`; `PairSequence.split` describes how.
 
-        Example:
-            >>> from dpo_keras.preferences import support_pairs
-            >>> train, held_out = support_pairs(100).split(0.1)
-            >>> len(train), len(held_out)
-            (90, 10)
-        """
-        held = set(split_indices(self._pairs, fraction, seed=seed, by=by))
-        sides: tuple[list[PreferencePair], list[PreferencePair]] = ([], [])
-        for index, pair in enumerate(self._pairs):
-            sides[index in held].append(pair)
-        return Preferences(sides[0], self.report), Preferences(sides[1], self.report)
+    `prompts` and `values` (annotators or groups; None splits by prompt) are hashes, uint64 `[N]`.
+    """
+    if values is not None:
+        units, unit, sizes = np.unique(
+            joined(prompts, values), return_inverse=True, return_counts=True
+        )
+        return _fitting(sizes, np.argsort(_draws(units, seed)), fraction)[unit]
+    draws = _draws(prompts, seed)
+    held = draws < np.uint64(fraction * 2**64)
+    if len(draws) and not held.any():
+        held = draws == draws.min()
+    elif held.all():
+        held = draws != draws.max(initial=0)
+    return held
+
+
+def joined(prompts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return for each pair the least of the values that belong together, uint64 `[N]`.
+
+    Values that share a prompt belong together, directly or through others.
+    """
+    names, value = np.unique(values, return_inverse=True)
+    order = np.argsort(prompts, kind="stable")
+    same = prompts[order][1:] == prompts[order][:-1]
+    shared = np.unique(np.stack([value[order][:-1][same], value[order][1:][same]]), axis=1)
+    parent = list(range(len(names)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    for one, other in shared.T.tolist():
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+    return names[[root(number) for number in range(len(names))]][value]
+
+
+def earlier_split(
+    pairs: Preferences, fraction: float, seed: int, by: str
+) -> tuple[Preferences, Preferences]:
+    """Split as this package did before memory and disk had one split: for runs begun then."""
+    prompts = pairs.prompt_hashes
+    together = prompts if by == "prompt" else joined(prompts, _value_hashes(pairs, by))
+    _, unit, sizes = np.unique(together, return_inverse=True, return_counts=True)
+    least: dict[int, str] = {}
+    for number, pair in zip(unit.tolist(), pairs, strict=True):
+        prompt = json.dumps(pair.as_dict()["prompt"])
+        least[number] = min(prompt, least.get(number, prompt))
+    order = sorted(least, key=lambda n: hashlib.sha256(f"{seed}:{least[n]}".encode()).hexdigest())
+    held = _fitting(sizes, np.array(order), fraction)[unit]
+    return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
+
+
+def _value_hashes(pairs: PairSequence, by: str) -> np.ndarray:
+    hashes = array("Q")
+    missing = 0
+    for pair in pairs:
+        value = getattr(pair, by)
+        missing += value is None
+        hashes.append(hash64(text_bytes(value or "")))
+    if missing:
+        must = f"{by!r} needs {by} on every pair; {missing:,} of {len(pairs):,} have none"
+        raise InputError(InputProblem("by", must))
+    return np.array(hashes, np.uint64)
+
+
+def _draws(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Return uniform draws in [0, 2⁶⁴): mix(hash XOR mix(seed))."""
+    return _mix(np.asarray(hashes, np.uint64) ^ _mix(np.array([seed % 2**64], np.uint64)))
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def _fitting(sizes: np.ndarray, order: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose units, in order, whose sizes add up to nearly the fraction: bool `[units]`."""
+    held = np.zeros(len(sizes), bool)
+    left = fraction * sizes.sum()
+    for unit in order:
+        if sizes[unit] <= left:
+            held[unit] = True
+            left -= sizes[unit]
+    for unit in order:
+        # Too large, but the share is nearer to the fraction with it than without.
+        if not held[unit] and sizes[unit] < 2 * left:
+            held[unit] = True
+            left -= sizes[unit]
+    return held
+
+
+def _empty_side(held: np.ndarray, fraction: float, by: str, units: np.ndarray) -> str:
+    count = f"{len(held):,} pair{'s' if len(held) != 1 else ''}"
+    together = len(np.unique(units))
+    if together > 1:
+        side = "training" if held.all() else "held-out"
+        must = (
+            f"{fraction:g} of {count} in {together:,} units (pairs that share a prompt or {by} "
+            f"stay together) leaves the {side} side empty; choose another fraction."
+        )
+        return InputProblem("fraction", must)
+    reason = f"every {by} shares prompts with the others; split by='prompt' instead"
+    if by == "prompt":
+        reason = f"all {count} have one prompt"
+    return f"Cannot split {count} so that no prompt is on both sides: {reason}."

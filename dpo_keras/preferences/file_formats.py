@@ -1,7 +1,7 @@
-"""Records out of files: JSONL, JSON, CSV and Parquet, the text formats also gzipped.
+"""Preference files: JSONL, JSON, CSV and Parquet, read record by record, and written.
 
-Each reader yields `(line, record)`, or `(line, Fault)` for a line that cannot be read at all.
-Whatever is wrong with one line, the lines before and after it are still read.
+Text formats may be gzipped. Each reader yields `(line, record)`, or `(line, Fault)` for a line that
+cannot be read; the lines before and after it are read all the same.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import csv
 import gzip
 import io
 import json
+import os
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from types import ModuleType
+from typing import BinaryIO, cast
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair, shown
-from dpo_keras.preferences.records import COLUMNS, missing_columns
-
-Records: TypeAlias = Iterator[tuple[int | None, Any]]
+from dpo_keras.preferences.record_stream import Reading, Records, Source
+from dpo_keras.preferences.records import COLUMNS, OPTIONAL, missing_columns
+from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.tensors import JSON
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -30,56 +32,41 @@ SUFFIXES = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+BOM = b"\xef\xbb\xbf"
+
+
+def open_file(path: str | os.PathLike[str], reading: Reading) -> Source:
+    """Return a file as a source; it is opened at the first record."""
+    format = file_format(Path(path), reading.format)
+    return Source(os.fspath(path), read_file(Path(path), format, reading), format == "csv")
 
 
 def file_format(path: Path, format: str) -> str:
-    """Returns the format of a file: by its name where `format` is "auto".
-
-    Raises:
-        InputError: if the path is no readable file, or its suffix says nothing.
-
-    Example:
-        >>> file_format(Path(__file__), "auto")
-        Traceback (most recent call last):
-        ...
-        dpo_keras.errors.InputError: ...files.py: unknown suffix '.py'; ...
-    """
+    """Return the format of a file that is there: by its name where `format` is "auto"."""
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if _suffix(entry) in SUFFIXES)
-        hint = f" it holds {', '.join(inside[:5])}." if inside else " it holds no data files."
-        raise InputError(f"{path} is a directory, name the files in it;{hint}")
+        held = ", ".join(inside[:5]) or "no data files"
+        raise InputError(f"{path} is a directory, name the files in it; it holds {held}.")
     if not path.exists():
         raise InputError(f"{path}: no such file.")
     if format != "auto":
         return format
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
         raise InputError(
-            f"{path}: unknown suffix {suffix!r}; known are {known} (the text formats also with "
-            f".gz). Rename the file or give format=, one of {', '.join(READERS)}."
+            f"{path}: unknown suffix {suffix!r}; known are {', '.join(SUFFIXES)} (text formats "
+            f"also with .gz). Rename the file or give format=, one of {', '.join(READERS)}."
         )
     return SUFFIXES[suffix]
 
 
-def read_file(
-    path: Path, format: str, unused: Counter[str], renaming: Mapping[str, str] | None = None
-) -> Records:
-    """Yields the records of one file.
-
-    Args:
-        path: the file; whether it is gzipped is seen from its first bytes.
-        format: a key of `READERS`.
-        unused: counts the columns that are left out here already.
-        renaming: the file's names of columns to ours.
-
-    Yields:
-        `(line, record)`; a `Fault` instead of a record where there is none to be had.
-    """
+def read_file(path: Path, format: str, reading: Reading) -> Records:
+    """Yield `(line, record)` of one file; a `Fault` in place of a record that cannot be read."""
     last: int | None = 0
     try:
         with _open(path) as stream:
-            for last, record in READERS[format](stream, unused, renaming or {}):
+            for last, record in READERS[format](stream, reading):
                 yield last, record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         rule = f"the file is broken or cut off after line {last}: {error}"
@@ -97,7 +84,7 @@ def _suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as raw:
+    with path.open("rb") as raw:
         # The first bytes decide, not the name: downloads lose and gain ".gz".
         start = raw.read(4)
         raw.seek(0)
@@ -110,17 +97,15 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def _read_jsonl(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
-    # Lines end at "\n" only: other separators may stand inside JSON strings.
+def _read_jsonl(stream: BinaryIO, reading: Reading) -> Records:
+    # Lines end at "\n" only: JSON strings may hold other separators.
     for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.isspace() or not line:
-            continue
-        yield number, rename_record(_parse_json(line), renaming)
+        text = line.removeprefix(BOM) if number == 1 else line
+        if text.strip():
+            yield number, reading.renamed(_parse_json(text))
 
 
-def _parse_json(line: bytes) -> Any:
+def _parse_json(line: bytes) -> JSON:
     try:
         return _DECODER(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
@@ -131,23 +116,23 @@ def _parse_json(line: bytes) -> Any:
         return Fault("not JSON", "line", text, f"not JSON ({error}), got {text}.")
 
 
-def _read_json(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
-    """Reads one JSON list of records, or JSONL under that name."""
+def _read_json(stream: BinaryIO, reading: Reading) -> Records:
+    """Read one JSON list of records, or JSONL under that name."""
     start = b""
     while not start and (line := stream.readline()):
-        start = line.removeprefix(b"\xef\xbb\xbf").strip()
+        start = line.removeprefix(BOM).strip()
     stream.seek(0)
     if not start.startswith(b"["):
-        yield from _read_jsonl(stream, unused, renaming)
+        yield from _read_jsonl(stream, reading)
         return
-    records = _parse_json(stream.read().removeprefix(b"\xef\xbb\xbf"))
+    records = _parse_json(stream.read().removeprefix(BOM))
     if isinstance(records, Fault):
         yield None, records
         return
-    yield from enumerate((rename_record(record, renaming) for record in records), 1)
+    yield from enumerate(map(reading.renamed, records), 1)
 
 
-def _read_csv(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
+def _read_csv(stream: BinaryIO, reading: Reading) -> Records:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     # Cells hold whole conversations. The limit is the module's, so it is put back.
     limit = csv.field_size_limit(2**31 - 1)
@@ -166,10 +151,9 @@ def _read_csv(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str
             if not any(row):
                 continue
             if header is None:
-                header = _our_names([name.strip() for name in row], renaming)
+                header = reading.our_names(name.strip() for name in row)
                 if faults := missing_columns(header):
-                    for fault in faults:
-                        yield None, fault
+                    yield from ((None, fault) for fault in faults)
                     return
             elif len(row) != len(header):
                 rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
@@ -178,25 +162,20 @@ def _read_csv(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str
                 yield line, dict(zip(header, row, strict=True))
     finally:
         csv.field_size_limit(limit)
-        text.detach()  # or its end would close the stream of the caller
+        text.detach()  # otherwise its end would close the caller's stream
 
 
-def _read_parquet(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str, str]) -> Records:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("Parquet files need pyarrow: pip install 'dpo-keras[parquet]'.") from error
+def _read_parquet(stream: BinaryIO, reading: Reading) -> Records:
+    pyarrow = _pyarrow()
     try:
         table = pyarrow.parquet.ParquetFile(stream)
         names = table.schema_arrow.names
-        header = _our_names(names, renaming)
+        header = reading.our_names(names)
         if faults := missing_columns(header):
-            for fault in faults:
-                yield None, fault
+            yield from ((None, fault) for fault in faults)
             return
         used = {name: ours for name, ours in zip(names, header, strict=True) if ours in COLUMNS}
-        unused.update(f"column {name!r}" for name in names if name not in used)
+        reading.unused.update(f"column {name!r}" for name in names if name not in used)
         # Few rows at a time: they may hold long conversations.
         batches = table.iter_batches(batch_size=4096, columns=list(used))
         rows = (
@@ -209,41 +188,96 @@ def _read_parquet(stream: BinaryIO, unused: Counter[str], renaming: Mapping[str,
         yield None, Fault("broken file", "file", None, f"not a Parquet file: {error}.")
 
 
-def _our_names(header: list[str], renaming: Mapping[str, str]) -> list[str]:
-    """Returns a header in our names; a column in the place of a renamed one gets its old name."""
-    ours = set(renaming.values()) - renaming.keys()
-    return [renaming.get(name, f"unused {name}" if name in ours else name) for name in header]
-
-
-def rename_record(record: Any, renaming: Mapping[str, str]) -> Any:
-    """Gives the columns of a record our names.
-
-    Args:
-        record: a mapping; anything else is returned as it is.
-        renaming: the source's names to ours. A column that has one of our names already, and is
-            not the one that is meant, counts as unused.
-
-    Raises:
-        InputError: if the record is a pair, whose columns have no other names.
-
-    Example:
-        >>> rename_record({"question": "Hi", "prompt": 7}, {"question": "prompt"})
-        {'prompt': 'Hi', 'unused prompt': 7}
-    """
-    if renaming and isinstance(record, PreferencePair):
-        raise InputError(
-            f"columns ({', '.join(renaming.values())}) have no effect on records that are pairs "
-            "already; leave them out."
-        )
-    if not renaming or not isinstance(record, Mapping):
-        return record
-    return dict(zip(_our_names(list(record), renaming), record.values(), strict=True))
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError("Parquet files need pyarrow: pip install 'dpo-keras[parquet]'.") from error
+    return pyarrow
 
 
 _DECODER = json.JSONDecoder().decode
-READERS: dict[str, Callable[[BinaryIO, Counter[str], Mapping[str, str]], Records]] = {
+READERS: dict[str, Callable[[BinaryIO, Reading], Records]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,
 }
+
+
+def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[str]) -> None:
+    """Write pairs so that `read_preferences` returns the same ones.
+
+    The file appears whole or not at all, and replaces one of the same name.
+
+    Args:
+        pairs: at least one.
+        path: ends in .jsonl, .csv, the same with .gz, or .parquet.
+
+    Raises:
+        InputError: if there are no pairs, the suffix is another, the folder is missing, or pairs of
+            text and pairs of messages are to share a Parquet file.
+
+    Example:
+        >>> import tempfile
+        >>> from dpo_keras.preferences import read_preferences
+        >>> pairs = [PreferencePair("Hi", "Hello!", "Go away.", annotator="ann")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_preferences(pairs, f"{folder}/pairs.csv")
+        ...     list(read_preferences(f"{folder}/pairs.csv")) == pairs
+        True
+    """
+    path = Path(path)
+    records = [pair.as_dict() for pair in pairs]
+    suffix = next((suffix for suffix in WRITTEN if path.name.lower().endswith(suffix)), None)
+    problems = []
+    if suffix is None:
+        must = f"must end in one of {', '.join(WRITTEN)}"
+        problems.append(InputProblem("path", must, str(path)))
+    if not records:
+        problems.append(InputProblem("pairs", "must hold at least one pair, got none."))
+    if path.is_dir():
+        problems.append(InputProblem("path", f"must name a file, {path} is a directory."))
+    elif not path.parent.is_dir():
+        must = f"must lie in a folder, but {path.parent} does not exist; create it first."
+        problems.append(InputProblem("path", must))
+    if problems or suffix is None:
+        raise InputError(problems)
+    with replaced(path) as partial:
+        if suffix == ".parquet":
+            _write_parquet(records, partial)
+            return
+        content = _as_csv(records) if suffix.startswith(".csv") else _as_jsonl(records)
+        # No time in the header: the same pairs give the same bytes.
+        zipped = suffix.endswith(".gz")
+        partial.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
+
+
+def _as_jsonl(records: list[dict[str, JSON]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def _as_csv(records: list[dict[str, JSON]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _columns(records), restval="")
+    writer.writeheader()
+    for record in records:
+        texts = {n: json.dumps(v, ensure_ascii=False) for n, v in record.items() if type(v) is list}
+        writer.writerow({**record, **texts})
+    return text.getvalue().encode()
+
+
+def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
+    pyarrow = _pyarrow()
+    columns = {name: [record.get(name) for record in records] for name in _columns(records)}
+    for name in ("prompt", "chosen", "rejected"):
+        if len({isinstance(value, str) for value in columns[name]}) > 1:
+            raise InputError(
+                "pairs of text and pairs of messages cannot share a Parquet column; write .jsonl."
+            )
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _columns(records: list[dict[str, JSON]]) -> list[str]:
+    used = {name for record in records for name in record}
+    return [name for name in ("prompt", "chosen", "rejected", *OPTIONAL) if name in used]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils.text import shortened
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -19,18 +22,14 @@ class Message:
 
     Args:
         role: "system", "user", "assistant" or "tool".
-        content: what was said.
-
-    Example:
-        >>> Message("user", "Hi").as_dict()
-        {'role': 'user', 'content': 'Hi'}
+        content: the text of the turn.
     """
 
     role: str
     content: str
 
     def as_dict(self) -> dict[str, str]:
-        """Returns the message as chat templates and files have it."""
+        """Return the message in the form of chat templates and files."""
         return {"role": self.role, "content": self.content}
 
 
@@ -39,16 +38,16 @@ Text: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One broken rule of one record: the rule's name, the field, the value, and what to do."""
+    """One broken rule of one record: its short name, the column, the value found, a sentence."""
 
     rule: str
     field: str
-    value: Any
+    value: object
     message: str
 
 
-class InvalidPair(InputError):
-    """A record breaks rules; `faults` says which, one `Fault` each."""
+class InvalidPair(InputError):  # noqa: N818 (public name)
+    """A record that breaks rules; `faults` holds one `Fault` for each."""
 
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
@@ -62,18 +61,18 @@ class PreferencePair:
     Args:
         prompt: text, or the conversation so far as messages.
         chosen: the better response: text, or messages that begin and end with the assistant's.
-        rejected: the other one, in the same form.
-        preference: P(chosen is better), in [0.5, 1]; 0.5 is a tie. (The readers swap the two
-            responses of records with less; here it is an error.)
+        rejected: the other response, in the same form.
+        preference: P(chosen is better), in [0.5, 1]; 0.5 is a tie. The readers swap the responses
+            of records with less; here it is an error.
         weight: how much the pair counts in the loss, finite and >= 0.
         annotator: who compared.
         group: what the pair belongs to (a topic, a language), for group-robust training.
-        id: a name for the pair, shown in reports.
+        id: name of the pair in reports.
         margin: strength of the preference, finite and >= 0 (arXiv 2307.09288, section 3.2.2).
-        swapped: the source showed `rejected` first. Lets `audit` see position bias.
+        swapped: the source showed `rejected` first. `audit` measures position bias by it.
 
     Raises:
-        InvalidPair: (an `InputError`) naming every broken rule.
+        InvalidPair: (an `InputError`) with every broken rule.
 
     Example:
         >>> PreferencePair("2 + 2 =", " 4", " 5", annotator="ann").preference
@@ -97,43 +96,32 @@ class PreferencePair:
     swapped: bool = False
 
     def __post_init__(self) -> None:
-        """Checks every rule."""
         faults = text_faults(self.prompt, self.chosen, self.rejected)
         faults += number_faults(self.preference, self.weight, self.margin, lowest=0.5)
         if faults:
             raise InvalidPair(faults)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the pair as a record for files: messages as dicts, optional defaults left out.
+    def as_dict(self) -> dict[str, JSON]:
+        """Return the pair as a record for files: messages as dicts, optional defaults left out.
 
         Example:
             >>> PreferencePair("Hi", "Hello!", "Go away.", weight=2.0).as_dict()
             {'prompt': 'Hi', 'chosen': 'Hello!', 'rejected': 'Go away.', 'preference': 1.0,
              'weight': 2.0}
         """
-        record: dict[str, Any] = {}
+        record: dict[str, JSON] = {}
         for name in ("prompt", "chosen", "rejected"):
             text = getattr(self, name)
             record[name] = text if isinstance(text, str) else [turn.as_dict() for turn in text]
         record["preference"] = self.preference
-        for name, default in _OPTIONAL.items():
-            if (value := getattr(self, name)) != default:
-                record[name] = value
+        for field in fields(self):
+            if field.name not in record and (value := getattr(self, field.name)) != field.default:
+                record[field.name] = value
         return record
 
 
-_OPTIONAL: dict[str, Any] = {
-    "weight": 1.0,
-    "annotator": None,
-    "group": None,
-    "id": None,
-    "margin": None,
-    "swapped": False,
-}
-
-
 def plain_text(text: Text) -> str:
-    r"""Returns the words of a text or of messages, without roles: for lengths and display.
+    r"""Return the words of a text or of messages, without roles: for lengths and display.
 
     Example:
         >>> plain_text((Message("user", "Hi"), Message("assistant", "Hello!")))
@@ -142,47 +130,47 @@ def plain_text(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(message.content for message in text)
 
 
-def shown(value: Any, width: int = 60) -> str:
-    """Returns a value as error messages show it: quoted, and cut where it is long."""
+def shown(value: object, width: int = 60) -> str:
+    """Return a value for an error message, cut where it is long."""
     try:
-        text = repr(value)
-    except ValueError:  # whole numbers of thousands of digits refuse
-        text = f"a very long {type(value).__name__}"
-    return text if len(text) <= width else f"{text[: width - 4]}...{text[-1]}"
+        return shortened(repr(value), width)
+    except ValueError:  # integers of thousands of digits have no repr
+        return f"a very long {type(value).__name__}"
 
 
-def as_number(value: Any) -> float | None:
-    """Returns a real number (NumPy's included, bool excluded) as float, anything else as None."""
+def as_number(value: object) -> float | None:
+    """Return a real number (NumPy's included, bool excluded) as float, anything else as None."""
     if isinstance(value, float):
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
         return None
     try:
         return float(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer beyond all floats
         return math.inf
 
 
-def wrong_type(field: str, value: Any, wanted: str) -> Fault:
-    """Returns the fault of a value of another type than the wanted one."""
+def broken(rule: str, field: str, value: object, must: str) -> Fault:
+    """Return a fault whose message is the field's name and what it must be."""
+    return Fault(rule, field, value, InputProblem(field, must))
+
+
+def wrong_type(field: str, value: object, wanted: str) -> Fault:
+    """Return the fault of a value of another type than the wanted one."""
     kind = type(value).__name__
-    return Fault(
-        "wrong type", field, value, f"{field} must be {wanted}, got {shown(value)} ({kind})."
-    )
+    return broken("wrong type", field, value, f"must be {wanted}, got {shown(value)} ({kind}).")
 
 
 def text_faults(
-    prompt: Any,
-    chosen: Any,
-    rejected: Any,
+    prompt: Text,
+    chosen: Text,
+    rejected: Text,
     names: tuple[str, str, str] = ("prompt", "chosen", "rejected"),
 ) -> list[Fault]:
-    """Checks a prompt and two responses and returns the broken rules, with `names` as fields."""
-    faults = [
-        *_prompt_faults(names[0], prompt),
-        *_response_faults(names[1], chosen),
-        *_response_faults(names[2], rejected),
-    ]
+    """Check a prompt and two responses; return the broken rules, with `names` as fields."""
+    faults = _faults_of("prompt", names[0], prompt)
+    for name, response in zip(names[1:], (chosen, rejected), strict=True):
+        faults += _faults_of("response", name, response) or _role_faults(name, response)
     if faults:
         return faults
     if not type(prompt) is type(chosen) is type(rejected):
@@ -190,106 +178,87 @@ def text_faults(
             f"{name} is {'text' if isinstance(text, str) else 'messages'}"
             for name, text in zip(names, (prompt, chosen, rejected), strict=True)
         )
-        return [
-            Fault(
-                "mixed forms",
-                names[1],
-                chosen,
-                f"{', '.join(names)} must all be text or all be messages; {forms}.",
-            )
-        ]
-    # Space at the ends is no preference. Messages are compared as they stand.
-    if chosen == rejected or (isinstance(chosen, str) and chosen.strip() == rejected.strip()):
-        return [
-            Fault(
-                "identical responses",
-                names[1],
-                chosen,
-                f"{names[1]} and {names[2]} are the same text, so neither can be preferred, "
-                f"got {shown(plain_text(chosen))} twice.",
-            )
-        ]
+        message = f"{', '.join(names)} must all be text or all be messages; {forms}."
+        return [Fault("mixed forms", names[1], chosen, message)]
+    # White space at the ends makes no preference. Messages are compared unchanged.
+    same = chosen == rejected
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        same = chosen.strip() == rejected.strip()
+    if same:
+        must = (
+            f"and {names[2]} are the same text, so neither can be preferred, "
+            f"got {shown(plain_text(chosen))} twice."
+        )
+        return [broken("identical responses", names[1], chosen, must)]
     return []
 
 
-def number_faults(preference: Any, weight: Any, margin: Any, *, lowest: float) -> list[Fault]:
-    """Checks preference (in [lowest, 1]), weight and margin and returns the broken rules."""
-    if margin is None and type(preference) is type(weight) is float:
-        if lowest <= preference <= 1 and 0 <= weight < math.inf:  # nearly always: kept short
-            return []
+def number_faults(
+    preference: object, weight: object, margin: object, *, lowest: float
+) -> list[Fault]:
+    """Check preference (in [lowest, 1]), weight and margin; return the broken rules."""
+    unbounded = "must be finite and >= 0"
+    numbers = (
+        ("preference", preference, lowest, 1.0, f"must be in [{lowest:g}, 1]"),
+        ("weight", weight, 0.0, sys.float_info.max, unbounded),
+        ("margin", 0.0 if margin is None else margin, 0.0, sys.float_info.max, unbounded),
+    )
     faults = []
-    value = as_number(preference)
-    if value is None:
-        faults.append(wrong_type("preference", preference, "a number"))
-    elif not lowest <= value <= 1:  # NaN fails this too
-        rule = f"preference must be in [{lowest:g}, 1], got {shown(preference)}."
-        faults.append(Fault("preference out of range", "preference", preference, rule))
-    for name, number in (("weight", weight), ("margin", margin)):
-        if number is None and name == "margin":
-            continue
+    for name, number, low, high, must in numbers:
         value = as_number(number)
         if value is None:
             faults.append(wrong_type(name, number, "a number"))
-        elif not 0 <= value < math.inf:
-            rule = f"{name} must be finite and >= 0, got {shown(number)}."
-            faults.append(Fault(f"{name} out of range", name, number, rule))
+        elif not low <= value <= high:  # NaN fails this too
+            rule = f"{name} out of range"
+            faults.append(broken(rule, name, number, f"{must}, got {shown(number)}."))
     return faults
 
 
-def _prompt_faults(name: str, text: Any) -> list[Fault]:
-    faults = _form_faults(name, text)
-    if not faults and not plain_text(text).strip():
-        faults.append(
-            Fault("empty prompt", name, text, f"{name} must hold text, got {shown(text)}.")
-        )
-    return faults
-
-
-def _response_faults(name: str, text: Any) -> list[Fault]:
-    faults = _form_faults(name, text)
-    if faults:
-        return faults
-    if not plain_text(text).strip():
-        return [Fault("empty response", name, text, f"{name} must hold text, got {shown(text)}.")]
-    if not isinstance(text, str):
-        roles = [message.role for message in text]
-        if roles[0] != "assistant" or roles[-1] != "assistant" or "user" in roles:
-            rule = (
-                f"{name} must be the assistant's turn: its messages begin and end with role "
-                f"'assistant' and hold none of the user's, got roles {shown(roles)}."
-            )
-            return [Fault("not the assistant's turn", name, roles, rule)]
-    return []
-
-
-def _form_faults(name: str, text: Any) -> list[Fault]:
+def _faults_of(kind: str, name: str, text: Text) -> list[Fault]:
+    """Check the form of one text, and that it holds any."""
     if isinstance(text, str):
-        return [] if text.isascii() else _unicode_faults(name, text)
-    if not isinstance(text, tuple) or not all(isinstance(message, Message) for message in text):
-        return [wrong_type(name, text, "text or a list of role/content messages")]
-    faults = []
-    for number, message in enumerate(text, 1):
-        if not isinstance(message.content, str):
-            faults.append(
-                wrong_type(f"{name}: content of message {number}", message.content, "text")
-            )
-        else:
-            faults += _unicode_faults(f"{name}: content of message {number}", message.content)
-        if message.role not in ROLES:
-            rule = (
-                f"{name}: role of message {number} must be one of {', '.join(ROLES)}, "
-                f"got {shown(message.role)}."
-            )
-            faults.append(Fault("unknown role", name, message.role, rule))
+        faults = [] if text.isascii() else _unicode_faults(name, text)
+    elif isinstance(text, tuple) and all(isinstance(message, Message) for message in text):
+        faults = [fault for n, message in enumerate(text, 1) for fault in _turn(name, n, message)]
+    else:
+        faults = [wrong_type(name, text, "text or a list of role/content messages")]
+    if not faults and not plain_text(text).strip():
+        faults.append(broken(f"empty {kind}", name, text, f"must hold text, got {shown(text)}."))
     return faults
+
+
+def _turn(name: str, number: int, message: Message) -> list[Fault]:
+    content = f"{name}: content of message {number}"
+    if isinstance(message.content, str):
+        faults = _unicode_faults(content, message.content)
+    else:
+        faults = [wrong_type(content, message.content, "text")]
+    if message.role not in ROLES:
+        known = f"must be one of {', '.join(ROLES)}, got {shown(message.role)}."
+        rule = f"{name}: role of message {number} {known}"
+        faults.append(Fault("unknown role", name, message.role, rule))
+    return faults
+
+
+def _role_faults(name: str, text: Text) -> list[Fault]:
+    if isinstance(text, str):
+        return []
+    roles = [message.role for message in text]
+    if roles[0] == roles[-1] == "assistant" and "user" not in roles:
+        return []
+    must = (
+        "must be the assistant's turn: messages that begin and end with role 'assistant', and "
+        f"none of the user's, got roles {shown(roles)}."
+    )
+    return [broken("not the assistant's turn", name, roles, must)]
 
 
 def _unicode_faults(name: str, text: str) -> list[Fault]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        # JSON may spell half of a character ("\ud83d"): no tokenizer could read that.
+        # JSON can spell half of a character ("\ud83d"), which no tokenizer can read.
         bad = text[error.start : error.start + 1]
-        rule = f"{name} must be valid UTF-8 text, character {error.start + 1} is {bad!r}."
-        return [Fault("not UTF-8", name, bad, rule)]
+        must = f"must be valid UTF-8 text, character {error.start + 1} is {bad!r}."
+        return [broken("not UTF-8", name, bad, must)]
     return []

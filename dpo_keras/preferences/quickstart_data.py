@@ -1,4 +1,8 @@
-"""The words of the bundled support-desk data: what prompts and replies are made of."""
+"""The bundled support-desk pairs: a generator and a judge, whose ground truth is known.
+
+A good reply is courteous, answers the question and invents nothing. Chosen responses have some of
+these virtues, rejected ones fewer.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
@@ -17,7 +21,7 @@ from dpo_keras.preferences.read_report import ReadReport
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One kind of fact: how a prompt tells it, how it is asked for, how a reply states it."""
+    """One kind of fact, as prompts tell it, questions ask for it and replies state it."""
 
     fact: str
     questions: tuple[str, ...]
@@ -25,91 +29,50 @@ class Topic:
     values: tuple[str, ...]
 
 
-TOPICS: dict[str, Topic] = {
-    "colour": Topic(
-        "is {}",
-        ("What colour is it?", "Which colour does it have?"),
+TOPICS = {
+    "colour": Topic("is {}", ("What colour is it?", "Which colour does it have?"),
         ("It comes in {}.", "The colour is {}."),
-        ("red", "blue", "green", "black", "white", "grey", "pink", "brown"),
-    ),
-    "delivery": Topic(
-        "arrives on {}",
-        ("When does it arrive?", "Which day does it come?"),
+        ("red", "blue", "green", "black", "white", "grey", "pink", "brown")),
+    "delivery": Topic("arrives on {}", ("When does it arrive?", "Which day does it come?"),
         ("It arrives on {}.", "The day is {}."),
-        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    ),
-    "price": Topic(
-        "costs {} euros",
-        ("What does it cost?", "How much is it?"),
+        ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")),
+    "price": Topic("costs {} euros", ("What does it cost?", "How much is it?"),
         ("It costs {} euros.", "The price is {} euros."),
-        ("15", "20", "30", "45", "60", "75", "80", "95"),
-    ),
-    "warranty": Topic(
-        "has a warranty of {} years",
+        ("15", "20", "30", "45", "60", "75", "80", "95")),
+    "warranty": Topic("has a warranty of {} years",
         ("How long is the warranty?", "What warranty does it have?"),
         ("It has {} years.", "The warranty is {} years."),
-        ("two", "three", "four", "five", "six", "seven", "eight", "nine"),
-    ),
-    "material": Topic(
-        "is made of {}",
-        ("What is it made of?", "Which material is it?"),
+        ("two", "three", "four", "five", "six", "seven", "eight", "nine")),
+    "material": Topic("is made of {}", ("What is it made of?", "Which material is it?"),
         ("It is made of {}.", "The material is {}."),
-        ("oak", "pine", "steel", "glass", "wool", "cotton", "paper", "stone"),
-    ),
-    "city": Topic(
-        "ships from {}",
-        ("Where does it ship from?", "Which city does it ship from?"),
+        ("oak", "pine", "steel", "glass", "wool", "cotton", "paper", "stone")),
+    "city": Topic("ships from {}", ("Where does it ship from?", "Which city does it ship from?"),
         ("It ships from {}.", "The city is {}."),
-        ("Paris", "Rome", "Oslo", "Madrid", "Lisbon", "Vienna", "Berlin", "Prague"),
-    ),
-}
+        ("Paris", "Rome", "Oslo", "Madrid", "Lisbon", "Vienna", "Berlin", "Prague")),
+}  # fmt: skip
 ITEMS = ("lamp", "chair", "desk", "clock", "shelf", "bag", "box", "tray", "bowl", "vase")
 
-# The two sides of each virtue stand in equal lengths, sentence by sentence: length must not tell.
-POLITE = (
-    "Thank you for asking.",
-    "I am happy to help.",
-    "Good question, thank you.",
-    "Glad to help!",
-)
-RUDE = (
-    "Stop wasting my time.",
-    "Do not ask me again.",
-    "What a stupid question.",
-    "Not you again!",
-)
+# Polite and rude sentences have equal lengths, one by one: length must not tell.
+POLITE = ("Thank you for asking.", "I am happy to help.", "Good question, thank you.",
+          "Glad to help!")  # fmt: skip
+RUDE = ("Stop wasting my time.", "Do not ask me again.", "What a stupid question.",
+        "Not you again!")  # fmt: skip
 HONEST_ENDINGS = ("That is all we know.", "The page has more.")
 PROMISES = ("We add a free gift.", "You get cash back.")
 
 
 def parse_prompt(prompt: str) -> tuple[dict[str, str], str]:
-    r"""Reads a support prompt.
-
-    Args:
-        prompt: a prompt of `support_pairs`.
-
-    Returns:
-        The facts by topic, and the topic that is asked for.
-
-    Raises:
-        InputError: if the prompt is not of the support form.
-
-    Example:
-        >>> parse_prompt(
-        ...     "The box is red, costs 20 euros and is made of oak.\nQuestion: What colour is it?"
-        ...     "\nReply:"
-        ... )
-        ({'colour': 'red', 'price': '20', 'material': 'oak'}, 'colour')
-    """
+    """Return the facts of a support prompt by topic, and the topic that it asks for."""
     match = _PROMPT.fullmatch(prompt)
     facts = [_FACTS.get(fact) for fact in match.group(1, 2, 3)] if match else []
     asked = _QUESTIONS.get(match.group(4)) if match else None
     topics = {fact[0] for fact in facts if fact}
     if asked is None or None in facts or len(topics) != 3 or asked not in topics:
-        raise InputError(
-            "prompt must be one of support_pairs(): three facts, then a question about one of "
-            f"them, got {prompt[:80]!r}."
+        must = (
+            "must be one of support_pairs(): three facts, then a question about one of them, "
+            f"got {prompt[:80]!r}."
         )
+        raise InputError(InputProblem("prompt", must))
     return dict(fact for fact in facts if fact), asked
 
 
@@ -140,12 +103,13 @@ _PROMPT = re.compile(
     rf"Question: ({_alternatives(tuple(_QUESTIONS))})\nReply:"
 )
 
-
 T = TypeVar("T")
 
+Virtues: TypeAlias = tuple[bool, bool, bool]
+"""Whether a response is courteous, answers, and invents nothing."""
 
-# Sets of virtues (courteous, answers, invents_nothing) of a chosen response, with their shares.
-_CHOSEN_VIRTUES: tuple[tuple[float, tuple[bool, bool, bool]], ...] = (
+# Virtues of a chosen response, with their shares.
+_CHOSEN_VIRTUES: tuple[tuple[float, Virtues], ...] = (
     (0.38, (True, True, True)),
     (0.14, (True, True, False)),
     (0.14, (True, False, True)),
@@ -166,10 +130,9 @@ class Verdict:
     Attributes:
         courteous: it has a polite sentence and no rude one.
         answers: it states the fact that was asked for.
-        invents_nothing: it states something, every sentence of it is known, every value is the
-            prompt's and nothing is promised. An empty or unreadable response is given no credit.
+        invents_nothing: it states something, every sentence is known, every value is the prompt's
+            and nothing is promised. An empty or unreadable response gets no credit.
         parses: it is an opening, one statement and at most one last sentence, and nothing else.
-        preferred: all of the above.
     """
 
     courteous: bool
@@ -189,13 +152,13 @@ class Verdict:
 
 
 def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
-    """Generates support-desk preference pairs; the same arguments always give the same pairs.
+    """Generate support-desk preference pairs; the same arguments always give the same pairs.
 
-    `group` is the kind of fact asked for, so that group-robust training has something to hold.
+    `group` is the kind of fact that the prompt asks for.
 
     Args:
-        count: number of pairs, >= 1. Prompts are distinct but for 15 % that come in two pairs.
-        seed: seed of the generator. The pairs of a smaller count begin those of a larger one.
+        count: number of pairs, >= 1. Prompts are distinct, except that 15 % have two pairs.
+        seed: seed of the generator. A larger count begins with the pairs of a smaller one.
 
     Returns:
         `Preferences` of `count` pairs with string prompts and responses.
@@ -204,33 +167,31 @@ def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
         InputError: if count < 1.
 
     Example:
-        >>> pairs = support_pairs(3)
-        >>> print(pairs[0].prompt)  # doctest: +ELLIPSIS
+        >>> pair = support_pairs(3)[0]
+        >>> print(pair.prompt)
         The ... Question: ...
         Reply:
-        >>> judge(pairs[0].prompt, pairs[0].chosen).virtues > judge(
-        ...     pairs[0].prompt, pairs[0].rejected
-        ... ).virtues
+        >>> judge(pair.prompt, pair.chosen).virtues > judge(pair.prompt, pair.rejected).virtues
         True
     """
     if count < 1:
-        raise InputError(f"count must be >= 1, got {count!r}.")
+        raise InputError(InputProblem("count", "must be >= 1", count))
     pairs = tuple(_generate(count, seed))
     return Preferences(pairs, ReadReport(sources=["builtin:support"], read=count, kept=count))
 
 
 def judge(prompt: str, response: str) -> Verdict:
-    r"""Judges any text as a reply to a support prompt, strictly by the facts in that prompt.
+    r"""Judge any text as a reply to a support prompt, strictly by the facts in that prompt.
 
     Args:
-        prompt: a prompt of `support_pairs`, or another of the same form.
+        prompt: a prompt of the form that `support_pairs` has.
         response: any text; space around it does not count.
 
     Returns:
         A `Verdict`. Text that the grammar does not know is never preferred.
 
     Raises:
-        InputError: if the prompt is not one of the support form.
+        InputError: if the prompt is not of the support form.
 
     Example:
         >>> prompt = "The box is red, costs 20 euros and is made of oak.\n"
@@ -259,32 +220,6 @@ def judge(prompt: str, response: str) -> Verdict:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Wording:
-    """How one response is worded, whatever its virtues."""
-
-    facts: dict[str, str]
-    topics: dict[bool, str]  # by whether the response answers
-    wrong: dict[str, str]  # values by topic
-    opening: int
-    statement: int
-    ending: int | None
-    by_promise: bool  # how a response of this wording invents
-
-    def response(self, courteous: bool, answers: bool, invents_nothing: bool) -> str:
-        """Returns the response that has exactly these virtues, after one space."""
-        topic = self.topics[answers]
-        promise = self.by_promise and not invents_nothing
-        values = self.facts if invents_nothing or promise else self.wrong
-        sentences = [
-            (POLITE if courteous else RUDE)[self.opening],
-            TOPICS[topic].statements[self.statement].format(values[topic]),
-        ]
-        if self.ending is not None:
-            sentences.append((PROMISES if promise else HONEST_ENDINGS)[self.ending])
-        return " " + " ".join(sentences)
-
-
 def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
     # Only rng.random() is drawn from: Python promises its sequence, but not that of choice().
     rng = random.Random(seed)
@@ -298,9 +233,9 @@ def _generate(count: int, seed: int) -> Iterator[PreferencePair]:
         responses: set[tuple[str, str]] = set()
         for _ in range(2 if rng.random() < _SECOND_PAIR else 1):
             virtues = _draw_chosen_virtues(rng)
-            chosen = _draw_wording(rng, facts, asked).response(*virtues)
+            chosen = _draw_response(rng, facts, asked, virtues)
             lesser = _pick(rng, _LESSER[virtues])
-            rejected = _draw_wording(rng, facts, asked).response(*lesser)
+            rejected = _draw_response(rng, facts, asked, lesser)
             if made == count or (chosen, rejected) in responses:
                 continue
             responses.add((chosen, rejected))
@@ -317,14 +252,11 @@ def _draw_prompt(rng: random.Random) -> tuple[dict[str, str], str, str]:
     asked = _pick(rng, tuple(facts))
     first, second, third = (TOPICS[topic].fact.format(value) for topic, value in facts.items())
     question = _pick(rng, TOPICS[asked].questions)
-    return (
-        facts,
-        asked,
-        f"The {_pick(rng, ITEMS)} {first}, {second} and {third}.\nQuestion: {question}\nReply:",
-    )
+    item = _pick(rng, ITEMS)
+    return facts, asked, f"The {item} {first}, {second} and {third}.\nQuestion: {question}\nReply:"
 
 
-def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:
+def _draw_chosen_virtues(rng: random.Random) -> Virtues:
     draw = rng.random()
     for share, virtues in _CHOSEN_VIRTUES:
         draw -= share
@@ -333,21 +265,29 @@ def _draw_chosen_virtues(rng: random.Random) -> tuple[bool, bool, bool]:
     return _CHOSEN_VIRTUES[-1][1]
 
 
-def _draw_wording(rng: random.Random, facts: dict[str, str], asked: str) -> _Wording:
+def _draw_response(rng: random.Random, facts: dict[str, str], asked: str, virtues: Virtues) -> str:
+    """Return a response that has exactly these virtues, after one space."""
+    courteous, answers, invents_nothing = virtues
+    # The draws are the same whatever the virtues, so that wording gives nothing away.
     aside = _pick(rng, tuple(topic for topic in facts if topic != asked))
     ending = _pick(rng, range(len(PROMISES))) if rng.random() < _ENDING else None
-    return _Wording(
-        facts,
-        {True: asked, False: aside},
-        {
-            topic: _pick(rng, tuple(v for v in TOPICS[topic].values if v != facts[topic]))
-            for topic in (asked, aside)
-        },
-        _pick(rng, range(len(POLITE))),
-        _pick(rng, range(2)),
-        ending,
-        ending is not None and rng.random() < _PROMISE / _ENDING,
-    )
+    wrong = {
+        topic: _pick(rng, tuple(v for v in TOPICS[topic].values if v != facts[topic]))
+        for topic in (asked, aside)
+    }
+    opening, statement = _pick(rng, range(len(POLITE))), _pick(rng, range(2))
+    by_promise = ending is not None and rng.random() < _PROMISE / _ENDING
+
+    topic = asked if answers else aside
+    promise = by_promise and not invents_nothing
+    value = (facts if invents_nothing or promise else wrong)[topic]
+    sentences = [
+        (POLITE if courteous else RUDE)[opening],
+        TOPICS[topic].statements[statement].format(value),
+    ]
+    if ending is not None:
+        sentences.append((PROMISES if promise else HONEST_ENDINGS)[ending])
+    return " " + " ".join(sentences)
 
 
 def _pick(rng: random.Random, choices: Sequence[T]) -> T:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.pair import shown
+from dpo_keras.utils.tensors import JSON
+
+
+SHOWN = 20  # problems in the message of an `InvalidPreferences`
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,37 +21,29 @@ class Problem:
     Attributes:
         source: the file, or "records" for a Python iterable.
         line: line in a text file, row in Parquet, place in an iterable, each from 1; None where
-            it is about all of them.
-        rule: the rule's name, a few words, the same for all problems of a kind.
+            the problem concerns all of them.
+        rule: short name of the rule, the same for all problems of a kind.
         field: the column.
         value: what was found there.
-        message: a sentence that says what is wrong and what is wanted.
+        message: what is wrong and what is expected.
     """
 
     source: str
     line: int | None
     rule: str
     field: str
-    value: Any
+    value: object
     message: str
 
     def __str__(self) -> str:
-        """Returns the problem as one line for people."""
         place = self.source if self.line is None else f"{self.source} line {self.line}"
         return f"{place}: {self.message}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the problem for JSON; a long or strange value as its beginning."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return the problem for JSON; of a long or strange value, its beginning."""
         plain = self.value is None or isinstance(self.value, bool | int | str)
         value = self.value if plain and len(str(self.value)) <= 200 else shown(self.value, 200)
-        return {
-            "source": self.source,
-            "line": self.line,
-            "rule": self.rule,
-            "field": self.field,
-            "value": value,
-            "message": self.message,
-        }
+        return asdict(replace(self, value=value))
 
 
 @dataclass(slots=True)
@@ -57,14 +52,14 @@ class ReadReport:
 
     Attributes:
         sources: the files read.
-        read: records seen (blank lines are none).
+        read: records seen; blank lines are none.
         kept: records that became pairs.
         problems: broken rules, in the order of the lines; one record may break several.
-        warnings: what was kept but should be looked at: duplicates, contradictions, columns that
-            are not used, prompts repeated in the responses.
+        warnings: duplicates, contradictions, unused columns and prompts repeated in the responses:
+            kept, but worth a look.
         layouts: how many kept records came as "chosen/rejected" and as "response_a/response_b".
-        omitted: problems and warnings that are only counted, by rule: of data that are streamed the
-            first ones are listed, so that the report stays small.
+        omitted: problems and warnings that are only counted, by rule: a stream lists the first
+            ones, so that its report stays small.
 
     Example:
         >>> report = ReadReport(["pairs.jsonl"], read=3, kept=2)
@@ -86,11 +81,11 @@ class ReadReport:
 
     @property
     def dropped(self) -> int:
-        """Records read and not kept."""
+        """Number of records that did not become pairs."""
         return self.read - self.kept
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns everything, for JSON."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return the whole report, for JSON."""
         return {
             "sources": list(self.sources),
             "read": self.read,
@@ -103,8 +98,8 @@ class ReadReport:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ReadReport:
-        """Makes the report again that `as_dict` made these values of."""
+    def from_dict(cls, values: dict[str, JSON]) -> ReadReport:
+        """Return the report that `as_dict` was called on."""
         return cls(
             values["sources"],
             values["read"],
@@ -116,46 +111,28 @@ class ReadReport:
         )
 
     def summary(self) -> str:
-        """Returns the counts, and each rule with how often and where, as plain text."""
+        """Return the counts, and how often and where each rule was broken, as plain text."""
         sources = ", ".join(self.sources) or "records"
         lines = [f"{sources}: {self.read:,} read, {self.kept:,} kept, {self.dropped:,} dropped"]
-        lines += [f"  {line}" for line in by_rule(self.problems, omitted=self.omitted)]
-        lines += [f"  warning: {line}" for line in by_rule(self.warnings, omitted=self.omitted)]
+        lines += [f"  {line}" for line in by_rule(self.problems, self.omitted)]
+        lines += [f"  warning: {line}" for line in by_rule(self.warnings, self.omitted)]
         return "\n".join(lines)
 
 
-class InvalidPreferences(InputError):
-    """Preference data that breaks rules; `report` holds every problem, the message the first.
+class InvalidPreferences(InputError):  # noqa: N818 (public name)
+    """Preference data that breaks rules; `report` holds every problem, the message the first."""
 
-    Args:
-        headline: what is wrong as a whole.
-        report: the full report.
-        shown_problems: how many problems the message holds at most.
-    """
-
-    def __init__(self, headline: str, report: ReadReport, shown_problems: int = 20):
+    def __init__(self, headline: str, report: ReadReport):
         self.report = report
-        messages = [headline, *(str(problem) for problem in report.problems[:shown_problems])]
-        more = max(len(report.problems) - shown_problems, 0) + sum(report.omitted.values())
+        messages = [headline, *(str(problem) for problem in report.problems[:SHOWN])]
+        more = max(len(report.problems) - SHOWN, 0) + sum(report.omitted.values())
         if more:
             messages.append(f"... and {more:,} more.")
         super().__init__(messages)
 
 
-def by_rule(
-    problems: Sequence[Problem], places: int = 5, omitted: Mapping[str, int] | None = None
-) -> list[str]:
-    """Returns one line for each rule: its name, how often it was broken, the first places.
-
-    Args:
-        problems: those that are listed.
-        places: how many are named for each rule.
-        omitted: how many more there were, by rule.
-
-    Example:
-        >>> by_rule([Problem("a.csv", n, "empty prompt", "prompt", "", "") for n in range(1, 9)])
-        ['empty prompt: 8 (lines 1, 2, 3, 4, 5 and 3 more)']
-    """
+def by_rule(problems: Sequence[Problem], omitted: Mapping[str, int], places: int = 5) -> list[str]:
+    """Return one line for each rule: its name, how often it was broken, the first places."""
     groups: dict[str, list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.rule, []).append(problem)
@@ -166,11 +143,8 @@ def by_rule(
         if not placed:
             lines.append(f"{rule}: {'; '.join(problem.message for problem in group)}")
             continue
-        names = [
-            f"{problem.source}:{problem.line}" if several else str(problem.line)
-            for problem in placed[:places]
-        ]
-        unlisted = (omitted or {}).get(rule, 0)
+        names = [f"{p.source}:{p.line}" if several else str(p.line) for p in placed[:places]]
+        unlisted = omitted.get(rule, 0)
         rest = max(len(placed) - places, 0) + unlisted
         more = f" and {rest:,} more" if rest else ""
         word = "line" if len(placed) == 1 else "lines"

@@ -1,4 +1,4 @@
-"""`build_preferences`: preference files of any size become checked records on disk."""
+"""`build_preferences`: write preference files of any size as checked records."""
 
 from __future__ import annotations
 
@@ -9,33 +9,30 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair
-from dpo_keras.preferences.prompt_hashes import prompt_hash
-from dpo_keras.preferences.reader import PreferenceStream
-from dpo_keras.preferences.record_files import (
+from dpo_keras.preferences.reader import PathLike, PreferenceStream
+from dpo_keras.preferences.stored_preferences import (
     FLAGS,
     FORMAT,
     INDEX,
+    INDEX_ROW,
     MANIFEST,
     NAMES,
     NUMBERS,
-    TEXTS,
-    StoredFile,
-    serialize,
-    sha256_of,
-)
-from dpo_keras.preferences.sources import PathLike
-from dpo_keras.preferences.stored_preferences import (
-    INDEX_ROW,
     RECORD_HEAD,
     RECORD_TAIL,
+    TEXTS,
+    StoredFile,
     StoredPreferences,
+    serialize,
 )
+from dpo_keras.utils.atomic_files import flush_to_disk
+from dpo_keras.utils.tensors import JSON
 
 NAME, VERSION = "preference_pairs", "1.0.0"
 SHARD_BYTES = 256 * 2**20
@@ -43,7 +40,7 @@ EVERY = 2000  # pairs between two calls of `on_pairs`
 
 
 def build_preferences(
-    source: PathLike | Sequence[PathLike] | Iterable[Any],
+    source: PathLike | Sequence[PathLike] | Iterable[object],
     out: PathLike,
     *,
     format: str = "auto",
@@ -54,21 +51,21 @@ def build_preferences(
     shard_bytes: int = SHARD_BYTES,
     on_pairs: Callable[[int], None] | None = None,
 ) -> StoredPreferences:
-    """Writes pairs as sharded, checksummed records; memory does not grow with their number.
+    """Write pairs as sharded, checksummed records; memory does not grow with their number.
 
     The directory appears whole or not at all: everything is written into `.OUT.partial` beside it,
-    which is then moved. One that a killed build has left is written anew.
+    which is then moved. What a killed build has left there is written anew.
 
     Args:
-        source: as for `read_preferences`, as are the next five.
-        out: the directory to make; an empty one may be there.
-        format: of the files.
+        source: as in `read_preferences`.
+        out: the directory to make; it may be there if it is empty.
+        format: as in `read_preferences`.
         on_error: "fail" builds nothing where any record is bad.
-        limit: keep this many pairs at most.
-        columns: our name of a column to the one that the data have.
-        data_dir: where TensorFlow Datasets keeps its data.
+        limit: as in `read_preferences`.
+        columns: as in `read_preferences`.
+        data_dir: as in `read_preferences`.
         shard_bytes: a shard that has reached this size is closed.
-        on_pairs: called now and then with the number of pairs written.
+        on_pairs: progress listener, called now and then with the number of pairs written.
 
     Returns:
         The built pairs, opened.
@@ -86,21 +83,23 @@ def build_preferences(
         (2, ' 6', 1)
     """
     folder = Path(out)
-    faults = []
+    problems = []
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        faults.append(f"out must be a new or an empty directory, {folder} is not.")
+        must = f"must be a new or an empty directory, {folder} is not."
+        problems.append(InputProblem("out", must))
     if not folder.absolute().parent.is_dir():
-        faults.append(f"the folder of {folder} does not exist; create it first.")
+        must = f"must lie in a folder, but that of {folder} does not exist; create it first."
+        problems.append(InputProblem("out", must))
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
-        faults.append(f"shard_bytes must be an integer >= 1, got {shard_bytes!r}.")
-    if faults:
-        raise InputError(faults)
+        problems.append(InputProblem("shard_bytes", "must be an integer >= 1", shard_bytes))
+    if problems:
+        raise InputError(problems)
     stream = PreferenceStream(
         source, format=format, on_error=on_error, limit=limit, columns=columns, data_dir=data_dir
     )
     with _unfinished(folder) as partial:
         shards = _write_records(stream, partial, shard_bytes, on_pairs)
-        index = _described(partial / INDEX, sum(shard.pairs for shard in shards))
+        index = StoredFile.of(partial / INDEX, sum(shard.pairs for shard in shards))
         manifest = {
             "format": FORMAT,
             "pairs": index.pairs,
@@ -112,12 +111,16 @@ def build_preferences(
         _write_json(partial / "features.json", _features())
         _write_json(partial / "dataset_info.json", _dataset_info(shards))
         _write_json(partial / MANIFEST, manifest)
+        flush_to_disk(partial)
     return StoredPreferences.open(folder)
 
 
 @contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """Yields a directory beside `folder` that takes its place if all goes well."""
+    """Yield a locked directory beside `folder` that takes its place after success.
+
+    `atomic_files.replaced` is not enough: of two builds of one directory, the second must wait.
+    """
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     partial.mkdir(exist_ok=True)
     handle = os.open(partial, os.O_RDONLY)
@@ -130,7 +133,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             entry.unlink()
         try:
             yield partial
-            os.replace(partial, folder)
+            partial.replace(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -144,19 +147,21 @@ def _write_records(
     shard_bytes: int,
     on_pairs: Callable[[int], None] | None,
 ) -> list[StoredFile]:
-    """Writes shards and index, and gives the shards the names that tell their number."""
+    """Write shards and index; shards get their names at the end, when their number is known."""
+    import tensorflow as tf
+
     counts: list[int] = []
     done = 0
     writer = None
-    with open(folder / INDEX, "wb") as index:
+    with (folder / INDEX).open("wb") as index:
         try:
             for pair in pairs:
                 record = serialize(pair)
                 if writer is None:
-                    writer, place = _writer(folder / f"shard-{len(counts)}"), 0
+                    writer, place = tf.io.TFRecordWriter(f"{folder}/shard-{len(counts)}"), 0
                     counts.append(0)
                 writer.write(record)
-                row = (len(counts) - 1, place, len(record), prompt_hash(pair.prompt))
+                row = (len(counts) - 1, place, len(record), hash64(text_bytes(pair.prompt)))
                 index.write(np.array(row, INDEX_ROW).tobytes())
                 place += RECORD_HEAD + len(record) + RECORD_TAIL
                 counts[-1] += 1
@@ -172,63 +177,41 @@ def _write_records(
     shards = []
     for number, count in enumerate(counts):
         file = folder / f"{NAME}-train.tfrecord-{number:05d}-of-{len(counts):05d}"
-        os.replace(folder / f"shard-{number}", file)
-        shards.append(_described(file, count))
+        (folder / f"shard-{number}").replace(file)
+        shards.append(StoredFile.of(file, count))
     if on_pairs is not None:
         on_pairs(done)
     return shards
 
 
-def _writer(path: Path) -> Any:
-    import tensorflow as tf
-
-    return tf.io.TFRecordWriter(str(path))
-
-
-def _described(path: Path, pairs: int) -> StoredFile:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return StoredFile(path.name, pairs, path.stat().st_size, sha256_of(path))
+def _write_json(path: Path, content: JSON) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_json(path: Path, content: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _dataset_info(shards: Sequence[StoredFile]) -> dict[str, Any]:
+def _dataset_info(shards: Sequence[StoredFile]) -> dict[str, JSON]:
     split = {
         "name": "train",
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         "numBytes": str(sum(shard.bytes for shard in shards)),
         "shardLengths": [str(shard.pairs) for shard in shards],
     }
-    return {
-        "name": NAME,
-        "version": VERSION,
-        "fileFormat": "tfrecord",
-        "disableShuffling": True,
-        "splits": [split],
-    }
+    name = {"name": NAME, "version": VERSION, "fileFormat": "tfrecord"}
+    return {**name, "disableShuffling": True, "splits": [split]}
 
 
-def _features() -> dict[str, Any]:
-    """Returns `preference_pairs.features()` as TFDS writes it, without needing TFDS."""
-    kind = "tensorflow_datasets.core.features."
-    text = {"pythonClassName": f"{kind}text_feature.Text", "text": {}}
-    number = {
-        "pythonClassName": f"{kind}tensor_feature.Tensor",
-        "tensor": {"shape": {}, "dtype": "float64", "encoding": "bytes"},
+def _features() -> dict[str, JSON]:
+    """Return `tfds_builder.features()` as TFDS writes it, without needing TFDS."""
+
+    def feature(name: str, **content: JSON) -> dict[str, JSON]:
+        return {"pythonClassName": f"tensorflow_datasets.core.features.{name}", **content}
+
+    text = feature("text_feature.Text", text={})
+    number = {"shape": {}, "dtype": "float64", "encoding": "bytes"}
+    flag = {"shape": {}, "dtype": "bool", "encoding": "none"}
+    kinds = {
+        **dict.fromkeys((*TEXTS, *NAMES), text),
+        **dict.fromkeys(NUMBERS, feature("tensor_feature.Tensor", tensor=number)),
+        **dict.fromkeys(FLAGS, feature("scalar.Scalar", tensor=flag)),
     }
-    flag = {
-        "pythonClassName": f"{kind}scalar.Scalar",
-        "tensor": {"shape": {}, "dtype": "bool", "encoding": "none"},
-    }
-    kinds = {**dict.fromkeys((*TEXTS, *NAMES), text), **dict.fromkeys(NUMBERS, number)}
-    return {
-        "pythonClassName": f"{kind}features_dict.FeaturesDict",
-        "featuresDict": {"features": {**kinds, **dict.fromkeys(FLAGS, flag)}},
-    }
+    return feature("features_dict.FeaturesDict", featuresDict={"features": kinds})

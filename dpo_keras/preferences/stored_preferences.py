@@ -11,46 +11,87 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.pair import PreferencePair
-from dpo_keras.preferences.prompt_hashes import held_out_rows
+from dpo_keras.preferences.collection import PairSequence
+from dpo_keras.preferences.pair import Message, PreferencePair, Text
 from dpo_keras.preferences.read_report import ReadReport
-from dpo_keras.preferences.record_files import (
-    INDEX,
-    MANIFEST,
-    StoredFile,
-    parse,
-    read_manifest,
-    sha256_of,
-    size_fault,
-)
+from dpo_keras.utils.tensors import JSON
 
+MANIFEST, INDEX = "manifest.json", "index.bin"
+FORMAT = "dpo_keras preference pairs 1"
 INDEX_ROW = np.dtype([("shard", "<u4"), ("place", "<u8"), ("size", "<u4"), ("prompt", "<u8")])
 # A TFRecord is length (8 bytes), its checksum (4), the data, their checksum (4).
 RECORD_HEAD, RECORD_TAIL = 12, 4
 
+TEXTS = ("prompt", "chosen", "rejected")
+NAMES = ("annotator", "group", "id")
+NUMBERS = ("preference", "weight", "margin")
+FLAGS = ("messages", "swapped")
+FEATURES = frozenset((*TEXTS, *NAMES, *NUMBERS, *FLAGS))
+AGAIN = "build the directory again, or restore the file."
 
-class StoredPreferences(Sequence[PreferencePair]):
+
+def is_built(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a directory that `build_preferences` made."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a built directory: name, number of pairs, size and SHA-256."""
+
+    file: str
+    pairs: int
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path, pairs: int) -> StoredFile:
+        """Describe a file that is complete."""
+        return cls(path.name, pairs, path.stat().st_size, _sha256(path))
+
+    def problem(self, folder: Path, contents: bool = False) -> str | None:
+        """Return what is wrong with the file on disk; its contents are read where asked for."""
+        path = folder / self.file
+        if not path.is_file():
+            return f"{path} is missing; {AGAIN}"
+        size = path.stat().st_size
+        if size != self.bytes:
+            what = "cut off" if size < self.bytes else "longer than it was"
+            return f"{path} is {what}: {size:,} bytes, the manifest has {self.bytes:,}; {AGAIN}"
+        if contents and (found := _sha256(path)) != self.sha256:
+            was = self.sha256[:12]
+            return f"{path} is damaged: its SHA-256 is {found[:12]}…, it was {was}…; {AGAIN}"
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoredPreferences(PairSequence):
     """Pairs of a built directory: list-like, read from disk one by one, never all at once.
 
-    What stays in memory is, of a selection, 8 bytes per pair.
-
-    Args:
-        path: the directory.
-        shards: its shards.
-        index: rows of `INDEX_ROW`, one per pair.
-        report: how the pairs were read when the directory was built.
-        rows: int64 `[N]`, which pairs of the directory these are, rising; None for all.
+    A selection keeps 8 bytes per pair in memory. `open` makes one.
 
     Attributes:
+        path: the directory.
+        shards: its shards.
+        report: how the pairs were read when the directory was built.
+        rows: int64 `[N]`, which pairs of the directory these are, ascending; None for all.
         extent: pairs of the directory up to the last that may be among these; tokens are made for
             so many.
     """
@@ -72,7 +113,7 @@ class StoredPreferences(Sequence[PreferencePair]):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> StoredPreferences:
-        """Opens a built directory, and checks that every file is there in its full size.
+        """Open a built directory, and check that every file is there in its full size.
 
         Checksums are compared when a shard is read from its beginning; see `verify`.
 
@@ -80,24 +121,15 @@ class StoredPreferences(Sequence[PreferencePair]):
             InputError: if it is no built directory, or naming every file that is missing or cut.
         """
         folder = Path(path)
-        manifest = read_manifest(folder)
-        try:
-            shards = [StoredFile(**entry) for entry in manifest["shards"]]
-            index = StoredFile(**manifest["index"])
-            report = ReadReport.from_dict(manifest["report"])
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); build again."
-            ) from error
-        faults = [fault for file in (*shards, index) if (fault := size_fault(folder, file))]
-        if faults:
-            raise InputError(faults)
-        rows = np.memmap(folder / INDEX, INDEX_ROW, "r")
-        return cls(folder, shards, rows, report)
+        shards, index, report = _read_manifest(folder)
+        problems = [problem for file in (*shards, index) if (problem := file.problem(folder))]
+        if problems:
+            raise InputError(problems)
+        return cls(folder, shards, np.memmap(folder / INDEX, INDEX_ROW, "r"), report)
 
     @property
     def checksum(self) -> str:
-        """SHA-256 over the shards' own: two directories of equal checksum hold the same pairs."""
+        """SHA-256 over the shards' own: directories of equal checksum hold the same pairs."""
         return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
 
     @property
@@ -112,38 +144,16 @@ class StoredPreferences(Sequence[PreferencePair]):
         return np.asarray(hashes if self.rows is None else hashes[self.rows])
 
     def __len__(self) -> int:
-        """Returns the number of pairs."""
         return self.extent if self.rows is None else len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> StoredPreferences: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | StoredPreferences:
-        """Reads one pair; a slice reads nothing."""
-        if isinstance(index, slice):
-            return self.select(np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        row = index % len(self)
-        return self._read_one(row if self.rows is None else int(self.rows[row]))
-
     def __iter__(self) -> Iterator[PreferencePair]:
-        """Reads the pairs one after the other."""
         return self.read() if self.rows is None else map(self._read_one, map(int, self.rows))
 
     def __repr__(self) -> str:
-        """Returns the count and the place."""
         return f"StoredPreferences({len(self):,} pairs of {self.path})"
 
     def select(self, rows: np.ndarray) -> StoredPreferences:
-        """Returns some of the pairs.
-
-        Args:
-            rows: int `[n]`, numbers of pairs here, rising.
-        """
+        """Return the pairs at `rows`, int `[n]`, ascending; nothing is read."""
         rows = np.asarray(rows, np.int64)
         chosen = rows if self.rows is None else self.rows[rows]
         selected = StoredPreferences(self.path, self.shards, self._index, self.report, chosen)
@@ -151,60 +161,15 @@ class StoredPreferences(Sequence[PreferencePair]):
         return selected
 
     def first(self, count: int) -> StoredPreferences:
-        """Returns the first pairs; nothing beyond them is ever tokenized.
-
-        Args:
-            count: how many.
-        """
+        """Return the first `count` pairs; nothing beyond them is ever tokenized."""
         if count >= len(self):
             return self
         if self.rows is not None:
             return self.select(np.arange(count))
         return StoredPreferences(self.path, self.shards, self._index[:count], self.report)
 
-    def split(
-        self, fraction: float, seed: int = 0, by: str = "prompt"
-    ) -> tuple[StoredPreferences, StoredPreferences]:
-        """Splits into training and held-out pairs; no prompt is ever on both sides.
-
-        Each prompt is drawn by its own hash (`held_out_rows`), so that pairs may be added to the
-        data without moving others; the held-out share is the fraction as nearly as chance has it.
-
-        Args:
-            fraction: share of the prompts to hold out, in (0, 1).
-            seed: another seed draws another split.
-            by: "prompt"; annotators and groups are kept apart only by `Preferences.split`.
-
-        Returns:
-            `(train, held_out)`.
-
-        Raises:
-            InputError: if an argument is wrong, or one side would be empty.
-        """
-        faults = []
-        if isinstance(fraction, bool) or not 0 < fraction < 1:
-            faults.append(f"fraction must be a number in (0, 1), got {fraction!r}.")
-        if by != "prompt":
-            faults.append(
-                f"by must be 'prompt' for a built directory, got {by!r}: read_preferences of the "
-                "files can keep annotators and groups apart."
-            )
-        if faults:
-            raise InputError(faults)
-        held = held_out_rows(self.prompt_hashes, fraction, seed)
-        if held.all() or not held.any():
-            side = "held-out" if not held.any() else "training"
-            raise InputError(
-                f"fraction {fraction:g} of {len(self):,} pairs, drawn by prompt with seed {seed}, "
-                f"leaves the {side} side empty; choose another fraction or seed."
-            )
-        return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
-
     def read(self, start: int = 0) -> Iterator[PreferencePair]:
-        """Reads the directory's pairs in order, up to `extent`, from checked shards.
-
-        Args:
-            start: number of the first pair.
+        """Read the directory's pairs from number `start` to `extent`, from checked shards.
 
         Raises:
             InputError: if a shard's checksum is wrong.
@@ -214,9 +179,10 @@ class StoredPreferences(Sequence[PreferencePair]):
             count = min(shard.pairs, self.extent - number)
             skipped = min(max(start - number, 0), count)
             if skipped < count:
-                self._check(shard)
+                if problem := shard.problem(self.path, contents=True):
+                    raise InputError(problem)
                 rows = self._index[number + skipped : number + count]
-                with open(self.path / shard.file, "rb") as file:
+                with (self.path / shard.file).open("rb") as file:
                     file.seek(int(rows[0]["place"]))
                     for size in rows["size"].tolist():
                         record = file.read(RECORD_HEAD + size + RECORD_TAIL)
@@ -224,42 +190,119 @@ class StoredPreferences(Sequence[PreferencePair]):
             number += count
 
     def verify(self) -> None:
-        """Compares the checksum of every file.
+        """Compare the checksum of every file; raise `InputError` with all that changed."""
+        shards, index, _ = _read_manifest(self.path)
+        problems = [file.problem(self.path, contents=True) for file in (*shards, index)]
+        if found := [problem for problem in problems if problem]:
+            raise InputError(found)
 
-        Raises:
-            InputError: naming every file that is not as it was written.
-        """
-        faults = []
-        manifest = read_manifest(self.path)
-        for file in (*self.shards, StoredFile(**manifest["index"])):
-            try:
-                self._check(file)
-            except InputError as error:
-                faults += error.problems
-        if faults:
-            raise InputError(faults)
-
-    def _check(self, file: StoredFile) -> None:
-        fault = size_fault(self.path, file)
-        if fault is None and (found := sha256_of(self.path / file.file)) != file.sha256:
-            fault = (
-                f"{self.path / file.file} is damaged: its SHA-256 is {found[:12]}…, the manifest "
-                f"has {file.sha256[:12]}…. Build the directory again, or restore the file."
-            )
-        if fault is not None:
-            raise InputError(fault)
+    def _pair(self, row: int) -> PreferencePair:
+        return self._read_one(row if self.rows is None else int(self.rows[row]))
 
     def _read_one(self, row: int) -> PreferencePair:
         entry = self._index[row]
-        shard = self.shards[int(entry["shard"])]
+        shard = self.path / self.shards[int(entry["shard"])].file
         try:
-            with open(self.path / shard.file, "rb", buffering=0) as file:
-                record = os.pread(
-                    file.fileno(), int(entry["size"]), int(entry["place"]) + RECORD_HEAD
-                )
-            return parse(record)
+            with shard.open("rb", buffering=0) as file:
+                place = int(entry["place"]) + RECORD_HEAD
+                return parse(os.pread(file.fileno(), int(entry["size"]), place))
         except (OSError, InputError) as error:
-            raise InputError(
-                f"{self.path / shard.file}: pair {row} cannot be read ({error}). Build the "
-                "directory again, or restore the file."
-            ) from error
+            raise InputError(f"{shard}: pair {row} cannot be read ({error}); {AGAIN}") from error
+
+
+def _read_manifest(folder: Path) -> tuple[list[StoredFile], StoredFile, ReadReport]:
+    """Return the shards, the index and the report that a built directory's manifest describes."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} is no directory of built pairs: it has no {MANIFEST}. Make one with "
+            "dpo-keras data build FILES… --out DIR."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); build the directory again.") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if found != FORMAT:
+        raise InputError(f"{path} must say format {FORMAT!r}, got {found!r}; build again.")
+    try:
+        return (
+            [StoredFile(**entry) for entry in manifest["shards"]],
+            StoredFile(**manifest["index"]),
+            ReadReport.from_dict(manifest["report"]),
+        )
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged ({reason}); build again.") from error
+
+
+def to_features(pair: PreferencePair) -> dict[str, JSON]:
+    """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
+    features: dict[str, JSON] = {name: _as_text(getattr(pair, name)) for name in TEXTS}
+    features |= {name: getattr(pair, name) or "" for name in NAMES}
+    features |= {"preference": pair.preference, "weight": pair.weight}
+    features["margin"] = math.nan if pair.margin is None else pair.margin
+    features["messages"] = not isinstance(pair.prompt, str)
+    features["swapped"] = pair.swapped
+    return features
+
+
+def from_features(features: Mapping[str, JSON]) -> PreferencePair:
+    """Return the pair that `to_features` was called on; text may be UTF-8 bytes."""
+    text = {name: features[name] for name in (*TEXTS, *NAMES)}
+    text = {n: v.decode() if isinstance(v, bytes) else v for n, v in text.items()}
+    prompt, chosen, rejected = (
+        _messages(text[name] or "[]") if features["messages"] else text[name] for name in TEXTS
+    )
+    others: dict[str, JSON] = {name: text[name] or None for name in NAMES}
+    others |= {name: float(features[name]) for name in NUMBERS}
+    if math.isnan(others["margin"]):
+        others["margin"] = None
+    return PreferencePair(prompt, chosen, rejected, **others, swapped=bool(features["swapped"]))
+
+
+def serialize(pair: PreferencePair) -> bytes:
+    """Return a pair as a serialized `tf.train.Example`, the same bytes for the same pair."""
+    example = _example()()
+    feature = example.features.feature
+    for name, value in to_features(pair).items():
+        if name in FLAGS:
+            feature[name].int64_list.value.append(int(value))
+        elif name in NUMBERS:
+            feature[name].bytes_list.value.append(np.float64(value).tobytes())
+        else:
+            feature[name].bytes_list.value.append(value.encode())
+    return example.SerializeToString(deterministic=True)
+
+
+def parse(record: bytes) -> PreferencePair:
+    """Return the pair of a serialized `tf.train.Example`; raise `InputError` if it holds none."""
+    try:
+        feature = _example().FromString(record).features.feature
+        values: dict[str, JSON] = {name: feature[name].int64_list.value[0] for name in FLAGS}
+        for name in (*TEXTS, *NAMES):
+            values[name] = feature[name].bytes_list.value[0]
+        for name in NUMBERS:
+            values[name] = np.frombuffer(feature[name].bytes_list.value[0], np.float64)[0]
+        return from_features(values)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"a record is no preference pair ({type(error).__name__}).") from error
+
+
+@functools.cache
+def _example() -> Any:
+    from tensorflow import train
+
+    return train.Example
+
+
+def _as_text(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return json.dumps([turn.as_dict() for turn in text], ensure_ascii=False)
+
+
+def _messages(text: str) -> tuple[Message, ...]:
+    return tuple(Message(turn["role"], turn["content"]) for turn in json.loads(text))

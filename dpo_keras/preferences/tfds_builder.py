@@ -3,11 +3,11 @@
     tfds build --imports dpo_keras.preferences.tfds_builder preference_pairs/jsonl \
         --manual_dir FOLDER
 
-or, in Python, with files of any place:
+or, in Python, with files in any place:
 
     tfds.builder("preference_pairs", config=PreferencePairsConfig(name="mine", files=["a.csv"]))
 
-Importing this module registers the builder; it needs `pip install "dpo-keras[tfds]"`.
+Importing this module registers the builder. It needs `pip install "dpo-keras[tfds]"`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from dpo_keras.errors import InputError
-from dpo_keras.preferences.file_formats import SUFFIXES
-from dpo_keras.preferences.reader import PreferenceStream
-from dpo_keras.preferences.record_files import FLAGS, NUMBERS, to_features
+from dpo_keras.preferences.file_formats import SUFFIXES, open_file
+from dpo_keras.preferences.record_stream import Reading, RecordStream
+from dpo_keras.preferences.stored_preferences import FLAGS, NAMES, NUMBERS, TEXTS, to_features
+from dpo_keras.utils.tensors import JSON
 
 ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
-FOLDER_OF_HH = {"train": "train.jsonl.gz", "test": "test.jsonl.gz"}
 
 
 @dataclass(eq=False)
@@ -35,12 +34,12 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
     """Which files, and how to read them.
 
     Args:
-        suffixes: files of the manual directory that are read. A folder in it is a split of its
-            name; files beside each other are the split "train".
-        names: exactly these files instead, by split.
-        files: these files instead of the manual directory's: a list, or lists by split.
-        format: as `read_preferences` takes it.
-        columns: as `read_preferences` takes them.
+        suffixes: which files of the manual directory are read. A folder in it is a split of that
+            name; files directly in it are the split "train".
+        names: read exactly these files instead, by split.
+        files: read these instead of the manual directory's: a list, or lists by split.
+        format: as in `read_preferences`.
+        columns: as in `read_preferences`.
         on_error: "fail" builds nothing from files with bad records.
     """
 
@@ -52,20 +51,14 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
     on_error: str = "report"
 
     def splits(self, folder: Path | None) -> dict[str, list[str]]:
-        """Finds the files of each split.
-
-        Args:
-            folder: the manual directory; None where `files` are given.
-
-        Raises:
-            InputError: if there are none.
-        """
+        """Find the files of each split in the manual directory, where no `files` are given."""
         if self.files is not None:
             given = self.files if isinstance(self.files, Mapping) else {"train": self.files}
             return {split: [os.fspath(file) for file in files] for split, files in given.items()}
         assert folder is not None
         if self.names is not None:
-            found = {split: self._named(folder / name) for split, name in self.names.items()}
+            named = {split: folder / name for split, name in self.names.items()}
+            found = {split: [str(file)] for split, file in named.items() if file.is_file()}
         else:
             folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
             found = {entry.name: self._matching(entry) for entry in folders}
@@ -80,23 +73,19 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
         files = sorted(entry for entry in folder.iterdir() if entry.is_file())
         return [str(file) for file in files if file.name.lower().endswith(tuple(self.suffixes))]
 
-    def _named(self, file: Path) -> list[str]:
-        return [str(file)] if file.is_file() else []
 
-
-def _config(name: str, description: str, *suffixes: str, **options: Any) -> PreferencePairsConfig:
-    return PreferencePairsConfig(
-        name=name, description=description, suffixes=suffixes or ANY, **options
-    )
+def _config(name: str, description: str, *suffixes: str, **options: JSON) -> PreferencePairsConfig:
+    options |= {"name": name, "description": description}
+    return PreferencePairsConfig(suffixes=suffixes or ANY, **options)
 
 
 class PreferencePairs(tfds.core.GeneratorBasedBuilder):
     """Preference pairs from files, validated, in the order of the files.
 
-    Features are those of `dpo_keras.preferences.record_files`: `prompt`, `chosen`, `rejected`
-    (text; JSON lists of role/content messages where `messages` is true), `preference`, `weight`,
-    `margin` (float64, NaN without), `annotator`, `group`, `id` (empty without), `swapped`. So
-    `read_preferences("tfds:preference_pairs/jsonl:train")` gives what it gives for the files.
+    Features are those of a built directory: `prompt`, `chosen`, `rejected` (text; JSON lists of
+    role/content messages where `messages` is true), `preference`, `weight`, `margin` (float64, NaN
+    without), `annotator`, `group`, `id` (empty without), `swapped`.
+    `read_preferences("tfds:preference_pairs/jsonl:train")` returns the pairs of the files.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -114,9 +103,8 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
         _config("parquet", "Parquet.", ".parquet"),
         _config(
             "hh",
-            "HH-RLHF's layout: train.jsonl.gz and test.jsonl.gz with whole conversations, whose "
-            "shared turns are the prompt.",
-            names=FOLDER_OF_HH,
+            "HH-RLHF's layout: train.jsonl.gz and test.jsonl.gz with whole conversations.",
+            names={"train": "train.jsonl.gz", "test": "test.jsonl.gz"},
             format="jsonl",
         ),
     ]
@@ -130,36 +118,27 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, JSON]:
         config: PreferencePairsConfig = self.builder_config
         folder = None if config.files is not None else Path(os.fspath(dl_manager.manual_dir))
-        return {
-            split: self._generate_examples(files) for split, files in config.splits(folder).items()
-        }
+        files = config.splits(folder)
+        return {split: self._generate_examples(paths) for split, paths in files.items()}
 
-    def _generate_examples(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, files: Sequence[str]) -> Iterator[tuple[int, dict[str, JSON]]]:
         config: PreferencePairsConfig = self.builder_config
-        stream = PreferenceStream(
-            files, format=config.format, columns=config.columns, on_error=config.on_error
-        )
-        for number, pair in enumerate(stream):
+        reading = Reading(config.format, config.columns)
+        sources = (open_file(file, reading) for file in files)
+        for number, pair in enumerate(RecordStream(sources, reading, config.on_error)):
             yield number, to_features(pair)
 
 
-def features() -> dict[str, Any]:
-    """Returns the features of a pair, as TensorFlow Datasets names them.
-
-    Example:
-        >>> sorted(features())[:4]
-        ['annotator', 'chosen', 'group', 'id']
-    """
-    kinds: dict[str, Any] = {
-        name: tfds.features.Text() for name in ("prompt", "chosen", "rejected")
+def features() -> dict[str, tfds.features.FeatureConnector]:
+    """Return the features of a pair, as TensorFlow Datasets names them."""
+    # As bytes: plain float features are cut to float32.
+    encoding = tfds.features.Encoding.BYTES
+    number = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=encoding)
+    return {
+        **{name: tfds.features.Text() for name in (*TEXTS, *NAMES)},
+        **dict.fromkeys(NUMBERS, number),
+        **{name: tfds.features.Scalar(np.bool_) for name in FLAGS},
     }
-    kinds |= {name: tfds.features.Text() for name in ("annotator", "group", "id")}
-    for name in NUMBERS:
-        # As bytes: plain float features are cut to float32.
-        kinds[name] = tfds.features.Tensor(
-            shape=(), dtype=np.float64, encoding=tfds.features.Encoding.BYTES
-        )
-    return kinds | {name: tfds.features.Scalar(np.bool_) for name in FLAGS}

@@ -1,88 +1,67 @@
 """A policy's own language-model head: its projection, as `token_log_probs` takes it."""
 
-from typing import Any
-
 import keras
 from keras import ops
 
 from dpo_keras.scoring.chunked_log_probs import token_log_probs
+from dpo_keras.utils.keras_hub_internals import reversible_settings
+from dpo_keras.utils.tensors import Tensor
 
 
 class LanguageModelHead:
     """A policy's own output projection: tied or untied, soft-capped or not, with LoRA or without.
 
-    Args:
-        layer: a `keras.layers.ReversibleEmbedding` (what KerasHub's models use) or a
-            `keras.layers.Dense` that maps `[..., D]` to `[..., V]`.
-
-    Example:
-        >>> layer = keras.layers.ReversibleEmbedding(16, 4)
-        >>> layer.build()
-        >>> head = LanguageModelHead(layer)
-        >>> head.kernel().shape
-        TensorShape([4, 16])
+    The layer is a `keras.layers.ReversibleEmbedding` (what KerasHub's models use) or a
+    `keras.layers.Dense`, from `[..., D]` to `[..., V]`.
     """
 
     def __init__(self, layer: keras.layers.Layer):
         self.layer = layer
-        self.soft_cap = getattr(layer, "logit_soft_cap", None)
-        self.compute_dtype = getattr(layer, "reverse_dtype", None) or layer.compute_dtype
+        self.tied, self.soft_cap, dtype = False, None, None
+        if isinstance(layer, keras.layers.ReversibleEmbedding):
+            self.tied, self.soft_cap, dtype = reversible_settings(layer)
+        self.compute_dtype = dtype or layer.compute_dtype
 
     @staticmethod
-    def supports(layer: Any) -> bool:
-        """Whether `layer` is one whose projection can be read off exactly."""
+    def supports(layer: object) -> bool:
+        """Tell whether `layer` is one whose projection can be read off exactly."""
         if getattr(layer, "quantization_mode", None) is not None:
             return False
         if isinstance(layer, keras.layers.ReversibleEmbedding):
             return True
-        return isinstance(layer, keras.layers.Dense) and layer.activation is (
-            keras.activations.linear
-        )
+        linear = keras.activations.linear
+        return isinstance(layer, keras.layers.Dense) and layer.activation is linear
 
-    def _tied(self) -> bool:
-        return getattr(self.layer, "tie_weights", False)
+    def _is_trainable(self) -> bool:
+        if isinstance(self.layer, keras.layers.Dense) or self.tied:
+            return any(v.trainable for v in self.layer.variables if "bias" not in v.name)
+        return bool(self.layer.reverse_embeddings.trainable)
 
-    def _variables(self) -> list[Any]:
-        if isinstance(self.layer, keras.layers.Dense):
-            return [variable for variable in self.layer.variables if "bias" not in variable.name]
-        return self.layer.variables if self._tied() else [self.layer.reverse_embeddings]
-
-    def kernel(self) -> Any:
-        """The projection `[D, V]` in the dtype that the model multiplies in."""
+    def kernel(self) -> Tensor:
+        """Return the projection `[D, V]` in the dtype that the model multiplies in."""
         if isinstance(self.layer, keras.layers.Dense):
             kernel = self.layer.kernel
-        elif self._tied():
+        elif self.tied:
             kernel = ops.transpose(ops.convert_to_tensor(self.layer.embeddings))
         else:
             kernel = self.layer.reverse_embeddings
         return ops.cast(ops.convert_to_tensor(kernel), self.compute_dtype)
 
-    def bias(self) -> Any:
-        """The bias `[V]`, or None."""
+    def bias(self) -> Tensor | None:
+        """Return the bias `[V]`, or None."""
         if isinstance(self.layer, keras.layers.Dense) and self.layer.use_bias:
             return ops.convert_to_tensor(self.layer.bias)
         return None
 
     def __call__(
         self,
-        hidden: Any,
-        targets: Any,
-        count: Any = None,
+        hidden: Tensor,
+        targets: Tensor,
+        count: Tensor | None = None,
         statistics: tuple[str, ...] = (),
         chunk: int | None = None,
-    ) -> Any:
-        """Log-probs (and statistics) of `targets`; see `token_log_probs`.
-
-        Args:
-            hidden: `[N, D]`.
-            targets: `[N]` int32.
-            count: scalar int32, rows at the front that matter, or None.
-            statistics: names from `scoring.chunked.STATISTICS`.
-            chunk: rows of logits at a time.
-
-        Returns:
-            `[N, 1 + len(statistics)]` float32.
-        """
+    ) -> Tensor:
+        """Compute `token_log_probs` of `targets` with this projection."""
         return token_log_probs(
             ops.cast(hidden, self.compute_dtype),
             self.kernel(),
@@ -92,5 +71,25 @@ class LanguageModelHead:
             soft_cap=self.soft_cap,
             statistics=statistics,
             chunk=chunk,
-            kernel_trainable=any(variable.trainable for variable in self._variables()),
+            kernel_trainable=self._is_trainable(),
         )
+
+
+def split_backbone_and_head(policy: object) -> tuple[keras.Model, LanguageModelHead] | None:
+    """Take a policy apart where its logits are exactly head(backbone(inputs)); else return None.
+
+    KerasHub's causal language models are functional models of two steps, backbone and reversed
+    embedding. A model with any other step (a scaling of the logits, a quantized head) stays whole.
+    """
+    backbone = getattr(policy, "backbone", None)
+    operations = getattr(policy, "operations", None)
+    if not isinstance(backbone, keras.Model) or operations is None:
+        return None
+    steps = [
+        operation
+        for operation in operations
+        if operation is not backbone and not isinstance(operation, keras.layers.InputLayer)
+    ]
+    if len(steps) != 1 or not LanguageModelHead.supports(steps[0]):
+        return None
+    return backbone, LanguageModelHead(steps[0])

@@ -1,46 +1,44 @@
-"""Other behaviour for a model's layers, for as long as a block of code runs.
+"""Temporarily override layer methods: fused kernels, and blocks that are recomputed.
 
-KerasHub's backbones hand neither positions nor masks to their layers. What a layer should do
-otherwise is put in its instance dictionary, in front of its class, and taken out again. While a
-function is traced this decides what is in the graph; it changes no weight and no configuration.
+KerasHub's backbones hand neither positions nor masks to their layers. An override puts another
+method into a layer's instance dictionary, in front of its class, while a block of code runs. While
+a function is traced, that decides what is in its graph. Weights and configurations do not change.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from dpo_keras.errors import InputError
+from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
+from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
+from dpo_keras.utils.tensors import Tensor
 
-Swap = tuple[Any, str, Any]
+Call: TypeAlias = Callable[..., Tensor]
+
+# Numbers in a layer's input from which fusing saves more than compiling costs.
+FUSED_FROM = 2**19
+
+
+class Override(NamedTuple):
+    """An attribute of an object and what takes its place."""
+
+    owner: object
+    name: str
+    value: object
 
 
 @contextlib.contextmanager
-def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
-    """Puts attributes in place of an object's own, and takes them out again at the end.
-
-    Args:
-        swaps: (object, name of the attribute, what it should be).
-
-    Example:
-        >>> class Layer:
-        ...     def call(self): return "its own"
-        >>> layer = Layer()
-        >>> with swapped([(layer, "call", lambda: "another")]):
-        ...     layer.call()
-        'another'
-        >>> layer.call(), vars(layer)
-        ('its own', {})
-    """
+def overridden_methods(overrides: Iterable[Override]) -> Iterator[None]:
+    """Put other attributes in front of objects' own; take them away when the block ends."""
     missing = object()
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[tuple[dict[str, object], str, object]] = []
     try:
-        for owner, name, value in swaps:
+        for owner, name, value in overrides:
             # Not setattr: Keras layers track what is set, and refuse some of it once built.
-            attributes: dict[str, Any] = owner.__dict__
+            attributes = owner.__dict__
             before.append((attributes, name, attributes.get(name, missing)))
             attributes[name] = value
         yield
@@ -52,39 +50,13 @@ def swapped(swaps: Iterable[Swap]) -> Iterator[None]:
                 attributes[name] = value
 
 
-# Numbers in a layer's input from which fusing saves more than compiling costs.
-FUSED_FROM = 2**19
-_NORMS = (
-    "LayerNormalization",
-    "LlamaLayerNorm",
-    "MistralLayerNormalization",
-    "Phi3LayerNorm",
-    "Qwen3LayerNorm",
-    "QwenLayerNorm",
-    "RMSNormalization",
-)
+def fused(function: Call) -> Call:
+    """Compile a function from tensors to one tensor: one XLA kernel forward and one backward.
 
-
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of tensors as one XLA kernel forward and one back.
-
-    Args:
-        function: of tensors to one tensor, made of TensorFlow operations only.
-
-    Returns:
-        The same function; of its values only the arguments are kept for the gradient.
-
-    Example:
-        >>> square = fused(tf.square)
-        >>> with tf.GradientTape() as tape:
-        ...     x = tf.constant(3.0)
-        ...     tape.watch(x)
-        ...     y = square(x)
-        >>> float(y), float(tape.gradient(y, x))
-        (9.0, 6.0)
+    Only the arguments are kept for the gradient.
     """
 
-    def gradients(upstream: Any, *values: Any) -> Any:
+    def gradients(upstream: Tensor, *values: Tensor) -> Tensor:
         with tf.GradientTape() as tape:
             tape.watch(values)
             result = function(*values)
@@ -93,56 +65,43 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     forward = tf.function(function, jit_compile=True, autograph=False)
     backward = tf.function(gradients, jit_compile=True, autograph=False)
 
-    @tf.custom_gradient
-    def call(*values: Any) -> Any:
-        def gradient(upstream: Any) -> Any:
+    def call(*values: Tensor) -> tuple[Tensor, Call]:
+        def gradient(upstream: Tensor) -> Tensor:
             found = backward(upstream, *values)
             return found[0] if len(values) == 1 else found
 
         return forward(*values), gradient
 
-    return call
+    differentiable: Call = tf.custom_gradient(call)
+    return differentiable
 
 
-def fused_calls(backbone: keras.Model) -> list[Swap]:
-    """The norms and GELUs of a backbone, fused.
-
-    Args:
-        backbone: a KerasHub backbone.
-
-    Returns:
-        What `swapped` takes; to be kept, so that kernels are compiled once.
-    """
-    kernels: dict[Any, Callable[..., Any]] = {}
-    swaps: list[Swap] = []
-    for layer in backbone._flatten_layers():
-        if type(layer).__name__ in _NORMS:
-            swaps.append((layer, "call", _norm(layer, kernels)))
-        elif _is_gelu(getattr(layer, "activation", None)):
-            swaps.append((layer, "activation", _activation(layer.activation, kernels)))
-    return swaps
+def fused_overrides(backbone: keras.Model) -> list[Override]:
+    """Fuse the norms and GELUs of a backbone. Keep the result: it holds the compiled kernels."""
+    kernels: dict[object, Call] = {}
+    overrides = []
+    for layer in all_layers(backbone):
+        settings = norm_settings(layer)
+        activation: Call | None = getattr(layer, "activation", None)
+        if settings is not None:
+            overrides.append(Override(layer, "call", _fused_norm(layer, settings, kernels)))
+        elif activation is not None and "gelu" in getattr(activation, "__name__", ""):
+            if activation not in kernels:
+                kernels[activation] = fused(activation)
+            overrides.append(Override(layer, "activation", kernels[activation]))
+    return overrides
 
 
-def _is_gelu(activation: Any) -> bool:
-    return "gelu" in getattr(activation, "__name__", "")
-
-
-def _activation(activation: Callable[..., Any], kernels: dict[Any, Any]) -> Callable[..., Any]:
-    if activation not in kernels:
-        kernels[activation] = fused(activation)
-    return kernels[activation]
-
-
-def _norm(layer: Any, kernels: dict[Any, Any]) -> Callable[..., Any]:
-    # Not get_config: KerasHub's norms have none.
-    settings = {name: getattr(layer, name, None) for name in ("epsilon", "axis", "rms_scaling")}
-    shapes = [tuple(variable.shape) for variable in layer.variables]
-    key = (type(layer), layer.compute_dtype, repr(shapes), repr(settings))
+def _fused_norm(
+    layer: keras.layers.Layer, settings: dict[str, object], kernels: dict[object, Call]
+) -> Call:
     variables = layer.variables
+    shapes = [tuple(variable.shape) for variable in variables]
+    key = (type(layer), layer.compute_dtype, repr(shapes), repr(settings))
     if key not in kernels:
         call = layer.call
 
-        def normalize(states: Any, *values: Any) -> Any:
+        def normalize(states: Tensor, *values: Tensor) -> Tensor:
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
                 return call(states)
 
@@ -150,68 +109,41 @@ def _norm(layer: Any, kernels: dict[Any, Any]) -> Callable[..., Any]:
         kernels[key] = fused(normalize)
     kernel = kernels[key]
 
-    def normalized(states: Any, *_: Any, **__: Any) -> Any:
+    def normalized(states: Tensor, *_: object, **__: object) -> Tensor:
         return kernel(states, *(tf.convert_to_tensor(variable.value) for variable in variables))
 
     return normalized
 
 
-def blocks_of(backbone: keras.Model) -> list[Any]:
-    """The blocks of a backbone, one after another.
+def remat_overrides(
+    backbone: keras.Model, inner: Sequence[Override] = (), static: bool = False
+) -> list[Override]:
+    """Recompute the transformer blocks of a backbone in the backward pass.
 
-    Args:
-        backbone: a KerasHub backbone.
-
-    Raises:
-        InputError: it has none that are known.
-
-    Example:
-        >>> import keras_hub
-        >>> backbone = keras_hub.models.GPT2Backbone(
-        ...     vocabulary_size=8, num_layers=2, num_heads=1, hidden_dim=4, intermediate_dim=8)
-        >>> len(blocks_of(backbone))
-        2
+    `inner` are the other overrides of the forward pass, which the recomputation needs as well;
+    `static` tells that XLA compiles the step.
     """
-    blocks = list(getattr(backbone, "transformer_layers", ()))
-    if not blocks:
-        raise InputError(
-            f"remat needs a model made of transformer blocks, which {type(backbone).__name__} does "
-            "not show. Use remat=False."
-        )
-    return blocks
+    return [
+        Override(block, "call", _recomputed(block, inner, static))
+        for block in transformer_blocks(backbone)
+    ]
 
 
-def recomputed_calls(
-    backbone: keras.Model, inner: Sequence[Swap] = (), static: bool = False
-) -> list[Swap]:
-    """The calls of all blocks, with gradients that compute the block anew.
-
-    Args:
-        backbone: a KerasHub backbone.
-        inner: what else is swapped in the block while it runs; it must be so again on the way back.
-        static: whether XLA compiles the step.
-
-    Returns:
-        What `swapped` takes.
-    """
-    return [(block, "call", _recomputed(block, inner, static)) for block in blocks_of(backbone)]
-
-
-def _recomputed(block: Any, inner: Sequence[Swap], static: bool) -> Callable[..., Any]:
+def _recomputed(block: keras.layers.Layer, inner: Sequence[Override], static: bool) -> Call:
     call, variables = block.call, block.variables
 
-    def recomputed(states: Any, **options: Any) -> Any:
-        def run(states: Any, values: Sequence[Any]) -> Any:
+    def recomputed(states: Tensor, **options: object) -> Tensor:
+        def run(states: Tensor, values: Sequence[Tensor]) -> Tensor:
             # Values and not variables, so that gradients reach them through this call alone.
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
                 return call(states, **options)
 
         @tf.custom_gradient
-        def differentiable(states: Any, *values: Any) -> Any:
-            def gradient(upstream: Any) -> Any:
-                again, constants = _apart(states, values, upstream, static)
+        def differentiable(states: Tensor, *values: Tensor) -> tuple[Tensor, Call]:
+            def gradient(upstream: Tensor) -> list[Tensor | None]:
+                again, constants = _set_apart(states, values, upstream, static)
                 wanted = [v for v, of in zip(constants, variables, strict=True) if of.trainable]
-                with tf.GradientTape() as tape, swapped(inner):
+                with tf.GradientTape() as tape, overridden_methods(inner):
                     tape.watch([again, *wanted])
                     result = run(again, constants)
                 found = tape.gradient(result, [again, *wanted], upstream)
@@ -225,13 +157,12 @@ def _recomputed(block: Any, inner: Sequence[Swap], static: bool) -> Callable[...
     return recomputed
 
 
-def _apart(
-    states: Any, values: Sequence[Any], upstream: Any, static: bool
-) -> tuple[Any, Sequence[Any]]:
-    """Inputs that no optimizer merges with those of the forward pass, and not ready before."""
+def _set_apart(
+    states: Tensor, values: Sequence[Tensor], upstream: Tensor, static: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Copy inputs so that no optimizer merges their use with the forward pass or runs it early."""
     if static:
-        # TensorFlow has no public name for what keeps XLA from merging equal computations.
-        found = gen_xla_ops.xla_optimization_barrier([states, upstream])[0]
+        found = optimization_barrier([states, upstream])[0]
     else:
         with tf.control_dependencies([upstream]):
             found = tf.identity(states)

@@ -1,117 +1,51 @@
-"""What can be told of a policy without running it: its adapters and its vocabulary."""
+"""LoRA adapters: which layers have them, their product in low rank, and how they are saved.
 
+Keras adds two small kernels A and B to a layer and multiplies inputs by W + scale A B. Here they
+are multiplied as x W + scale (x A) B, so that no other tensor of W's size is made, and no gradient.
+"""
+
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, MutableMapping
 
 import keras
+import numpy as np
 from keras import ops
 
-from dpo_keras.errors import InputError
-from dpo_keras.scoring.layer_overrides import Swap
+from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.utils.keras_hub_internals import ties_embeddings
+from dpo_keras.utils.keras_internals import all_layers, base_kernel, unmerged_weights
+from dpo_keras.utils.tensors import JSON, Tensor
 
 
-def adapted_layers(policy: keras.Model) -> list[Any]:
-    """The layers of `policy` with LoRA switched on.
-
-    Example:
-        >>> adapted_layers(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
-        []
-    """
-    return [layer for layer in policy._flatten_layers() if getattr(layer, "lora_enabled", False)]
+def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers of a policy that have LoRA enabled."""
+    return [layer for layer in all_layers(policy) if getattr(layer, "lora_enabled", False)]
 
 
-def adapter_variables(layers: list[Any]) -> list[Any]:
-    """The variables that LoRA added to layers.
-
-    Args:
-        layers: from `adapted_layers`.
-
-    Example:
-        >>> layer = keras.layers.Dense(2)
-        >>> layer.build((1, 3))
-        >>> layer.enable_lora(1)
-        >>> [variable.name for variable in adapter_variables([layer])]
-        ['lora_kernel_a', 'lora_kernel_b']
-    """
+def adapter_variables(layers: list[keras.layers.Layer]) -> list[keras.Variable]:
+    """Return the variables that LoRA added to layers."""
     return [variable for layer in layers for variable in layer.weights if "lora_" in variable.name]
 
 
 def adapters_are_fresh(policy: keras.Model) -> bool:
-    """Whether every LoRA product is still zero, so that the adapted model is the base model."""
+    """Tell whether every product of adapters is still zero: the adapted model is the base model."""
     seconds = [v for v in adapter_variables(adapted_layers(policy)) if v.name.endswith("_b")]
     return bool(seconds) and all(not ops.convert_to_numpy(v).any() for v in seconds)
 
 
-def vocabulary_size(model: Any) -> int | None:
-    """The number of logits of a model, where it can be told without running it.
+def low_rank_overrides(model: object) -> list[Override]:
+    """Compute the products of adapters in low rank.
 
-    Example:
-        >>> vocabulary_size(keras.Sequential([keras.Input((2,)), keras.layers.Dense(7)]))
-        7
+    Quantized layers, other layers than dense ones, and models not of Keras 3 keep their own call.
     """
-    shape = getattr(model, "output_shape", None)
-    return shape[-1] if isinstance(shape, tuple) else None
-
-
-def check_same_vocabulary(policy: Any, reference: Any) -> None:
-    """Refuses a reference with other logits than the policy's, as far as that can be told.
-
-    Args:
-        policy: a model of Keras 3 or of tf-keras.
-        reference: a model of the same.
-
-    Raises:
-        InputError: the vocabularies differ.
-
-    Example:
-        >>> policy, other = (
-        ...     keras.Sequential([keras.Input((2,)), keras.layers.Dense(size)]) for size in (7, 8))
-        >>> check_same_vocabulary(policy, policy)
-        >>> check_same_vocabulary(policy, other)
-        Traceback (most recent call last):
-        ...
-        dpo_keras.errors.InputError: reference has a vocabulary of 8 tokens and the ...
-    """
-    ours, theirs = vocabulary_size(policy), vocabulary_size(reference)
-    if ours != theirs and None not in (ours, theirs):
-        raise InputError(
-            f"reference has a vocabulary of {theirs} tokens and the policy one of {ours}: "
-            "log-probs of different tokens cannot be compared. Use a reference with the "
-            "policy's tokenizer."
-        )
-
-
-def low_rank_calls(model: keras.Model) -> list[Swap]:
-    """The calls of all layers with LoRA switched on, factored.
-
-    Args:
-        model: any model; layers of other kinds, and quantized ones, are left as they are, and so
-            is whatever is no model of Keras 3.
-
-    Returns:
-        What `swapped` takes.
-
-    Example:
-        >>> layer = keras.layers.Dense(3)
-        >>> layer.build((None, 2))
-        >>> model = keras.Sequential([keras.Input((2,)), layer])
-        >>> low_rank_calls(model)
-        []
-        >>> layer.enable_lora(1)
-        >>> len(low_rank_calls(model))
-        1
-    """
-    if not isinstance(model, keras.Model):
-        return []
+    layers = adapted_layers(model) if isinstance(model, keras.Model) else []
     return [
-        (layer, "call", _factored(layer))
-        for layer in model._flatten_layers()
-        if getattr(layer, "lora_enabled", False) and _can_factor(layer)
+        Override(layer, "call", _low_rank_call(layer)) for layer in layers if _can_factor(layer)
     ]
 
 
-def _can_factor(layer: Any) -> bool:
+def _can_factor(layer: keras.layers.Layer) -> bool:
     if getattr(layer, "quantization_mode", None) is not None:
         return False
     if isinstance(layer, keras.layers.Dense):
@@ -123,19 +57,19 @@ def _can_factor(layer: Any) -> bool:
     return kernel[-1] == output[-1] and kernel[-1] not in layer.equation.split(",")[0]
 
 
-def _factored(layer: Any) -> Callable[..., Any]:
+def _low_rank_call(layer: keras.layers.Layer) -> Call:
     scale = layer.lora_alpha / layer.lora_rank
 
-    def product(inputs: Any, kernel: Any) -> Any:
+    def product(inputs: Tensor, kernel: Tensor) -> Tensor:
         if isinstance(layer, keras.layers.Dense):
             return ops.matmul(inputs, kernel)
         return ops.einsum(layer.equation, inputs, kernel)
 
-    def call(inputs: Any, training: bool | None = None) -> Any:
+    def call(inputs: Tensor, training: bool | None = None) -> Tensor:
         # Adapters stay in float32 where the kernel does not.
         down, up, kernel = (
             ops.cast(weight, layer.compute_dtype)
-            for weight in (layer.lora_kernel_a, layer.lora_kernel_b, layer._kernel)
+            for weight in (layer.lora_kernel_a, layer.lora_kernel_b, base_kernel(layer))
         )
         states = product(inputs, kernel) + scale * ops.matmul(product(inputs, down), up)
         if layer.bias is not None:
@@ -145,111 +79,79 @@ def _factored(layer: Any) -> Callable[..., Any]:
     return call
 
 
-def serialized_policy(policy: keras.Model) -> dict[str, Any]:
-    """A policy's configuration, ready to be part of another's.
+def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
+    """Return a policy's configuration, ready to be part of another model's.
 
-    KerasHub compiles its models when they are made, with an optimizer that nobody asked for and
-    that Keras then fails to restore; it is left out. A Llama backbone does not say in its
-    configuration that its embeddings are tied; it is said for it.
-
-    Args:
-        policy: any serializable model.
-
-    Returns:
-        What `keras.saving.deserialize_keras_object` takes.
+    KerasHub compiles its models when they are made, with an optimizer that Keras then fails to
+    restore; the compile configuration is left out. A Llama backbone leaves out of its configuration
+    that its embeddings are tied; it is added.
     """
-    config = keras.saving.serialize_keras_object(policy)
+    config: dict[str, JSON] = keras.saving.serialize_keras_object(policy)
     config.pop("compile_config", None)
     backbone = getattr(policy, "backbone", None)
-    tied = getattr(getattr(backbone, "token_embedding", None), "tie_weights", None)
+    tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
     return config
 
 
-def adapter_config(policy: keras.Model) -> dict[str, Any] | None:
-    """What `restore_adapters` needs to enable LoRA on a fresh copy of `policy`.
+def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:
+    """Return what `restore_adapters` needs to enable LoRA on a fresh copy; None without LoRA.
 
-    Args:
-        policy: a model.
-
-    Returns:
-        None without LoRA; else rank, alpha and the places of adapted layers in
-        `policy._flatten_layers()`, the order of which is a matter of the architecture.
+    `places` are indices among `all_layers(policy)`, whose order the architecture fixes.
     """
     layers = adapted_layers(policy)
     if not layers:
         return None
-    everything = list(policy._flatten_layers())
+    index = {id(layer): number for number, layer in enumerate(all_layers(policy))}
     return {
         "ranks": [layer.lora_rank for layer in layers],
         "alphas": [layer.lora_alpha for layer in layers],
-        "places": [next(i for i, e in enumerate(everything) if e is layer) for layer in layers],
+        "places": [index[id(layer)] for layer in layers],
         "trainable": [bool(variable.trainable) for variable in policy.weights],
     }
 
 
-def restore_adapters(policy: keras.Model, config: dict[str, Any] | None) -> None:
-    """Enables LoRA on a policy as it was when `adapter_config` looked at it.
+def restore_adapters(policy: keras.Model, config: dict[str, JSON] | None) -> None:
+    """Enable LoRA on a policy of the same architecture as it was when `adapter_config` read it.
 
-    Args:
-        policy: the same architecture, adapters not enabled yet (a model whose own configuration
-            remembers its adapters is left as it is).
-        config: from `adapter_config`, or None for nothing.
+    A model whose own configuration restored its adapters stays as it is.
     """
     if config is None or adapted_layers(policy):
         return
-    everything = list(policy._flatten_layers())
+    layers = all_layers(policy)
     for place, rank, alpha in zip(config["places"], config["ranks"], config["alphas"], strict=True):
-        everything[place].enable_lora(rank, lora_alpha=alpha)
+        layers[place].enable_lora(rank, lora_alpha=alpha)
     for variable, trainable in zip(policy.weights, config["trainable"], strict=True):
         variable.trainable = trainable
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class AdapterState(keras.layers.Layer):
-    """Saves and loads the unmerged weights of a policy's adapted layers.
+    """Save and load the unmerged weights of a policy's adapted layers.
 
-    It owns no weights. Keras loads the attributes of a model in alphabetical order, so under a
-    name behind the policy's it has the last word on those weights.
-
-    Args:
-        policy: the model with adapters.
+    It owns no weights. Keras loads the attributes of a model in alphabetical order, so an attribute
+    whose name follows the policy's has the last word on those weights.
     """
 
-    def __init__(self, policy: keras.Model, **kwargs: Any):
+    def __init__(self, policy: keras.Model, **kwargs: object):
         super().__init__(trainable=False, **kwargs)
-        self._policy_layers = lambda: adapted_layers(policy)
+        self._policy_layers = functools.partial(adapted_layers, policy)
         self.built = True
 
-    def _weights_by_key(self) -> dict[str, Any]:
+    def _weights_by_key(self) -> dict[str, keras.Variable]:
         return {
             f"layer_{number}_{name}": variable
             for number, layer in enumerate(self._policy_layers())
-            for name, variable in _own_weights(layer)
+            for name, variable in unmerged_weights(layer).items()
         }
 
-    def save_own_variables(self, store: Any) -> None:
-        """Writes base kernels and adapters apart."""
+    def save_own_variables(self, store: MutableMapping[str, np.ndarray]) -> None:
+        """Write base kernels and adapters, not merged."""
         for key, variable in self._weights_by_key().items():
-            store[key] = keras.ops.convert_to_numpy(variable)
+            store[key] = ops.convert_to_numpy(variable)
 
-    def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote."""
+    def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
+        """Read what `save_own_variables` wrote."""
         for key, variable in self._weights_by_key().items():
             variable.assign(store[key])
-
-
-_OWN = (
-    "_kernel",
-    "_embeddings",
-    "lora_kernel_a",
-    "lora_kernel_b",
-    "lora_embeddings_a",
-    "lora_embeddings_b",
-)
-
-
-def _own_weights(layer: Any) -> list[tuple[str, Any]]:
-    found = [(name, getattr(layer, name, None)) for name in _OWN]
-    return [(name, variable) for name, variable in found if variable is not None]

@@ -1,9 +1,9 @@
-"""What the policy is compared with: log pi_ref, five ways.
+"""The reference log-probs log pi_ref that a policy is compared with, in five ways.
 
-A reference here is the same network with other weights, so it needs no second model: while the
-reference pass is traced, `keras.StatelessScope` puts the weights it should see in place of the
-policy's own. What is copied is only what training can change. After `enable_lora` that is a few
-adapters, and the reference is nearly free.
+Most references are the policy's own network with other weights, so they need no second model:
+while the reference pass is traced, `keras.StatelessScope` puts the reference's weights in place of
+the policy's. Only what training can change is copied. After `enable_lora` that is a few adapters,
+and the reference is nearly free.
 """
 
 from typing import Any
@@ -11,32 +11,23 @@ from typing import Any
 import keras
 from keras import ops
 
-from dpo_keras.errors import InputError
-from dpo_keras.scoring.lora import (
-    adapted_layers,
-    adapter_variables,
-    adapters_are_fresh,
-    check_same_vocabulary,
-)
-from dpo_keras.scoring.scorer import ResponseScorer
-
-Pairs = list[tuple[Any, Any]]
+from dpo_keras.batching import Batch
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.lora import adapted_layers, adapter_variables, adapters_are_fresh
+from dpo_keras.scoring.scorer import ResponseScorer, Scores
+from dpo_keras.utils.tensors import Tensor
 
 
 class _Untracked:
-    """Holds variables that belong to another layer, out of sight of Keras' attribute tracking."""
+    """Hold variables or layers of another layer out of sight of Keras' attribute tracking."""
 
-    def __init__(self, variables: list[Any]):
+    def __init__(self, variables: list[keras.Variable]):
         self.variables = variables
-
-
-def _without_gradient(scored: dict[str, Any]) -> dict[str, Any]:
-    return {name: ops.stop_gradient(value) for name, value in scored.items()}
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class Reference(keras.layers.Layer):
-    """Base of all references.
+    """No reference, and the base of all references.
 
     Attributes:
         mode: the name that `DPOModel(reference=…)` takes.
@@ -45,108 +36,79 @@ class Reference(keras.layers.Layer):
 
     mode = "none"
 
-    def __init__(self, starts_as_policy: bool = False, **kwargs: Any):
+    def __init__(self, starts_as_policy: bool = False, **kwargs: object):
         super().__init__(trainable=False, **kwargs)
         self.starts_as_policy = starts_as_policy
         self.built = True
 
-    def logps(self, scorer: ResponseScorer, batch: dict[str, Any]) -> Any:
-        """Reference log-probs `[rows * pairs, 2]` float32, or None where there is no reference."""
+    def logps(self, scorer: ResponseScorer, batch: Batch) -> Tensor | None:
+        """Compute reference log-probs `[rows * pairs, 2]` float32; None without a reference."""
         return self.scored(scorer, batch).get("logps")
 
-    def scored(
-        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
-    ) -> dict[str, Any]:
-        """What the scorer finds under the reference, without gradient.
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
+        """Score a batch under the reference, without gradient, by the policy's scorer.
 
-        Args:
-            scorer: the policy's.
-            batch: the batch contract.
-            shared: as `ResponseScorer` takes.
-
-        Returns:
-            `logps` (and `shared_logps`), or nothing where there is no reference.
+        The result has `logps` (and `shared_logps` with `shared`), or nothing without a reference.
         """
         return {}
 
-    def load_own_variables(self, store: Any) -> None:
-        """Loads; the policy that comes with it may have been trained since."""
+    def load_own_variables(self, store: object) -> None:
+        """Load the weights. The policy that comes with them may have been trained since."""
         super().load_own_variables(store)
         self.starts_as_policy = False
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class FrozenCopy(Reference):
-    """The policy as it was when this was made: a copy of every trainable weight.
-
-    Args:
-        policy: the model to copy from, built.
-
-    Raises:
-        InputError: nothing in `policy` is trainable.
-    """
+    """The policy as it was when this was made: a copy of every trainable weight."""
 
     mode = "frozen_copy"
 
-    def __init__(self, policy: keras.Model, **kwargs: Any):
+    def __init__(self, policy: keras.Model, **kwargs: object):
         super().__init__(starts_as_policy=True, **kwargs)
-        self._copy(self._to_copy(policy))
+        sources = self._to_copy(policy)
+        self._sources = _Untracked(sources)
+        self.copies = [self._copy(number, source) for number, source in enumerate(sources)]
 
-    def _to_copy(self, policy: keras.Model) -> list[Any]:
+    def _to_copy(self, policy: keras.Model) -> list[keras.Variable]:
         if not policy.trainable_variables:
-            raise InputError("policy has no trainable weights, so there is nothing to train.")
+            rule = "has no trainable weights, so there is nothing to train"
+            raise InputError(InputProblem("policy", rule))
         return list(policy.trainable_variables)
 
-    def _copy(self, sources: list[Any]) -> None:
-        self._sources = _Untracked(sources)
-        self.copies = []
-        for number, source in enumerate(sources):
-            copy = self.add_weight(
-                name=f"copy_{number}",
-                shape=source.shape,
-                dtype=source.dtype,
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
-            )
-            copy.assign(source.value)
-            self.copies.append(copy)
-
-    def weights_in_place(self) -> Pairs:
-        """Which of the policy's variables take which values during the reference pass."""
-        return [
-            (source, copy.value)
-            for source, copy in zip(self._sources.variables, self.copies, strict=True)
-        ]
+    def _copy(self, number: int, source: keras.Variable) -> keras.Variable:
+        copy = self.add_weight(
+            name=f"copy_{number}",
+            shape=source.shape,
+            dtype=source.dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+        )
+        copy.assign(source.value)
+        return copy
 
     def check(self, policy: keras.Model) -> None:
-        """Refuses a policy in which something is trainable that was not copied.
-
-        Args:
-            policy: the policy as it is about to be trained.
-
-        Raises:
-            InputError: naming the weights that would drift in both policy and reference.
-        """
+        """Raise InputError where a weight of the policy is trainable that was not copied."""
         known = {id(variable) for variable in self._sources.variables}
         known |= {id(v) for v in adapter_variables(adapted_layers(policy))}
         moved = [v.path for v in policy.trainable_variables if id(v) not in known]
         if moved:
-            raise InputError(
-                f"{len(moved)} weights became trainable after the reference was made (first: "
-                f"{moved[0]}), so the reference would change with the policy. Set `trainable` and "
-                "LoRA before DPOModel(policy, …)."
+            rule = (
+                f"has {len(moved)} weights that became trainable after the reference was made "
+                f"(first: {moved[0]}), so the reference would change with the policy"
             )
+            hint = "Set `trainable` and LoRA before DPOModel(policy, …)."
+            raise InputError(InputProblem("policy", rule, hint=hint))
 
-    def scored(
-        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
-    ) -> dict[str, Any]:
-        """What the scorer finds under the copied weights."""
-        with keras.StatelessScope(state_mapping=self.weights_in_place()):
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
+        """Score a batch under the copied weights."""
+        pairs = zip(self._sources.variables, self.copies, strict=True)
+        with keras.StatelessScope(state_mapping=[(source, copy.value) for source, copy in pairs]):
             return _without_gradient(scorer(batch, shared=shared))
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
-        """Moves the reference toward the policy: ref <- alpha policy + (1 - alpha) ref.
+        """Move the reference toward the policy: ref <- alpha policy + (1 - alpha) ref.
 
         Args:
             alpha: in (0, 1]; 1 copies (arXiv 2404.09656, eq. 3 and 4).
@@ -157,46 +119,36 @@ class FrozenCopy(Reference):
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class AdaptersOff(FrozenCopy):
-    """The base model under the adapters: LoRA switched off while the reference pass is traced.
+    """The base model under the adapters: LoRA is off while the reference pass is traced.
 
     KerasHub's `enable_lora` leaves the biases of adapted layers trainable. They are copied, so
     that the reference is exact however far they move.
-
-    Args:
-        policy: a model with LoRA enabled.
-
-    Raises:
-        InputError: no layer of `policy` has LoRA.
     """
 
     mode = "adapters_off"
 
-    def __init__(self, policy: keras.Model, **kwargs: Any):
+    def __init__(self, policy: keras.Model, **kwargs: object):
         super().__init__(policy, **kwargs)
         self.starts_as_policy = adapters_are_fresh(policy)
 
-    def _to_copy(self, policy: keras.Model) -> list[Any]:
+    def _to_copy(self, policy: keras.Model) -> list[keras.Variable]:
         layers = adapted_layers(policy)
         if not layers:
-            raise InputError(
-                "reference='adapters_off' needs LoRA, and no layer of the policy has it. Call "
-                "policy.backbone.enable_lora(8) first, or use reference='frozen_copy'."
-            )
+            rule = "'adapters_off' needs LoRA, and no layer of the policy has it"
+            hint = "Call policy.backbone.enable_lora(8) first, or use 'frozen_copy'."
+            raise InputError(InputProblem("reference", rule, hint=hint))
         self._adapted = _Untracked(layers)
         adapters = {id(variable) for variable in adapter_variables(layers)}
         return [v for v in policy.trainable_variables if id(v) not in adapters]
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
-        """Refuses: what lies under the adapters does not move."""
-        raise InputError(
-            "reference='adapters_off' is the base model, which cannot move toward the policy. Use "
-            "reference='frozen_copy' with a synchronised reference."
-        )
+        """Raise InputError: the base model under the adapters does not move."""
+        rule = "'adapters_off' is the base model, which cannot move toward the policy"
+        hint = "Use reference='frozen_copy' with a synchronised reference."
+        raise InputError(InputProblem("reference", rule, hint=hint))
 
-    def scored(
-        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
-    ) -> dict[str, Any]:
-        """What the scorer finds without the adapters."""
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
+        """Score a batch without the adapters."""
         # `lora_enabled` is a Python attribute: it selects what is traced, not what is run.
         try:
             for layer in self._adapted.variables:
@@ -213,15 +165,12 @@ class Cached(Reference):
 
     mode = "cached"
 
-    def scored(
-        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
-    ) -> dict[str, Any]:
-        """The batch's `reference` column."""
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
+        """Return the batch's `reference` column."""
         if shared:
-            raise InputError(
-                "ld_alpha needs the reference's log-probs token by token, which a cache of sums "
-                "does not have. Use another reference than 'cached'."
-            )
+            rule = "needs the reference's log-probs of tokens, and the cache holds sums"
+            hint = "Use another reference than 'cached'."
+            raise InputError(InputProblem("ld_alpha", rule, hint=hint))
         if "reference" not in batch:
             raise InputError(
                 "reference='cached' needs batches with reference log-probs: make the dataset from "
@@ -232,15 +181,7 @@ class Cached(Reference):
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class OtherModel(Reference):
-    """A model of its own as the reference.
-
-    Args:
-        model: same inputs and same vocabulary as the policy.
-        policy: the policy, to compare with; None skips the check.
-
-    Raises:
-        InputError: the vocabularies differ.
-    """
+    """Another model with the policy's inputs and vocabulary; `policy=None` skips that check."""
 
     mode = "model"
 
@@ -252,11 +193,13 @@ class OtherModel(Reference):
         self.model.trainable = False
         self.scorer = ResponseScorer(model)
 
-    def scored(
-        self, scorer: ResponseScorer, batch: dict[str, Any], shared: bool = False
-    ) -> dict[str, Any]:
-        """What its own scorer finds under the other model."""
+    def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
+        """Score a batch under the other model, by the model's own scorer."""
         return _without_gradient(self.scorer(batch, shared=shared))
+
+
+def _without_gradient(scored: Scores) -> Scores:
+    return {name: ops.stop_gradient(value) for name, value in scored.items()}
 
 
 REFERENCES: dict[str, type[Reference]] = {
@@ -265,7 +208,7 @@ REFERENCES: dict[str, type[Reference]] = {
 
 
 def make_reference(policy: keras.Model, reference: str | keras.Model) -> Reference:
-    """The reference that `DPOModel(policy, reference=…)` means.
+    """Make the reference that `DPOModel(policy, reference=…)` means.
 
     Args:
         policy: a built model.
@@ -276,7 +219,7 @@ def make_reference(policy: keras.Model, reference: str | keras.Model) -> Referen
         The reference layer.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or a reference that this policy cannot have.
 
     Example:
         >>> policy = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
@@ -288,7 +231,67 @@ def make_reference(policy: keras.Model, reference: str | keras.Model) -> Referen
     if reference == "auto":
         reference = "adapters_off" if adapters_are_fresh(policy) else "frozen_copy"
     if reference not in REFERENCES:
-        names = ", ".join(["auto", *REFERENCES])
-        raise InputError(f"reference must be one of {names}, or a model; got {reference!r}.")
+        rule = f"must be one of {', '.join(['auto', *REFERENCES])}, or a model"
+        raise InputError(InputProblem("reference", rule, reference))
     kind = REFERENCES[reference]
     return kind(policy) if issubclass(kind, FrozenCopy) else kind()
+
+
+def check_same_vocabulary(policy: object, reference: object, name: str = "") -> None:
+    """Check that a reference has the policy's vocabulary, as far as the models tell.
+
+    Compare the tokens of the two tokenizers, where both models have one
+    (`model.preprocessor.tokenizer`), and the number of logits, where both models state it.
+
+    Args:
+        policy: a model of Keras 3 or of tf-keras.
+        reference: another.
+        name: what the user calls the reference, such as a path; part of the message.
+
+    Raises:
+        InputError: the vocabularies differ. The problem's argument is `reference`.
+
+    Example:
+        >>> policy, other = (
+        ...     keras.Sequential([keras.Input((2,)), keras.layers.Dense(size)]) for size in (7, 8))
+        >>> check_same_vocabulary(policy, policy)
+        >>> check_same_vocabulary(policy, other)
+        Traceback (most recent call last):
+        ...
+        dpo_keras.errors.InputError: reference has another vocabulary than the policy (8 tokens, ...
+    """
+    difference = _vocabulary_difference(policy, reference)
+    if difference is not None:
+        rule = f"{name} has another vocabulary than the policy ({difference})".lstrip()
+        hint = "Use the model that the policy started from, or one with the same tokenizer."
+        raise InputError(InputProblem("reference", rule, hint=hint))
+
+
+def _vocabulary_difference(policy: object, reference: object) -> str | None:
+    ours, theirs = _tokens(policy), _tokens(reference)
+    sizes = [(_logits(policy), _logits(reference))]
+    if ours is not None and theirs is not None:
+        sizes.insert(0, (len(ours), len(theirs)))
+    for one, other in sizes:
+        if one != other and None not in (one, other):
+            return f"{other} tokens, the policy has {one}"
+    for number, (token, its) in enumerate(zip(ours or (), theirs or (), strict=False)):
+        if token != its:
+            return f"token {number} is {its!r}, the policy's is {token!r}"
+    return None
+
+
+def _logits(model: object) -> int | None:
+    shape = getattr(model, "output_shape", None)
+    return shape[-1] if isinstance(shape, tuple) else None
+
+
+def _tokens(model: object) -> list[str] | None:
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    if tokenizer is None or not hasattr(tokenizer, "id_to_token"):
+        return None
+    try:
+        # In the order of the ids: get_vocabulary() returns them in whatever order the file has.
+        return [tokenizer.id_to_token(i) for i in range(tokenizer.vocabulary_size() or 0)] or None
+    except (NotImplementedError, ValueError):  # KerasHub: none, or not loaded from its file yet
+        return None

@@ -1,79 +1,61 @@
 """From a batch to the log-probability of each response under a model."""
 
-from typing import Any
+from typing import TypeAlias, cast
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.errors import InputError
+from dpo_keras.batching import Batch
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.chunked_log_probs import log_probs_of
-from dpo_keras.scoring.head import LanguageModelHead
+from dpo_keras.scoring.head import split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import (
     FUSED_FROM,
-    Swap,
-    blocks_of,
-    fused_calls,
-    recomputed_calls,
-    swapped,
+    Override,
+    fused_overrides,
+    overridden_methods,
+    remat_overrides,
 )
-from dpo_keras.scoring.lora import low_rank_calls
-from dpo_keras.scoring.tree_attention import tree_calls
-from dpo_keras.scoring.tree_layout import TreeLayout
+from dpo_keras.scoring.lora import low_rank_overrides
+from dpo_keras.scoring.tree_attention import TreeLayout, tree_overrides
+from dpo_keras.utils.keras_hub_internals import transformer_blocks
+from dpo_keras.utils.tensors import Tensor
 
 _INPUTS = {"token_ids", "padding_mask"}
 
+Scores: TypeAlias = dict[str, Tensor]
+"""What a scorer finds, by name; see `ResponseScorer.__call__`."""
 
-def split_backbone_and_head(policy: Any) -> tuple[Any, LanguageModelHead] | None:
-    """A policy's backbone and its head, where logits are exactly head(backbone(inputs)).
 
-    Args:
-        policy: a Keras model. KerasHub's causal language models are functional models of two
-            steps, backbone and reversed embedding; anything beside those two steps (a scaling of
-            the logits, a quantized head) is not taken apart.
+class PreparedBatch(Batch, total=False):
+    """A batch with what several passes over it share."""
 
-    Returns:
-        `(backbone, head)`, or None where the plain path through full logits must be used.
-    """
-    backbone = getattr(policy, "backbone", None)
-    operations = getattr(policy, "operations", None)
-    if not isinstance(backbone, keras.Model) or operations is None:
-        return None
-    steps = [
-        operation
-        for operation in operations
-        if operation is not backbone and not isinstance(operation, keras.layers.InputLayer)
-    ]
-    if len(steps) != 1 or not LanguageModelHead.supports(steps[0]):
-        return None
-    return backbone, LanguageModelHead(steps[0])
+    layout: TreeLayout
 
 
 class ResponseScorer:
-    """Response log-probs under one model: log pi(y | x), summed over the response's tokens.
+    """Compute response log-probs under one model: log pi(y | x), summed over response tokens.
 
     Where the model is a KerasHub causal language model, hidden states are gathered at the places
-    that predict response tokens and the head is applied to those alone, in chunks. Any other Keras
-    model from `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]` goes the
+    that predict response tokens, and the head is applied to those alone, in chunks. Any other Keras
+    model from `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]` takes the
     plain path: full logits, then the same gather.
 
     Args:
-        policy: the model.
+        policy: the model, or a callable in place of one, such as `legacy.PolicyCall`.
         plain: True forces the plain path.
         chunk: rows of logits at a time on the chunked path.
         static: True where every shape must be static (XLA, TPUs).
-        remat: whether transformer blocks are computed anew in the backward pass, not kept.
+        remat: whether the backward pass recomputes transformer blocks (gradient checkpointing).
 
     Raises:
         InputError: the model takes other inputs than `token_ids` and `padding_mask`.
-
-    Example:
-        See `dpo_keras.response_log_probs`, which goes from strings to log-probs.
     """
 
     def __init__(
         self,
-        policy: Any,
+        policy: keras.Model,
         plain: bool = False,
         chunk: int | None = None,
         static: bool = False,
@@ -83,35 +65,19 @@ class ResponseScorer:
         self.chunk = chunk
         self.static = static
         self.remat = remat
-        self._fused: list[Swap] | None = None
+        self._fused: list[Override] | None = None
         self.parts = None if plain else split_backbone_and_head(policy)
-        if remat:
-            blocks_of(policy if self.parts is None else self.parts[0])
-        # A subclassed model shows its inputs only when it is called.
-        structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
-        if structure is not None and (not isinstance(structure, dict) or set(structure) != _INPUTS):
-            taken = (
-                sorted(structure)
-                if isinstance(structure, dict)
-                else [tensor.name for tensor in keras.tree.flatten(structure)]
-            )
-            raise InputError(
-                "policy must take a dict of 'token_ids' and 'padding_mask' and return logits; this "
-                f"{type(policy).__name__} takes {taken}. Wrap it in a keras.Model with that dict "
-                "of inputs."
-            )
+        self._body: keras.Model = policy if self.parts is None else self.parts[0]
+        if remat and not transformer_blocks(self._body):
+            name = type(self._body).__name__
+            rule = f"needs a model made of transformer blocks, which {name} does not show"
+            raise InputError(InputProblem("remat", rule, hint="Use remat=False."))
+        _check_inputs(policy)
 
-    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with all that several passes over it can share.
-
-        Args:
-            batch: the batch contract.
-
-        Returns:
-            The batch; of packed rows with `layout` (a `TreeLayout`) beside the tensors.
-        """
+    def prepared(self, batch: Batch) -> PreparedBatch:
+        """Add to a packed batch what several passes over it can share, its `TreeLayout`."""
         if "tree" not in batch or "layout" in batch:
-            return batch
+            return cast(PreparedBatch, batch)
         if self.parts is None:
             raise InputError(
                 "packed batches need a KerasHub causal language model, whose attention can be "
@@ -123,19 +89,19 @@ class ResponseScorer:
 
     def __call__(
         self,
-        batch: dict[str, Any],
+        batch: Batch,
         training: bool = False,
         statistics: tuple[str, ...] = (),
         shared: bool = False,
-    ) -> dict[str, Any]:
-        """Scores every response of a batch.
+    ) -> Scores:
+        """Score every response of a batch.
 
         Args:
             batch: the batch contract: `token_ids`, `padding_mask` `[rows, sequences, length]`;
-                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`; of packed
-                rows `positions`, `tree` `[rows, 1, length]`, too.
+                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`; packed rows
+                have `positions` and `tree` `[rows, 1, length]`, too.
             training: whether layers such as dropout are active.
-            statistics: extra per-token figures from `scoring.chunked.STATISTICS`.
+            statistics: further figures of each token, from `chunked_log_probs.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
 
         Returns:
@@ -144,10 +110,10 @@ class ResponseScorer:
             `[rows, slots]`, and with `shared` the sums `shared_logps` `[rows * pairs, 2]` over the
             first min(n+, n-) tokens of each response.
         """
-        batch = self.prepared(batch)
-        owner = batch["owner"]
-        pairs = batch["weight"].shape[1]
-        values = self._token_values(batch, training, statistics)
+        prepared = self.prepared(batch)
+        owner = prepared["owner"]
+        pairs = prepared["weight"].shape[1]
+        values = self._token_values(prepared, training, statistics)
         filled = owner >= 0
         token_logps = ops.where(filled, values[..., 0], 0.0)
         results = {
@@ -162,30 +128,30 @@ class ResponseScorer:
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
 
-    def _swaps(self, batch: dict[str, Any]) -> list[Swap]:
-        """What the model's layers do otherwise while this batch runs."""
-        backbone = self.policy if self.parts is None else self.parts[0]
-        swaps = low_rank_calls(backbone)
+    def _overrides(self, batch: PreparedBatch) -> list[Override]:
+        """Collect what the model's layers do differently while this batch runs."""
+        overrides = low_rank_overrides(self._body)
         if "layout" in batch:
-            swaps += tree_calls(backbone, batch["layout"])
+            overrides += tree_overrides(self._body, batch["layout"])
             if self._fuses(batch):
-                self._fused = self._fused or fused_calls(backbone)
-                swaps += self._fused
+                self._fused = self._fused or fused_overrides(self._body)
+                overrides += self._fused
         if self.remat:
-            swaps += recomputed_calls(backbone, list(swaps), self.static)
-        return swaps
+            overrides += remat_overrides(self._body, list(overrides), self.static)
+        return overrides
 
-    def _fuses(self, batch: dict[str, Any]) -> bool:
+    def _fuses(self, batch: PreparedBatch) -> bool:
         # Where shapes are static XLA compiles the whole step; within a replica it is not safe.
         if batch["layout"].dense or tf.distribute.get_strategy().num_replicas_in_sync > 1:
             return False
-        rows, _, length = batch["token_ids"].shape
         assert self.parts is not None
-        return rows * length * self.parts[0].hidden_dim >= FUSED_FROM
+        rows, _, length = batch["token_ids"].shape
+        numbers: int = rows * length * self.parts[0].hidden_dim
+        return numbers >= FUSED_FROM
 
     def _token_values(
-        self, batch: dict[str, Any], training: bool, statistics: tuple[str, ...]
-    ) -> Any:
+        self, batch: PreparedBatch, training: bool, statistics: tuple[str, ...]
+    ) -> Tensor:
         token_ids, padding_mask = batch["token_ids"], batch["padding_mask"]
         rows, sequences, length = ops.shape(token_ids)
         slots = ops.shape(batch["owner"])[1]
@@ -193,14 +159,11 @@ class ResponseScorer:
             "token_ids": ops.reshape(token_ids, (rows * sequences, length)),
             "padding_mask": ops.reshape(padding_mask, (rows * sequences, length)),
         }
-        model = self.policy if self.parts is None else self.parts[0]
-        with swapped(self._swaps(batch)):
-            states = model(inputs, training=training)
+        with overridden_methods(self._overrides(batch)):
+            states = self._body(inputs, training=training)
         if len(states.shape) != 3:
-            raise InputError(
-                "policy must return logits of shape [batch, length, vocabulary]; got "
-                f"{tuple(states.shape)}."
-            )
+            rule = "must return logits of shape [batch, length, vocabulary]"
+            raise InputError(InputProblem("policy", rule, tuple(states.shape)))
         states = ops.reshape(states, (rows * sequences * length, states.shape[-1]))
         first = ops.arange(rows, dtype="int32")[:, None] * (sequences * length)
         places = ops.reshape(first + batch["source"], (rows * slots,))
@@ -214,7 +177,8 @@ class ResponseScorer:
         count = ops.sum(filled)
         place = ops.where(filled == 1, ops.cumsum(filled) - 1, count + ops.cumsum(1 - filled) - 1)
         order = ops.argsort(place)
-        values = self.parts[1](
+        head = self.parts[1]
+        values = head(
             ops.take(states, ops.take(places, order), axis=0),
             ops.take(targets, order),
             count,
@@ -224,42 +188,35 @@ class ResponseScorer:
         return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
 
 
-def sum_by_owner(values: Any, owner: Any, pairs: int) -> Any:
-    """Sums per-token values over each response.
+def _check_inputs(policy: object) -> None:
+    # A subclassed model shows its inputs only when it is called.
+    structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
+    if structure is None or (isinstance(structure, dict) and set(structure) == _INPUTS):
+        return
+    names = [tensor.name for tensor in keras.tree.flatten(structure)]
+    taken = sorted(structure) if isinstance(structure, dict) else names
+    rule = (
+        "must take a dict of 'token_ids' and 'padding_mask' and return logits; this "
+        f"{type(policy).__name__} takes {taken}"
+    )
+    hint = "Wrap it in a keras.Model with that dict of inputs."
+    raise InputError(InputProblem("policy", rule, hint=hint))
 
-    Args:
-        values: `[rows, slots]`.
-        owner: `[rows, slots]` int32, 2 * (pair slot) + (0 chosen, 1 rejected); -1 for no one.
-        pairs: pair slots of a row.
 
-    Returns:
-        `[rows * pairs, 2]`.
+def sum_by_owner(values: Tensor, owner: Tensor, pairs: int) -> Tensor:
+    """Sum values of tokens `[rows, slots]` over each response: `[rows * pairs, 2]`.
 
-    Example:
-        >>> values, owner = ops.array([[1.0, 2.0, 4.0, 8.0]]), ops.array([[0, 1, 1, -1]])
-        >>> sums = sum_by_owner(values, owner, pairs=1)
-        >>> print(float(sums[0, 0]), float(sums[0, 1]))
-        1.0 6.0
+    `owner` `[rows, slots]` is 2 * (pair slot) + (0 chosen, 1 rejected), and -1 in empty slots.
     """
     belongs = owner[..., None] == ops.arange(2 * pairs, dtype="int32")
     sums = ops.sum(ops.where(belongs, values[..., None], 0.0), axis=1)
     return ops.reshape(sums, (-1, 2))
 
 
-def shared_length(owner: Any, pairs: int) -> Any:
-    """Which response tokens stand before the end of the shorter response of their pair.
+def shared_length(owner: Tensor, pairs: int) -> Tensor:
+    """Mark the response tokens before the end of the shorter response of their pair.
 
-    Args:
-        owner: `[rows, slots]` int32; the tokens of a response are in order.
-        pairs: pair slots of a row.
-
-    Returns:
-        `[rows, slots]` bool.
-
-    Example:
-        >>> owner = ops.array([[0, 0, 0, 1, 1, -1]])
-        >>> [bool(inside) for inside in shared_length(owner, pairs=1)[0]]
-        [True, True, False, True, True, False]
+    The result is bool `[rows, slots]`, as `owner`; the tokens of a response are in order.
     """
     belongs = ops.cast(owner[..., None] == ops.arange(2 * pairs, dtype="int32"), "int32")
     lengths = ops.reshape(ops.sum(belongs, axis=1), (-1, pairs, 2))

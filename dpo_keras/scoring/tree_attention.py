@@ -1,177 +1,206 @@
-"""Packed rows through KerasHub's backbones, which take neither positions nor a mask.
+"""Attention in packed rows: within trees of one prompt and two responses.
 
-While a backbone runs on a packed batch, its position layers are given the positions of the batch,
-and its attention layers attend within trees (`TreeLayout.attend`) in place of their own product of
-queries and keys. Everything else is the backbone's own code. `ATTENTION` says how to read scale,
-soft cap and window off each kind of attention layer; a kind that is not there is not packed.
+A packed row holds trees one after another. A token sees its own prompt and its own response, up to
+itself:
+
+    sees(i, j) = (tree_i = tree_j) and (j <= i) and (branch_j = prompt or branch_j = branch_i)
+
+and, where a layer looks back over a window of w tokens, only position_i - position_j < w. Distance
+is counted in positions and not along the row, in which the second response stands behind the first.
+
+Two implementations give equal results:
+
+* *segments*: the row is cut between trees, and each piece attends to itself. No arithmetic is spent
+  on pairs of tokens in different trees, which are most pairs of a row;
+* *dense*: one mask over the whole row, whose shapes are static, as XLA needs.
+
+KerasHub's backbones take neither positions nor masks from outside. `tree_overrides` gives the
+positions of the batch to their position layers, and `TreeLayout.attend` to their attention layers
+in place of their own product of queries and keys. Everything else is the backbone's own code.
 """
 
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import keras
-import keras_hub
+import tensorflow as tf
 
-from dpo_keras.scoring.layer_overrides import Swap
-from dpo_keras.scoring.tree_layout import TreeLayout
+from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.utils.keras_hub_internals import (
+    ATTENTION_METHOD,
+    AttentionSettings,
+    attention_settings,
+    is_position,
+)
+from dpo_keras.utils.keras_internals import all_layers
+from dpo_keras.utils.tensors import Tensor
 
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """What one attention layer does beside the products.
-
-    Attributes:
-        scale: of its scores.
-        soft_cap: of its scores, or None.
-        window: tokens it looks back over, itself included; None for all.
-        dropout: the layer that drops attention weights, or None.
-        with_scores: whether it returns the weights, too.
-    """
-
-    scale: float
-    soft_cap: float | None = None
-    window: int | None = None
-    dropout: Any = None
-    with_scores: bool = False
+SEGMENT = 256
+# Pieces are padded to a multiple of this. oneDNN compiles its products for each shape anew and
+# keeps what it compiled: for all the lengths that pieces can have, hundreds of megabytes.
+GRID = 32
+_NEVER = -1e9
 
 
-def _multi_head(layer: Any) -> Attention:
-    dropout = layer._dropout_layer if layer._dropout > 0 else None
-    return Attention(layer._inverse_sqrt_key_dim, dropout=dropout, with_scores=True)
-
-
-def _plain(layer: Any) -> Attention:
-    return Attention(layer._inv_norm_factor)
-
-
-def _neox(layer: Any) -> Attention:
-    dropout = layer._attn_dropout_layer if layer.dropout else None
-    return Attention(layer._inv_norm_factor, dropout=dropout)
-
-
-def _mistral(layer: Any) -> Attention:
-    return Attention(layer._inv_norm_factor, window=layer._sliding_window)
-
-
-def _qwen(layer: Any) -> Attention:
-    window = layer.sliding_window_size if layer.use_sliding_window_attention else None
-    return Attention(layer._inv_norm_factor, window=window)
-
-
-def _qwen3(layer: Any) -> Attention:
-    return Attention(layer._inv_norm_factor, window=layer.sliding_window_size or None)
-
-
-def _gemma(layer: Any) -> Attention:
-    width = layer.hidden_dim // layer.num_query_heads
-    width = layer.head_dim if layer.query_head_dim_normalize else width
-    window = layer.sliding_window_size if layer.use_sliding_window_attention else None
-    dropout = layer.dropout_layer if layer.dropout else None
-    return Attention(width**-0.5, layer.logit_soft_cap, window, dropout)
-
-
-ATTENTION: dict[str, Callable[[Any], Attention]] = {
-    "CachedMultiHeadAttention": _multi_head,  # GPT-2, OPT
-    "LlamaAttention": _plain,  # Llama, Llama 3
-    "Phi3Attention": _plain,
-    "GPTNeoXAttention": _neox,
-    "CachedMistralAttention": _mistral,
-    "QwenAttention": _qwen,
-    "Qwen3Attention": _qwen3,
-    "CachedGemmaAttention": _gemma,  # Gemma, Gemma 2
-    "CachedGemma3Attention": _gemma,
-}
-_POSITIONS = (keras_hub.layers.PositionEmbedding, keras_hub.layers.RotaryEmbedding)
-
-
-def attention_layers(backbone: keras.Model) -> list[Any]:
-    """The layers of a backbone in which tokens see each other, known or not.
-
-    Example:
-        >>> attention_layers(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
-        []
-    """
-    return [
-        layer
-        for layer in backbone._flatten_layers()
-        if type(layer).__name__ in ATTENTION or type(layer).__name__.endswith("Attention")
-    ]
-
-
-def why_not_packed(backbone: keras.Model) -> str | None:
-    """Why a backbone's attention cannot be confined to trees; None where it can.
+class TreeLayout:
+    """Positions and attention of one packed batch, computed once for all layers.
 
     Args:
-        backbone: a KerasHub backbone.
-
-    Returns:
-        A clause without a full stop.
-
-    Example:
-        >>> why_not_packed(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
-        'Sequential has no attention layers that dpo_keras knows'
+        positions: `[rows, length]` int32, the place of each token in its own text.
+        tree: `[rows, length]` int32, 3 * (pair slot) + (0 prompt, 1 chosen, 2 rejected); -1 where
+            the row is empty.
+        dense: whether shapes must be static (XLA, TPUs).
+        segment: tokens; a piece holds the trees that begin within so many.
     """
-    layers = attention_layers(backbone)
-    name = type(backbone).__name__
-    if not layers:
-        return f"{name} has no attention layers that dpo_keras knows"
-    unknown = sorted({type(layer).__name__ for layer in layers} - set(ATTENTION))
-    if unknown:
-        return f"{name} attends through {', '.join(unknown)}, which dpo_keras has not proven"
-    if any(getattr(layer, "use_bidirectional_attention", False) for layer in layers):
-        return f"{name} lets tokens see those behind them"
-    places = [layer for layer in backbone._flatten_layers() if isinstance(layer, _POSITIONS)]
-    if any(type(layer).__name__ == "Phi3SuScaledRotaryEmbedding" for layer in places):
-        return f"{name} scales its rotary positions by the length of a row"
-    if not places:
-        return f"{name} has no position layers that dpo_keras knows"
-    return None
+
+    def __init__(
+        self, positions: Tensor, tree: Tensor, dense: bool = False, segment: int = SEGMENT
+    ):
+        self.positions = positions
+        self._tree = tree
+        rows, length = tree.shape
+        # Without static shapes the number of pieces is not known while tracing.
+        self.dense = dense or rows is None or length is None
+        self._biases: dict[int | None, list[Tensor]] = {}
+        if not self.dense:
+            self._sizes = segment_sizes(tree, segment)
+            self._missing = tf.unstack(-self._sizes % GRID)
+
+    def biases(self, window: int | None) -> list[Tensor]:
+        """Return what is added to attention scores: 0 where a token sees another, else -1e9.
+
+        One float32 tensor for each piece: `[1, n, n]` for segments, n a multiple of `GRID`;
+        `[rows, 1, length, length]` as the only one if dense.
+        """
+        if window not in self._biases:
+            trees, positions = self._flat_pieces(self._tree, -1), self._flat_pieces(self.positions)
+            self._biases[window] = [
+                _bias(tree, places, window) for tree, places in zip(trees, positions, strict=True)
+            ]
+        return self._biases[window]
+
+    def _flat_pieces(self, values: Tensor, empty: int = 0) -> list[Tensor]:
+        if self.dense:
+            return [values[:, None]]
+        return self._pieces(tf.reshape(values, (1, -1)), empty)
+
+    def _pieces(self, values: Tensor, empty: int = 0) -> list[Tensor]:
+        """Cut `[rows, all tokens, …]` into pieces, each padded to the grid."""
+        rest = [[0, 0]] * (len(values.shape) - 2)
+        pieces = tf.split(values, self._sizes, axis=1, num=self._sizes.shape[0])
+        return [
+            tf.pad(piece, [[0, 0], [0, missing], *rest], constant_values=empty)
+            for piece, missing in zip(pieces, self._missing, strict=True)
+        ]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        settings: AttentionSettings,
+        training: bool | None = False,
+    ) -> Tensor:
+        """Attend within trees: softmax(cap(scale q k') + bias) v, `[rows, length, heads, D']`.
+
+        Args:
+            query: `[rows, length, heads, D]`.
+            key: `[rows, length, key heads, D]`; heads must be a multiple of key heads.
+            value: `[rows, length, key heads, D']`, whose dtype the result has.
+            settings: scale, cap, window and dropout.
+            training: whether dropout is active.
+        """
+        rows, length, heads, _ = query.shape
+        groups = heads // key.shape[2]
+        if groups > 1:
+            key, value = (tf.repeat(states, groups, axis=2) for states in (key, value))
+        query = query * tf.cast(settings.scale, query.dtype)
+        biases = self.biases(settings.window)
+        if self.dense:
+            rows_of_heads = tuple(tf.transpose(s, (0, 2, 1, 3)) for s in (query, key, value))
+            found = _attend(rows_of_heads, biases[0], settings, training)
+            return tf.transpose(found, (0, 2, 1, 3))
+
+        def pieces(states: Tensor) -> list[Tensor]:
+            states = tf.reshape(states, (rows * length, heads, states.shape[-1]))
+            return self._pieces(tf.transpose(states, (1, 0, 2)))
+
+        states = zip(pieces(query), pieces(key), pieces(value), strict=True)
+        found = [
+            _attend(piece, bias, settings, training)[:, :size]
+            for piece, bias, size in zip(states, biases, tf.unstack(self._sizes), strict=True)
+        ]
+        together = tf.transpose(tf.concat(found, axis=1), (1, 0, 2))
+        return tf.reshape(together, (rows, length, heads, value.shape[-1]))
 
 
-def tree_calls(backbone: keras.Model, layout: TreeLayout) -> list[Swap]:
-    """What the layers of a backbone do on packed rows.
+def segment_sizes(tree: Tensor, segment: int) -> Tensor:
+    """Cut rows between trees, into a number of pieces that does not depend on the trees.
 
-    Args:
-        backbone: one for which `why_not_packed` gives None.
-        layout: of the batch.
-
-    Returns:
-        What `swapped` takes.
+    Piece k of a row holds the trees that begin in `[segment k, segment (k + 1))`; it may be empty.
+    The result is `[rows * ceil(length / segment)]` int32; the sizes add up to `rows * length`.
     """
-    swaps: list[Swap] = []
-    for layer in backbone._flatten_layers():
-        if isinstance(layer, _POSITIONS):
-            swaps.append((layer, "call", _at_positions(layer.call, layout)))
-        elif type(layer).__name__ in ATTENTION:
-            attention = ATTENTION[type(layer).__name__](layer)
-            swaps.append((layer, "_compute_attention", _within_trees(attention, layout)))
-    return swaps
+    rows, length = tree.shape
+    pieces = -(-length // segment)
+    own = tree // 3
+    begins = tf.concat([tf.ones((rows, 1), tf.bool), own[:, 1:] != own[:, :-1]], axis=1)
+    start = tf.where(begins, tf.range(length), 0)
+    step = 1
+    while step < length:  # a running maximum, in log2(length) steps
+        start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :length])
+        step *= 2
+    piece = start // segment + pieces * tf.range(rows)[:, None]
+    count = rows * pieces
+    sizes = tf.math.bincount(tf.reshape(piece, [-1]), minlength=count, maxlength=count)
+    return tf.ensure_shape(sizes, (count,))
 
 
-def _at_positions(call: Callable[..., Any], layout: TreeLayout) -> Callable[..., Any]:
-    def at_positions(inputs: Any, *_: Any, **__: Any) -> Any:
-        return call(inputs, positions=layout.positions)
+def _bias(tree: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    length = tf.shape(tree)[-1]
+    seer, seen = tree[..., :, None], tree[..., None, :]
+    sees = tf.logical_and(
+        seer // 3 == seen // 3, tf.logical_or(seen % 3 == 0, seer % 3 == seen % 3)
+    )
+    places = tf.range(length)
+    sees = tf.logical_and(sees, places[:, None] >= places)
+    if window is not None:
+        distance = positions[..., :, None] - positions[..., None, :]
+        sees = tf.logical_and(sees, distance < window)
+    # The empty end of a row must see something too, or its softmax is NaN.
+    sees = tf.logical_or(sees, places[:, None] == places)
+    return tf.where(sees, 0.0, _NEVER)
 
-    return at_positions
+
+def _attend(
+    states: tuple[Tensor, ...], bias: Tensor, settings: AttentionSettings, training: bool | None
+) -> Tensor:
+    query, key, value = states
+    scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
+    if settings.soft_cap is not None:
+        scores = settings.soft_cap * tf.tanh(scores / settings.soft_cap)
+    weights = tf.cast(tf.nn.softmax(scores + bias), value.dtype)
+    if training and settings.dropout is not None:
+        weights = settings.dropout(weights, training=True)
+    return tf.matmul(weights, value)
 
 
-def _within_trees(attention: Attention, layout: TreeLayout) -> Callable[..., Any]:
+def tree_overrides(backbone: keras.Model, layout: TreeLayout) -> list[Override]:
+    """Run the position and attention layers of a backbone without `packing_obstacle` on trees."""
+    overrides = []
+    for layer in all_layers(backbone):
+        if is_position(layer):
+            overrides.append(Override(layer, "call", _at_positions(layer.call, layout.positions)))
+        elif (settings := attention_settings(layer)) is not None:
+            overrides.append(Override(layer, ATTENTION_METHOD, _within_trees(settings, layout)))
+    return overrides
+
+
+def _at_positions(call: Call, positions: Tensor) -> Call:
+    return lambda inputs, *_, **__: call(inputs, positions=positions)
+
+
+def _within_trees(settings: AttentionSettings, layout: TreeLayout) -> Call:
     def within_trees(
-        query: Any, key: Any, value: Any, *_: Any, training: bool | None = None, **__: Any
-    ) -> Any:
-        dropout = attention.dropout if training else None
-        found = layout.attend(
-            query,
-            key,
-            value,
-            attention.scale,
-            attention.soft_cap,
-            attention.window,
-            None if dropout is None else lambda weights: dropout(weights, training=True),
-        )
-        return (found, None) if attention.with_scores else found
+        query: Tensor, key: Tensor, value: Tensor, *_: object, training: bool = False, **__: object
+    ) -> Tensor:
+        found = layout.attend(query, key, value, settings, training)
+        return (found, None) if settings.returns_weights else found
 
     return within_trees

@@ -1,19 +1,19 @@
-"""Strings to the batch contract inside a graph: what `dpo_keras.batching` does in Python."""
+"""Strings to batches inside a graph: what `dpo_keras.batching` does in Python."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
-from dpo_keras.batching import ChatTemplate, TextEncoder, tokenize_pairs
-from dpo_keras.errors import InputError
+from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, tokenize_pairs
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_templates import read_turns
 from dpo_keras.serving.graph_tokenizers import graph_tokenizer
+from dpo_keras.utils.tensors import Tensor
 
-# One of each kind of trouble: case, digits, runs of spaces, line ends, scripts, NUL, specials.
+# Texts on which tokenizers differ: case, digits, runs of spaces, line ends, scripts, NUL, specials.
 PROBES = (
     "Hello, world! It's 12345 o'clock.",
     "  two  spaces   and a tab\t\tend ",
@@ -30,19 +30,16 @@ class GraphEncoder(tf.Module):
     """Tokenizes prompts and responses as `tokenize_pairs` does, and lays them out as batches.
 
     Args:
-        preprocessor: whatever `TextEncoder` takes.
-        max_length: most tokens of prompt and response together.
+        preprocessor: what `TextEncoder` takes.
+        max_length: the longest prompt and response together, in tokens.
         template: the chat template that training used, or None for text as it is.
 
     Attributes:
         ends: ids that count as a response's end token.
         stops: ids at which generation stops: `ends`, and the template's own end of turn.
-
-    Raises:
-        InputError: the tokenizer or the template cannot run in a graph.
     """
 
-    def __init__(self, preprocessor: Any, max_length: int, template: ChatTemplate | None = None):
+    def __init__(self, preprocessor: object, max_length: int, template: ChatTemplate | None = None):
         super().__init__()
         encoder = TextEncoder(preprocessor)
         self.tokenizer = graph_tokenizer(encoder.tokenizer)
@@ -52,20 +49,13 @@ class GraphEncoder(tf.Module):
         self.stops = self.ends
         self._anchor = (encoder.anchor, encoder.anchor_length)
         self._turns = None
-        # With this template strings stay as they are.
+        # The template "plain" leaves strings as they are.
         if template is not None and template.name != "plain":
             self._turns = read_turns(encoder, template)
             self.stops = sorted({*self.ends, *self._turns[1].after[:1]})
 
-    def prompts(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Tokenizes prompts, start token included.
-
-        Args:
-            texts: string `[batch]`.
-
-        Returns:
-            int32 `[batch, (tokens)]`.
-        """
+    def prompts(self, texts: Tensor) -> tf.RaggedTensor:
+        """Tokenize prompts `[batch]`, start token included: int32 `[batch, (tokens)]`."""
         # String ops and lookup tables run on the CPU only.
         with tf.device("CPU:0"):
             texts = _valid(texts)
@@ -77,15 +67,8 @@ class GraphEncoder(tf.Module):
             return ids
         return tf.concat([rows_of(self.start, ~self._begins(ids)), ids], axis=1)
 
-    def responses(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Tokenizes responses, end token included.
-
-        Args:
-            texts: string `[batch]`.
-
-        Returns:
-            int32 `[batch, (tokens)]`.
-        """
+    def responses(self, texts: Tensor) -> tf.RaggedTensor:
+        """Tokenize responses `[batch]`, end token included: int32 `[batch, (tokens)]`."""
         with tf.device("CPU:0"):
             texts = _valid(texts)
             if self._turns is None:
@@ -98,15 +81,10 @@ class GraphEncoder(tf.Module):
         ended = tf.reduce_any(_among(last, self.ends), axis=1)
         return tf.concat([ids, rows_of(self.end, ~ended)], axis=1)
 
-    def truncate_prompts(self, ids: tf.RaggedTensor, room: tf.Tensor) -> tf.RaggedTensor:
-        """Cuts prompts from the left, keeping the start token and at least one more.
+    def truncate_prompts(self, ids: tf.RaggedTensor, room: Tensor) -> tf.RaggedTensor:
+        """Cut prompts from the left to `room` `[batch]` tokens.
 
-        Args:
-            ids: int32 `[batch, (tokens)]`.
-            room: int64 `[batch]`, tokens that may stay.
-
-        Returns:
-            int32 `[batch, (tokens)]`.
+        The start token stays, and at least one more.
         """
         lengths = ids.row_lengths()
         begins = tf.cast(self._begins(ids), tf.int64)
@@ -115,16 +93,11 @@ class GraphEncoder(tf.Module):
         return tf.concat([_cut(ids, tf.zeros_like(begins), begins), tail], axis=1)
 
     def encode(
-        self, prompts: tf.Tensor, responses: Sequence[tf.Tensor]
+        self, prompts: Tensor, responses: Sequence[Tensor]
     ) -> tuple[tf.RaggedTensor, list[tf.RaggedTensor]]:
-        """Tokenizes and truncates to `max_length`: prompts from the left, then responses.
+        """Tokenize and truncate to `max_length`: prompts from the left, then responses.
 
-        Args:
-            prompts: string `[batch]`.
-            responses: string `[batch]` each; the longest makes room for itself.
-
-        Returns:
-            Ids of the prompts and of each of the responses, int32 `[batch, (tokens)]`.
+        The longest response of a row decides how much of its prompt is cut.
         """
         prompt = self.prompts(prompts)
         parts = [self.responses(texts) for texts in responses]
@@ -133,8 +106,8 @@ class GraphEncoder(tf.Module):
         room = self.max_length - prompt.row_lengths()
         return prompt, [_first(part, tf.minimum(part.row_lengths(), room)) for part in parts]
 
-    def batch(self, prompts: tf.Tensor, responses: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Tokenizes, truncates and lays out one row per prompt.
+    def batch(self, prompts: Tensor, responses: Sequence[Tensor]) -> Batch:
+        """Tokenize, truncate and lay out one row per prompt.
 
         A response's first token counts only where something comes before it: an empty prompt under
         a tokenizer without start token predicts nothing.
@@ -142,9 +115,6 @@ class GraphEncoder(tf.Module):
         Args:
             prompts: string `[batch]`.
             responses: one or two string `[batch]`; number i is sequence i of the row.
-
-        Returns:
-            The batch contract of `dpo_keras.batching`, with `weight` 1 and `neutral_columns`.
         """
         prompt, parts = self.encode(prompts, responses)
         before = prompt.row_lengths()
@@ -175,42 +145,25 @@ class GraphEncoder(tf.Module):
             **neutral_columns(tf.shape(used)[0]),
         }
 
-    def _begins(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """Whether each row begins with the start token."""
+    def _begins(self, ids: tf.RaggedTensor) -> Tensor:
+        """Tell which rows begin with the start token."""
         starts = [] if self.start is None else [self.start]
         first = _first(ids, tf.minimum(ids.row_lengths(), 1))
         return tf.reduce_any(_among(first, starts), axis=1)
 
 
-def neutral_columns(rows: Any) -> dict[str, tf.Tensor]:
-    """Columns that some losses want of every pair, and no score depends on.
-
-    Args:
-        rows: number of rows.
-
-    Returns:
-        `margin` `[rows, 1]` float32 and `group` `[rows, 1]` int32, all 0.
-    """
+def neutral_columns(rows: int | Tensor) -> Batch:
+    """Return the columns that some losses ask for, though no score depends on them: all 0."""
     return {"margin": tf.zeros([rows, 1]), "group": tf.zeros([rows, 1], tf.int32)}
 
 
 def check_tokenization(
     graph: GraphEncoder,
-    preprocessor: Any,
+    preprocessor: object,
     template: ChatTemplate | None = None,
     texts: Sequence[str] = PROBES,
 ) -> None:
-    """Makes sure that the graph gives the ids that training saw.
-
-    Args:
-        graph: the encoder in the graph.
-        preprocessor: what `tokenize_pairs` is to be called with.
-        template: the same.
-        texts: what to try, as prompts and as responses.
-
-    Raises:
-        InputError: naming the first text that differs, and both lists of ids.
-    """
+    """Raise InputError for the first text to which the graph gives other ids than training."""
     special = TextEncoder(preprocessor).special_tokens + list(template.markers if template else ())
     texts = [*texts, *(f"a {token} b{token}" for token in special[:20])]
     texts = [text for text in texts if text.strip()]
@@ -224,9 +177,8 @@ def check_tokenization(
             tf.constant(texts), [tf.constant(others), tf.fill([len(texts)], "x")]
         )
     except (ValueError, TypeError, tf.errors.OpError) as error:
-        raise InputError(
-            f"policy: its tokenizer ({kind}) cannot run in a graph: {str(error).splitlines()[0]}"
-        ) from error
+        rule = f"has a tokenizer ({kind}) that cannot run in a graph: {str(error).splitlines()[0]}"
+        raise InputError(InputProblem("policy", rule)) from error
     columns = (
         ("prompt", expected.prompt, prompt, texts),
         ("response", expected.chosen, parts[0], others),
@@ -235,33 +187,22 @@ def check_tokenization(
         for row, number in enumerate(kept):
             ids = found[number].numpy().tolist()
             if ids != python[row].tolist():
-                raise InputError(
-                    f"policy: its tokenizer ({kind}) gives other ids in a graph than in training, "
+                rule = (
+                    f"has a tokenizer ({kind}) that gives other ids in a graph than in training, "
                     "so the served model would not be the one that was trained. For the "
                     f"{name} {given[number]!r}: {python[row].tolist()} in training, {ids} in the "
-                    "graph."
+                    "graph"
                 )
+                raise InputError(InputProblem("policy", rule))
 
 
-def _valid(texts: tf.Tensor) -> tf.Tensor:
+def _valid(texts: Tensor) -> Tensor:
     # A request may hold any bytes; patterns and tokenizers expect UTF-8.
     return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8")
 
 
-def rows_of(token: int, wanted: tf.Tensor) -> tf.RaggedTensor:
-    """One token in each row where it is wanted, none in the others.
-
-    Args:
-        token: an id.
-        wanted: bool `[batch]`.
-
-    Returns:
-        int32 `[batch, (0 or 1)]`.
-
-    Example:
-        >>> rows_of(2, tf.constant([True, False])).to_list()
-        [[2], []]
-    """
+def rows_of(token: int, wanted: Tensor) -> tf.RaggedTensor:
+    """Return one token in each row where it is wanted `[batch]`, none in the others."""
     count = tf.cast(wanted, tf.int64)
     tokens = tf.repeat(tf.constant(token, tf.int32), tf.reduce_sum(count))
     return tf.RaggedTensor.from_row_lengths(tokens, count)
@@ -272,22 +213,22 @@ def _among(ids: tf.RaggedTensor, wanted: Sequence[int]) -> tf.RaggedTensor:
     return ids.with_values(tf.reduce_any(matches, axis=1))
 
 
-def _cut(ids: tf.RaggedTensor, starts: tf.Tensor, stops: tf.Tensor) -> tf.RaggedTensor:
-    """Row i becomes `ids[i, starts[i]:stops[i]]`."""
+def _cut(ids: tf.RaggedTensor, starts: Tensor, stops: Tensor) -> tf.RaggedTensor:
+    """Make row i `ids[i, starts[i]:stops[i]]`."""
     begins = ids.row_starts()
     places = tf.ragged.range(begins + starts, begins + stops, row_splits_dtype=tf.int64)
     return places.with_values(tf.gather(ids.values, places.values))
 
 
-def _first(ids: tf.RaggedTensor, count: tf.Tensor) -> tf.RaggedTensor:
+def _first(ids: tf.RaggedTensor, count: Tensor) -> tf.RaggedTensor:
     return _cut(ids, tf.zeros_like(count), count)
 
 
-def _dense(ids: tf.RaggedTensor, fill: int, length: tf.Tensor) -> tf.Tensor:
+def _dense(ids: tf.RaggedTensor, fill: int, length: Tensor) -> Tensor:
     return ids.to_tensor(fill, shape=tf.stack([tf.constant(-1, tf.int64), length]))
 
 
-def _slots(parts: Sequence[tf.RaggedTensor], fill: int) -> tf.Tensor:
+def _slots(parts: Sequence[tf.RaggedTensor], fill: int) -> Tensor:
     # An empty slot behind all others: a batch of empty responses still has a slot.
     dense = tf.concat(list(parts), axis=1).to_tensor(fill)
     return tf.pad(dense, [[0, 0], [0, 1]], constant_values=fill)

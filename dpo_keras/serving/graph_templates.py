@@ -1,24 +1,24 @@
-"""A chat template inside a graph: the fixed text and tokens around what a request says."""
+"""A chat template inside a graph: the fixed text and tokens around the words of a request."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import tensorflow as tf
 
 from dpo_keras.batching import ChatTemplate, TextEncoder
-from dpo_keras.errors import InputError
-from dpo_keras.serving.word_patterns import literal, split_at
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.serving.graph_tokenizers import GraphTokenizer
+from dpo_keras.serving.word_patterns import CUT, literal, split_at
+from dpo_keras.utils.tensors import JSON, Tensor
 
-# Private use: stands for the words of a message while the template is read.
+# Private use characters: they stand for the words of a message while the template is read.
 _PROMPT, _RESPONSE = "\ue000", "\ue001"
-# The noncharacter that `dpo_keras.batching` takes out of messages.
+# `dpo_keras.batching` removes this noncharacter from messages.
 _NONCHARACTER = "\ufdd0"
-# What str.strip(), and so Jinja's trim, takes off.
+# What str.strip(), and with it Jinja's trim, removes.
 _BLANK = r"[\t-\r\x{1c}-\x{1f} \x{85}\p{Z}]+"
-_CUT = b"\xff"
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Turn:
     Args:
         before: ids of what comes first.
         prefix: text directly before the words, tokenized together with them.
-        suffix: text directly after them.
+        suffix: text directly after the words, tokenized together with them.
         after: ids of what comes last.
         exact: whether the words are tokenized behind the encoder's anchor.
-        trimmed: whether the template takes white space off the words' ends.
-        guards: patterns of special tokens, which words must not forge: group 1 is the first
-            character, group 2 the rest, and between the two the words are cut.
+        trimmed: whether the template strips white space from the words.
+        guards: patterns of special tokens, which words must not forge. Group 1 is the first
+            character, group 2 the rest; the words are cut between the two.
     """
 
     before: tuple[int, ...]
@@ -45,25 +45,18 @@ class Turn:
     guards: tuple[str, ...]
 
     def tokenize(
-        self, texts: tf.Tensor, tokenizer: Any, anchor: str, anchor_length: int
+        self, texts: Tensor, tokenizer: GraphTokenizer, anchor: str, anchor_length: int
     ) -> tf.RaggedTensor:
-        """Tokenizes the turn around each text.
+        """Tokenize the turn around each of the texts `[batch]`, valid UTF-8.
 
-        Args:
-            texts: string `[batch]`, valid UTF-8.
-            tokenizer: a `GraphTokenizer`.
-            anchor: see `TextEncoder`.
-            anchor_length: ids of the anchor.
-
-        Returns:
-            int32 `[batch, (tokens)]`.
+        `TextEncoder` explains the anchor.
         """
         texts = tf.strings.regex_replace(texts, _NONCHARACTER, "")
         for guard in self.guards:
-            texts = tf.strings.regex_replace(texts, guard, b"\\1" + _CUT + b"\\2")
+            texts = tf.strings.regex_replace(texts, guard, b"\\1" + CUT + b"\\2")
         if self.trimmed:
             texts = tf.strings.regex_replace(texts, f"^{_BLANK}|{_BLANK}$", "")
-        pieces = split_at(tf.strings.join([self.prefix, texts, self.suffix]), _CUT)
+        pieces = split_at(tf.strings.join([self.prefix, texts, self.suffix]), CUT)
         place = tf.ragged.range(pieces.row_lengths()).values
         anchored = tf.ones_like(place, tf.bool) if self.exact else place > 0
         ids = tokenizer.tokenize(tf.strings.join([tf.where(anchored, anchor, ""), pieces.values]))
@@ -80,22 +73,11 @@ class Turn:
 
 
 def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn]:
-    """Reads off a template what it writes around a prompt and around a response.
-
-    Args:
-        encoder: tokenizes.
-        template: as training used it.
-
-    Returns:
-        The user's turn (with what announces the answer) and the assistant's.
-
-    Raises:
-        InputError: the template does more with a message than put text around it.
-    """
+    """Return the user's turn, with what announces the answer, and the assistant's."""
     special = [*template.markers, *encoder.special_tokens]
     special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
     ids = {text: token for text in special if (token := encoder.token_id(text)) is not None}
-    variables: dict[str, Any] = {
+    variables: dict[str, JSON] = {
         "bos_token": getattr(encoder.tokenizer, "start_token", None) or "",
         "eos_token": getattr(encoder.tokenizer, "end_token", None) or "",
     }
@@ -106,9 +88,8 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
         messages.append({"role": "assistant", "content": response})
         whole = template.render(messages, **variables)
         if not whole.startswith(asked):
-            raise InputError(
-                f"template {template.name!r} cannot be served: the rendered conversation must "
-                "begin with the rendered prompt."
+            raise _not_served(
+                template, "the rendered conversation must begin with the rendered prompt"
             )
         answer = whole[len(asked) :]
         return asked, answer.rstrip() if answer.rstrip().endswith(tuple(special)) else answer
@@ -124,10 +105,10 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
         before, _, after = tight[place].partition(words)
         trimmed = loose[place] == tight[place]
         if words in after or not (trimmed or loose[place] == f"{before} {words} {after}"):
-            raise InputError(
-                f"template {template.name!r} cannot be served: it does more with a message than "
-                "put text around it. Render prompts before sending them, and export with "
-                "template=None."
+            raise _not_served(
+                template,
+                "it does more with a message than put text around it",
+                "Render prompts before sending them, and export with template=None.",
             )
         front, prefix = _fixed(before, ids, encoder, first=place == 0)
         back, suffix = _fixed(after, ids, encoder, last=True)
@@ -136,10 +117,15 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
     return turns[0], turns[1]
 
 
+def _not_served(template: ChatTemplate, reason: str, hint: str = "") -> InputError:
+    rule = f"{template.name!r} cannot be served: {reason}"
+    return InputError(InputProblem("template", rule, hint=hint))
+
+
 def _fixed(
     text: str, ids: dict[str, int], encoder: TextEncoder, first: bool = False, last: bool = False
 ) -> tuple[tuple[int, ...], str]:
-    """Ids of text that never changes, and the plain text at its end that touches the words."""
+    """Return the ids of text that never changes, and the plain text that touches the words."""
     pieces = [text]
     if ids:
         pieces = re.split("(" + "|".join(map(re.escape, ids)) + ")", text)

@@ -1,48 +1,54 @@
-"""Byte-pair encoding as plain TensorFlow ops: exact, without a cache that grows as it serves."""
+"""Tokenizers as TensorFlow ops that a server runs, with the ids that training saw."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
 
 import keras_hub
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
+import tokenizers
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.serving.word_patterns import literal, read_pre_tokenizer, split
+from dpo_keras.utils.keras_hub_internals import python_tokenizer
+from dpo_keras.utils.tensors import JSON, Tensor
 
 _NO_RANK = np.iinfo(np.int64).max
 
 
-class BytePairGraph(tf.Module):
-    """Tokenizes and detokenizes in a graph exactly as a byte-level `tokenizers.Tokenizer` does.
+class GraphTokenizer(tf.Module):
+    """A tokenizer in a graph; a `tf.Module`, so that its tables are saved with the graph."""
 
-    KerasHub's own graph path for byte-pair tokenizers will not do in a server: it keeps every word
-    it ever saw in a table (memory grows without end), and it cuts text into words by another rule
-    than the Python path that training uses, so that some texts get other ids.
+    def tokenize(self, texts: Tensor) -> tf.RaggedTensor:
+        """Return int32 `[batch, (tokens)]` of valid UTF-8 `[batch]`; add no start or end token."""
+        return self._ids(texts)
+
+    def detokenize(self, ids: tf.RaggedTensor) -> Tensor:
+        """Return texts `[batch]` of int32 `[batch, (tokens)]`; invalid UTF-8 becomes U+FFFD."""
+        return tf.strings.unicode_transcode(self._bytes(ids), "UTF-8", "UTF-8")
+
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
+        raise NotImplementedError
+
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BytePairGraph(GraphTokenizer):
+    """A byte-level `tokenizers.Tokenizer` in a graph, with exactly its ids.
+
+    KerasHub's own graph path for byte-pair tokenizers is unfit for a server. It keeps every word it
+    ever saw in a table, so memory grows without end. And it cuts text into words by another rule
+    than the Python path that training uses, so some texts get other ids.
 
     All stretches of the text are merged at once. Text is cut wherever no token of the vocabulary
-    holds the two neighbouring bytes, because no merge can cross such a place; within a stretch the
-    pair of lowest rank is merged first, the leftmost first among equals.
-
-    Args:
-        backend: the `tokenizers.Tokenizer` (byte-level BPE) to reproduce.
-
-    Raises:
-        InputError: the tokenizer does something that is not reproduced here.
-
-    Example:
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> vocabulary = {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}
-        >>> backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "c")]))
-        >>> backend.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
-        >>> BytePairGraph(backend).tokenize(tf.constant(["abcab", "", "ba"])).to_list()
-        [[4, 3], [], [1, 0]]
+    holds the two neighbouring bytes, because no merge can cross such a place. Within a stretch the
+    pair of lowest rank is merged first, and the leftmost one of equal rank.
     """
 
-    def __init__(self, backend: Any):
+    def __init__(self, backend: tokenizers.Tokenizer):
         super().__init__()
         specification = json.loads(backend.to_str())
         self.patterns, self.prefix_space = read_pre_tokenizer(specification)
@@ -67,7 +73,7 @@ class BytePairGraph(tf.Module):
         self.special_pattern = "|".join(map(literal, sorted(special, key=len, reverse=True)))
         self.special_ids = _table(list(special) or [""], list(special.values()) or [-1], default=-1)
 
-    def _read_merges(self, model: dict[str, Any], byte_of: dict[str, int]) -> None:
+    def _read_merges(self, model: dict[str, JSON], byte_of: dict[str, int]) -> None:
         vocabulary = model["vocab"]
         merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         left = np.array([vocabulary[a] for a, _ in merges], np.int64)
@@ -88,39 +94,22 @@ class BytePairGraph(tf.Module):
             neighbours[token[:-1], token[1:]] = True
         self.neighbours = neighbours.reshape(-1)
 
-    def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Tokenizes.
-
-        Args:
-            texts: string `[batch]`, valid UTF-8.
-
-        Returns:
-            int32 `[batch, (tokens)]`.
-        """
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         return self._traced(texts)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """Joins the bytes of tokens.
-
-        Args:
-            ids: int32 `[batch, (tokens)]`.
-
-        Returns:
-            string `[batch]`; what is not valid UTF-8 is replaced by U+FFFD.
-        """
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
         pieces = ids.with_values(tf.gather(tf.constant(self.texts), ids.values))
-        joined = tf.strings.reduce_join(pieces, axis=-1)
-        return tf.strings.unicode_transcode(joined, "UTF-8", "UTF-8")
+        return tf.strings.reduce_join(pieces, axis=-1)
 
-    def _tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
+    def _tokenize(self, texts: Tensor) -> tf.RaggedTensor:
         words, row, special = self._words(texts)
-        # A special token goes along as one byte, which stands for its id.
+        # One byte stands for a special token, whose id is known already.
         spelled = tf.where(special >= 0, "x", words)
         word = tf.repeat(tf.range(tf.size(words)), tf.strings.length(spelled))
         data = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(spelled), tf.uint8), tf.int32)
         given = tf.gather(special, word)
         ids = tf.where(given >= 0, given, tf.gather(tf.constant(self.byte_ids), data))
-        known = ids >= 0  # the tokenizers library passes over bytes that have no token
+        known = ids >= 0  # the tokenizers library skips bytes that have no token
         ids, word, data = (tf.boolean_mask(values, known) for values in (ids, word, data))
         joined = tf.gather(tf.constant(self.neighbours), data[:-1] * 256 + data[1:])
         cut = tf.pad((word[1:] != word[:-1]) | ~joined, [[1, 0]])[: tf.size(ids)]
@@ -129,8 +118,8 @@ class BytePairGraph(tf.Module):
             tf.cast(ids, tf.int32), tf.gather(row, word), nrows=tf.size(texts, tf.int64)
         )
 
-    def _words(self, texts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Words `[n]`, the row of `texts` that each is from, its id if it is special, else -1."""
+    def _words(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return words `[n]`, the row of `texts` of each, and its id if it is special, else -1."""
         row = tf.range(tf.size(texts, tf.int64))
         words, special = texts, tf.fill(tf.shape(texts), tf.constant(-1, tf.int64))
         if self.special_pattern:
@@ -150,10 +139,10 @@ class BytePairGraph(tf.Module):
             words = tf.where(bare, tf.strings.join([" ", words]), words)
         return words, row, special
 
-    def _merge(
-        self, ids: tf.Tensor, word: tf.Tensor, stretch: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        def find(ids: tf.Tensor, stretch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _merge(self, ids: Tensor, word: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the merge rules until none is left."""
+
+        def find(ids: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
             stretch_of_pair = stretch[:-1]
             ranks = self.ranks.lookup(ids[:-1] * self.size + ids[1:])
             ranks = tf.where(stretch[1:] == stretch_of_pair, ranks, _NO_RANK)
@@ -164,8 +153,8 @@ class BytePairGraph(tf.Module):
             return ranks, _first_of_each(chosen, stretch_of_pair)
 
         def body(
-            ids: tf.Tensor, word: tf.Tensor, stretch: tf.Tensor, ranks: tf.Tensor, chosen: tf.Tensor
-        ) -> tuple[tf.Tensor, ...]:
+            ids: Tensor, word: Tensor, stretch: Tensor, ranks: Tensor, chosen: Tensor
+        ) -> tuple[Tensor, ...]:
             made = tf.gather(tf.constant(self.made), tf.where(chosen, ranks, 0))
             ids = tf.concat([tf.where(chosen, made, ids[:-1]), ids[-1:]], axis=0)
             left = tf.concat([[True], ~chosen], axis=0)
@@ -181,8 +170,8 @@ class BytePairGraph(tf.Module):
         return ids, word
 
 
-def _every_other(chosen: tf.Tensor) -> tf.Tensor:
-    """Of chosen places side by side (which overlap), keeps every other one, from the left."""
+def _every_other(chosen: Tensor) -> Tensor:
+    """Keep every other one of chosen places side by side, which overlap, from the left."""
     first = chosen & ~tf.pad(chosen, [[1, 0]])[:-1]
     place = tf.range(tf.size(chosen))
     begins = tf.concat([tf.boolean_mask(place, first), [0]], axis=0)
@@ -190,127 +179,90 @@ def _every_other(chosen: tf.Tensor) -> tf.Tensor:
     return chosen & ((place - begin) % 2 == 0)
 
 
-def _first_of_each(chosen: tf.Tensor, stretch: tf.Tensor) -> tf.Tensor:
-    """Of the chosen places in each stretch, keeps the first."""
+def _first_of_each(chosen: Tensor, stretch: Tensor) -> Tensor:
+    """Keep the first of the chosen places in each stretch."""
     place = tf.range(tf.size(chosen))
     candidates = tf.where(chosen, place, place.dtype.max)
     first = tf.math.unsorted_segment_min(candidates, stretch, tf.size(chosen) + 1)
     return chosen & (place == tf.gather(first, stretch))
 
 
-def _rows(words: tf.Tensor) -> tf.RaggedTensor:
+def _rows(words: Tensor) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_uniform_row_length(words, 1)
 
 
-def _where(rows: tf.RaggedTensor, keep: tf.Tensor) -> tf.RaggedTensor:
-    """Empties the rows that are not kept."""
+def _where(rows: tf.RaggedTensor, keep: Tensor) -> tf.RaggedTensor:
+    """Empty the rows that are not kept."""
     values = tf.boolean_mask(rows.values, tf.gather(keep, rows.value_rowids()))
     return tf.RaggedTensor.from_row_lengths(values, tf.where(keep, rows.row_lengths(), 0))
 
 
-def _table(keys: list[Any], values: list[int], default: int) -> tf.lookup.StaticHashTable:
+def _table(
+    keys: list[str] | list[int], values: list[int], default: int
+) -> tf.lookup.StaticHashTable:
     keys = tf.constant(keys, tf.string if isinstance(keys[0], str) else tf.int64)
     initializer = tf.lookup.KeyValueTensorInitializer(keys, tf.constant(values, tf.int64))
     return tf.lookup.StaticHashTable(initializer, default)
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's)."""
+    """Return the printable character that stands for each byte in GPT-2's vocabulary."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_ins = iter(range(256, 512))
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-class GraphTokenizer(Protocol):
-    """What the graph needs of a tokenizer; a `tf.Module`, so that its tables are saved with it."""
-
-    def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """String `[batch]` to int32 `[batch, (tokens)]`, without start or end token."""
-
-    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """int32 `[batch, (tokens)]` to string `[batch]`, valid UTF-8."""
-
-
-class SentencePieceGraph(tf.Module):
-    """A SentencePiece model as tensorflow_text's ops.
-
-    Args:
-        proto: the serialized SentencePiece model.
-    """
+class SentencePieceGraph(GraphTokenizer):
+    """A serialized SentencePiece model as tensorflow_text's ops."""
 
     def __init__(self, proto: bytes):
         super().__init__()
         self.model = tf_text.SentencepieceTokenizer(model=proto, out_type=tf.int32)
 
-    def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """String `[batch]` to int32 `[batch, (tokens)]`."""
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         return self.model.tokenize(texts)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """int32 `[batch, (tokens)]` to string `[batch]`; invalid UTF-8 becomes U+FFFD."""
-        return tf.strings.unicode_transcode(self.model.detokenize(ids), "UTF-8", "UTF-8")
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        return self.model.detokenize(ids)
 
 
-class TracedTokenizer(tf.Module):
-    """Any other KerasHub tokenizer, by the path that it takes itself when it is traced.
+class TracedTokenizer(GraphTokenizer):
+    """Any other KerasHub tokenizer without a cache, such as `ByteTokenizer`, traced."""
 
-    Args:
-        tokenizer: a KerasHub tokenizer without a cache, such as `ByteTokenizer`.
-    """
-
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: keras_hub.tokenizers.Tokenizer):
         super().__init__()
-        # Not the tokenizer itself: as a Keras layer it would be saved as one. Traced, because
-        # called as they are they would take another path.
+        # The tokenizer itself would be saved as a Keras layer. Its methods are traced here, because
+        # eager calls take another path.
         texts = tf.TensorSpec([None], tf.string)
         ids = tf.RaggedTensorSpec([None, None], tf.int32)
         self._tokenize = tf.function(tokenizer.tokenize, input_signature=[texts])
         self._detokenize = tf.function(tokenizer.detokenize, input_signature=[ids])
-        self.resources = [v for v in vars(tokenizer).values() if _holds_a_table(v)]
+        held = vars(tokenizer).values()
+        self.resources = [
+            v for v in held if isinstance(v, tf.Module) or hasattr(v, "resource_handle")
+        ]
 
-    def tokenize(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """String `[batch]` to int32 `[batch, (tokens)]`."""
+    def _ids(self, texts: Tensor) -> tf.RaggedTensor:
         ids = self._tokenize(texts)
         ids = tf.RaggedTensor.from_tensor(ids) if isinstance(ids, tf.Tensor) else ids
         return tf.cast(ids, tf.int32)
 
-    def detokenize(self, ids: tf.RaggedTensor) -> tf.Tensor:
-        """int32 `[batch, (tokens)]` to string `[batch]`; invalid UTF-8 becomes U+FFFD."""
-        return tf.strings.unicode_transcode(self._detokenize(ids), "UTF-8", "UTF-8")
+    def _bytes(self, ids: tf.RaggedTensor) -> Tensor:
+        return self._detokenize(ids)
 
 
-def _holds_a_table(value: Any) -> bool:
-    return isinstance(value, tf.Module) or hasattr(value, "resource_handle")
-
-
-def graph_tokenizer(tokenizer: Any) -> GraphTokenizer:
-    """Chooses the form in which a tokenizer goes into the graph.
-
-    Args:
-        tokenizer: the policy's KerasHub tokenizer.
-
-    Returns:
-        A module that gives the ids that the tokenizer gives in Python (`check_tokenization` in
-        `dpo_keras.serving.graph_encoder` makes sure).
-
-    Raises:
-        InputError: the tokenizer cannot run in a graph.
-
-    Example:
-        >>> tokenizer = keras_hub.tokenizers.ByteTokenizer()
-        >>> graph_tokenizer(tokenizer).tokenize(tf.constant(["ab", ""])).to_list()
-        [[97, 98], []]
-    """
+def graph_tokenizer(tokenizer: keras_hub.tokenizers.Tokenizer) -> GraphTokenizer:
+    """Choose the form in which a policy's tokenizer goes into the graph."""
+    kind = type(tokenizer).__name__
     if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
-        # KerasHub keeps the tokenizers library's object, which its Python path runs on, to itself.
-        backend = getattr(tokenizer, "_tokenizer", None)
+        backend = python_tokenizer(tokenizer)
         if backend is None:
-            raise InputError(
-                f"policy: its {type(tokenizer).__name__} tokenizes by TensorFlow ops with a cache "
-                "that grows with every new word it serves. Use a KerasHub release whose byte-pair "
-                "tokenizers run on the tokenizers library (0.32 does), without "
-                "_allow_python_workflow=False."
+            rule = f"has a {kind} with a cache that grows with every new word it serves"
+            hint = (
+                "Use a KerasHub release whose byte-pair tokenizers run on the tokenizers library "
+                "(0.32 does), without _allow_python_workflow=False."
             )
+            raise InputError(InputProblem("policy", rule, hint=hint))
         return BytePairGraph(backend)
     proto = getattr(tokenizer, "proto", None)
     plain = keras_hub.tokenizers.SentencePieceTokenizer.tokenize
@@ -318,7 +270,6 @@ def graph_tokenizer(tokenizer: Any) -> GraphTokenizer:
         return SentencePieceGraph(proto)
     if isinstance(tokenizer, keras_hub.tokenizers.Tokenizer):
         return TracedTokenizer(tokenizer)
-    raise InputError(
-        f"policy: its tokenizer ({type(tokenizer).__name__}) is not a KerasHub tokenizer, so it "
-        "cannot be put into the graph. Export with preprocessor=<a KerasHub preprocessor>."
-    )
+    rule = f"has a tokenizer ({kind}) that is not KerasHub's, so it cannot be put into the graph"
+    hint = "Export with preprocessor=<a KerasHub preprocessor>."
+    raise InputError(InputProblem("policy", rule, hint=hint))

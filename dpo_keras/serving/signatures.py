@@ -1,26 +1,28 @@
-"""What a served model can be asked: score, prefer, generate."""
+"""What a served model can be asked, as graphs that need neither XLA nor Python."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import tensorflow as tf
 
-from dpo_keras.losses import DPOLoss, log_likelihood_ratio, preference_probabilities
+from dpo_keras.errors import InputProblem
+from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_probabilities
 from dpo_keras.scoring import ResponseScorer
-from dpo_keras.serving.decoding import generate_ids, prompt_ids
-from dpo_keras.serving.graph_encoder import GraphEncoder, neutral_columns
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.serving.graph_encoder import GraphEncoder, rows_of
+from dpo_keras.training import outputs_of
+from dpo_keras.training.generation import decode, decoding_problems, new_tokens, token_choice
+from dpo_keras.utils.keras_internals import native_slice_update
+from dpo_keras.utils.tensors import Tensor
 
-Outputs = dict[str, tf.Tensor]
 INPUTS = {
     "score": ("prompt", "response"),
     "prefer": ("prompt", "response_a", "response_b"),
     "generate": ("prompt",),
 }
+SIGNATURES = tuple(INPUTS)
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,39 @@ class Decoding:
     """How the `generate` signature chooses tokens; fixed at export.
 
     Args:
-        max_new_tokens: longest response, in tokens.
-        temperature: 0 takes the likeliest token; above 0 samples, fresh in every request.
-        top_p: share of the probability that is sampled from.
+        max_new_tokens: the longest response, in tokens.
+        temperature: 0 takes the most likely token; above 0 every request samples anew.
+        top_p: share of the probability to sample from.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
 
+    def problems(self, max_length: int) -> list[InputProblem]:
+        """Name the values that are out of range for sequences of `max_length` tokens."""
+        problems = decoding_problems(self.max_new_tokens, self.temperature, self.top_p)
+        if self.max_new_tokens > max_length - 2:
+            rule = f"must leave room for a prompt of 2 tokens within max_length={max_length}"
+            problems.append(InputProblem("max_new_tokens", rule, self.max_new_tokens))
+        if 0 < self.top_p < 1 and self.temperature == 0:
+            rule = f"{self.top_p} has no effect at temperature=0"
+            hint = "Give a temperature, or leave top_p out."
+            problems.append(InputProblem("top_p", rule, hint=hint))
+        return problems
 
-class Server:
-    """A policy, its reference and its tokenizer as one object whose methods are signatures.
 
-    Not a `tf.Module`: what it holds would be saved as Keras layers, training functions and all.
+class ServedModel:
+    """A policy, its reference and its tokenizer; the methods named in `INPUTS` are signatures.
+
+    It is no `tf.Module`, because TensorFlow would then save the models as Keras layers, with their
+    training functions.
 
     Args:
         model: a compiled `DPOModel`, or a policy alone.
         encoder: tokenizes in the graph.
-        decoding: how `generate` works.
-        special_ids: ids that are left out of generated text.
+        decoding: how `generate` chooses tokens.
+        special_ids: ids to leave out of generated text.
     """
 
     def __init__(
@@ -59,33 +74,34 @@ class Server:
     ):
         self.model = model
         self.scorer = getattr(model, "scorer", None) or ResponseScorer(model)
-        # As the scorer calls it: with a dict of ids and mask, whatever the model itself takes.
+        # The scorer's view takes a dict of ids and mask, whatever the policy itself takes.
         self.policy = self.scorer.policy
         self.encoder = encoder
         self.decoding = decoding
         self.special_ids = special_ids
 
-    def score(self, prompt: tf.Tensor, response: tf.Tensor) -> Outputs:
-        """Gives log pi(response | prompt), and the implicit reward where there is a reference."""
-        _same_length(prompt, response)
+    def score(self, prompt: Tensor, response: Tensor) -> dict[str, Tensor]:
+        """Return log pi(response | prompt), and the implicit reward where there is a reference."""
+        _check_same_length(prompt, response)
         model = self.model
         batch = self.encoder.batch(prompt, [response])
         scored = self.scorer(batch)
-        found = {"log_prob": scored["logps"][:, 0], "tokens": scored["lengths"][:, 0]}
-        loss = loss_of(model)
+        answer = {"log_prob": scored["logps"][:, 0], "tokens": scored["lengths"][:, 0]}
+        loss = getattr(model, "preference_loss", None)
         if loss is not None and missing_reference(model) is None:
-            columns = {"policy": scored["logps"], "lengths": scored["lengths"]}
+            # Scores need two columns: the response beside itself, so that all of it is shared.
+            policy = _twice(scored["logps"])
+            outputs: Outputs = {"policy": policy, "lengths": _twice(scored["lengths"])}
+            outputs["policy_shared"] = policy
             if loss.needs_reference:
-                columns["reference"] = model.reference_logps(batch)
-            # Scores want two columns: the response beside itself, so that all of it is shared.
-            twice = {name: tf.repeat(value[:, :1], 2, axis=1) for name, value in columns.items()}
-            shared = {f"{name}_shared": value for name, value in twice.items()}
-            found["reward"] = scores_of(loss, {**shared, **twice})[:, 0]
-        return found
+                outputs["reference"] = _twice(model.reference_logps(batch))
+                outputs["reference_shared"] = outputs["reference"]
+            answer["reward"] = scores_of(loss, outputs)[:, 0]
+        return answer
 
-    def prefer(self, prompt: tf.Tensor, response_a: tf.Tensor, response_b: tf.Tensor) -> Outputs:
-        """P(a is preferred) and P(b is preferred), from the scores that training compares."""
-        _same_length(prompt, response_a, response_b)
+    def prefer(self, prompt: Tensor, response_a: Tensor, response_b: Tensor) -> dict[str, Tensor]:
+        """Return P(a), P(b) and their log-ratio, from the scores that training compares."""
+        _check_same_length(prompt, response_a, response_b)
         outputs = outputs_of(self.model, self.encoder.batch(prompt, [response_a, response_b]))
         scores = scores_of(self.model.preference_loss, outputs)
         probabilities = preference_probabilities(scores)
@@ -95,68 +111,74 @@ class Server:
             "llr": log_likelihood_ratio(scores),
         }
 
-    def generate(self, prompt: tf.Tensor) -> Outputs:
-        """A response to each prompt, its number of tokens, and whether it came to its end."""
+    def generate(self, prompt: Tensor) -> dict[str, Tensor]:
+        """Return a response to each prompt, its tokens' number, and whether it ended by itself."""
         new = self.continue_ids(self.prompt_ids(prompt))
         special = tf.constant(self.special_ids or (-1,), tf.int32)
         kept = tf.reduce_all(new.values[:, None] != special[None, :], axis=1)
         shown = tf.ragged.boolean_mask(new, new.with_values(kept))
         count = tf.cast(new.row_lengths(), tf.int32)
-        # More than one output also keeps its name over REST; a single one would lose it.
+        # REST drops the name of a single output; with several, each keeps its name.
         return {
             "text": self.encoder.tokenizer.detokenize(shown),
             "tokens": count,
             "finished": count < self.decoding.max_new_tokens,
         }
 
-    def prompt_ids(self, prompt: tf.Tensor) -> tf.RaggedTensor:
-        """Ids that generation goes on from, int32 `[batch, (tokens)]`."""
-        return prompt_ids(self.encoder, prompt, self.decoding.max_new_tokens)
+    def prompt_ids(self, prompt: Tensor) -> tf.RaggedTensor:
+        """Tokenize prompts, int32 `[batch, (tokens)]`, with room left for the responses."""
+        encoder = self.encoder
+        room = tf.constant(encoder.max_length - self.decoding.max_new_tokens, tf.int64)
+        ids = encoder.truncate_prompts(encoder.prompts(prompt), room)
+        # Something must predict the first token. GPT-2's training texts followed an end token, too.
+        return tf.concat([rows_of(encoder.end, ids.row_lengths() == 0), ids], axis=1)
 
     def continue_ids(self, ids: tf.RaggedTensor) -> tf.RaggedTensor:
-        """New tokens after each prompt, int32 `[batch, (tokens)]`."""
-        return generate_ids(
-            self.policy,
-            ids,
-            stops=self.encoder.stops,
-            pad=self.encoder.pad,
-            max_new_tokens=self.decoding.max_new_tokens,
-            temperature=self.decoding.temperature,
-            top_p=self.decoding.top_p,
-        )
+        """Generate the tokens after each prompt, int32 `[batch, (tokens)]`."""
+        encoder = self.encoder
+        return continue_prompts(self.policy, ids, self.decoding, encoder.stops, encoder.pad)
 
 
-def loss_of(model: Any) -> DPOLoss | None:
-    """The loss that a model was compiled with, or None for a policy alone."""
-    return getattr(model, "preference_loss", None)
+def continue_prompts(
+    policy: keras.Model, ids: tf.RaggedTensor, decoding: Decoding, stops: Sequence[int], pad: int
+) -> tf.RaggedTensor:
+    """Generate the tokens after each prompt, without XLA; leave out the stop that ends them.
 
-
-def scores_of(loss: DPOLoss, outputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
-    """Scores of both responses.
-
-    Args:
-        loss: whose scores.
-        outputs: `policy`, `reference`, `lengths` `[N, 2]` and whatever else there is.
-
-    Returns:
-        `[N, 2]`, in nats.
+    Prompts and new tokens are int32 `[batch, (tokens)]`; a prompt has at least one token.
     """
-    # No score depends on these, though some losses want them.
-    rows = tf.shape(outputs["policy"])[0]
-    columns = {name: column[:, 0] for name, column in neutral_columns(rows).items()}
-    weights = {"wpo_log_weight": tf.zeros_like(outputs["policy"])}
-    return loss.scores({**columns, **weights, **outputs})
+    longest = decoding.max_new_tokens
+    token_ids = tf.pad(ids.to_tensor(pad), [[0, 0], [0, longest]], constant_values=pad)
+    lengths = ids.row_lengths()
+    mask = tf.sequence_mask(lengths, tf.shape(token_ids, tf.int64)[1])
+    choose = token_choice(decoding.temperature, decoding.top_p, draw_anew)
+    with native_slice_update():
+        found = decode(policy, token_ids, mask, stops=stops, choose=choose, max_new_tokens=longest)
+    return new_tokens(found, lengths, stops, longest)
 
 
-def missing_reference(model: Any) -> str | None:
-    """Why rewards cannot be computed from strings alone, or None where they can.
+def draw_anew(log_probs: Tensor) -> Tensor:
+    """Draw from log-probs `[batch, n]`, differently in every request; int32 `[batch]`."""
+    # Both seeds 0 make the kernel choose a seed; tf.random would write the exporter's seed down.
+    drawn = tf.raw_ops.Multinomial(
+        logits=log_probs, num_samples=1, seed=0, seed2=0, output_dtype=tf.int32
+    )
+    return drawn[:, 0]
 
-    Args:
-        model: a `DPOModel` or a policy.
 
-    Returns:
-        One clause for people.
-    """
+def scores_of(loss: DPOLoss, outputs: Outputs) -> Tensor:
+    """Return the scores `[N, 2]`, in nats, of outputs that have no columns of pairs."""
+    # Some losses ask for these, but no score depends on them.
+    zeros = tf.zeros_like(outputs["policy"])
+    unused: Outputs = {
+        "margin": zeros[:, 0],
+        "group": tf.cast(zeros[:, 0], tf.int32),
+        "wpo_log_weight": zeros,
+    }
+    return loss.scores({**unused, **outputs})
+
+
+def missing_reference(model: keras.Model) -> str | None:
+    """Say in one clause why rewards cannot be computed from strings; None where they can."""
     if not hasattr(model, "preference_loss"):
         return "a policy alone has no reference and no beta; export the DPOModel around it"
     loss = model.preference_loss
@@ -170,32 +192,29 @@ def missing_reference(model: Any) -> str | None:
     return None
 
 
-def trace(server: Server, names: Sequence[str]) -> tuple[tf.Module, dict[str, Any]]:
-    """Traces signatures.
-
-    Args:
-        server: see `Server`.
-        names: of signatures, from `INPUTS`.
-
-    Returns:
-        What must be saved with them (tables and weights), and the concrete functions by name, with
-        string inputs `[None]`.
-    """
+def trace(
+    served: ServedModel, names: Sequence[str]
+) -> tuple[tf.Module, dict[str, tf.types.experimental.ConcreteFunction]]:
+    """Trace signatures: return the tables and weights to save, and the functions by name."""
     functions = {}
     for name in names:
         inputs = [tf.TensorSpec([None], tf.string, name=key) for key in INPUTS[name]]
-        function = tf.function(getattr(server, name), input_signature=inputs, autograph=False)
+        function = tf.function(getattr(served, name), input_signature=inputs, autograph=False)
         functions[name] = function.get_concrete_function()
     keeper = tf.Module()
-    keeper.encoder = server.encoder
+    keeper.encoder = served.encoder
     # Whatever the reference is made of (a copy, another model), its weights are captured here.
     captured = {id(v): v for f in functions.values() for v in f.graph.variables}
     keeper.variables_read = list(captured.values())
     return keeper, functions
 
 
-def _same_length(prompt: tf.Tensor, *others: tf.Tensor) -> None:
+def _check_same_length(prompt: Tensor, *others: Tensor) -> None:
     for other in others:
         tf.debugging.assert_equal(
             tf.shape(prompt), tf.shape(other), "prompt and responses must be as many"
         )
+
+
+def _twice(column: Tensor) -> Tensor:
+    return tf.repeat(column[:, :1], 2, axis=1)

@@ -1,4 +1,8 @@
-"""Checks an exported model: nothing in it that a server cannot run, and the numbers are right."""
+"""Checks of an exported model: its graph holds only what a server runs, and its answers are right.
+
+`check_graph` reads the graph, `run_standalone` asks it in a process without Keras, and `Comparison`
+holds the answers against those of the model in Python, computed by other code.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,35 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import keras
 import numpy as np
+import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from dpo_keras.errors import InputError
+from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, collate, tokenize_pairs
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.losses import log_likelihood_ratio, preference_probabilities
+from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving import standalone
+from dpo_keras.serving.graph_encoder import neutral_columns
+from dpo_keras.serving.signatures import INPUTS, ServedModel, missing_reference, scores_of
+from dpo_keras.training import outputs_of
+from dpo_keras.training.generation import detokenized
+from dpo_keras.utils.tensors import JSON, Tensor
 
-Call = tuple[str, Mapping[str, Sequence[str]]]
+Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]  # signature, texts by input name
+Examples: TypeAlias = Sequence[tuple[str, str, str]]  # prompts with two responses each
+Answers: TypeAlias = Mapping[str, Sequence[JSON]]  # by output name, one entry per example
 
+EXAMPLES: Examples = (
+    ("How do I reset my password?", "Open Settings and choose Reset.", "No idea, sorry."),
+    ("Hi", "Hello! How can I help you today?", "What?"),
+    ("Summarize: it rained in 2024,   naïve café 東京\n", "It rained.", "It was dry (I think)."),
+)
+# A server must answer these, too.
+EMPTY: Examples = (("", "", "word"), ("word", "", ""), ("", "", ""))
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")
 _GROWING = ("LookupTableInsert", "LookupTableInsertV2")
 
@@ -36,11 +59,11 @@ class GraphFindings:
 
 
 def inspect_graph(path: str | Path) -> GraphFindings:
-    """Reads a SavedModel's graph, without running it.
+    """Read a SavedModel's graph, without running it.
 
     A model that loads in Python may still fail in a server: functions marked `_XlaMustCompile`
-    need XLA, which TensorFlow Serving leaves out (tensorflow/serving#2214), Python functions need
-    Python. And a table that takes in new words grows as long as the server runs.
+    need XLA, which TensorFlow Serving leaves out (tensorflow/serving#2214), and Python functions
+    need Python. A table that takes in new words grows as long as the server runs.
 
     Args:
         path: the SavedModel's directory.
@@ -49,11 +72,12 @@ def inspect_graph(path: str | Path) -> GraphFindings:
         The ops and the faults.
 
     Raises:
-        InputError: no SavedModel there.
+        InputError: there is no SavedModel.
     """
     file = Path(path) / "saved_model.pb"
     if not file.is_file():
-        raise InputError(f"path must be the directory of a SavedModel, {file} does not exist.")
+        rule = f"must be the directory of a SavedModel, {file} does not exist"
+        raise InputError(InputProblem("path", rule))
     saved = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     operations: set[str] = set()
     faults = []
@@ -79,27 +103,48 @@ def inspect_graph(path: str | Path) -> GraphFindings:
     return GraphFindings(tuple(sorted(operations)), tuple(faults))
 
 
-def run_standalone(path: str | Path, calls: Sequence[Call], timeout: float = 900) -> dict[str, Any]:
-    """Calls signatures in a fresh process without Keras.
+def check_graph(path: str | Path) -> GraphFindings:
+    """Inspect a graph; raise RuntimeError, with its faults, where it cannot be served."""
+    found = inspect_graph(path)
+    if found.faults:
+        shown = "\n".join(f"  {fault}" for fault in found.faults[:20])
+        raise RuntimeError(
+            f"the exported graph cannot be served, {len(found.faults)} faults:\n{shown}\n"
+            "Take jit_compile, tf.py_function and numpy_function out of the policy's layers."
+        )
+    return found
+
+
+def calls(names: Sequence[str], examples: Examples) -> list[Call]:
+    """Make one request to each signature, with all examples."""
+    prompts, first, second = zip(*examples, strict=True)
+    columns = {"prompt": prompts, "response": first, "response_a": first, "response_b": second}
+    return [(name, {key: list(columns[key]) for key in INPUTS[name]}) for name in names]
+
+
+def run_standalone(
+    path: str | Path, calls: Sequence[Call], timeout: float = 900
+) -> dict[str, JSON]:
+    """Call signatures in a fresh process without Keras.
 
     Args:
         path: the SavedModel's directory.
         calls: signature and inputs, in order.
-        timeout: seconds until the process is given up.
+        timeout: seconds after which the process is stopped.
 
     Returns:
         `outputs` (a dict of lists per call), `signatures` (inputs and outputs of each),
         `custom_operations` (ops that TensorFlow alone does not have).
 
     Raises:
-        RuntimeError: the process failed; with the end of what it said.
+        RuntimeError: the process failed. The message holds the end of what it wrote.
     """
     request = {
         "path": str(path),
         "calls": [{"signature": name, "inputs": dict(inputs)} for name, inputs in calls],
         "operations": list(inspect_graph(path).operations),
     }
-    # -I: neither the working directory nor PYTHONPATH may lend the process anything.
+    # -I keeps the working directory and PYTHONPATH out of the process.
     done = subprocess.run(
         [sys.executable, "-I", standalone.__file__],
         input=json.dumps(request),
@@ -117,44 +162,143 @@ def run_standalone(path: str | Path, calls: Sequence[Call], timeout: float = 900
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def check_graph(path: str | Path) -> GraphFindings:
-    """As `inspect_graph`, and refuses a graph with faults.
+class Comparison:
+    """Compares answers of an exported model with the model in Python.
 
-    Args:
-        path: the SavedModel's directory.
+    The Python side tokenizes by `tokenize_pairs`, lays out by `collate`, and runs op by op.
+    Generated text is checked in two steps: it is the text of the tokens that the model generates
+    in Python, and each of those tokens is the most likely one in one forward pass over the whole
+    text, without key-value cache.
 
-    Returns:
-        The findings, without faults.
-
-    Raises:
-        RuntimeError: naming every fault.
+    Attributes:
+        tolerance: the largest difference allowed, relative to values above 1.
     """
-    found = inspect_graph(path)
-    if found.faults:
-        shown = "\n".join(f"  {fault}" for fault in found.faults[:20])
-        raise RuntimeError(
-            f"the exported graph cannot be served, {len(found.faults)} faults:\n{shown}\n"
-            "Take jit_compile, tf.py_function and numpy_function out of the policy's layers."
+
+    def __init__(self, served: ServedModel, preprocessor: object, template: ChatTemplate | None):
+        self.served = served
+        self.preprocessor = preprocessor
+        self.template = template
+        backbone = getattr(served.policy, "backbone", served.policy)
+        # In half precision the order of sums shows in the third digit.
+        self.tolerance = 1e-4 if backbone.compute_dtype == "float32" else 3e-2
+
+    def check(self, name: str, answers: Answers, examples: Examples) -> dict[str, float]:
+        """Return the largest difference of each output; refuse one above the tolerance."""
+        expected, kept = getattr(self, f"_{name}")(examples)
+        differences = {}
+        for output, values in expected.items():
+            found = [answers[output][row] for row in kept]
+            difference = differences[f"{name}.{output}"] = largest_difference(found, values)
+            if not difference <= self.tolerance:
+                raise RuntimeError(
+                    "the exported model answers otherwise than the model in Python: "
+                    f"{name}.{output} differs by {difference:.2e} (at most {self.tolerance:.0e} "
+                    f"allowed). Exported: {found}; in Python: {list(values)}."
+                )
+        return differences
+
+    def check_finite(self, name: str, answers: Answers) -> None:
+        """Raise RuntimeError where an answer to empty texts is NaN or infinite."""
+        for key, values in answers.items():
+            numbers = [value for value in values if not isinstance(value, str)]
+            if not np.isfinite(np.asarray(numbers, np.float64)).all():
+                raise RuntimeError(
+                    f"the exported model answers empty texts with {key}={list(values)}; the policy "
+                    "or its reference gives no finite log-probs for them."
+                )
+
+    # Each of these returns the expected values by output, and the examples that they belong to.
+
+    def _score(self, examples: Examples) -> tuple[dict[str, list[float]], list[int]]:
+        # Beside the shortest response there is, so that it does not shorten the prompt.
+        rows = [(prompt, one, "x" if one != "x" else "y") for prompt, one, _ in examples]
+        batch, kept = self._batch(rows)
+        scored = self.served.scorer(batch)
+        expected = {"log_prob": _column(scored["logps"]), "tokens": _column(scored["lengths"])}
+        model = self.served.model
+        if missing_reference(model) is None:
+            outputs = outputs_of(model, batch)
+            # On its own, a response is shared with nothing shorter (LD-DPO).
+            if "policy_shared" in outputs:
+                outputs["policy_shared"] = outputs["policy"]
+                outputs["reference_shared"] = outputs["reference"]
+            expected["reward"] = _column(scores_of(model.preference_loss, outputs))
+        return expected, kept
+
+    def _prefer(self, examples: Examples) -> tuple[dict[str, list[float]], list[int]]:
+        batch, kept = self._batch(examples)
+        model = self.served.model
+        scores = scores_of(model.preference_loss, outputs_of(model, batch))
+        probabilities = preference_probabilities(scores)
+        return {
+            "probability_a": _column(probabilities),
+            "probability_b": _column(probabilities, 1),
+            "llr": _column(log_likelihood_ratio(scores)[:, None]),
+        }, kept
+
+    def _generate(self, examples: Examples) -> tuple[dict[str, list[JSON]], list[int]]:
+        served = self.served
+        if served.decoding.temperature > 0:
+            return {}, []  # every request samples anew: there is nothing to compare
+        before = served.prompt_ids(tf.constant([prompt for prompt, *_ in examples]))
+        continued = served.continue_ids(before)
+        # Where two tokens are as good as equal, rounding decides, and either text is right.
+        decided = self._check_most_likely(before, continued)
+        new = continued.to_list()
+        shown = [[token for token in row if token not in served.special_ids] for row in new]
+        texts = detokenized(TextEncoder(self.preprocessor), shown)
+        return {
+            "text": [texts[row] for row in decided],
+            "tokens": [len(new[row]) for row in decided],
+            "finished": [len(new[row]) < served.decoding.max_new_tokens for row in decided],
+        }, decided
+
+    def _batch(self, rows: Examples) -> tuple[Batch, list[int]]:
+        tokens = tokenize_pairs(
+            [PreferencePair(*row) for row in rows],
+            self.preprocessor,
+            max_length=self.served.encoder.max_length,
+            template=self.template,
         )
-    return found
+        kept = list(range(len(rows))) if tokens.source is None else tokens.source.tolist()
+        batch = collate(tokens, np.arange(len(tokens)))
+        return {**batch, **neutral_columns(len(tokens))}, kept
+
+    def _check_most_likely(self, before: tf.RaggedTensor, new: tf.RaggedTensor) -> list[int]:
+        """Check generated tokens against one forward pass over the whole text.
+
+        Returns the rows in which the most likely token was never in doubt.
+        """
+        decided = []
+        encoder, longest = self.served.encoder, self.served.decoding.max_new_tokens
+        ids = tf.concat([before, new], axis=1)
+        mask = tf.sequence_mask(ids.row_lengths(), dtype=tf.int32)
+        inputs = {"token_ids": ids.to_tensor(encoder.pad), "padding_mask": mask}
+        logits = self.served.policy(inputs, training=False)
+        logits = keras.ops.convert_to_numpy(keras.ops.cast(logits, "float32"))
+        starts = before.row_lengths().numpy()
+        for number, row in enumerate(new.to_list()):
+            taken = [[token] for token in row] + [encoder.stops] * (len(row) < longest)
+            narrowest = np.inf
+            for step, tokens in enumerate(taken):
+                at = logits[number, starts[number] + step - 1]
+                at = at / max(1.0, abs(at.max()))
+                lead = at[tokens].max() - np.delete(at, tokens).max()
+                narrowest = min(narrowest, lead)
+                if not lead >= -10 * self.tolerance:
+                    raise RuntimeError(
+                        f"greedy generation in the graph took token {tokens} at step {step} of "
+                        f"example {number}, whose logit is {-lead:.2e} below the largest one of a "
+                        "forward pass: the policy's key-value cache does not agree with its "
+                        "forward pass."
+                    )
+            if narrowest > 10 * self.tolerance:
+                decided.append(number)
+        return decided
 
 
-def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """The largest difference, relative where values are above 1; infinite where texts differ.
-
-    Args:
-        found: numbers or texts.
-        expected: as many.
-
-    Returns:
-        max |found - expected| / max(1, |expected|).
-
-    Example:
-        >>> largest_difference([1.0, 200.0], [1.0, 201.0]) < 0.005
-        True
-        >>> largest_difference(["a"], ["b"])
-        inf
-    """
+def largest_difference(found: Sequence[JSON], expected: Sequence[JSON]) -> float:
+    """Return max |found - expected| / max(1, |expected|); infinite where texts differ."""
     if len(found) != len(expected):
         return float("inf")
     if any(isinstance(value, str) for value in [*found, *expected]):
@@ -163,3 +307,7 @@ def largest_difference(found: Sequence[Any], expected: Sequence[Any]) -> float:
     gaps = np.abs(a - b) / np.maximum(1.0, np.abs(b))
     # NaN must not pass for a small difference.
     return float(np.where(np.isfinite(gaps), gaps, np.inf).max(initial=0.0))
+
+
+def _column(values: Tensor, column: int = 0) -> list[float]:
+    return keras.ops.convert_to_numpy(values)[:, column].tolist()

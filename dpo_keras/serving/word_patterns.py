@@ -1,24 +1,24 @@
-"""How a byte-pair tokenizer cuts text into words, rewritten for RE2, TensorFlow's own patterns."""
+"""How a byte-pair tokenizer cuts text into words, rewritten for RE2, the patterns of TensorFlow."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import tensorflow as tf
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON, Tensor
 
-# RE2 knows only ASCII by \s; the tokenizers library follows Unicode's White_Space.
+# RE2's \s is ASCII only; the tokenizers library follows Unicode's White_Space.
 _SPACE = r"\t-\r \x{85}\p{Z}"
 _SPACE_NO_NEWLINE = r"\t\x{0b}\f \x{85}\p{Z}"
 _LAST_SPACE = f"([{_SPACE}])([{_SPACE}][^{_SPACE}])"
-# For patterns that take all spaces up to a line end together, whatever follows.
+# For patterns that match all spaces up to a line end together, whatever follows.
 _LAST_SPACE_OF_LINE = f"([{_SPACE_NO_NEWLINE}])([{_SPACE_NO_NEWLINE}][^{_SPACE}])"
 _LOOKAHEAD, _TO_LINE_END = r"\s+(?!\S)|", r"\s*[\r\n]+|"
-# No valid UTF-8 text holds this byte, so it can mark a cut without meeting one in the text.
-_CUT = b"\xff"
+# No valid UTF-8 text holds this byte, so it marks a cut and never occurs in a text.
+CUT = b"\xff"
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,10 @@ class WordPattern:
 
     Args:
         pattern: a regular expression of RE2.
-        last_space: a pattern for the last of several spaces before a word, which goes with that
-            word: group 1 is the space before it, group 2 that space and what follows. This is what
-            `\s+(?!\S)` does in the patterns of most language models; RE2 has no lookahead, so the
-            text is cut there first. None where the pattern has no such part.
-
-    Example:
-        >>> print(WordPattern.read({"Regex": r" ?\w+|\s+(?!\S)|\s+"}))
-        None
-        >>> pattern = WordPattern.read({"Regex": r"\s?\p{L}+|\s+(?!\S)|\s+"})
-        >>> pattern.split(tf.constant(["a   b"])).to_list()
-        [[b'a', b'  ', b' b']]
+        last_space: a pattern for the last of several spaces before a word, which belongs to that
+            word. Group 1 is the space before it, group 2 that space and what follows. Most language
+            models write this as `\s+(?!\S)`; RE2 has no lookahead, so the text is cut there
+            first. None where the pattern has no such part.
     """
 
     pattern: str
@@ -45,14 +38,7 @@ class WordPattern:
 
     @classmethod
     def read(cls, pattern: dict[str, str]) -> WordPattern | None:
-        """Takes the `pattern` of a `Split` step of the tokenizers library.
-
-        Args:
-            pattern: `{"String": text}` or `{"Regex": expression}`.
-
-        Returns:
-            The pattern for RE2, or None where RE2 has no equal.
-        """
+        """Read the `pattern` of a `Split` step of the tokenizers library; None where RE2 fails."""
         ((kind, text),) = pattern.items()
         found = cls(literal(text)) if kind == "String" else cls(*_re2(text))
         try:
@@ -61,78 +47,35 @@ class WordPattern:
             return None
         return found
 
-    def split(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Cuts texts into words.
-
-        Args:
-            texts: string `[n]`, valid UTF-8.
-
-        Returns:
-            string `[n, (words)]`, none of them empty.
-        """
+    def split(self, texts: Tensor) -> tf.RaggedTensor:
+        """Cut valid UTF-8 texts `[n]` into words `[n, (words)]`, none of them empty."""
         if self.last_space is not None:
-            texts = tf.strings.regex_replace(texts, self.last_space, b"\\1" + _CUT + b"\\2")
+            texts = tf.strings.regex_replace(texts, self.last_space, b"\\1" + CUT + b"\\2")
         return split(texts, self.pattern)
 
 
-def split(texts: tf.Tensor, pattern: str) -> tf.RaggedTensor:
-    """Cuts texts into the matches of a pattern and what lies between them.
-
-    Args:
-        texts: string `[n]`.
-        pattern: a regular expression of RE2.
-
-    Returns:
-        string `[n, (pieces)]`, none of them empty.
-
-    Example:
-        >>> split(tf.constant(["a1b"]), "[0-9]").to_list()
-        [[b'a', b'1', b'b']]
-    """
+def split(texts: Tensor, pattern: str) -> tf.RaggedTensor:
+    """Cut texts `[n]` into the matches of an RE2 pattern and what lies between them."""
     # Not tf_text.regex_split, which drops the rest of a text from its first NUL character on.
-    marked = tf.strings.regex_replace(texts, f"({pattern})", _CUT + b"\\1" + _CUT)
-    return split_at(marked, _CUT)
+    marked = tf.strings.regex_replace(texts, f"({pattern})", CUT + b"\\1" + CUT)
+    return split_at(marked, CUT)
 
 
-def split_at(texts: tf.Tensor, separator: bytes) -> tf.RaggedTensor:
-    """Cuts texts at a separator, which goes, as do empty pieces.
-
-    Args:
-        texts: string `[n]`.
-        separator: bytes.
-
-    Returns:
-        string `[n, (pieces)]`.
-
-    Example:
-        >>> split_at(tf.constant(["a b", ""]), b" ").to_list()
-        [[b'a', b'b'], []]
-    """
+def split_at(texts: Tensor, separator: bytes) -> tf.RaggedTensor:
+    """Cut texts `[n]` at a separator; drop the separators and empty pieces."""
     pieces = tf.strings.split(texts, separator)
     return tf.ragged.boolean_mask(pieces, pieces != "")
 
 
 def literal(text: str) -> str:
-    r"""Writes text as a pattern that matches just that text.
-
-    Example:
-        >>> print(literal("<|end|>"))
-        \<\|end\|\>
-    """
-    return re.sub(r"([^\w\s])", r"\\\1", text, flags=re.ASCII)
+    """Write text as a pattern for itself; RE2 allows a backslash before ASCII punctuation only."""
+    return re.sub(r"([!-/:-@\[-^`{-~])", r"\\\1", text)
 
 
-def read_pre_tokenizer(specification: dict[str, Any]) -> tuple[list[WordPattern], bool]:
-    """Reads from a tokenizer's JSON how it cuts text, and refuses what has no equal in the graph.
+def read_pre_tokenizer(specification: dict[str, JSON]) -> tuple[list[WordPattern], bool]:
+    """Return a tokenizer's word patterns, and whether each word gets a space in front.
 
-    Args:
-        specification: `json.loads(tokenizers.Tokenizer.to_str())`.
-
-    Returns:
-        The patterns, in order, and whether each word gets a space in front.
-
-    Raises:
-        InputError: not a plain byte-level BPE, or a pattern that RE2 cannot do.
+    The specification is that of the tokenizers library, `json.loads(tokenizer.to_str())`.
     """
     problems = []
     model = specification["model"]
@@ -162,15 +105,14 @@ def read_pre_tokenizer(specification: dict[str, Any]) -> tuple[list[WordPattern]
     if not byte_level:
         problems.append("it is not byte-level")
     if problems:
-        raise InputError(
-            "policy: its byte-pair tokenizer cannot be put into the graph: "
-            f"{'; '.join(problems)}. Export a policy with a SentencePiece or plain byte-level BPE "
-            "tokenizer."
-        )
+        rule = f"has a byte-pair tokenizer that cannot run in a graph: {'; '.join(problems)}"
+        hint = "Export a policy with a SentencePiece or plain byte-level BPE tokenizer."
+        raise InputError(InputProblem("policy", rule, hint=hint))
     return patterns, prefix_space
 
 
 def _re2(pattern: str) -> tuple[str, str | None]:
+    """Return `WordPattern`'s pattern and `last_space` for a pattern of the tokenizers library."""
     last_space = None
     if _LOOKAHEAD in pattern:
         last_space = _LAST_SPACE_OF_LINE if _TO_LINE_END in pattern else _LAST_SPACE

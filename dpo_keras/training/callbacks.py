@@ -1,4 +1,4 @@
-"""Keras callbacks of preference training. All of Keras' own work beside them."""
+"""Keras callbacks of preference training. All callbacks of Keras work beside them."""
 
 import json
 import math
@@ -10,9 +10,12 @@ from typing import Any
 
 import keras
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
+from dpo_keras.training.metrics import COUNTS, HIDDEN
+from dpo_keras.utils.atomic_files import write_text
+from dpo_keras.utils.tensors import JSON
 
 __all__ = [
     "Progress",
@@ -25,7 +28,7 @@ __all__ = [
 
 
 class SampleResponses(keras.callbacks.Callback):
-    """Answers a few prompts as training goes on, so that one can read what the numbers mean.
+    """Answer a few prompts as training proceeds, to show what the figures mean.
 
     Args:
         prompts: strings.
@@ -43,26 +46,26 @@ class SampleResponses(keras.callbacks.Callback):
         prompts: Sequence[str],
         every: int = 1,
         path: str | os.PathLike[str] | None = None,
-        show: Callable[[dict[str, Any]], None] | None = None,
+        show: Callable[[dict[str, JSON]], None] | None = None,
         **options: Any,
     ):
         super().__init__()
         if every < 1:
-            raise InputError(f"every must be >= 1, got {every}.")
+            raise InputError(InputProblem("every", "must be >= 1", every))
         self.prompts = list(prompts)
         self.every = every
         self.path = None if path is None else pathlib.Path(path)
         self.show = show
         self.options = options
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[dict[str, JSON]] = []
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Samples the policy that training starts from."""
+    def on_train_begin(self, logs: dict[str, JSON] | None = None) -> None:
+        """Sample from the initial policy."""
         if not self.samples:
             self._sample(0)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Samples the policy as it is now."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Sample from the current policy."""
         if (epoch + 1) % self.every == 0:
             self._sample(epoch + 1)
 
@@ -78,15 +81,15 @@ class SampleResponses(keras.callbacks.Callback):
 
 
 class RunLog(keras.callbacks.Callback):
-    """Appends a JSON line per step and per epoch to a file.
+    """Append a JSON line per step and per epoch to a file.
 
-    Step records hold that step's own values; epoch records the epoch's means, `val_` figures among
-    them. A resumed run appends; records of steps that it takes again are removed first, so that
-    each step stands in the file once.
+    Step records hold the values of that step. Epoch records hold the means of the epoch, figures of
+    validation (`val_`) included. A resumed run appends; it first removes the records of steps that
+    it takes again, so that the file holds each step once.
 
     Args:
         path: the file.
-        start_step: optimizer steps taken before.
+        start_step: steps taken before.
         every: steps between step records.
     """
 
@@ -96,35 +99,34 @@ class RunLog(keras.callbacks.Callback):
         self.step = start_step
         self.every = every
         if self.path.exists():
-            _rewrite(self.path, lambda record: record.get("step", 0) <= start_step)
+            _keep_until(self.path, start_step)
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the step's values."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Write the values of the step."""
         self.step += self.model.steps_per_execution
         if self.step % self.every == 0:
-            hidden = {"tokens", "pairs", "stop", "at_reference"}
-            values = {k: float(v) for k, v in self.model.step_logs.items() if k not in hidden}
+            values = {k: float(v) for k, v in self.model.step_logs.items() if k not in HIDDEN}
             _append(self.path, {"step": self.step, **values})
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Writes the epoch's means."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Write the means of the epoch."""
         values = {name: float(value) for name, value in (logs or {}).items()}
         _append(self.path, {"epoch": epoch + 1, "step": self.step, **values})
 
 
 class Progress(keras.callbacks.Callback):
-    """Reports the steps done, pairs per second and tokens per second to a function.
+    """Report steps, pairs per second and tokens per second to a function.
 
     Args:
-        show: called after each step with a dict: `step`, `steps` (in all, where known),
-            `pairs_per_second`, `tokens_per_second`, and the step's values.
+        show: called after each step with a dict: `step`, `steps` (total, where known),
+            `pairs_per_second`, `tokens_per_second`, and the epoch's means so far.
         start_step: steps taken before.
-        steps: steps in all.
+        steps: total number of steps.
     """
 
     def __init__(
         self,
-        show: Callable[[dict[str, Any]], None],
+        show: Callable[[dict[str, JSON]], object],
         start_step: int = 0,
         steps: int | None = None,
     ):
@@ -133,16 +135,16 @@ class Progress(keras.callbacks.Callback):
         self.step = start_step
         self.steps = steps
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Starts the clock anew."""
+    def on_epoch_begin(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Reset the clock."""
         self.clock: float | None = None
-        self.before = {"pairs": 0.0, "tokens": 0.0}
+        self.before = dict.fromkeys(COUNTS, 0.0)
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Reports; speed counts from the second step, the first one being traced."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Report the step; speed counts from the second one, since the first one is traced."""
         self.step += self.model.steps_per_execution
         counts, now = self.model.counts(), time.perf_counter()
-        report: dict[str, Any] = {"step": self.step, "steps": self.steps}
+        report: dict[str, JSON] = {"step": self.step, "steps": self.steps}
         if self.clock is None:
             self.clock, self.before = now, counts
         else:
@@ -153,11 +155,11 @@ class Progress(keras.callbacks.Callback):
 
 
 class SyncReference(keras.callbacks.Callback):
-    """Moves the reference toward the policy as training goes on: TR-DPO.
+    """Move the reference toward the policy as training proceeds: TR-DPO.
 
         every k steps: ref <- alpha policy + (1 - alpha) ref
 
-    alpha = 1 replaces the reference (the hard update), less mixes it (the soft one). The
+    alpha = 1 replaces the reference (the hard update), a smaller alpha mixes it (the soft one). The
     reference is part of the model's state, so checkpoints hold it as it is.
 
     Args:
@@ -174,41 +176,41 @@ class SyncReference(keras.callbacks.Callback):
         super().__init__()
         problems = []
         if every < 1:
-            problems.append(f"every must be >= 1, got {every}.")
+            problems.append(InputProblem("every", "must be >= 1", every))
         if not 0 < alpha <= 1:
-            problems.append(f"alpha must be in (0, 1], got {alpha}.")
+            problems.append(InputProblem("alpha", "must be in (0, 1]", alpha))
         if problems:
             raise InputError(problems)
         self.every, self.alpha, self.step = every, alpha, start_step
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Refuses a reference that cannot move."""
+    def on_train_begin(self, logs: dict[str, JSON] | None = None) -> None:
+        """Refuse a reference that cannot move."""
         mode = getattr(getattr(self.model, "reference", None), "mode", None)
         if mode != "frozen_copy":
             raise InputError(
                 f"a synchronised reference must be reference='frozen_copy', got {mode!r}."
             )
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Updates the reference where `every` steps have gone by."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Update the reference after every `every` steps."""
         before, self.step = self.step, self.step + self.model.steps_per_execution
         if before // self.every != self.step // self.every:
             self.model.reference.update_from_policy(self.alpha)
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
-    """Ends a run whose loss or gradient is no number any more, and says where it happened.
+    """End a run whose loss or gradient became NaN or infinite.
 
     Raises:
-        RuntimeError: at the first step with a loss or gradient norm that is NaN or infinite.
+        RuntimeError: at the first step with such a loss or gradient norm; names the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.taken = 0
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Looks at the step's own loss and gradient norm."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Check the loss and the gradient norm of the step."""
         self.taken += self.model.steps_per_execution
         values = {name: float(self.model.step_logs[name]) for name in ("loss", "grad_norm")}
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
@@ -224,18 +226,18 @@ class StopOnNonFinite(keras.callbacks.Callback):
             )
 
 
-def _append(path: pathlib.Path, record: dict[str, Any]) -> None:
+def _append(path: pathlib.Path, record: dict[str, JSON]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _rewrite(path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def _keep_until(path: pathlib.Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if keep(json.loads(line)):
+            if json.loads(line).get("step", 0) <= step:
                 kept.append(line + "\n")
         except ValueError:  # the line that a killed run was writing
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

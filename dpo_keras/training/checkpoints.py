@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are complete or absent."""
 
 import errno
 import json
@@ -6,30 +6,31 @@ import math
 import os
 import pathlib
 import shutil
-from typing import Any
 
 import keras
 import numpy as np
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.tensors import JSON
 
 _WEIGHTS = "state.weights.h5"
 _META = "checkpoint.json"
 
 
 class RunCheckpoint(keras.callbacks.Callback):
-    """Saves weights, reference, adapters and optimizer, with the step they belong to.
+    """Save weights, reference, adapters and optimizer, with the step they belong to.
 
-    A checkpoint is a directory `step-00000040/`. It is written under another name, flushed to
-    disk and renamed, and only then are older ones removed: whatever interrupts it (a kill, a full
-    disk), the last good checkpoint stays and a half-written one is never loaded.
+    A checkpoint is a directory `step-00000040/`. It is written under another name, flushed to disk
+    and renamed, and only then are older ones removed. Whatever interrupts it (a kill, a full disk),
+    the last good checkpoint stays and a half-written one is never loaded.
 
     Args:
         directory: where checkpoints go.
-        every: steps between checkpoints; None: at the end of each epoch only.
-        keep: how many of the newest stay.
+        every: steps between checkpoints; None saves at the end of each epoch only.
+        keep: number of the newest checkpoints that are kept.
         start_step: steps taken before.
-        save: False on workers that only take part (all but the chief).
+        save: False on workers other than the chief.
     """
 
     def __init__(
@@ -41,24 +42,26 @@ class RunCheckpoint(keras.callbacks.Callback):
         save: bool = True,
     ):
         super().__init__()
-        if keep < 1 or (every is not None and every < 1):
-            raise InputError(f"every and keep must be >= 1, got every={every}, keep={keep}.")
+        given = {"every": every, "keep": keep}.items()
+        wrong = [InputProblem(n, "must be >= 1", v) for n, v in given if v is not None and v < 1]
+        if wrong:
+            raise InputError(wrong)
         self.directory = pathlib.Path(directory)
         self.every, self.keep, self.step, self.save = every, keep, start_step, save
         self.saved: int | None = None
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Saves where `every` steps have gone by."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Save after every `every` steps."""
         before, self.step = self.step, self.step + self.model.steps_per_execution
         if self.every is not None and before // self.every != self.step // self.every:
             self.save_now()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Saves."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Save."""
         self.save_now()
 
     def save_now(self) -> None:
-        """Saves, unless this step is saved already."""
+        """Save, unless this step is saved already."""
         if self.save and self.saved != self.step:
             save_checkpoint(self.model, self.directory, self.step, keep=self.keep)
             self.saved = self.step
@@ -67,13 +70,13 @@ class RunCheckpoint(keras.callbacks.Callback):
 def save_checkpoint(
     model: keras.Model, directory: str | os.PathLike[str], step: int, keep: int = 2
 ) -> pathlib.Path:
-    """Writes one checkpoint, whole or not at all, and removes old ones.
+    """Write one checkpoint, complete or not at all, and remove old ones.
 
     Args:
         model: a compiled model.
         directory: where checkpoints go.
         step: optimizer steps taken.
-        keep: how many of the newest stay.
+        keep: number of the newest checkpoints that are kept.
 
     Returns:
         The checkpoint's directory.
@@ -84,45 +87,33 @@ def save_checkpoint(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
-    partial = directory / f".partial-{step:08d}-{os.getpid()}"
-    for left_behind in directory.glob(".partial-*"):  # by a process that was killed
+    for left_behind in directory.glob(".step-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
     try:
         _check_room(model, directory)
-        partial.mkdir()
-        model.save_weights(partial / _WEIGHTS)
-        size = (partial / _WEIGHTS).stat().st_size
-        (partial / _META).write_text(json.dumps({"step": step, "bytes": size}), encoding="utf-8")
-        for name in (_WEIGHTS, _META):
-            _flush(partial / name)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
+        with replaced(final) as partial:
+            partial.mkdir()
+            model.save_weights(partial / _WEIGHTS)
+            size = (partial / _WEIGHTS).stat().st_size
+            meta = json.dumps({"step": step, "bytes": size})
+            (partial / _META).write_text(meta, encoding="utf-8")
     except Exception as error:
         kept = latest_checkpoint(directory)
         last = "there is no earlier one" if kept is None else f"the last good one is {kept[1].name}"
         full = getattr(error, "errno", None) == errno.ENOSPC
         reason = os.strerror(errno.ENOSPC) if full else str(error)
+        remedy = "Free some space and continue" if full else "Fix that and continue"
         raise OSError(
             f"checkpoint at step {step} could not be written to {directory} ({reason}); {last}. "
-            + ("Free some space and go" if full else "Mend that and go")
-            + " on with --resume."
+            f"{remedy} with --resume."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for _, old in _checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> tuple[int, pathlib.Path] | None:
-    """The newest whole checkpoint.
-
-    Args:
-        directory: where checkpoints go.
-
-    Returns:
-        `(step, path)`, or None.
+    """Return the step and the path of the newest complete checkpoint; None where there is none.
 
     Example:
         >>> latest_checkpoint("no/such/directory") is None
@@ -133,10 +124,10 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> tuple[int, pathlib.P
 
 
 def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
-    """Puts a model back to its newest checkpoint.
+    """Restore a model from its newest checkpoint.
 
     Args:
-        model: built and compiled as it was.
+        model: built and compiled as the saved one was.
         directory: where checkpoints are.
 
     Returns:
@@ -178,10 +169,6 @@ def _check_room(model: keras.Model, directory: pathlib.Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _bytes(dtype: Any) -> int:
-    return np.dtype(keras.backend.standardize_dtype(dtype).replace("bfloat16", "float16")).itemsize
-
-
-def _flush(path: pathlib.Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _bytes(dtype: str) -> int:
+    name = keras.backend.standardize_dtype(dtype).replace("bfloat16", "float16")
+    return int(np.dtype(name).itemsize)

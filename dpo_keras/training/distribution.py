@@ -1,37 +1,19 @@
-"""Tensors of all replicas together."""
+"""Strategies of `tf.distribute` by name, and sums over their replicas."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from dpo_keras.cluster import Cluster, Watchdog, read_tf_config
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import Tensor
 
-
-def sum_over_replicas(values: Any) -> Any:
-    """Adds up tensors (one, or a list) over all replicas; outside a strategy they stay as is."""
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-
-
-def gather_over_replicas(values: dict[str, Any]) -> dict[str, Any]:
-    """Puts the rows of all replicas behind one another; gradients go back to where they came from.
-
-    Args:
-        values: tensors with rows in dimension 0.
-
-    Returns:
-        The same names, with the rows of all replicas, on every replica.
-    """
-    context = tf.distribute.get_replica_context()
-    return {name: context.all_gather(value, axis=0) for name, value in values.items()}
-
+Worker: TypeAlias = tuple[int, int]
+"""Index of a worker, and how many workers there are."""
 
 JOBS = ("chief", "ps", "worker")
 _SHAPE = (
@@ -40,12 +22,85 @@ _SHAPE = (
 )
 
 
-def read_server_cluster() -> Cluster:
-    """The cluster that TF_CONFIG describes: one chief, parameter servers, workers.
+def strategy(name: str = "auto", **options: object) -> tf.distribute.Strategy:
+    """Make a `tf.distribute.Strategy` by name.
+
+    Build and compile the model in its scope, and call `fit` as usual:
+
+        with dpo_keras.strategy("mirrored").scope():
+            model = dpo_keras.DPOModel(policy)
+            model.compile(…)
+        model.fit(…)
+
+    Args:
+        name: `"one_device"`; `"mirrored"` (all GPUs of this machine, or all logical CPUs);
+            `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`;
+            `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy` only);
+            `"auto"`: `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more,
+            else `one_device`.
+        **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
+            `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
+            `dpo_keras.cluster.Watchdog` whose workers have met.
+
+    Returns:
+        The strategy. Make it before anything else touches TensorFlow's devices.
 
     Raises:
-        InputError: TF_CONFIG is missing or wrong, or a job is missing in it.
+        InputError: an unknown name, or what the strategy needs is missing.
+        ClusterError: a worker did not connect in time.
+
+    Example:
+        >>> strategy("one_device").num_replicas_in_sync
+        1
     """
+    if name not in STRATEGIES:
+        raise InputError(InputProblem("strategy", f"must be one of {', '.join(STRATEGIES)}", name))
+    return STRATEGIES[name](**options)
+
+
+def replica_count() -> int:
+    """Return how many replicas share the current step; 1 outside a strategy."""
+    return int(tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def sum_over_replicas(values: Tensor) -> Tensor:
+    """Sum a tensor, or each of a list, over all replicas; unchanged outside a strategy."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return values
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def gather_over_replicas(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate the rows of all replicas on each; gradients return to where rows came from."""
+    context = tf.distribute.get_replica_context()
+    return {name: context.all_gather(value, axis=0) for name, value in values.items()}
+
+
+def per_worker(
+    strategy: tf.distribute.Strategy, make: Callable[[Worker | None], tf.data.Dataset]
+) -> tf.data.Dataset | tf.distribute.DistributedDataset:
+    """Make a dataset for `fit` of which every worker makes only its own rows.
+
+    By default `fit` lets every worker make every batch and discard the rows of the others. `make`
+    gets the argument `worker` of `preference_dataset`: None for all rows, which the strategy splits
+    where workers have several replicas.
+    """
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    # TensorFlow takes such a dataset replica by replica, which is right with one on each worker.
+    if (
+        not several
+        or len(strategy.extended.worker_devices) > 1
+        or strategy.num_replicas_in_sync < 2
+    ):
+        return make(None)
+    return strategy.distribute_datasets_from_function(
+        lambda context: make((context.input_pipeline_id, context.num_input_pipelines))
+    )
+
+
+def read_server_cluster() -> Cluster:
+    """Read from TF_CONFIG a cluster of one chief, parameter servers and workers."""
     cluster = read_tf_config()
     if cluster is None:
         raise InputError(f"parameter servers need the environment variable TF_CONFIG: {_SHAPE}.")
@@ -60,12 +115,12 @@ def read_server_cluster() -> Cluster:
     return cluster
 
 
-def parameter_server(**options: Any) -> tf.distribute.Strategy:
-    """The strategy of the chief, which drives workers and parameter servers.
+def report_failures() -> None:
+    """Let calls to a process that is gone fail, where gRPC would wait for it."""
+    os.environ.setdefault("GRPC_FAIL_FAST", "use_caller")
 
-    Raises:
-        InputError: TF_CONFIG is wrong, or this process is not the chief.
-    """
+
+def _parameter_server(**options: object) -> tf.distribute.Strategy:
     cluster = read_server_cluster()
     if not cluster.is_chief:
         raise InputError(
@@ -77,61 +132,20 @@ def parameter_server(**options: Any) -> tf.distribute.Strategy:
     return tf.distribute.ParameterServerStrategy(resolver)
 
 
-def report_failures() -> None:
-    """Makes calls to a process that is gone fail, where gRPC would wait for it."""
-    os.environ.setdefault("GRPC_FAIL_FAST", "use_caller")
-
-
-Worker = tuple[int, int]
-
-
-def per_worker(
-    strategy: tf.distribute.Strategy, make: Callable[[Worker | None], tf.data.Dataset]
-) -> tf.data.Dataset | tf.distribute.DistributedDataset:
-    """Makes a dataset for `fit` of which every worker makes its own rows only.
-
-    Left to itself, `fit` has every worker make every batch and throw the others' rows away.
-
-    Args:
-        strategy: of the model.
-        make: from (index, number of workers), or None for all rows, to a dataset: that of
-            `preference_dataset(…, worker=…)`.
-
-    Returns:
-        The dataset. Workers with several replicas make all rows, which the strategy cuts.
-
-    Example:
-        >>> int(per_worker(tf.distribute.get_strategy(), lambda worker: tf.data.Dataset.range(3))
-        ...     .cardinality())
-        3
-    """
-    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    # What a function makes is taken replica by replica: right where a worker has just one.
-    if (
-        not several
-        or len(strategy.extended.worker_devices) > 1
-        or strategy.num_replicas_in_sync < 2
-    ):
-        return make(None)
-    return strategy.distribute_datasets_from_function(
-        lambda context: make((context.input_pipeline_id, context.num_input_pipelines))
-    )
-
-
-def _one_device(**options: Any) -> tf.distribute.Strategy:
+def _one_device(device: str | None = None, **others: object) -> tf.distribute.Strategy:
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    return tf.distribute.OneDeviceStrategy(options.get("device") or f"/{kind}:0")
+    return tf.distribute.OneDeviceStrategy(device or f"/{kind}:0")
 
 
-def _mirrored(**options: Any) -> tf.distribute.Strategy:
+def _mirrored(devices: list[str] | None = None, **others: object) -> tf.distribute.Strategy:
     kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-    devices = options.get("devices") or [d.name for d in tf.config.list_logical_devices(kind)]
+    devices = devices or [device.name for device in tf.config.list_logical_devices(kind)]
     # NCCL is for GPUs only; the default elsewhere copies everything to one device and back.
     operations = None if kind == "GPU" else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=operations)
 
 
-def _multi_worker(**options: Any) -> tf.distribute.Strategy:
+def _multi_worker(timeout: float = 300.0, **others: object) -> tf.distribute.Strategy:
     cluster = read_tf_config()
     if cluster is None:
         raise InputError(
@@ -144,21 +158,21 @@ def _multi_worker(**options: Any) -> tf.distribute.Strategy:
             f"strategy 'multi_worker' has chief and workers only, and TF_CONFIG makes this process "
             f"{cluster.this}."
         )
-    if "watchdog" not in options:
-        # TensorFlow itself waits without end for a worker that does not come.
-        with Watchdog(cluster).meet(options.get("timeout", 300.0)):
+    if "watchdog" not in others:
+        # TensorFlow itself waits without end for a worker that does not connect.
+        with Watchdog(cluster).meet(timeout):
             pass
     before = signal.getsignal(signal.SIGTERM)
     made = tf.distribute.MultiWorkerMirroredStrategy()
     if before is not None and threading.current_thread() is threading.main_thread():
-        # TensorFlow's coordination takes SIGTERM, and nothing ends the process any more.
+        # TensorFlow's coordination takes SIGTERM over, and nothing would end the process.
         signal.signal(signal.SIGTERM, before)
     return made
 
 
-def _tpu(**options: Any) -> tf.distribute.Strategy:
+def _tpu(address: str = "", **others: object) -> tf.distribute.Strategy:
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(options.get("address", ""))
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(address)
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ValueError, tf.errors.OpError) as error:
@@ -182,41 +196,5 @@ STRATEGIES: dict[str, Callable[..., tf.distribute.Strategy]] = {
     "mirrored": _mirrored,
     "multi_worker": _multi_worker,
     "tpu": _tpu,
-    "parameter_server": parameter_server,
+    "parameter_server": _parameter_server,
 }
-
-
-def strategy(name: str = "auto", **options: Any) -> tf.distribute.Strategy:
-    """A `tf.distribute.Strategy` by name.
-
-    Build and compile the model inside its scope, and call `fit` as always:
-
-        with dpo_keras.strategy("mirrored").scope():
-            model = dpo_keras.DPOModel(policy)
-            model.compile(…)
-        model.fit(…)
-
-    Args:
-        name: `"one_device"`; `"mirrored"` (all GPUs of this machine, or all logical CPUs);
-            `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`;
-            `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy` only);
-            `"auto"`: `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more,
-            else `one_device`.
-        **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
-            `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
-            `dpo_keras.cluster.Watchdog` whose workers have met.
-
-    Returns:
-        The strategy. Make it before anything else touches TensorFlow's devices.
-
-    Raises:
-        InputError: an unknown name, or what the strategy needs is not there.
-        ClusterError: a worker did not come in time.
-
-    Example:
-        >>> strategy("one_device").num_replicas_in_sync
-        1
-    """
-    if name not in STRATEGIES:
-        raise InputError(f"strategy must be one of {', '.join(STRATEGIES)}; got {name!r}.")
-    return STRATEGIES[name](**options)

@@ -1,36 +1,35 @@
-"""Direct Preference Optimization as a `keras.Model`."""
+"""Direct Preference Optimization as a `keras.Model`: `DPOModel.train_step` is the method."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 import keras
+from keras import ops
 
 from dpo_keras.batching import Batch
-from dpo_keras.losses import DPOLoss
-from dpo_keras.scoring.lora import (
-    AdapterState,
-    adapter_config,
-    restore_adapters,
-    serialized_policy,
-)
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_probabilities
+from dpo_keras.scoring import lora
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
+from dpo_keras.scoring.scorer import sum_by_owner
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.training.shared_recipes import PreferenceRecipe, check_has_reference, loss_from
+from dpo_keras.training.distribution import gather_over_replicas, replica_count, sum_over_replicas
+from dpo_keras.training.metrics import MetricSums, preference_metric_names, preference_sums
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.utils.keras_internals import forget_layer
+from dpo_keras.utils.tensors import JSON, Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
-class DPOModel(PreferenceRecipe, PolicyTrainer):
-    r"""Trains a policy on preference pairs, against a reference.
+class DPOModel(PolicyTrainer):
+    """Train a policy on preference pairs, against a reference.
 
-    For a prompt x with responses y_1 (chosen) and y_2 (rejected):
+    For a prompt x with responses y_1 (chosen) and y_2 (rejected), and the probability p that
+    people prefer y_1, each step averages over the weights of all pairs in the global batch
 
-        S(y)  = beta (log pi(y | x) - log pi_ref(y | x))       the score, an implicit reward
-        P     = softmax(S(y_1), S(y_2))
-        LLR   = log P(y_1) - log P(y_2) = S(y_1) - S(y_2)
-        loss  = -[p log P(y_1) + (1 - p) log P(y_2)] + penalties
-
-    with p the probability that people prefer y_1. Each step averages the loss over the weights of
-    all pairs in the global batch.
+        loss = -[p log P(y_1) + (1 - p) log P(y_2)] + penalties
+        P    = softmax(S(y_1), S(y_2)),   S(y) = beta (log pi(y | x) - log pi_ref(y | x))
 
     Args:
         policy: a KerasHub causal language model (with LoRA or without), or any Keras model from
@@ -41,7 +40,7 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
             a model with the policy's vocabulary. It is state of this model: saved, loaded, and
             never confused with the policy.
         dropout: whether the policy's dropout is active in training. Off by default.
-        remat: gradient checkpointing: compute transformer blocks anew in the backward pass.
+        remat: gradient checkpointing: recompute transformer blocks in the backward pass.
 
     Raises:
         InputError: a policy or a reference that cannot be used.
@@ -61,7 +60,7 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
         Rafailov et al., Direct Preference Optimization, arXiv 2305.18290, equation 7.
     """
 
-    preference_loss: DPOLoss | None = None  # the one that it was compiled with
+    preference_loss: DPOLoss = None  # type: ignore[assignment]  # until it is compiled
 
     def __init__(
         self,
@@ -69,35 +68,96 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
         reference: str | keras.Model = "auto",
         dropout: bool = False,
         remat: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
         self._may_drop_reference = isinstance(reference, str) and reference == "auto"
         # The name puts it behind `policy` in the order in which Keras loads.
-        self.policy_adapters = AdapterState(policy) if adapter_config(policy) else None
+        self.policy_adapters = lora.AdapterState(policy) if lora.adapter_config(policy) else None
 
-    # -- log-probs -------------------------------------------------------------------------
+    # -- the method ------------------------------------------------------------------------
 
-    def reference_logps(self, batch: Batch) -> Any:
-        """Log pi_ref(y | x) of each response, `[rows * pairs, 2]` float32; None without one."""
+    def train_step(self, batch: Batch) -> MetricSums:
+        """Update the policy on one batch of preference pairs.
+
+        1. Score:                S(y) = beta (log pi(y | x) - log pi_ref(y | x))
+        2. Softmax:              P = softmax(S(y_1), S(y_2))
+        3. Log-likelihood ratio: LLR = log P(y_1) - log P(y_2) = S(y_1) - S(y_2)
+        4. Loss:                 mean over the pairs of BCE(p, P) + penalties
+        5. Update:               weights <- optimizer(weights, d loss / d weights)
+
+        The formulas are those of `DPOLoss("sigmoid")`; other losses replace S or the BCE.
+        """
+        loss = self.preference_loss
+
+        def step_loss() -> tuple[Tensor, MetricSums]:
+            outputs = outputs_of(self, batch, training=True)  # log pi(y | x), log pi_ref(y | x)
+            preference, outputs = pairs_of_step(loss, batch, outputs)
+            scores = loss.scores(outputs)  # 1.
+            probabilities = preference_probabilities(scores)  # 2.
+            llr = log_likelihood_ratio(scores)  # 3.
+            terms = loss.terms(preference, outputs)  # 4. BCE and penalties of each pair
+            mean = mean_over_pairs(loss, terms, outputs)
+            return mean, preference_sums(
+                loss, batch, outputs, preference, scores, probabilities, llr, terms
+            )
+
+        gradients, sums = self.gradients(step_loss)  # 5.
+        norm = self.update(gradients, weight=sums["loss"][1])
+        return self.report(batch, {**sums, "grad_norm": (norm, 1.0)})
+
+    def test_step(self, batch: Batch) -> MetricSums:
+        """Measure one batch: steps 1 to 4 of `train_step`, without dropout."""
+        loss = self.preference_loss
+        outputs = outputs_of(self, batch)
+        preference, outputs = pairs_of_step(loss, batch, outputs)
+        scores = loss.scores(outputs)
+        probabilities = preference_probabilities(scores)
+        llr = log_likelihood_ratio(scores)
+        terms = loss.terms(preference, outputs)
+        sums = preference_sums(loss, batch, outputs, preference, scores, probabilities, llr, terms)
+        return self.report(batch, sums)
+
+    def call(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
+        """Score a batch: what `predict` returns.
+
+        Returns:
+            `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]` (of the default loss before
+            `compile`), `policy`, `reference`, `lengths`, and what else the loss needs.
+        """
+        outputs = outputs_of(self, batch, training)
+        scores = (self.preference_loss or DPOLoss()).scores(outputs)
+        return {
+            "probabilities": preference_probabilities(scores),
+            "llr": log_likelihood_ratio(scores),
+            "scores": scores,
+            **{name: v for name, v in outputs.items() if name not in ("entropy", "weight")},
+        }
+
+    def metric_names(self) -> list[str]:
+        """Return the names that both steps measure, `loss` first."""
+        return preference_metric_names(self.preference_loss)
+
+    def policy_logps(self, batch: Batch, training: bool = False) -> Tensor:
+        """Return log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
+        return self.scorer(batch, training=training)["logps"]
+
+    def reference_logps(self, batch: Batch) -> Tensor:
+        """Return log pi_ref(y | x), `[rows * pairs, 2]` float32; None without a reference."""
         return self.reference.logps(self.scorer, batch)
 
-    def outputs(self, batch: Batch, training: bool = False) -> dict[str, Any]:
-        """As `loss_outputs`, by a name that tf-keras has for something else."""
-        return self.loss_outputs(batch, training)
-
-    # -- the loss --------------------------------------------------------------------------
+    # -- Keras' interface ------------------------------------------------------------------
 
     def compile(
         self,
-        optimizer: Any = "adamw",
-        loss: Any = "sigmoid",
+        optimizer: str | keras.optimizers.Optimizer = "adamw",
+        loss: str | DPOLoss = "sigmoid",
         *,
         jit_compile: bool | str = "auto",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
-        """Configures training.
+        """Configure training.
 
         Args:
             optimizer: any Keras optimizer or its name.
@@ -111,7 +171,10 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
         """
         loss = loss_from(loss)
         if self._may_drop_reference and not loss.needs_reference:
-            self._drop_reference()
+            # The loss shall not pay for the copy that "auto" made. Dropped once and never made
+            # again: a copy of weights trained since would be another reference.
+            forget_layer(self, self.reference)
+            self.reference = make_reference(self.policy, "none")
         self._may_drop_reference = False
         check_has_reference(loss, self.reference.mode)
         if isinstance(self.reference, FrozenCopy):
@@ -122,45 +185,31 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
             self.objective_state = loss.state
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
 
-    def _drop_reference(self) -> None:
-        # A loss without reference shall not pay for the copy that "auto" made. Dropped once and
-        # never made again: a copy of weights trained since would be another reference.
-        self._tracker.untrack(self.reference)
-        self.reference = make_reference(self.policy, "none")
-
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
-        """As every trainer's, and the check that the first loss is that of an equal reference."""
+        """Add a check that the initial loss is that of policy = reference."""
         return [StartsAtReference(), *super().default_callbacks()]
 
-    # -- saving ----------------------------------------------------------------------------
-
-    def get_config(self) -> dict[str, Any]:
-        """Policy, reference, adapters: all that a saved model is rebuilt from."""
-        reference: Any = self.reference.mode
+    def get_config(self) -> dict[str, JSON]:
+        """Return what the model is rebuilt from: policy, reference, adapters and options."""
+        reference: JSON = self.reference.mode
         if reference == "model":
-            reference = serialized_policy(self.reference.model)
-        return {
-            **super().get_config(),
-            "policy": serialized_policy(self.policy),
-            "reference": reference,
-            "adapters": adapter_config(self.policy),
-            "dropout": self.dropout,
-            "remat": self.scorer.remat,
-        }
+            reference = lora.serialized_policy(self.reference.model)
+        adapters = lora.adapter_config(self.policy)
+        return {**super().get_config(), "reference": reference, "adapters": adapters}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "DPOModel":
-        """Rebuilds the model that `get_config` describes, adapters enabled."""
+    def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> DPOModel:
+        """Rebuild the model that `get_config` describes, adapters enabled."""
         config = dict(config)
         policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
-        restore_adapters(policy, config.pop("adapters", None))
+        lora.restore_adapters(policy, config.pop("adapters", None))
         reference = config.pop("reference")
         if isinstance(reference, dict):
             reference = keras.saving.deserialize_keras_object(reference, custom_objects)
         return cls(policy, reference, **config)
 
-    def get_compile_config(self) -> dict[str, Any]:
-        """Optimizer and loss, serialized."""
+    def get_compile_config(self) -> dict[str, JSON]:
+        """Return optimizer and loss, serialized."""
         if not self.compiled:
             return {}
         return {
@@ -170,7 +219,119 @@ class DPOModel(PreferenceRecipe, PolicyTrainer):
             "steps_per_execution": self.steps_per_execution,
         }
 
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles as the saved model was, the optimizer's state included."""
+    def compile_from_config(self, config: dict[str, JSON]) -> None:
+        """Compile as the saved model was, the optimizer's state included."""
         if config:
             self.compile(**keras.saving.deserialize_keras_object(config))
+
+
+def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outputs:
+    """Score a batch under policy and reference: all that the model's loss asks for.
+
+    Args:
+        model: a `DPOModel`, of Keras 3 or tf-keras. Before it is compiled, policy and reference
+            alone are scored.
+        batch: the batch contract of `dpo_keras.batching`.
+        training: whether dropout is active, where `model.dropout` allows it.
+
+    Returns:
+        `policy`, `reference` `[N, 2]` float32 (no `reference` where the loss needs none or the
+        model has none), `lengths` `[N, 2]` int32, `entropy` scalar (mean over response tokens),
+        `weight` `[N]`, and what else `DPOLoss.needs` names; N = rows * pairs.
+
+    Raises:
+        InputError: the pairs lack a column that the loss needs.
+    """
+    loss = model.preference_loss
+    needs = frozenset({"reference"}) if loss is None else loss.needs
+    shared, weighted = "policy_shared" in needs, "wpo_log_weight" in needs
+    batch = model.scorer.prepared(batch)
+    under_reference: dict[str, Tensor] = {}
+    if "reference" in needs:
+        under_reference = model.reference.scored(model.scorer, batch, shared)
+    statistics = ("entropy", *(["log_squared_norm"] if weighted else []))
+    scored = model.scorer(batch, training and model.dropout, statistics, shared)
+    tokens = ops.maximum(ops.sum(ops.cast(batch["owner"] >= 0, "float32")), 1.0)
+    outputs: Outputs = {
+        "policy": scored["logps"],
+        "lengths": scored["lengths"],
+        "entropy": ops.sum(scored["entropy"]) / tokens,
+        "weight": ops.reshape(batch["weight"], (-1,)),
+    }
+    if "logps" in under_reference:
+        outputs["reference"] = under_reference["logps"]
+    if shared:
+        outputs["policy_shared"] = scored["shared_logps"]
+        outputs["reference_shared"] = under_reference["shared_logps"]
+    if weighted:
+        outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
+    if "margin" in batch:
+        outputs["margin"] = ops.reshape(batch["margin"], (-1,))
+    if "group" in batch:
+        outputs["group"] = ops.reshape(batch["group"], (-1,))
+    missing = sorted({"margin", "group"} & needs - set(outputs))
+    if missing:
+        raise InputError(
+            f"the loss needs {' and '.join(missing)} of every pair, and the pairs have none. "
+            "Give the records those columns."
+        )
+    return outputs
+
+
+def pairs_of_step(loss: DPOLoss, batch: Batch, outputs: Outputs) -> tuple[Tensor, Outputs]:
+    """Return the labels `[N]` and the outputs of the pairs that a replica compares.
+
+    They are its own pairs. A batchwise loss compares all pairs of the step with each other, so for
+    it every replica gets the pairs of all replicas.
+    """
+    preference = ops.reshape(batch["preference"], (-1,))
+    if not loss.batchwise or replica_count() == 1:
+        return preference, outputs
+    columns = {name: value for name, value in outputs.items() if name != "entropy"}
+    gathered = gather_over_replicas({**columns, "preference": preference})
+    preference = gathered.pop("preference")
+    return preference, {**gathered, "entropy": outputs["entropy"]}  # type: ignore[typeddict-item]
+
+
+def mean_over_pairs(loss: DPOLoss, terms: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+    """Reduce the terms of a step to this replica's share of the loss; the shares add up to it.
+
+    loss = sum_pairs w (BCE + penalties) / sum_pairs w,   both sums over all replicas
+    """
+    weight = outputs["weight"]
+    if loss.batchwise and replica_count() > 1:  # every replica has the terms of all pairs
+        return loss.combine(terms, weight, outputs, training=True) / replica_count()
+    return loss.combine(terms, weight, outputs, training=True, all_reduce=sum_over_replicas)
+
+
+def wpo_log_weight(batch: Batch, scored: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over a response's tokens of log p_t - log sum p^2, `[N, 2]`, no gradient.
+
+    The log-weight of WPO (arXiv 2406.11827).
+    """
+    values = scored["token_logps"] - scored["log_squared_norm"]
+    sums = sum_by_owner(values, batch["owner"], batch["weight"].shape[1])
+    return ops.stop_gradient(sums / ops.maximum(ops.cast(scored["lengths"], "float32"), 1.0))
+
+
+def loss_from(loss: str | DPOLoss) -> DPOLoss:
+    """Return the loss that `compile(loss=…)` means: a `DPOLoss`, or the name of one."""
+    if isinstance(loss, str):
+        loss = DPOLoss(loss)
+    if not isinstance(loss, DPOLoss):
+        raise InputError(InputProblem("loss", "must be a dpo_keras.DPOLoss or its name", loss))
+    return loss
+
+
+def check_has_reference(loss: DPOLoss, mode: str) -> None:
+    """Refuse a loss that compares with a reference for a model with `reference="none"`."""
+    if loss.needs_reference and mode == "none":
+        raise InputError(
+            InputProblem(
+                "loss",
+                f"{loss.loss_type!r} compares the policy with a reference, and this model has "
+                "reference='none' (which reference='auto' becomes where the first loss needs none)",
+                hint="Make DPOModel(policy, reference='frozen_copy'), or use a loss without "
+                "reference.",
+            )
+        )

@@ -1,41 +1,117 @@
 """Whole trainings from tokenized pairs: the supervised warm-up, and preference training.
 
 Both run `fit` over one stream of batches in which batch k is a pure function of the data, the seed
-and k. A stopped run therefore goes on exactly where its checkpoint is, in the middle of an epoch
-too, and ends with the weights that it would have had.
+and k. A stopped run therefore continues exactly where its checkpoint is, also in the middle of an
+epoch, and ends with the weights of an undisturbed one.
 """
+
+from __future__ import annotations
 
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
 import keras
 import tensorflow as tf
 
-from dpo_keras.batching import TokenizedPairs
+from dpo_keras.batching import Batching, TokenizedPairs, preference_dataset, steps_per_epoch
 from dpo_keras.cluster import StopRequest, Watchdog
-from dpo_keras.errors import InputError
-from dpo_keras.training.batch_layout import BatchingChoice, Layout, choose_layout
-from dpo_keras.training.callbacks import (
-    Progress,
-    RunCheckpoint,
-    RunLog,
-    StopOnNonFinite,
-    SyncReference,
-)
-from dpo_keras.training.checkpoints import load_checkpoint
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring import packing_obstacle
+from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
+from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
-from dpo_keras.training.optimizers import make_optimizer
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.utils.tensors import JSON
 
-__all__ = ["make_optimizer", "train_preferences", "warm_up"]
+BatchingChoice = Literal["auto", "packed", "buckets"]
+Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on
 
-Report = Callable[[dict[str, Any]], None]
-Path = str | os.PathLike[str]
+
+@dataclass(frozen=True)
+class Layout:
+    """How all datasets of a training lay out pairs.
+
+    Args:
+        batching: "buckets" or "packed".
+        buckets: number of lengths that bucketed batches come in.
+        row_length: tokens per packed row; None chooses.
+        replicas: number of replicas that share a batch.
+    """
+
+    batching: Batching = "buckets"
+    buckets: int = 4
+    row_length: int | None = None
+    replicas: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several pairs."""
+        return self.batching == "packed"
+
+    def dataset(
+        self, tokenized: TokenizedPairs, batch_size: int, **options: Any
+    ) -> tf.data.Dataset:
+        """Make batches, with `options` as `preference_dataset` takes them."""
+        return preference_dataset(tokenized, batch_size=batch_size, **asdict(self), **options)
+
+    def steps(self, tokenized: TokenizedPairs, batch_size: int, seed: int = 0) -> int:
+        """Count the steps of an epoch; with packing they depend on the order, so on its seed."""
+        options = {name: value for name, value in asdict(self).items() if name != "buckets"}
+        return steps_per_epoch(tokenized, batch_size, seed=seed, **options)
+
+
+def choose_layout(
+    models: Sequence[keras.Model],
+    batching: BatchingChoice = "auto",
+    *,
+    buckets: int = 4,
+    row_length: int | None = None,
+    replicas: int = 1,
+    note: Callable[[str], object] = print,
+) -> Layout:
+    """Choose packed rows where every model that scores the pairs can run on them, else buckets.
+
+    Args:
+        models: the policy, and the reference where it is a model of its own.
+        batching: "auto" falls back to buckets and says why; "packed" insists.
+        buckets: as `Layout` takes.
+        row_length: as `Layout` takes.
+        replicas: as `Layout` takes.
+        note: called with the reason for falling back.
+
+    Raises:
+        InputError: an unknown name; "packed" where it is not possible; a row length for buckets.
+
+    Example:
+        >>> plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        >>> choose_layout([plain], "auto", note=lambda line: None).batching
+        'buckets'
+    """
+    problems = []
+    if batching not in get_args(BatchingChoice):
+        names = ", ".join(map(repr, get_args(BatchingChoice)))
+        problems.append(InputProblem("batching", f"must be one of {names}", batching))
+    if batching == "buckets" and row_length is not None:
+        rule = "has no effect with batching='buckets'"
+        problems.append(InputProblem("row_length", rule, row_length, "Leave it out."))
+    if problems:
+        raise InputError(problems)
+    if batching == "buckets":
+        return Layout("buckets", buckets, replicas=replicas)
+    reason = next((why for model in models if (why := packing_obstacle(model)) is not None), None)
+    if reason is None:
+        return Layout("packed", buckets, row_length, replicas)
+    if batching == "packed":
+        hint = "Choose 'auto' or 'buckets', which run with every model."
+        raise InputError(InputProblem("batching", f"cannot be 'packed': {reason}", hint=hint))
+    note(f"batching: buckets instead of packed rows, because {reason}.")
+    return Layout("buckets", buckets, replicas=replicas)
 
 
 def warm_up(
@@ -50,30 +126,28 @@ def warm_up(
     row_length: int | None = None,
     **options: Any,
 ) -> int:
-    """Supervised training on the chosen responses.
+    """Train on the chosen responses alone.
 
     Args:
         model: compiled.
         tokenized: the pairs.
         epochs: passes over them.
         batch_size: responses per step.
-        seed: of the order.
-        buckets: lengths that batches come in, where they are not packed.
-        batching: "packed", "buckets", or "auto": packed where the policy can be run so, see
-            `dpo_keras.training.batch_layout.choose_layout`; or a `Layout`.
-        row_length: tokens per packed row; by default chosen.
-        **options: as `train_preferences`: `every`, `checkpoints`, `checkpoint_every`, `keep`,
-            `resume`, `log`, `progress`, `stop`, `watchdog`, `callbacks`, `verbose`.
+        seed: seed of the order.
+        buckets: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
+        row_length: as `choose_layout` takes.
+        **options: see `RunOptions`.
 
     Returns:
         Steps taken in all, earlier runs included.
     """
-    layout = _layout(model, batching, buckets, row_length)
+    layout = _layout(model, [model.policy], batching, buckets, row_length)
     pairs = chosen_alone(tokenized) if layout.packed else tokenized
     change = None if layout.packed else supervised_dataset
     stream = _endless(model, layout, pairs, batch_size, seed, change)
     per_epoch = layout.steps(pairs, batch_size, seed)
-    return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+    return _fit(model, stream, epochs * per_epoch, per_epoch, RunOptions(**options))
 
 
 def train_preferences(
@@ -90,64 +164,90 @@ def train_preferences(
     evaluation_batch_size: int | None = None,
     **options: Any,
 ) -> int:
-    """Preference training, with evaluation, checkpoints and resumption.
+    """Train on preference pairs, with evaluation, checkpoints and resumption.
 
     Args:
         model: compiled.
         tokenized: the training pairs.
         epochs: passes over them.
         batch_size: pairs per step, over all replicas.
-        seed: of the order.
-        buckets: lengths that batches come in, where they are not packed.
-        batching: "packed", "buckets", or "auto": packed where the policy can be run so, see
-            `dpo_keras.training.batch_layout.choose_layout`; or a `Layout`.
-        row_length: tokens per packed row; by default chosen.
+        seed: seed of the order.
+        buckets: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
+        row_length: as `choose_layout` takes.
         held_out: pairs to evaluate on, or None.
-        evaluation_batch_size: pairs at a time in evaluation; `batch_size` by default.
-        **options: `every` (steps per Keras epoch, at the end of which evaluation, epoch logs and
-            a checkpoint come; by default one pass over the data), `checkpoints` (directory),
-            `checkpoint_every` (steps, besides), `keep` (how many), `resume` (go on from the newest
-            checkpoint), `save` (False on workers that are not chief), `log` (JSONL path),
-            `progress` (function, see `callbacks.Progress`), `sync_reference` (every, alpha: see
-            `callbacks.SyncReference`), `stop` (a `dpo_keras.cluster.StopRequest`: the run ends
-            behind the step in which it is asked to), `watchdog` (of a cluster's run), `callbacks`,
-            `verbose`.
+        evaluation_batch_size: pairs per batch in evaluation; `batch_size` by default.
+        **options: see `RunOptions`.
 
     Returns:
         Steps taken in all, earlier runs included.
 
     Raises:
         InputError: options that do not fit together.
-        RuntimeError: the loss is no number any more, or does not start where it must.
-        RunStopped: `stop` was asked; the step in progress has ended and is saved.
+        RuntimeError: the loss became NaN or infinite, or did not start at policy = reference.
+        RunStopped: the run was asked to stop; the step in progress has ended and is saved.
     """
     reference = getattr(model.reference, "model", None)
-    layout = _layout(model, batching, buckets, row_length, reference)
+    models = [model.policy] if reference is None else [model.policy, reference]
+    layout = _layout(model, models, batching, buckets, row_length)
     stream = _endless(model, layout, tokenized, batch_size, seed)
     _check_groups(model, tokenized, held_out)
     if held_out is not None and len(held_out):
-        options["validation_data"] = layout.dataset(
-            held_out, evaluation_batch_size or batch_size, shuffle=False
-        )
+        size = evaluation_batch_size or batch_size
+        options["validation_data"] = layout.dataset(held_out, size, shuffle=False)
     per_epoch = layout.steps(tokenized, batch_size, seed)
-    return _fit(model, stream, epochs * per_epoch, per_epoch, **options)
+    return _fit(model, stream, epochs * per_epoch, per_epoch, RunOptions(**options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of `train_preferences` and `warm_up`.
+
+    Args:
+        every: steps per Keras epoch, which ends with evaluation, a log record and a checkpoint; by
+            default one pass over the data.
+        checkpoints: directory of checkpoints; None saves none.
+        checkpoint_every: steps between further checkpoints.
+        keep: number of checkpoints that are kept.
+        resume: whether to continue from the newest checkpoint.
+        save: False on workers other than the chief.
+        log: path of a JSONL file, see `callbacks.RunLog`.
+        progress: function that is called with each step, see `callbacks.Progress`.
+        sync_reference: (every, alpha) of `callbacks.SyncReference`.
+        validation_data: what Keras evaluates on.
+        stop: ends the run after the step in which it is requested.
+        watchdog: watchdog of a cluster's run.
+        callbacks, verbose: as `keras.Model.fit` takes.
+    """
+
+    every: int | None = None
+    checkpoints: str | os.PathLike[str] | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    resume: bool = False
+    save: bool = True
+    log: str | os.PathLike[str] | None = None
+    progress: Callable[[dict[str, JSON]], object] | None = None
+    sync_reference: tuple[int, float] | None = None
+    validation_data: tf.data.Dataset | None = None
+    stop: StopRequest | None = None
+    watchdog: Watchdog | None = None
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    verbose: int = 0
 
 
 def _layout(
     model: PolicyTrainer,
+    models: Sequence[keras.Model],
     batching: BatchingChoice | Layout,
     buckets: int,
     row_length: int | None,
-    reference: Any = None,
 ) -> Layout:
     if isinstance(batching, Layout):
         return batching
+    replicas = model.distribute_strategy.num_replicas_in_sync
     return choose_layout(
-        [model.policy] if reference is None else [model.policy, reference],
-        batching,
-        buckets=buckets,
-        row_length=row_length,
-        replicas=model.distribute_strategy.num_replicas_in_sync,
+        models, batching, buckets=buckets, row_length=row_length, replicas=replicas
     )
 
 
@@ -158,8 +258,8 @@ def _endless(
     batch_size: int,
     seed: int,
     change: Callable[[tf.data.Dataset], tf.data.Dataset] | None = None,
-) -> Callable[[int], tf.data.Dataset]:
-    """The stream of all batches, changed or as they are, from any step on."""
+) -> Stream:
+    """Return the stream of all batches, each worker's own rows of them."""
 
     def stream(start: int) -> tf.data.Dataset:
         def make(worker: Worker | None) -> tf.data.Dataset:
@@ -173,20 +273,8 @@ def _endless(
     return stream
 
 
-class _Steps(keras.callbacks.Callback):
-    """Counts steps, micro-batches included: a callback may end the run before its time."""
-
-    def __init__(self, step: int):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        self.step += self.model.steps_per_execution
-
-
 def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
-    assert model.preference_loss is not None
-    groups = int((model.preference_loss.options.get("group_robust") or {}).get("groups", 0))
+    groups = (model.preference_loss.group_robust or {}).get("groups", 0)
     for tokenized in sides if groups else ():
         if tokenized is None or tokenized.group is None or not len(tokenized):
             continue
@@ -200,91 +288,63 @@ def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
 
 
 def _fit(
-    model: PolicyTrainer,
-    stream: Callable[[int], tf.data.Dataset],
-    steps: int,
-    per_epoch: int,
-    *,
-    every: int | None = None,
-    checkpoints: Path | None = None,
-    checkpoint_every: int | None = None,
-    keep: int = 2,
-    resume: bool = False,
-    save: bool = True,
-    log: Path | None = None,
-    progress: Report | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    sync_reference: tuple[int, float] | None = None,
-    validation_data: tf.data.Dataset | None = None,
-    stop: StopRequest | None = None,
-    watchdog: Watchdog | None = None,
-    verbose: int = 0,
+    model: PolicyTrainer, stream: Stream, steps: int, per_epoch: int, options: RunOptions
 ) -> int:
-    every = every or per_epoch
-    at_once = model.steps_per_execution
+    every, at_once = options.every or per_epoch, model.steps_per_execution
     if every % at_once or steps % at_once:
         raise InputError(
             f"steps_per_execution ({at_once}) must divide the {steps} steps of the run and the "
             f"{every} steps between evaluations."
         )
-    position = 0
-    if checkpoints is not None and resume:
-        position = load_checkpoint(model, checkpoints)
-    elif checkpoints is not None and any(pathlib.Path(checkpoints).glob("step-*")):
-        raise InputError(
-            f"checkpoints directory {checkpoints} holds those of another run. Resume it, or give "
-            "another directory."
+    start = _first_step(model, options)
+    stop, checkpoint = options.stop or StopRequest(), None
+    callbacks: list[keras.callbacks.Callback] = [StopOnNonFinite()]
+    if options.log is not None and options.save:
+        callbacks.append(RunLog(options.log, start_step=start))
+    if options.progress is not None:
+        callbacks.append(Progress(options.progress, start_step=start, steps=steps))
+    if options.sync_reference is not None:
+        callbacks.append(SyncReference(*options.sync_reference, start_step=start))
+    callbacks += options.callbacks
+    if options.checkpoints is not None:
+        checkpoint = RunCheckpoint(
+            options.checkpoints, options.checkpoint_every, options.keep, start, options.save
         )
-    if watchdog is not None:
-        watchdog.agree("newest checkpoint (its step)", position, hint=_SHARED)
-    stop = stop or StopRequest()
-    ours: list[keras.callbacks.Callback] = [StopOnNonFinite()]
-    if log is not None and save:
-        ours.append(RunLog(log, start_step=position))
-    if progress is not None:
-        ours.append(Progress(progress, start_step=position, steps=steps))
-    if sync_reference is not None:
-        ours.append(SyncReference(*sync_reference, start_step=position))
-    ours += callbacks
-    checkpoint = None
-    if checkpoints is not None:
-        checkpoint = RunCheckpoint(checkpoints, checkpoint_every, keep, position, save)
-        ours.append(checkpoint)
-    counter = _Steps(position)
-    ours += [counter, StopTogether(stop, position, checkpoint, watchdog)]
+        callbacks.append(checkpoint)
+    counting = StopTogether(stop, start, checkpoint, options.watchdog)
+    callbacks.append(counting)
     model.stop_training = False
+    position = start
     with stop.at_step_end():
-        _run(model, stream, position, steps, every, ours, validation_data, verbose)
-    if stop.requested:  # behind the last step
-        raise stop.stopped(None if checkpoint is None else counter.step)
-    return counter.step
+        while position < steps and not model.stop_training:
+            number, offset = divmod(position, every)
+            rounds = 0 if offset else (steps - position) // every
+            taken = every if rounds else min(every - offset, steps - position)
+            model.fit(
+                stream(position),
+                steps_per_epoch=taken // at_once * at_once,
+                initial_epoch=number,
+                epochs=number + max(rounds, 1),
+                validation_data=options.validation_data,
+                callbacks=list(callbacks),
+                verbose=options.verbose,
+            )
+            position += taken * max(rounds, 1)
+    if stop.requested:  # after the last step
+        raise stop.stopped(None if checkpoint is None else counting.step)
+    return counting.step
 
 
-_SHARED = "All workers must see the same run directory: put it on storage that they share."
-
-
-def _run(
-    model: PolicyTrainer,
-    stream: Callable[[int], tf.data.Dataset],
-    position: int,
-    steps: int,
-    every: int,
-    callbacks: list[keras.callbacks.Callback],
-    validation_data: tf.data.Dataset | None,
-    verbose: int,
-) -> None:
-    at_once = model.steps_per_execution
-    while position < steps and not model.stop_training:
-        number, offset = divmod(position, every)
-        rounds = 0 if offset else (steps - position) // every
-        taken = every if rounds else min(every - offset, steps - position)
-        model.fit(
-            stream(position),
-            steps_per_epoch=taken // at_once * at_once,
-            initial_epoch=number,
-            epochs=number + max(rounds, 1),
-            validation_data=validation_data,
-            callbacks=list(callbacks),
-            verbose=verbose,
-        )
-        position += taken * max(rounds, 1)
+def _first_step(model: PolicyTrainer, options: RunOptions) -> int:
+    """Return the step to continue at, with the model as it was there."""
+    start = 0
+    if options.checkpoints is not None and options.resume:
+        start = load_checkpoint(model, options.checkpoints)
+    elif options.checkpoints is not None and any(pathlib.Path(options.checkpoints).glob("step-*")):
+        rule = f"directory {options.checkpoints} holds those of another run"
+        hint = "Resume it, or give another directory."
+        raise InputError(InputProblem("checkpoints", rule, hint=hint))
+    if options.watchdog is not None:
+        hint = "All workers must see the same run directory: put it on storage that they share."
+        options.watchdog.agree("newest checkpoint (its step)", start, hint=hint)
+    return start

@@ -1,8 +1,13 @@
-"""Responses from a policy: for samples during training, and for judging it afterwards."""
+"""Responses from a policy, and the decoding loop that samples and exported models share.
 
+`decode` is the loop. `generate_responses` compiles it and goes from strings to strings in Python;
+`dpo_keras.serving` puts it into a graph that a model server runs.
+"""
+
+import functools
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import keras_hub
@@ -10,13 +15,22 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching import Ragged, TextEncoder
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import Tensor
 
-# Compiled once per policy and setting; the function reads the weights as they are at its call.
-_functions: Any = weakref.WeakKeyDictionary()
+Draw: TypeAlias = Callable[[Tensor], Tensor]
+"""Draws one index per row from log-probs `[batch, n]`: int32 `[batch]`."""
+Choose: TypeAlias = Callable[[Tensor], Tensor]
+"""Chooses the next token from logits `[batch, vocabulary]`: int32 `[batch]`."""
+_Compiled: TypeAlias = tuple[Callable[[Tensor, Tensor, Tensor], Tensor], keras.random.SeedGenerator]
+
+# Compiled once per policy and setting. The functions read the weights as they are at each call.
+_compiled_functions: weakref.WeakKeyDictionary[
+    object, dict[tuple[float, float, tuple[int, ...]], _Compiled]
+] = weakref.WeakKeyDictionary()
 
 
-def generate_responses(
+def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     policy: keras.Model,
     prompts: Sequence[str] | Sequence[Sequence[int]] | Ragged,
     *,
@@ -26,117 +40,101 @@ def generate_responses(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
-    preprocessor: Any = None,
+    preprocessor: object | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     return_ended: bool = False,
 ) -> Any:
-    """Samples one response to each prompt, tokenized exactly as for training.
+    """Sample one response to each prompt, tokenized exactly as for training.
 
     Args:
         policy: a KerasHub causal language model (its key-value cache is used), or any Keras model
             from `{"token_ids", "padding_mask"}` to logits.
-        prompts: N strings, or N rows of token ids (`TokenizedPairs.prompt`: what a chat template
-            made of a conversation is exact only so).
+        prompts: N strings, or N rows of token ids. Pass ids (`TokenizedPairs.prompt`) where a chat
+            template rendered a conversation: its text alone does not determine the ids.
         max_new_tokens: the longest response, in tokens.
-        temperature: of sampling; 0 takes the likeliest token.
-        top_p: share of the probability to sample from; 1 takes all.
-        seed: of the sampling; the same seed, prompts and batch size give the same responses.
-        batch_size: prompts at a time.
-        max_length: longest prompt and response; longer prompts are cut from the left. By default
-            what the model's positions allow.
-        preprocessor: by default `policy.preprocessor`.
-        on_batch: called with (responses done, N).
-        return_ended: tell also which responses ended by themselves.
+        temperature: softmax temperature; 0 takes the most likely token.
+        top_p: share of the probability to sample from; 1 samples from all tokens.
+        seed: seed of the sampling. The same seed, prompts and batch size give the same responses.
+        batch_size: prompts per batch.
+        max_length: the longest prompt and response together, in tokens. Longer prompts are cut from
+            the left. By default the number of positions of the model.
+        preprocessor: what tokenizes; by default `policy.preprocessor`.
+        on_batch: called with (responses done, N) after each batch.
+        return_ended: whether to return which responses ended by themselves, too.
 
     Returns:
-        N strings, special tokens left out; with `return_ended`, those and N booleans, False where
-        a response was cut off at `max_new_tokens`.
+        N strings without special tokens. With `return_ended` a tuple of those and N booleans, False
+        where a response was cut off at `max_new_tokens`.
 
     Raises:
-        InputError: an argument out of range, or no preprocessor.
+        InputError: an argument is out of range, or there is no preprocessor.
+
+    Example:
+        >>> class Letters:
+        ...     start_token_id, end_token_id, pad_token_id = 1, 2, 0
+        ...     tokenize = staticmethod(lambda texts: [[ord(c) - 90 for c in t] for t in texts])
+        ...     detokenize = staticmethod(lambda rows: ["".join(chr(90 + i) for i in rows[0])])
+        >>> ids = {name: keras.Input((None,), name=name) for name in ("token_ids", "padding_mask")}
+        >>> always_c = keras.layers.Lambda(lambda x: keras.ops.one_hot(0 * x + 9, 64) * 99)
+        >>> policy = keras.Model(ids, always_c(ids["token_ids"]))
+        >>> generate_responses(policy, ["a", "ab"], max_new_tokens=3, preprocessor=Letters())
+        ['ccc', 'ccc']
     """
     preprocessor = preprocessor or getattr(policy, "preprocessor", None)
-    problems = []
+    problems = decoding_problems(max_new_tokens, temperature, top_p)
     if preprocessor is None:
-        problems.append("preprocessor is needed to tokenize: the policy has none attached.")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
-    if not temperature >= 0:
-        problems.append(f"temperature must be >= 0, got {temperature}.")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p must be in (0, 1], got {top_p}.")
+        problems.append(
+            InputProblem("preprocessor", "is needed to tokenize: the policy has none attached")
+        )
     if problems:
         raise InputError(problems)
-    encoder = TextEncoder(preprocessor)
-    limit = max_length or _longest(policy)
+    limit = max_length or getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
     if limit is not None and limit <= max_new_tokens:
-        raise InputError(
-            f"max_new_tokens must leave room for a prompt in {limit} tokens, got {max_new_tokens}."
-        )
+        rule = f"must leave room for a prompt in {limit} tokens"
+        raise InputError(InputProblem("max_new_tokens", rule, max_new_tokens))
+    encoder = TextEncoder(preprocessor)
+    stops = sorted(encoder.ends)
     room = None if limit is None else limit - max_new_tokens
-    rows: list[Any] = list(prompts)  # type: ignore[arg-type]
-    encoded: Any = encoder.prompts(rows).tolist() if all(isinstance(r, str) for r in rows) else rows
-    ids = [_cut([int(token) for token in row], room, encoder.start) for row in encoded]
-    if not ids:
+    rows = _prompt_ids(encoder, [prompts[row] for row in range(len(prompts))], room)
+    if not rows:
         return ([], []) if return_ended else []
-    longest = max(len(row) for row in ids)
-    length = -(-(longest + max_new_tokens) // 16) * 16
+    # Few different lengths, because each one is compiled for itself.
+    length = -(-(max(map(len, rows)) + max_new_tokens) // 16) * 16
     length = length if limit is None else min(length, limit)
-    run = _function(policy, encoder, temperature, top_p, seed)
+    run, generator = _compiled(policy, stops, temperature, top_p)
+    generator.state.assign([seed, 0])
+    steps = tf.constant(max_new_tokens)
     responses: list[str] = []
     ended: list[bool] = []
-    for start in range(0, len(ids), batch_size):
-        chunk = ids[start : start + batch_size]
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
         filled = chunk + chunk[-1:] * (batch_size - len(chunk))
-        token_ids, mask = _right_padded(filled, length, _filler(encoder))
-        found = run(token_ids, mask, max_new_tokens)[: len(chunk)]
-        new = [
-            out[len(row) : len(row) + max_new_tokens]
-            for row, out in zip(chunk, found.tolist(), strict=True)
-        ]
-        answers = [_until_end(ids, encoder.ends) for ids in new]
-        responses += _texts(encoder, answers)
-        ended += [len(answer) < len(ids) for answer, ids in zip(answers, new, strict=True)]
+        token_ids, mask = _right_padded(filled, length, encoder.pad)
+        lengths = np.array([len(row) for row in chunk])
+        found = run(token_ids, mask, steps)[: len(chunk)]
+        new = new_tokens(found, lengths, stops, max_new_tokens).to_list()
+        responses += detokenized(encoder, new)
+        ended += [len(row) < max_new_tokens for row in new]
         if on_batch is not None:
-            on_batch(len(responses), len(ids))
+            on_batch(len(responses), len(rows))
     return (responses, ended) if return_ended else responses
 
 
-def _longest(policy: keras.Model) -> int | None:
-    backbone = getattr(policy, "backbone", policy)
-    return getattr(backbone, "max_sequence_length", None)
+def decoding_problems(max_new_tokens: int, temperature: float, top_p: float) -> list[InputProblem]:
+    """Name the decoding arguments that are out of range."""
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(InputProblem("max_new_tokens", "must be >= 1", max_new_tokens))
+    if not 0 <= temperature < float("inf"):
+        problems.append(InputProblem("temperature", "must be >= 0", temperature))
+    if not 0 < top_p <= 1:
+        problems.append(InputProblem("top_p", "must be in (0, 1]", top_p))
+    return problems
 
 
-def _filler(encoder: TextEncoder) -> int:
-    # KerasHub's GPT-2 pads with id 0 whatever token that is; where it is the end token, places
-    # not yet written would look like an end, and nothing would be generated at all.
-    return next(token for token in (encoder.pad, *range(3)) if token not in encoder.ends)
-
-
-def _cut(ids: list[int], room: int | None, start: int | None) -> list[int]:
-    if room is None or len(ids) <= room:
-        return ids
-    if start is not None and ids[0] == start and room > 1:
-        return [start, *ids[len(ids) - room + 1 :]]
-    return ids[len(ids) - room :]
-
-
-def _right_padded(rows: list[list[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    token_ids = np.full((len(rows), length), pad, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    for number, row in enumerate(rows):
-        token_ids[number, : len(row)] = row
-        mask[number, : len(row)] = True
-    return token_ids, mask
-
-
-def _until_end(ids: list[int], ends: Collection[int]) -> list[int]:
-    stops = [place for place, token in enumerate(ids) if token in ends]
-    return ids[: stops[0]] if stops else ids
-
-
-def _texts(encoder: TextEncoder, rows: list[list[int]]) -> list[str]:
-    # An empty row would come back from some tokenizers as something other than "".
+def detokenized(encoder: TextEncoder, rows: Sequence[list[int]]) -> list[str]:
+    """Turn rows of token ids into texts."""
+    # Some tokenizers turn an empty row into something other than "".
     return [_text(encoder.tokenizer.detokenize([row])) if row else "" for row in rows]
 
 
@@ -146,82 +144,206 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _function(
-    policy: keras.Model, encoder: TextEncoder, temperature: float, top_p: float, seed: int
-) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
-    if not isinstance(policy, keras_hub.models.CausalLM):
-        return lambda ids, mask, new: _plain(policy, ids, mask, new, temperature, top_p, seed)
-    known = _functions.setdefault(policy, {})
-    key = (temperature, top_p, tuple(encoder.ends))
-    if key not in known:
-        sampler = _sampler(temperature, top_p)
-        stops = list(encoder.ends)
-        # Not the policy itself: what a dictionary with weak keys holds must not hold the key.
-        borrowed = weakref.ref(policy)
-
-        # XLA, as KerasHub's own generate(): outside it, its cache updates are slow.
-        @tf.function(jit_compile=True, reduce_retracing=False)
-        def generate(token_ids: Any, mask: Any) -> Any:
-            model: Any = borrowed()
-            before = getattr(model, "sampler", None)
-            model.sampler = sampler
-            try:
-                inputs = {"token_ids": token_ids, "padding_mask": mask}
-                return model.generate_step(inputs, stops)["token_ids"]
-            finally:
-                model.sampler = before
-
-        known[key] = (generate, sampler)
-    generate, sampler = known[key]
-
-    def run(token_ids: np.ndarray, mask: np.ndarray, _: int) -> np.ndarray:
-        return generate(tf.constant(token_ids), tf.constant(mask)).numpy()
-
-    for variable in sampler.variables:
-        variable.assign(np.array([seed, 0], np.uint32))
-    return run
+# -- decoding ------------------------------------------------------------------------------------
 
 
-def _sampler(temperature: float, top_p: float) -> Any:
-    if temperature == 0:
-        return keras_hub.samplers.GreedySampler()
-    if top_p < 1:
-        return keras_hub.samplers.TopPSampler(p=top_p, temperature=temperature, seed=0)
-    return keras_hub.samplers.RandomSampler(temperature=temperature, seed=0)
-
-
-def _plain(
+def decode(
     policy: keras.Model,
-    token_ids: np.ndarray,
-    mask: np.ndarray,
-    new: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-) -> np.ndarray:
-    """Generation by one whole forward pass per token: slow, and right for any causal model."""
-    random = np.random.default_rng(seed)
-    token_ids, lengths = token_ids.copy(), mask.sum(axis=1)
-    rows = np.arange(len(token_ids))
-    forward = tf.function(lambda ids, mask: policy({"token_ids": ids, "padding_mask": mask}))
-    for _ in range(min(new, token_ids.shape[1] - int(lengths.max()))):
-        mask = (np.arange(token_ids.shape[1]) < lengths[:, None]).astype(np.int32)
-        logits = forward(tf.constant(token_ids), tf.constant(mask)).numpy()[rows, lengths - 1]
-        token_ids[rows, lengths] = _draw(logits.astype(np.float64), temperature, top_p, random)
-        lengths = lengths + 1
-    return token_ids
+    token_ids: Tensor,
+    mask: Tensor,
+    *,
+    stops: Sequence[int],
+    choose: Choose,
+    max_new_tokens: int | Tensor,
+) -> Tensor:
+    """Write a response behind each prompt, token by token, until every row has a stop.
+
+    KerasHub models with `call_with_cache` decode with their key-value cache. Any other model runs
+    one forward pass over the whole text per token.
+
+    Args:
+        policy: maps `{"token_ids", "padding_mask"}` to logits.
+        token_ids: int32 `[batch, length]`, prompts on the left, with room for the responses.
+        mask: bool `[batch, length]`, True for the prompts' tokens, at least one per row.
+        stops: ids that end a response.
+        choose: chooses tokens, see `token_choice`.
+        max_new_tokens: number of tokens that each response has at most. With the cache, shorter
+            prompts get more while longer ones are completed: `new_tokens` cuts them.
+
+    Returns:
+        int32 `[batch, length]`. What follows a row's first stop is undefined.
+    """
+    loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose)
+    rows, length = tf.unstack(tf.shape(token_ids))
+    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
+
+    if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
+
+        def sampler(
+            *,
+            next: Callable[..., Tensor],
+            prompt: Tensor,
+            cache: Tensor,
+            index: Tensor,
+            **_: object,
+        ) -> Tensor:
+            # KerasHub's cache has one index for all rows: rows move on column by column.
+            def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+                logits, _, cache = next(token_ids, cache, place[0])
+                return logits, cache
+
+            place = tf.fill([rows], tf.cast(index, tf.int32))
+            return loop(logits_at, prompt, cache, place, steps=length - place[0])
+
+        before = getattr(policy, "sampler", None)
+        # `generate_step` fills the cache with the prompts and leaves the loop to the sampler.
+        policy.sampler = sampler
+        try:
+            inputs = {"token_ids": token_ids, "padding_mask": mask}
+            return policy.generate_step(inputs, list(stops))["token_ids"]
+        finally:
+            policy.sampler = before
+
+    def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        seen = tf.sequence_mask(place, length, tf.int32)
+        logits = policy({"token_ids": token_ids, "padding_mask": seen}, training=False)
+        return tf.gather(logits, place - 1, batch_dims=1), cache
+
+    return loop(logits_at, token_ids, (), lengths, steps=max_new_tokens)
 
 
-def _draw(logits: np.ndarray, temperature: float, top_p: float, random: Any) -> np.ndarray:
-    if temperature == 0:
-        return logits.argmax(axis=-1)
-    scaled = logits / temperature
-    probs = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    probs /= probs.sum(axis=-1, keepdims=True)
-    order = np.argsort(-probs, axis=-1)
-    ranked = np.take_along_axis(probs, order, axis=-1)
-    ranked = np.where(ranked.cumsum(axis=-1) - ranked < top_p, ranked, 0.0)
-    edges = ranked.cumsum(axis=-1)
-    drawn = random.random((len(logits), 1)) * edges[:, -1:]
-    picked = (edges < drawn).sum(axis=-1, keepdims=True)
-    return np.take_along_axis(order, picked, axis=-1)[:, 0]
+def _loop(
+    logits_at: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    token_ids: Tensor,
+    cache: Tensor,
+    place: Tensor,
+    *,
+    mask: Tensor,
+    stops: Sequence[int],
+    choose: Choose,
+    steps: Tensor,
+) -> Tensor:
+    """Fill `token_ids` from `place` `[batch]` on; `logits_at` gives the logits for that place."""
+    rows = tf.range(tf.shape(token_ids)[0])
+
+    def unfinished(token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor) -> Tensor:
+        return ~tf.reduce_all(done)
+
+    def step(
+        token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits, cache = logits_at(token_ids, cache, place)
+        at = tf.stack([rows, place], axis=1)
+        prompted = tf.gather_nd(mask, at)
+        token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits))
+        done |= ~prompted & tf.reduce_any(token[:, None] == tf.constant(stops), axis=1)
+        return tf.tensor_scatter_nd_update(token_ids, at, token), cache, place + 1, done
+
+    start = (token_ids, cache, place, tf.zeros_like(place, tf.bool))
+    return tf.while_loop(unfinished, step, start, maximum_iterations=steps)[0]
+
+
+def token_choice(temperature: float, top_p: float, draw: Draw) -> Choose:
+    """Return the rule that chooses the next token.
+
+    Args:
+        temperature: softmax temperature; 0 takes the most likely token.
+        top_p: with a temperature, the share of the probability to sample from: the smallest set of
+            most likely tokens that reaches it.
+        draw: draws from log-probs.
+
+    Returns:
+        A function from logits `[batch, vocabulary]` to ids, int32 `[batch]`.
+
+    References:
+        Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
+    """
+
+    def choose(logits: Tensor) -> Tensor:
+        probabilities = tf.nn.softmax(tf.cast(logits, tf.float32) / (temperature or 1.0))
+        if temperature == 0:
+            return tf.argmax(probabilities, axis=-1, output_type=tf.int32)
+        if top_p == 1:
+            return draw(tf.math.log(probabilities))
+        ranked, order = tf.math.top_k(probabilities, tf.shape(probabilities)[-1])
+        before = tf.cumsum(ranked, axis=-1, exclusive=True)
+        # Strictly below, so that the most likely token always stays.
+        drawn = draw(tf.math.log(tf.where(before < top_p, ranked, 0.0)))
+        return tf.gather(order, drawn[:, None], batch_dims=1)[:, 0]
+
+    return choose
+
+
+def new_tokens(
+    token_ids: Tensor, lengths: Tensor, stops: Sequence[int], max_new_tokens: int
+) -> tf.RaggedTensor:
+    """Cut the responses out of what `decode` returns.
+
+    Args:
+        token_ids: int32 `[batch, length]`.
+        lengths: tokens of each prompt, `[batch]`.
+        stops: ids that end a response; they are left out.
+        max_new_tokens: the longest response.
+
+    Returns:
+        int32 `[batch, (tokens)]`.
+    """
+    places = tf.cast(lengths, tf.int64)[:, None] + tf.range(max_new_tokens, dtype=tf.int64)
+    new = tf.gather(token_ids, places, batch_dims=1)
+    stopped = tf.reduce_any(new[..., None] == tf.constant(stops), axis=-1)
+    return tf.ragged.boolean_mask(new, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)
+
+
+# -- generate_responses in Python ----------------------------------------------------------------
+
+
+def _compiled(
+    policy: keras.Model, stops: Sequence[int], temperature: float, top_p: float
+) -> _Compiled:
+    known = _compiled_functions.setdefault(policy, {})
+    key = (temperature, top_p, tuple(stops))
+    if key not in known:
+        # The values of a dictionary with weak keys must not hold the keys.
+        borrowed = weakref.ref(policy)
+        generator = keras.random.SeedGenerator(0)
+
+        def draw(log_probs: Tensor) -> Tensor:
+            return keras.random.categorical(log_probs, 1, dtype="int32", seed=generator)[:, 0]
+
+        # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model
+        # of the user's own may hold operations that XLA does not have.
+        @tf.function(jit_compile=isinstance(policy, keras_hub.models.CausalLM))
+        def run(token_ids: Tensor, mask: Tensor, max_new_tokens: Tensor) -> Tensor:
+            return decode(
+                borrowed(),
+                token_ids,
+                mask,
+                stops=stops,
+                choose=token_choice(temperature, top_p, draw),
+                max_new_tokens=max_new_tokens,
+            )
+
+        known[key] = (run, generator)
+    return known[key]
+
+
+def _prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:
+    """Tokenize prompts that are strings; cut all from the left, keeping the start token."""
+    strings = all(isinstance(prompt, str) for prompt in prompts)
+    rows = []
+    for row in encoder.prompts(prompts).tolist() if strings else prompts:
+        ids = [int(token) for token in row]
+        if room is not None and len(ids) > room:
+            kept = [encoder.start] if ids[0] == encoder.start and room > 1 else []
+            ids = kept + ids[len(ids) - room + len(kept) :]
+        rows.append(ids)
+    return rows
+
+
+def _right_padded(rows: list[list[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
+    token_ids = np.full((len(rows), length), pad, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for number, row in enumerate(rows):
+        token_ids[number, : len(row)] = row
+        mask[number, : len(row)] = True
+    return tf.constant(token_ids), tf.constant(mask)

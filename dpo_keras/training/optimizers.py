@@ -1,11 +1,23 @@
 """The optimizer of a training, and its learning rate over the steps."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import keras
+from keras import ops
 
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.tensors import JSON, Tensor
+
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+
+SCHEDULES: dict[str, Callable[[float, int], float | Schedule]] = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
+    "cosine": keras.optimizers.schedules.CosineDecay,
+}
 
 
 def make_optimizer(
@@ -18,14 +30,14 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     gradient_accumulation: int = 1,
 ) -> keras.optimizers.Optimizer:
-    """AdamW with the usual choices.
+    """Make AdamW with the usual choices.
 
     Args:
         steps: calls of `train_step` in all; micro-batches count one each.
-        learning_rate: the highest it gets.
+        learning_rate: the highest learning rate.
         schedule: `"constant"`, or `"linear"` or `"cosine"` down to 0 at the last step.
         warmup_fraction: share of the steps in which the rate rises from 0.
-        weight_decay: decoupled; not applied to biases and norms.
+        weight_decay: decoupled weight decay; not applied to biases and norms.
         clip_norm: bound on the norm of the whole gradient, or None.
         gradient_accumulation: micro-batches per update.
 
@@ -43,8 +55,9 @@ def make_optimizer(
     rising = int(round(steps * warmup_fraction))
     falling = max(steps - rising, 1)
     if schedule not in SCHEDULES:
-        raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
-    rate: Any = SCHEDULES[schedule](learning_rate, falling)
+        rule = f"must be one of {', '.join(SCHEDULES)}"
+        raise InputError(InputProblem("schedule", rule, schedule))
+    rate = SCHEDULES[schedule](learning_rate, falling)
     if rising:
         rate = _Rise(rate, learning_rate, rising)
     optimizer = keras.optimizers.AdamW(
@@ -57,35 +70,28 @@ def make_optimizer(
     return optimizer
 
 
-SCHEDULES: dict[str, Callable[[float, int], Any]] = {
-    "constant": lambda rate, steps: rate,
-    "linear": lambda rate, steps: keras.optimizers.schedules.PolynomialDecay(rate, steps, 0.0),
-    "cosine": lambda rate, steps: keras.optimizers.schedules.CosineDecay(rate, steps),
-}
-
-
 @keras.saving.register_keras_serializable("dpo_keras")
 class _Rise(keras.optimizers.schedules.LearningRateSchedule):
     """A linear rise from 0, then another schedule."""
 
-    def __init__(self, then: Any, learning_rate: float, steps: int):
+    def __init__(self, then: float | Schedule, learning_rate: float, steps: int):
         self.then, self.learning_rate, self.steps = then, learning_rate, steps
 
-    def __call__(self, step: Any) -> Any:
-        step = keras.ops.cast(step, "float32")
-        # The first step is not taken at rate 0: it would be a step for nothing.
+    def __call__(self, step: Tensor) -> Tensor:
+        step = ops.cast(step, "float32")
+        # The first step is not taken at rate 0, where it would change nothing.
         rise = self.learning_rate * (step + 1.0) / self.steps
         then = self.then(step - self.steps) if callable(self.then) else self.then
-        return keras.ops.where(step < self.steps, rise, then)
+        return ops.where(step < self.steps, rise, then)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, JSON]:
         then = self.then
         if callable(then):
             then = keras.saving.serialize_keras_object(then)
         return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_Rise":
+    def from_config(cls, config: dict[str, JSON]) -> _Rise:
         then = config["then"]
         if isinstance(then, dict):
             then = keras.saving.deserialize_keras_object(then)

@@ -1,21 +1,22 @@
 """Supervised fine-tuning on chosen responses: the usual step before preference training."""
 
 from dataclasses import replace
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import ops
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs
-from dpo_keras.scoring.lora import serialized_policy
-from dpo_keras.training.shared_recipes import SupervisedRecipe
+from dpo_keras.training.distribution import sum_over_replicas
+from dpo_keras.training.metrics import MetricSums
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.utils.tensors import Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
-class SupervisedModel(SupervisedRecipe, PolicyTrainer):
-    """Trains a policy to give the chosen responses, by their tokens' mean negative log-likelihood.
+class SupervisedModel(PolicyTrainer):
+    """Train a policy on the chosen responses, by the mean negative log-likelihood of their tokens.
 
         loss = - sum_pairs w sum_t log pi(y_t | x, y_<t) / sum_pairs w |y|
 
@@ -25,8 +26,8 @@ class SupervisedModel(SupervisedRecipe, PolicyTrainer):
     Args:
         policy: as `DPOModel` takes.
         dropout: whether the policy's dropout is active. On by default, as usual in fine-tuning.
-        remat: gradient checkpointing: compute transformer blocks anew in the backward pass. With
-            dropout, not possible: it would be drawn twice.
+        remat: gradient checkpointing: recompute transformer blocks in the backward pass. Needs
+            `dropout=False` where the policy has dropout.
 
     Example:
         >>> import keras_hub
@@ -41,48 +42,44 @@ class SupervisedModel(SupervisedRecipe, PolicyTrainer):
     """
 
     def __init__(
-        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: Any
+        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: object
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
 
-    def get_config(self) -> dict[str, Any]:
-        """Policy and dropout."""
-        return {
-            **super().get_config(),
-            "policy": serialized_policy(self.policy),
-            "dropout": self.dropout,
-            "remat": self.scorer.remat,
-        }
+    def train_step(self, batch: Batch) -> MetricSums:
+        """Update the policy on the chosen responses of one batch."""
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "SupervisedModel":
-        """Rebuilds the model."""
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
-        return cls(policy, **config)
+        def step_loss() -> tuple[Tensor, MetricSums]:
+            return _mean_nll(batch, self.scorer(batch, training=self.dropout))
+
+        gradients, sums = self.gradients(step_loss)
+        norm = self.update(gradients, weight=sums["loss"][1])
+        return self.report(batch, {**sums, "grad_norm": (norm, 1.0)})
+
+    def test_step(self, batch: Batch) -> MetricSums:
+        """Measure the policy on one batch."""
+        return self.report(batch, _mean_nll(batch, self.scorer(batch))[1])
+
+    def metric_names(self) -> list[str]:
+        """Return `loss`, in nats per token, and `chosen_logps`, in nats per response."""
+        return ["loss", "chosen_logps"]
+
+    def call(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
+        """Return log-probs and lengths of the responses, `[rows * pairs, 2]`."""
+        scored = self.scorer(batch, training and self.dropout)
+        return {"policy": scored["logps"], "lengths": scored["lengths"]}
 
 
 def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
-    """The chosen responses as trees of one branch, so that packed rows hold nothing else.
-
-    Args:
-        tokenized: the pairs.
-
-    Returns:
-        The same pairs with rejected responses of no token.
-    """
+    """Return pairs with empty rejected responses, so that packed rows hold nothing else."""
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(len(tokenized) + 1, np.int64))
     return replace(tokenized, rejected=nothing, reference=None, identity=None)
 
 
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
-    """The chosen responses of a preference dataset, alone.
+    """Drop the rejected sequences from the batches of `dpo_keras.preference_dataset`.
 
-    Args:
-        preferences: from `dpo_keras.preference_dataset`.
-
-    Returns:
-        The same batches without the rejected sequences, so that nothing is computed for them.
-        (Packed rows keep their places; pack `chosen_alone` pairs instead.)
+    Packed rows keep their places; pack `chosen_alone` pairs instead.
     """
 
     def chosen(batch: Batch) -> Batch:
@@ -97,3 +94,16 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
 
     options = preferences.options()
     return preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _mean_nll(batch: Batch, scored: dict[str, Tensor]) -> tuple[Tensor, MetricSums]:
+    weight = ops.reshape(batch["weight"], (-1,))
+    logps = scored["logps"][:, 0]
+    tokens = ops.cast(scored["lengths"][:, 0], "float32")
+    total = ops.sum(ops.where(weight > 0, weight * logps, 0.0))
+    count = ops.sum(weight * tokens)
+    loss = -total / ops.maximum(sum_over_replicas(count), 1e-12)
+    return loss, {
+        "loss": (-total, count),
+        "chosen_logps": (ops.stop_gradient(total), ops.sum(weight)),
+    }

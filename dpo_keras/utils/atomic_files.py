@@ -10,11 +10,13 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) -> Iterator[Path]:
     """Yield a path to write to; move it to `path` once the block ends without an error.
 
     Args:
         path: the file or directory to make. What stands there stays until the new one is complete.
+        replace_directory: False raises OSError in the end where a directory with files stands at
+            `path`, even one that appeared in the meantime, and leaves that one as it is.
 
     Yields:
         A path in the same folder with the same suffix. Write a file or make a directory there. It
@@ -36,19 +38,19 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         flush_to_disk(partial)
-        if path.is_dir():
+        if replace_directory and path.is_dir():
             # A directory that holds files cannot be replaced in one step.
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)
-            os.replace(path, old)
+            path.replace(old)
             try:
-                os.replace(partial, path)
+                partial.replace(path)
             except BaseException:
-                os.replace(old, path)
+                old.replace(path)
                 raise
             _remove(old)
         else:
-            os.replace(partial, path)
+            partial.replace(path)
         # The new name only: the folder's other files may be large, or vanish meanwhile.
         _flush_names(path.parent)
     except BaseException:

@@ -1,58 +1,78 @@
-"""Keras optimizers as `PolicyTrainer` runs them: the same updates, in fewer passes over memory.
+"""Private names of Keras, each used in one function here. Written for Keras 3.15.
 
-Both changes use private names of Keras' optimizers, for which there is no public way; the optimizer
-belongs to one model, since Keras ties it to its variables.
+There is no public way to do what these functions do. No other module may use a name of Keras that
+begins with an underscore. Where an installed release has no such name any more, the function raises
+a RuntimeError that names the library, its release and the name (see `private_api`).
 """
 
-from typing import Any
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import keras
 import tensorflow as tf
 
+from dpo_keras.utils.private_api import KERAS, TENSORFLOW, Library, private
+from dpo_keras.utils.tensors import Tensor
 
-def sum_gradients_ourselves(optimizer: Any) -> None:
-    """Keeps a Keras optimizer from summing gradients over replicas a second time.
+# -- optimizers (written for Keras 3.15) ---------------------------------------------------
 
-    Keras clips first and sums second. Summing first needs its own sum switched off.
 
-    Args:
-        optimizer: the optimizer; one that scales its loss is looked into.
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Return the optimizer that updates weights, without the loss scaling around it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def leave_gradient_sums_to_caller(optimizer: keras.optimizers.Optimizer) -> None:
+    """Keep an optimizer from summing gradients over replicas (Keras 3.15).
+
+    Keras clips first and sums second. A caller that sums before it clips must switch off the sum.
     """
-    getattr(optimizer, "inner_optimizer", optimizer)._all_reduce_sum_gradients = list
+    inner = inner_optimizer(optimizer)
+    private(inner, "_all_reduce_sum_gradients", KERAS)
+    inner._all_reduce_sum_gradients = list
 
 
-def update_in_one_pass(optimizer: Any) -> None:
-    r"""Lets Adam and AdamW use TensorFlow's own kernel, and skip a weight decay of 0.
+def skip_zero_weight_decay(optimizer: keras.optimizers.Optimizer) -> None:
+    """Skip the pass over all weights that subtracts a weight decay of 0 (Keras 3.15)."""
+    inner = inner_optimizer(optimizer)
+    private(inner, "_apply_weight_decay", KERAS)
+    if not inner.weight_decay:
+        inner._apply_weight_decay = lambda variables: None
 
-    Keras writes Adam as ten operations, each a pass over all weights. The kernel is one:
+
+def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
+    r"""Let Adam and AdamW update each weight with TensorFlow's own kernel (Keras 3.15).
+
+    Keras writes Adam as ten operations, each a pass over all weights. The kernel is one pass:
 
         m <- m + (1 - beta_1) (g - m),   v <- v + (1 - beta_2) (g^2 - v),
         w <- w - alpha m / (sqrt(v) + epsilon),   alpha = rate sqrt(1 - beta_2^t) / (1 - beta_1^t)
 
     Args:
-        optimizer: any Keras optimizer; others than these two, and AMSGrad, stay as they are.
+        optimizer: any optimizer. All but these two stay as they are, and so does AMSGrad.
 
     References:
         Kingma and Ba, Adam, arXiv 1412.6980, section 2.
     """
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if not inner.weight_decay:
-        inner._apply_weight_decay = lambda variables: None
-    # A subclass may mean something else by its update.
+    inner = inner_optimizer(optimizer)
+    # A subclass may define another update.
     if type(inner) not in (keras.optimizers.Adam, keras.optimizers.AdamW) or inner.amsgrad:
         return
+    index_of = private(inner, "_get_variable_index", KERAS)
 
-    def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-        number = inner._get_variable_index(variable)
+    def update_step(gradient: Tensor, variable: Tensor, learning_rate: Tensor) -> None:
+        number = index_of(variable)
         variable = variable.value if isinstance(variable, keras.Variable) else variable
         dtype = variable.dtype
-        # With accumulation Keras computes the number of updates; else it is a variable.
+        # `iterations` counts updates, also where gradients are accumulated.
         step = keras.ops.cast(inner.iterations + 1, dtype)
         beta_1, beta_2 = tf.cast(inner.beta_1, dtype), tf.cast(inner.beta_2, dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=inner._momentums[number].value.handle,
-            v=inner._velocities[number].value.handle,
+            m=private(inner, "_momentums", KERAS)[number].value.handle,
+            v=private(inner, "_velocities", KERAS)[number].value.handle,
             beta1_power=tf.pow(beta_1, step),
             beta2_power=tf.pow(beta_2, step),
             lr=tf.cast(learning_rate, dtype),
@@ -63,3 +83,163 @@ def update_in_one_pass(optimizer: Any) -> None:
         )
 
     inner.update_step = update_step
+
+
+def micro_steps(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Return the number of gradients that an optimizer was given (Keras 3.15).
+
+    The public `iterations` counts updates: one for several accumulated gradients.
+    """
+    return private(inner_optimizer(optimizer), "_iterations", KERAS)
+
+
+class WeighedAccumulation(keras.layers.Layer):
+    """Make an accumulating optimizer weigh each micro-batch by its pairs (Keras 3.15).
+
+    Keras averages the gradients of micro-batches, each a mean over its own pairs, so that a pair in
+    a small micro-batch counts for more. Packed rows hold different numbers of pairs, and the last
+    batch of an epoch is short. With g_i the mean gradient of micro-batch i and w_i the weight of
+    its pairs, an update here uses
+
+        g = (sum_i w_i g_i) / (sum_i w_i),
+
+    which is the gradient of all the pairs in one batch.
+
+    Args:
+        optimizer: changed in place. Its `gradient_accumulation_steps` must be set.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer):
+        super().__init__(trainable=False)
+        self.built = True
+        self._weight: Tensor = None
+        # In a checkpoint, since a run may stop between two micro-batches.
+        self.total = self.add_weight(
+            name="total",
+            shape=(),
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+        inner = inner_optimizer(optimizer)
+        steps = inner.gradient_accumulation_steps
+        apply = private(inner, "_backend_apply_gradients", KERAS)
+        clip = private(inner, "_clip_gradients", KERAS)
+
+        def weighed_apply(gradients: Sequence[Tensor], variables: Sequence[Tensor]) -> None:
+            # Here and not in `weigh`: a step that loss scaling skips does not come so far.
+            self.total.assign_add(self._weight)
+            apply([gradient * self._weight for gradient in gradients], variables)
+            ended = keras.ops.equal((micro_steps(inner) + 1) % steps, 0)
+            self.total.assign(keras.ops.where(ended, 0.0, self.total))
+
+        def average_and_clip(gradients: Sequence[Tensor]) -> list[Tensor]:
+            # Keras hands over the sum over micro-batches, divided by their number.
+            share = steps / keras.ops.maximum(keras.ops.convert_to_tensor(self.total), 1e-12)
+            return list(clip([g * keras.ops.cast(share, g.dtype) for g in gradients]))
+
+        inner._backend_apply_gradients, inner._clip_gradients = weighed_apply, average_and_clip
+
+    def weigh(self, weight: Tensor) -> None:
+        """Set what the next micro-batch weighs: a scalar, its pairs over all replicas."""
+        self._weight = tf.cast(weight, "float32")
+
+
+# -- models (written for Keras 3.15) -------------------------------------------------------
+
+TRAINER_HOOKS = ("_maybe_symbolic_build", "_flatten_metrics_in_order")
+"""Methods that `keras.Model.fit` and `evaluate` call and `TensorflowTrainer` overrides."""
+
+
+def check_trainer_hooks() -> None:
+    """Raise a RuntimeError where `keras.Model` has no hook of `TRAINER_HOOKS` (Keras 3.15).
+
+    Keras would not call the overriding method any more, and nothing else would show it.
+    """
+    for name in TRAINER_HOOKS:
+        private(keras.Model, name, KERAS)
+
+
+def forget_layer(owner: keras.layers.Layer, layer: keras.layers.Layer) -> None:
+    """Remove a layer from the layers and weights that its owner tracks (Keras 3.15)."""
+    private(private(owner, "_tracker", KERAS), "untrack", KERAS)(layer)
+
+
+# -- layers (written for Keras 3.15) -------------------------------------------------------
+
+
+def all_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Return a model and every layer in it, however deep; the architecture fixes the order."""
+    return list(private(model, "_flatten_layers", KERAS)())
+
+
+def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
+    """Return the kernel of a `Dense` or `EinsumDense` without its adapters.
+
+    The public `kernel` adds the product of the adapters to it.
+    """
+    return private(layer, "_kernel", KERAS)
+
+
+def unmerged_weights(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """Return the base weight of a layer with LoRA and its adapters, each under Keras' own name."""
+    names = ["lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"]
+    base = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
+    if getattr(layer, "quantization_mode", None) is None:
+        private(layer, base, KERAS)  # only some quantized layers have another base weight
+    found = {name: getattr(layer, name, None) for name in [base, *names]}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+# -- models of tf-keras (written for tf-keras 2.21) ----------------------------------------
+
+TF_KERAS = Library("tf-keras", "tf-keras", "2.21")
+
+
+def tf_keras_steps_per_execution(model: object) -> int:
+    """Return how many steps a call of a tf-keras model's train function takes."""
+    return int(private(model, "_steps_per_execution", TF_KERAS) or 1)
+
+
+# -- graphs (written for TensorFlow 2.21) --------------------------------------------------
+
+
+def optimization_barrier(tensors: list[Tensor]) -> list[Tensor]:
+    """Keep XLA from merging computations on the results with equal ones on the arguments."""
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    return list(private(gen_xla_ops, "xla_optimization_barrier", TENSORFLOW)(tensors))
+
+
+# -- operations (written for Keras 3.15 and KerasHub 0.32) ---------------------------------
+
+
+@contextlib.contextmanager
+def native_slice_update() -> Iterator[None]:
+    """Make `keras.ops.slice_update` a plain TensorFlow op in a block of code.
+
+    KerasHub writes its key-value caches with
+    `keras.ops.slice_update`, which is `XlaDynamicUpdateSlice` on TensorFlow. Model servers are
+    built without XLA and fail on it at the first request. `TensorStridedSliceUpdate` computes the
+    same (start indices are clamped so that the update fits), in place where it can. Replacing the
+    function on the public module is enough, because models look it up there in each call.
+    """
+    original = keras.ops.slice_update
+
+    def slice_update(inputs: Tensor, start_indices: Tensor, updates: Tensor) -> Tensor:
+        inputs = tf.convert_to_tensor(inputs)
+        updates = tf.cast(updates, inputs.dtype)
+        size = tf.shape(updates)
+        start = tf.stack([tf.cast(index, tf.int32) for index in start_indices])
+        start = tf.clip_by_value(start, 0, tf.shape(inputs) - size)
+        updated = tf.raw_ops.TensorStridedSliceUpdate(
+            input=inputs, begin=start, end=start + size, strides=tf.ones_like(start), value=updates
+        )
+        updated.set_shape(inputs.shape)
+        return updated
+
+    keras.ops.slice_update = slice_update
+    try:
+        yield
+    finally:
+        keras.ops.slice_update = original

@@ -74,10 +74,17 @@ def test_records_are_split_by_prompt_and_measured(files, tmp_path):
     assert sum(result.pairs.values()) == 40 and 4 <= result.pairs["held_out"] <= 20
     assert result.after["figures"]["reward_accuracy"] and result.samples
     assert len(list((tmp_path / "t").iterdir())) == 1
-    with pytest.raises(InputError, match="by must be 'prompt'"):
-        runs.train(settings(tmp_path / "b", files / "train", split_by="group"))
     with pytest.raises(InputError, match="data.columns has no effect"):
         runs.train(settings(tmp_path / "c", files / "train", columns={"prompt": "q"}))
+
+
+@pytest.mark.parametrize("by", ["prompt", "group"])
+def test_records_have_the_sides_of_the_file_that_they_were_built_from(files, tmp_path, by):
+    config = [settings(tmp_path / "run", files / name, held_out=0.3, split_by=by)
+              for name in ("train.jsonl", "train")]  # fmt: skip
+    memory, disk = (read_sides(one, Silent()) for one in config)
+    assert isinstance(disk.held_out, StoredPreferences)
+    assert list(disk.train) == list(memory.train) and list(disk.held_out) == list(memory.held_out)
 
 
 @pytest.mark.parametrize("how", ["cut off", "damaged"])
@@ -104,7 +111,7 @@ def test_a_configuration_can_name_tensorflow_datasets(files, tmp_path):
     given = {"data_dir": str(tmp_path), "held_out": 0.2}
     config = settings(tmp_path / "run", "tfds:preference_pairs/mine:train[:20]", **given)
     sides = read_sides(config, Silent())
-    assert (len(sides.train), len(sides.held_out)) == (16, 4)
+    assert (len(sides.train), len(sides.held_out)) == (17, 3)
     assert set(sides.train) <= set(read_preferences(files / "train.jsonl"))
     given["columns"] = {"prompt": "question"}
     config = settings(tmp_path / "run", "tfds:preference_pairs/mine", **given)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from app_runs import settings, steps_of
+from app_runs import HELD_OUT, SEED, settings, steps_of
 from app_tiny import SIZES, TEXTS
 
 from dpo_keras.app import runs
@@ -12,7 +12,8 @@ from dpo_keras.app.cli import main
 from dpo_keras.app.config_sections import Model
 from dpo_keras.app.models import load_model, load_policy, save_policy
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import support_pairs, write_preferences
+from dpo_keras.preferences import Preferences, support_pairs, write_preferences
+from dpo_keras.preferences.collection import earlier_split
 
 
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
@@ -35,6 +36,30 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
         runs.train(config, resume=True)
     write_preferences(support_pairs(50), data)
     assert runs.train(config, resume=True).steps == 5
+
+
+def test_a_run_begun_before_memory_and_disk_had_one_split_keeps_its_sides(tmp_path, monkeypatch):
+    config = settings(tmp_path / "run", warmup=None)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(runs.Silent):
+        def stage(self, title):
+            if title == "Preference training":
+                raise Stop
+
+    with monkeypatch.context() as earlier, pytest.raises(Stop):
+        earlier.setattr(Preferences, "split", earlier_split)
+        runs.train(config, progress=Stopping())
+    begun = tmp_path / "run" / "data.json"
+    content = json.loads(begun.read_text())
+    assert content.pop("split")  # earlier versions wrote the fingerprints alone
+    begun.write_text(json.dumps(content))
+    result = runs.train(config, resume=True)
+    sides = earlier_split(support_pairs(50), HELD_OUT, SEED, "prompt")
+    assert result.pairs == {"train": len(sides[0]), "held_out": len(sides[1]), "dropped": 0}
+    assert sides[1] != support_pairs(50).split(HELD_OUT, seed=SEED)[1]
 
 
 def turn(role, content):
@@ -71,7 +96,7 @@ def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_p
             "data": config.data.model_copy(update={"template": None}),
         }
     )
-    with pytest.raises(InputError, match="pass data.template='chatml'"):
+    with pytest.raises(InputError, match="data.template is needed to turn chat"):
         runs.train(bare)
 
 

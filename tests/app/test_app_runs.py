@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from app_runs import settings, steps_of
+from app_runs import HELD_OUT, SEED, settings, steps_of
 
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
@@ -157,7 +157,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 def test_evaluate_measures_against_the_reference_of_the_training(trained, tmp_path):
     result, config = trained
-    _, held_out = read_preferences("builtin:support", limit=50).split(0.2, seed=0)
+    _, held_out = read_preferences("builtin:support", limit=50).split(HELD_OUT, seed=SEED)
     write_preferences(held_out, tmp_path / "held_out.jsonl")
     measured = runs.evaluate(result.directory, tmp_path / "held_out.jsonl")
     for name, value in result.after["metrics"].items():
@@ -238,7 +238,8 @@ def test_a_cached_reference_trains_exactly_as_a_frozen_copy(trained, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert cached.after["metrics"] == pytest.approx(result.after["metrics"], abs=1e-4)
     held_out = tmp_path / "held_out.jsonl"
-    write_preferences(read_preferences("builtin:support", limit=50).split(0.2)[1], held_out)
+    pairs = read_preferences("builtin:support", limit=50)
+    write_preferences(pairs.split(HELD_OUT, seed=SEED)[1], held_out)
     measured = runs.evaluate(cached.directory, held_out)["metrics"]
     assert measured == pytest.approx(result.after["metrics"], abs=1e-4)
 

@@ -171,6 +171,9 @@ def test_all_wrong_arguments_are_named_together(tokens):
         preference_dataset([], batch_size=0, seed=-1, epochs=0, start_step=-2)
     for word in ("batch_size", "seed", "epochs", "start_step", "preprocessor is needed"):
         assert word in str(error.value)
+    assert [problem.argument for problem in error.value.problems] == [
+        "batch_size", "epochs", "seed", "start_step", "preprocessor"
+    ]  # fmt: skip
     with pytest.raises(InputError, match="start_step must be less than the 6 batches"):
         preference_dataset(tokens, batch_size=8, start_step=6)
 

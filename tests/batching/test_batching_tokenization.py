@@ -78,6 +78,7 @@ def test_overlength_error_names_every_long_pair(letters, pair):
     assert "2 of 3 pairs are longer than max_length=6" in str(error.value)
     assert "pair 1 (id 'long'): 10 tokens" in str(error.value)
     assert "pair 2: 12 tokens" in str(error.value)
+    assert error.value.problems[0].argument == "overlength"
 
 
 def test_a_response_without_tokens_drops_its_pair_by_name(letters, pair):
@@ -166,16 +167,19 @@ def test_reference_log_probs_must_fit_and_be_finite(letters, pair):
 
 def test_messages_without_a_template_are_refused_with_advice(letters, pair):
     chat = pair((Message("user", "Hi"),), *((Message("assistant", text),) for text in "bc"))
-    with pytest.raises(InputError, match="pass template='chatml'"):
+    with pytest.raises(InputError, match="template is needed to turn chat") as error:
         tokenize_pairs([chat], letters)
+    assert "Give a name such as 'chatml'" in str(error.value)
+    assert error.value.problems[0].renamed("data.template").startswith("data.template is needed")
 
 
 @pytest.mark.parametrize(
     ("option", "value"), [("max_length", 3), ("max_length", 8.0), ("overlength", "cut")]
 )
 def test_wrong_options_are_named(letters, pair, option, value):
-    with pytest.raises(InputError, match=f"{option} must be"):
+    with pytest.raises(InputError, match=f"{option} must be") as error:
         tokenize_pairs([pair("a", "b", "c")], letters, **{option: value})
+    assert [problem.argument for problem in error.value.problems] == [option]
 
 
 def test_real_tokenizers_give_pairs_that_share_their_prompt(gpt2, pair):

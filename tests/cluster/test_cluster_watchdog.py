@@ -86,7 +86,7 @@ def test_a_worker_that_does_not_come_is_named_by_everyone_in_time():
     there = [Worker(first, timeout=1.0), Worker(third, timeout=1.0)]
     for error in [worker.finish() for worker in there]:
         assert isinstance(error, ClusterError)
-        assert f"{second.this} did not come within 1 seconds" in str(error)
+        assert f"{second.this} did not connect within 1 seconds" in str(error)
         assert "training.worker_timeout" in str(error)
 
 
@@ -130,9 +130,11 @@ def test_workers_started_differently_are_refused_and_told_why():
 def test_a_port_in_use_is_named(monkeypatch):
     first, _ = clusters(2)
     monkeypatch.setattr("dpo_keras.cluster.worker_links._check_port.__defaults__", (0.1,))
-    with socket.create_server((first.this.host, first.this.port)):
-        with pytest.raises(InputError, match=rf"port {first.this.port} of worker 0 .* in use"):
-            Watchdog(first).meet(1.0)
+    with (
+        socket.create_server((first.this.host, first.this.port)),
+        pytest.raises(InputError, match=rf"port {first.this.port} of worker 0 .* in use"),
+    ):
+        Watchdog(first).meet(1.0)
 
 
 def test_agreeing_waits_for_all_and_passes_where_all_have_the_same():

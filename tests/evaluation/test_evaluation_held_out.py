@@ -9,8 +9,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.evaluation import evaluate_preferences, held_out
 from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring import score_pairs
-from dpo_keras.training import DPOModel
-from dpo_keras.training.measures import outputs_of
+from dpo_keras.training import DPOModel, outputs_of
 
 SIGMOID = DPOLoss(
     "sigmoid",

@@ -13,11 +13,19 @@ import uvicorn
 from dpo_keras.feedback.annotation_server import bind, make_app
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--no-default-browser-check --disable-extensions"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-default-browser-check",
+    "--disable-extensions",
+]
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None,
     reason="no browser: apt-get install chromium chromium-driver",

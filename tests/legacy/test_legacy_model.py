@@ -248,7 +248,7 @@ FAULTS = {
     ),
     "a class that wants other inputs": (lambda: compiled(_Nameless()), "KeyError"),
     "adapters": (lambda: compiled(_embedding(9), "adapters_off"), "LoRA of Keras 3"),
-    "another vocabulary": (lambda: compiled(_embedding(9), _embedding(8)), "vocabulary of 8"),
+    "another vocabulary": (lambda: compiled(_embedding(9), _embedding(8)), "8 tokens"),
     "no reference": (lambda: compiled(_embedding(9), "none"), "reference='none'"),
     "no loss": (lambda: compiled(_embedding(9), loss=3), "must be a dpo_keras.DPOLoss"),
     "metrics": (lambda: compiled(_embedding(9), metrics=["mae"]), "metrics=….* has no effect"),

@@ -4,7 +4,8 @@ import pytest
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Message, PreferencePair, Preferences, audit, read_preferences
-from dpo_keras.preferences.audit import Share
+from dpo_keras.preferences.audit import share_text
+from dpo_keras.utils.intervals import wilson
 
 
 def ab(preference, first="aa", second="b", **fields):
@@ -24,7 +25,7 @@ def test_counts_by_hand():
     assert (picture.pairs, picture.prompts, picture.ties, picture.soft) == (4, 2, 1, 1)
     assert picture.zero_weight == 1
     # Equal lengths and ties say nothing about who wins.
-    assert (picture.longer_wins.count, picture.longer_wins.total) == (1, 2)
+    assert (picture.longer_wins.value, picture.longer_wins.count) == (0.5, 2)
     assert picture.annotators == {"x": 2, "y": 1}
     assert picture.groups == {"g": 1}
     assert picture.first_wins is None
@@ -36,11 +37,11 @@ def test_counts_by_hand():
 def test_how_often_the_first_response_wins():
     records = [ab(1.0, prompt=str(n)) for n in range(3)] + [ab(0.2), ab(0.5)]
     picture = audit(read_preferences(records))
-    assert (picture.first_wins.count, picture.first_wins.total) == (3, 4)
+    assert (picture.first_wins.value, picture.first_wins.count) == (0.75, 4)
 
 
 def test_the_first_always_winning_is_seen_though_nothing_was_swapped():
-    assert audit(read_preferences([ab(1.0)])).first_wins.share == 1.0
+    assert audit(read_preferences([ab(1.0)])).first_wins.value == 1.0
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,26 @@ def test_the_first_always_winning_is_seen_though_nothing_was_swapped():
     # Wilson intervals from the closed form: k = 0 gives [0, z²/(n+z²)], k = n its mirror image.
     [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (80, 100, 0.71117, 0.86663)],
 )
-def test_the_interval_is_wilsons(count, total, low, high):
-    share = Share.of(count, total)
-    assert share.low == pytest.approx(low, abs=1e-5)
-    assert share.high == pytest.approx(high, abs=1e-5)
-    assert share.share == count / total
+def test_shares_are_json_with_wilsons_interval(count, total, low, high):
+    sides = [("longer", "no")] * count + [("no", "longer")] * (total - count)
+    pairs = [PreferencePair(f"p{n}", *both) for n, both in enumerate(sides)]
+    share = audit(pairs).as_dict()["longer_wins"]
+    assert list(share) == ["count", "total", "share", "low", "high"]
+    assert (share["count"], share["total"], share["share"]) == (count, total, count / total)
+    assert share["low"] == pytest.approx(low, abs=1e-5)
+    assert share["high"] == pytest.approx(high, abs=1e-5)
+
+
+def test_shares_are_text_with_their_counts():
+    assert share_text(wilson(80, 100)) == "80 of 100 (80.0 %, 95 % interval 71.1 to 86.7 %)"
+    assert share_text(wilson(1234, 2468)).startswith("1,234 of 2,468 (50.0 %, ")
 
 
 def test_nothing_to_count_has_no_share():
     picture = audit([PreferencePair("p", "a", "b", preference=0.5)])
-    assert picture.longer_wins == Share(0, 0, None, None, None)
+    assert picture.as_dict()["longer_wins"] == {
+        "count": 0, "total": 0, "share": None, "low": None, "high": None
+    }  # fmt: skip
     assert "none to count" in picture.summary()
 
 
@@ -84,7 +95,7 @@ def test_messages_are_measured_by_their_contents():
     )
     picture = audit([pair])
     assert picture.lengths["prompt"]["words"]["50"] == 2
-    assert picture.longer_wins.count == 1
+    assert picture.longer_wins.count == picture.longer_wins.value == 1
 
 
 def test_the_audit_is_json_and_text():

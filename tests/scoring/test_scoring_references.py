@@ -8,7 +8,11 @@ from tiny import Letters, gpt2, pairs
 
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.scoring import ResponseScorer, cache_reference, make_reference, score_pairs
+from dpo_keras.scoring import (
+    ResponseScorer,
+    check_same_vocabulary,
+    make_reference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +102,52 @@ def test_another_model_is_a_reference_of_its_own(batch):
 
 
 def test_a_reference_with_another_vocabulary_is_refused():
-    with pytest.raises(InputError, match="vocabulary of 41 tokens and the policy one of 97"):
+    with pytest.raises(InputError, match="41 tokens, the policy has 97") as raised:
         make_reference(gpt2(), gpt2(vocabulary_size=41))
+    assert raised.value.problems[0].argument == "reference"
+
+
+class Words:
+    """A tokenizer as a model's preprocessor carries it."""
+
+    def __init__(self, *words):
+        self.words, self.tokenizer = words, self
+
+    def vocabulary_size(self):
+        return len(self.words)
+
+    def id_to_token(self, id):
+        return self.words[id]
+
+
+class Unloaded(Words):
+    """A tokenizer of KerasHub whose vocabulary is not loaded yet."""
+
+    def vocabulary_size(self):
+        raise ValueError("No vocabulary has been set for this tokenizer.")
+
+
+class Model:
+    def __init__(self, preprocessor=None, logits=3):
+        self.preprocessor, self.output_shape = preprocessor, (None, None, logits)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (Model(Words("a", "c", "b")), "NAME has another .*token 1 is 'c', the policy's is 'b'"),
+        (Model(Words("a", "b")), "2 tokens, the policy has 3"),
+        (Model(Words("a", "b", "c"), logits=4), "4 tokens, the policy has 3"),
+        (Model(logits=4), "4 tokens, the policy has 3"),
+    ],
+)
+def test_tokens_are_compared_where_both_models_have_a_tokenizer(reference, message):
+    policy = Model(Words("a", "b", "c"))
+    with pytest.raises(InputError, match=message):
+        check_same_vocabulary(policy, reference, "NAME")
+    check_same_vocabulary(policy, Model())
+    check_same_vocabulary(policy, Model(Unloaded()))
+    check_same_vocabulary(policy, Model(Words("a", "b", "c")))
 
 
 @pytest.mark.parametrize(
@@ -109,32 +157,6 @@ def test_a_reference_with_another_vocabulary_is_refused():
 def test_references_that_cannot_be_are_refused(name, message):
     with pytest.raises(InputError, match=message):
         make_reference(gpt2(), name)
-
-
-def test_cached_log_probs_are_those_of_the_model_and_are_read_back(tokenized, tmp_path):
-    policy, path = gpt2(), tmp_path / "reference.npz"
-    cached = cache_reference(policy, tokenized, path)
-    np.testing.assert_allclose(cached.reference, score_pairs(policy, tokenized), atol=1e-6)
-    computed = []
-    again = cache_reference(gpt2(), tokenized, path, on_batch=lambda *_: computed.append(1))
-    np.testing.assert_array_equal(again.reference, cached.reference)
-    assert not computed
-    assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
-
-
-def test_a_cache_of_other_weights_tokens_or_truncation_is_refused(tokenized, tmp_path):
-    path = tmp_path / "reference.npz"
-    cache_reference(gpt2(), tokenized, path)
-    with pytest.raises(InputError, match="weights"):
-        cache_reference(gpt2(seed=1), tokenized, path)
-    shorter = tokenize_pairs(pairs(5), Letters(), max_length=9)
-    with pytest.raises(InputError, match=r"tokens.*max_length: 64 there, 9 now"):
-        cache_reference(gpt2(), shorter, path)
-    with pytest.raises(InputError, match="template"):
-        cache_reference(gpt2(), tokenized, path, template="chatml")
-    path.write_bytes(b"not a cache")
-    with pytest.raises(InputError, match="cannot be read"):
-        cache_reference(gpt2(), tokenized, path)
 
 
 def test_cached_needs_batches_that_carry_log_probs(batch):

@@ -11,6 +11,7 @@ from scoring_samples import random_pairs
 from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import scorer as scorer_module
+from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.scorer import ResponseScorer
 
 LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3)]
@@ -104,6 +105,14 @@ def test_adapters_work_in_low_precision(dtype, batches):
     assert np.isfinite(logps).all() and len(found) >= 4
 
 
+def test_low_rank_products_are_for_dense_layers_with_adapters():
+    layer = keras.layers.Dense(3)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    assert low_rank_overrides(model) == [] == low_rank_overrides(object())
+    layer.enable_lora(1)
+    assert [override.owner for override in low_rank_overrides(model)] == [layer]
+
+
 @pytest.mark.parametrize("kind", ["packed", "buckets"])
 def test_factored_adapters_are_the_adapters_of_keras(kind, batches, monkeypatch):
     policy = FAMILIES["llama"]()
@@ -112,6 +121,6 @@ def test_factored_adapters_are_the_adapters_of_keras(kind, batches, monkeypatch)
         if getattr(layer, "lora_enabled", False):
             layer.lora_kernel_b.assign(0.1 * keras.random.normal(layer.lora_kernel_b.shape, seed=1))
     _, found = gradients(policy, batches[kind])
-    monkeypatch.setattr(scorer_module, "low_rank_calls", lambda model: [])
+    monkeypatch.setattr(scorer_module, "low_rank_overrides", lambda model: [])
     _, expected = gradients(policy, batches[kind])
     assert_same(found, expected)

@@ -8,7 +8,8 @@ from tiny import Letters, full_logits_log_probs, gemma3, gpt2, llama, pairs, pla
 
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.scoring import ResponseScorer, response_log_probs, score_pairs
+from dpo_keras.scoring import ResponseScorer
+from dpo_keras.scoring.scorer import shared_length, sum_by_owner
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,9 @@ def test_hidden_state_path_equals_full_logits_values_and_gradients(make, tokeniz
     np.testing.assert_allclose(logps, full_logits_log_probs(policy, batch), atol=1e-4)
     np.testing.assert_allclose(logps, plain, atol=1e-4)
     for gradient, wanted in zip(gradients, plain_gradients, strict=True):
-        gradient, wanted = tf.convert_to_tensor(gradient), tf.convert_to_tensor(wanted)
-        np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(gradient), tf.convert_to_tensor(wanted), atol=1e-5
+        )
 
 
 def test_any_keras_model_is_scored_by_the_plain_path(tokenized):
@@ -74,41 +76,14 @@ def test_lengths_count_response_tokens_and_the_end_token(tokenized):
     np.testing.assert_array_equal(lengths, expected)
 
 
-def test_log_prob_of_a_whole_response_is_the_sum_of_its_parts():
-    policy = gpt2()
-    (both,), (count,) = response_log_probs(policy, ["ab"], ["cd"], preprocessor=Letters())
-    tokens = np.array([[1, *Letters().tokenize(["abcd"])[0]]])
-    logits = policy({"token_ids": tokens, "padding_mask": np.ones_like(tokens)}, training=False)
-    logps = tf.nn.log_softmax(logits[0]).numpy()
-    by_hand = logps[2, tokens[0, 3]] + logps[3, tokens[0, 4]] + logps[4, 2]
-    assert count == 3
-    np.testing.assert_allclose(both, by_hand, atol=1e-5)
+def test_values_are_summed_by_owner():
+    sums = sum_by_owner(tf.constant([[1.0, 2.0, 4.0, 8.0]]), tf.constant([[0, 1, 1, -1]]), pairs=1)
+    np.testing.assert_array_equal(sums, [[1.0, 6.0]])
 
 
-def test_batch_size_does_not_change_log_probs():
-    policy = gpt2()
-    prompts = [p["prompt"] for p in pairs(5)]
-    responses = [p["chosen"] for p in pairs(5)]
-    one, _ = response_log_probs(policy, prompts, responses, preprocessor=Letters(), batch_size=2)
-    all_, _ = response_log_probs(policy, prompts, responses, preprocessor=Letters(), batch_size=16)
-    np.testing.assert_allclose(one, all_, atol=1e-5)
-
-
-def test_score_pairs_puts_every_pair_in_its_place(tokenized):
-    policy = gpt2()
-    logps = score_pairs(policy, tokenized, batch_size=2)
-    np.testing.assert_allclose(logps, full_logits_log_probs(policy, batch_of(tokenized)), atol=1e-4)
-
-
-def test_score_pairs_packed_puts_every_pair_in_its_place(tokenized):
-    policy, done = gpt2(), []
-    logps = score_pairs(
-        policy, tokenized, batch_size=3, batching="packed", on_batch=lambda *at: done.append(at)
-    )
-    np.testing.assert_allclose(logps, score_pairs(policy, tokenized), rtol=1e-5, atol=1e-5)
-    assert len(done) > 1 and done[-1] == (len(tokenized), len(tokenized))
-    with pytest.raises(InputError, match="batching must be 'buckets' for this policy"):
-        score_pairs(plain_model(), tokenized, batching="packed")
+def test_the_shared_length_ends_with_the_shorter_response():
+    inside = shared_length(tf.constant([[0, 0, 0, 1, 1, -1]]), pairs=1)
+    np.testing.assert_array_equal(inside, [[True, True, False, True, True, False]])
 
 
 def test_mixed_bfloat16_is_scored_in_float32(tokenized):

@@ -1,12 +1,24 @@
-"""What a server could not run is found before it is deployed."""
+"""What a server could not run, or would answer wrongly, is found before it is deployed."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+from serving_tiny import llama as tiny_llama
 
 from dpo_keras.errors import InputError
+from dpo_keras.losses import DPOLoss
 from dpo_keras.serving import inspect_graph, run_standalone
-from dpo_keras.serving.verification import check_graph, largest_difference
+from dpo_keras.serving.graph_encoder import GraphEncoder
+from dpo_keras.serving.signatures import Decoding, ServedModel
+from dpo_keras.serving.verification import (
+    EMPTY,
+    Comparison,
+    calls,
+    check_graph,
+    largest_difference,
+)
+from dpo_keras.training import DPOModel
 
 
 def saved(tmp_path, function, **attributes):
@@ -41,7 +53,7 @@ def test_functions_that_must_be_compiled_by_xla_are_found(tmp_path):
 
 def test_python_functions_are_found(tmp_path):
     def python(texts):
-        values = tf.py_function(lambda t: tf.strings.length(t), [texts], tf.int32)
+        values = tf.py_function(tf.strings.length, [texts], tf.int32)
         return {"log_prob": tf.cast(values, tf.float32)}
 
     assert any(
@@ -98,3 +110,125 @@ def test_a_model_that_fails_outside_keras_says_how(tmp_path):
 )
 def test_differences_are_relative_above_one_and_never_hide_nan(found, expected, difference):
     assert largest_difference(found, expected) == pytest.approx(difference)
+
+
+# -- the comparison that decides whether an export is kept -----------------------------------------
+
+EXAMPLES = (
+    ("Hello, how are you?", "I am fine, thanks.", "No."),
+    ("a", "x", "The quick brown fox jumps over the lazy dog"),
+    ("12345 " * 40, "naïve café", "y"),
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A policy and a reference that differ."""
+    policy = tiny_llama()
+    model = DPOModel(policy)
+    for variable in policy.trainable_variables:
+        variable.assign(variable * 1.1)
+    return model
+
+
+def serve(model, **decoding):
+    preprocessor = model.policy.preprocessor
+    special = tuple(preprocessor.tokenizer.special_token_ids)
+    served = ServedModel(model, GraphEncoder(preprocessor, 48), Decoding(8, **decoding), special)
+    return served, Comparison(served, preprocessor, None)
+
+
+def answers(served, name, examples=EXAMPLES):
+    ((_, inputs),) = calls([name], examples)
+    found = getattr(served, name)(*(tf.constant(texts) for texts in inputs.values()))
+    plain = {key: value.numpy().tolist() for key, value in found.items()}
+    return {
+        key: [v.decode() if isinstance(v, bytes) else v for v in values]
+        for key, values in plain.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DPOLoss("sigmoid", beta=0.3),
+        DPOLoss("sigmoid", ld_alpha=0.5),
+        DPOLoss("sigmoid", margin=True),
+        DPOLoss("sigmoid", divergence="forward_kl"),
+        DPOLoss("ipo"),
+        DPOLoss("simpo"),
+        DPOLoss("bco_pair"),
+    ],
+    ids=["sigmoid", "ld", "margin", "forward_kl", "ipo", "simpo", "bco_pair"],
+)
+def test_rewards_and_preferences_are_those_that_the_loss_compares(trained, loss):
+    trained.compile(optimizer="sgd", loss=loss)
+    served, comparison = serve(trained)
+    for name in ("score", "prefer"):
+        found = comparison.check(name, answers(served, name), EXAMPLES)
+        assert max(found.values()) < 1e-4
+    assert np.abs(answers(served, "prefer")["llr"]).min() > 1e-6
+
+
+def test_a_wrong_number_and_a_wrong_text_are_refused(trained):
+    trained.compile(optimizer="sgd", loss=DPOLoss("sigmoid"))
+    served, comparison = serve(trained)
+    scored = answers(served, "score")
+    scored["reward"][1] += 2e-4
+    with pytest.raises(RuntimeError, match="score.reward differs by 2.0"):
+        comparison.check("score", scored, EXAMPLES)
+    generated = answers(served, "generate")
+    assert comparison.check("generate", generated, EXAMPLES) == {
+        "generate.text": 0.0,
+        "generate.tokens": 0.0,
+        "generate.finished": 0.0,
+    }
+    with pytest.raises(RuntimeError, match="generate.text differs"):
+        comparison.check("generate", {**generated, "text": ["", *generated["text"][1:]]}, EXAMPLES)
+
+
+def test_a_cache_that_disagrees_with_the_forward_pass_is_refused(trained, monkeypatch):
+    trained.compile(optimizer="sgd", loss=DPOLoss("sigmoid"))
+    served, comparison = serve(trained)
+    wrong = tf.ragged.constant([[7, 8], [9], [10, 11]], dtype=tf.int32)
+    monkeypatch.setattr(served, "continue_ids", lambda ids: wrong)
+    with pytest.raises(RuntimeError, match="does not agree with its forward pass"):
+        comparison.check("generate", {"text": ["", "", ""]}, EXAMPLES)
+
+
+def test_where_rounding_decides_the_text_is_not_compared(trained, monkeypatch):
+    served, comparison = serve(trained)
+    comparison.tolerance = 1e9
+    wrong = {"text": ["", "", ""], "tokens": [0, 0, 0], "finished": [True, True, True]}
+    assert set(comparison.check("generate", wrong, EXAMPLES).values()) == {0.0}
+
+
+def test_sampled_text_is_not_compared(trained):
+    served, comparison = serve(trained, temperature=1.0)
+    assert comparison.check("generate", {"text": ["a", "b", "c"]}, EXAMPLES) == {}
+
+
+def test_answers_to_empty_texts_must_be_finite(trained):
+    trained.compile(optimizer="sgd", loss=DPOLoss("sigmoid"))
+    served, comparison = serve(trained)
+    for name in ("score", "prefer", "generate"):
+        comparison.check_finite(name, answers(served, name, EMPTY))
+    with pytest.raises(RuntimeError, match="reward="):
+        comparison.check_finite("score", {"reward": [0.0, float("nan")]})
+
+
+def test_half_precision_is_given_more_room(trained):
+    served, comparison = serve(trained)
+    assert comparison.tolerance == 1e-4
+    trained.policy.backbone.dtype_policy = "mixed_bfloat16"
+    try:
+        assert serve(trained)[1].tolerance > 1e-2
+    finally:
+        trained.policy.backbone.dtype_policy = "float32"
+
+
+def test_a_request_to_each_signature_holds_all_examples():
+    assert calls(["score", "generate"], [("p", "a", "b"), ("q", "c", "d")]) == [
+        ("score", {"prompt": ["p", "q"], "response": ["a", "c"]}),
+        ("generate", {"prompt": ["p", "q"]}),
+    ]

@@ -47,6 +47,7 @@ def test_before_training_every_ratio_is_zero_and_accuracy_a_tie(policy, dataset)
     logs = compiled(policy).evaluate(dataset, verbose=0, return_dict=True)
     np.testing.assert_allclose(logs["loss"], np.log(2), atol=1e-6)
     assert logs["reward_accuracy"] == 0.5
+    assert logs["chosen_probability"] == 0.5
     assert logs["kl"] == 0
     assert logs["reward_margin"] == 0
 
@@ -81,7 +82,8 @@ def test_all_names_of_the_design_are_logged(policy, dataset):
     history = model.fit(dataset, validation_data=dataset, verbose=0).history
     names = {
         *("loss", "preference_loss", "penalty/insufficient_confidence", "penalty/nll"),
-        *("reward_accuracy", "reward_margin", "chosen_reward", "rejected_reward"),
+        *("reward_accuracy", "reward_margin", "chosen_probability"),
+        *("chosen_reward", "rejected_reward"),
         *("chosen_logps", "rejected_logps", "kl", "entropy"),
     }
     training = names | {"grad_norm", "tokens_per_second", "pairs_per_second"}
@@ -116,6 +118,9 @@ def test_predict_gives_probabilities_of_both_responses(policy, dataset):
     np.testing.assert_allclose(
         found["llr"], found["scores"][:, 0] - found["scores"][:, 1], atol=1e-6
     )
+    # The last of the twelve rows is padding.
+    logged = model.evaluate(dataset, verbose=0, return_dict=True)["chosen_probability"]
+    np.testing.assert_allclose(logged, found["probabilities"][:11, 0].mean(), rtol=1e-5)
 
 
 def test_weights_count_pairs_and_soft_preferences_swap(policy):
@@ -286,6 +291,8 @@ def test_wrong_arguments_are_named(make, message):
         make()
 
 
-def test_a_trainer_says_what_it_minimises_in_measure(policy):
-    with pytest.raises(NotImplementedError):
-        PolicyTrainer(policy).measure({}, training=False)
+@pytest.mark.parametrize("step", ["train_step", "test_step"])
+def test_a_trainer_without_steps_of_its_own_is_refused_by_name(step, policy):
+    """Keras' own steps would train on something else."""
+    with pytest.raises(NotImplementedError, match=f"PolicyTrainer must define {step}"):
+        getattr(PolicyTrainer(policy), step)({})

@@ -1,12 +1,17 @@
 """Generation: cached and plain agree, seeds repeat, ends end, prompts keep their ends."""
 
+import gc
+import weakref
+
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tiny import Letters, gpt2, llama
 
 from dpo_keras.errors import InputError
 from dpo_keras.training import generate_responses
-from dpo_keras.training.generation import _draw, _function, _plain
+from dpo_keras.training.generation import decode, new_tokens, token_choice
 
 
 class Policy:
@@ -15,8 +20,8 @@ class Policy:
     def __init__(self, model):
         self.model, self.backbone = model, model.backbone
 
-    def __call__(self, inputs):
-        return self.model(inputs)
+    def __call__(self, inputs, training=False):
+        return self.model(inputs, training=training)
 
 
 PROMPTS = ["a", "bcd", "efghij"]
@@ -87,13 +92,67 @@ def test_an_end_token_that_is_also_the_pad_does_not_end_generation_at_once():
     assert any(responses)
 
 
-def test_top_p_draws_only_from_the_most_likely():
-    logits = np.log(np.tile([[0.5, 0.3, 0.15, 0.05]], (4000, 1)))
-    random = np.random.default_rng(0)
-    drawn = _draw(logits, 1.0, 0.7, random)
-    share = np.bincount(drawn, minlength=4) / 4000
-    np.testing.assert_allclose(share, [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_array_equal(_draw(logits, 0, 1.0, random), 0)
+def seeded(log_probs):
+    return keras.random.categorical(log_probs, 1, dtype="int32", seed=3)[:, 0]
+
+
+def test_tokens_are_drawn_by_their_probabilities_within_the_nucleus():
+    logits = tf.constant(np.log([[0.5, 0.3, 0.15, 0.05]] * 20000), tf.float32)
+
+    def shares(temperature, top_p):
+        drawn = token_choice(temperature, top_p, seeded)(logits).numpy()
+        return np.bincount(drawn, minlength=4) / len(drawn)
+
+    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    # The smallest set that reaches 0.6 or 0.7 holds two tokens.
+    for top_p in (0.6, 0.7):
+        np.testing.assert_allclose(shares(1.0, top_p), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_array_equal(shares(0.0, 1.0), [1, 0, 0, 0])
+    # A temperature of 1/2 squares the probabilities.
+    squares = np.square([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(shares(0.5, 1.0), squares / squares.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Policy], ids=["cache", "no cache"])
+def test_a_row_of_a_batch_gets_the_tokens_that_it_gets_alone(wrap):
+    model = llama()
+    for weight in model.backbone.weights:
+        weight.assign(keras.random.normal(weight.shape, stddev=0.3, seed=len(weight.path)))
+    prompts = [[1, 5, 6], [1, 9, 8, 7, 6, 5, 4, 3], [1, 60]]
+
+    def greedy(rows, stops):
+        lengths = [len(row) for row in rows]
+        mask = tf.sequence_mask(lengths, max(lengths) + 6)
+        ids = tf.ragged.constant(rows, dtype=tf.int32).to_tensor(shape=mask.shape)
+        choose = token_choice(0.0, 1.0, seeded)
+        found = decode(wrap(model), ids, mask, stops=stops, choose=choose, max_new_tokens=6)
+        return new_tokens(found, lengths, stops, 6).to_list()
+
+    together = greedy(prompts, [96])
+    assert [len(row) for row in together] == [6, 6, 6]
+    assert len(set(map(tuple, together))) == 3
+    assert together == [greedy([row], [96])[0] for row in prompts]
+    # The first stop ends a response, and is left out.
+    stop = together[1][3]
+    assert greedy(prompts, [stop]) == [
+        row[: row.index(stop)] if stop in row else row for row in together
+    ]
+
+
+def test_the_policys_own_sampler_stays():
+    model = gpt2()
+    sampler = model.sampler
+    generate_responses(model, ["a"], max_new_tokens=2, preprocessor=Letters())
+    assert model.sampler is sampler
+
+
+def test_compiled_functions_do_not_keep_a_policy_alive():
+    model = gpt2(num_layers=1)
+    generate_responses(model, ["a"], max_new_tokens=2, preprocessor=Letters())
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
 
 
 def test_no_prompts_give_no_responses():
@@ -104,7 +163,7 @@ def test_no_prompts_give_no_responses():
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ({"temperature": -1}, "temperature must be >= 0"),
+        ({"temperature": -1}, "temperature must be >= 0, got -1"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"preprocessor": None}, "preprocessor is needed"),
         ({"max_new_tokens": 500}, "leave room for a prompt in 96 tokens"),
@@ -113,11 +172,3 @@ def test_no_prompts_give_no_responses():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         generate_responses(gpt2(), ["a"], **{"preprocessor": Letters(), **options})
-
-
-def test_paths_are_chosen_by_kind():
-    from dpo_keras.batching import TextEncoder
-
-    encoder = TextEncoder(Letters())
-    assert _function(gpt2(), encoder, 0, 1.0, 0).__name__ == "run"
-    assert callable(_plain)

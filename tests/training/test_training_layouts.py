@@ -11,7 +11,10 @@ from dpo_keras.training import (
     DPOModel,
     Layout,
     SupervisedModel,
+    callbacks,
     choose_layout,
+    make_optimizer,
+    strategy,
     supervised_dataset,
     train_preferences,
     warm_up,
@@ -37,6 +40,27 @@ def test_packed_is_refused_by_name_where_it_cannot_be():
         choose_layout([plain_model()], "buckets", row_length=64)
     with pytest.raises(InputError, match="batching must be one of 'auto', 'packed', 'buckets'"):
         choose_layout([plain_model()], "pack")
+
+
+@pytest.mark.parametrize(
+    ("argument", "make"),
+    [
+        ("batching", lambda: choose_layout([plain_model()], "packed")),
+        ("batching", lambda: choose_layout([plain_model()], "pack")),
+        ("row_length", lambda: choose_layout([plain_model()], "buckets", row_length=64)),
+        ("every", lambda: callbacks.SyncReference(every=0)),
+        ("keep", lambda: callbacks.RunCheckpoint("checkpoints", keep=0)),
+        ("schedule", lambda: make_optimizer(5, schedule="cosin")),
+        ("strategy", lambda: strategy("miror")),
+        ("remat", lambda: DPOModel(gpt2(num_layers=1), dropout=True, remat=True)),
+        ("loss", lambda: DPOModel(gpt2(num_layers=1)).compile("sgd", loss=3)),
+    ],
+)
+def test_a_wrong_argument_is_data_that_a_configuration_can_rename(argument, make):
+    with pytest.raises(InputError) as caught:
+        make()
+    assert [problem.argument for problem in caught.value.problems] == [argument]
+    assert str(caught.value.problems[0].renamed("some.key")).startswith("some.key ")
 
 
 def test_supervised_packing_holds_the_chosen_responses_alone(tokenized):

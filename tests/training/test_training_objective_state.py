@@ -10,7 +10,7 @@ from dpo_keras.losses import DPOLoss
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.training import DPOModel, callbacks
 from dpo_keras.training.checkpoints import load_checkpoint, save_checkpoint
-from dpo_keras.training.measures import wpo_log_weight
+from dpo_keras.training.dpo_model import wpo_log_weight
 
 WITH_MEMORY = {
     "group weights": {"group_robust": {"groups": 2, "eta": 0.5}},

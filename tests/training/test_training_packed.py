@@ -6,13 +6,12 @@ import pytest
 import tensorflow as tf
 from tiny import gpt2, llama
 
-from dpo_keras.batching import TokenizedPairs, collate, preference_dataset
-from dpo_keras.batching.packed_rows import collate_packed
+from dpo_keras.batching import TokenizedPairs, collate, collate_packed, preference_dataset
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
+from dpo_keras.scoring import cache_reference
 from dpo_keras.scoring import scorer as scorer_module
-from dpo_keras.scoring.reference_cache import cache_reference
 from dpo_keras.training import DPOModel, strategy
 
 EVERYTHING = {"insufficient_confidence": 0.3, "nll": 0.1, "kl_to_reference": 0.05}
@@ -185,7 +184,7 @@ def test_no_gradient_of_a_frozen_kernels_size_is_formed(packed, weighed, monkeyp
 
     assert formed() == []
     # What this test looks for is there to be seen: Keras' own way forms one per adapted kernel.
-    monkeypatch.setattr(scorer_module, "low_rank_calls", lambda model: [])
+    monkeypatch.setattr(scorer_module, "low_rank_overrides", lambda model: [])
     assert len(formed()) >= 2
 
 
@@ -234,7 +233,7 @@ def test_recomputed_blocks_train_the_same_and_are_saved_as_such(packed, weighed)
 
 def test_recomputed_dropout_is_refused():
     """It would be drawn twice, and the gradient be that of another network."""
-    with pytest.raises(InputError, match="remat=True needs dropout=False"):
+    with pytest.raises(InputError, match="remat needs dropout=False"):
         DPOModel(gpt2(num_layers=1), dropout=True, remat=True)
     assert DPOModel(gpt2(num_layers=1, dropout=0.0), dropout=True, remat=True).dropout
 
@@ -261,12 +260,16 @@ def test_one_trace_serves_a_packed_run_and_its_evaluation(tokenized):
     traces = []
 
     class Counted(DPOModel):
-        def measure(self, batch, training):
-            traces.append(training)
-            return super().measure(batch, training)
+        def train_step(self, batch):
+            traces.append("train")
+            return super().train_step(batch)
+
+        def test_step(self, batch):
+            traces.append("test")
+            return super().test_step(batch)
 
     model = Counted(gpt2(num_layers=1))
     model.compile(keras.optimizers.SGD(0.1))
     data = preference_dataset(tokenized, batch_size=4, batching="packed")
     model.fit(data, validation_data=data, epochs=3, verbose=0)
-    assert sorted(traces) == [False, True]
+    assert sorted(traces) == ["test", "train"]

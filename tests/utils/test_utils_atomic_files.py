@@ -1,6 +1,7 @@
 """Files and directories that are whole or absent, whatever fails in between."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -91,14 +92,14 @@ def test_what_a_killed_process_left_does_not_get_into_the_new_directory(tmp_path
 def test_the_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     (tmp_path / "other.bin").write_text("another file of the folder, not to be flushed")
     events = []
-    replace = os.replace
+    replace = Path.replace
 
     def moved(source, target):
         events.append("replace")
         replace(source, target)
 
     monkeypatch.setattr(atomic_files, "_flush", lambda path: events.append(path.suffix or "folder"))
-    monkeypatch.setattr(atomic_files.os, "replace", moved)
+    monkeypatch.setattr(Path, "replace", moved)
     write_text(tmp_path / "a.txt", "text")
     assert events == [".txt", "replace", "folder"]
 
@@ -121,14 +122,14 @@ def test_a_directory_that_cannot_be_moved_in_brings_the_old_one_back(tmp_path, m
     folder = tmp_path / "store"
     folder.mkdir()
     (folder / "a").write_text("old")
-    replace = os.replace
+    replace = Path.replace
 
     def moved(source, target):
         if ".partial" in str(source):
             raise OSError("busy")
         replace(source, target)
 
-    monkeypatch.setattr(atomic_files.os, "replace", moved)
+    monkeypatch.setattr(Path, "replace", moved)
     with pytest.raises(OSError, match="busy"), replaced(folder) as partial:
         partial.mkdir()
     assert (folder / "a").read_text() == "old"

@@ -1,0 +1,257 @@
+"""Records of opened sources become pairs, one after the other, and the report is kept."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
+
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.audit import RepeatFinder
+from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
+from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
+from dpo_keras.preferences.records import COLUMNS, read_record
+from dpo_keras.utils.tensors import JSON
+
+Records: TypeAlias = Iterator[tuple[int | None, JSON]]
+FORMATS = ("jsonl", "json", "csv", "parquet")
+LISTED = 1000  # problems and warnings of each kind that the report of a stream lists
+
+
+class Source(NamedTuple):
+    """One opened source.
+
+    Args:
+        name: for messages.
+        records: `(line, record)`; a `Fault` in place of a record that cannot be read.
+        cells: whether the values are CSV cells.
+    """
+
+    name: str
+    records: Records
+    cells: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read.
+
+    Args:
+        format: format of the files; "auto" chooses by name.
+        columns: our name of a column to the source's.
+        unused: counts the columns and message keys that are ignored.
+    """
+
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def check(self) -> list[InputProblem]:
+        """Return what is wrong with format and columns."""
+        problems = []
+        if self.format not in ("auto", *FORMATS):
+            must = f"must be one of auto, {', '.join(FORMATS)}"
+            problems.append(InputProblem("format", must, self.format))
+        for ours, theirs in (self.columns or {}).items():
+            if ours not in COLUMNS:
+                known = ", ".join(sorted(COLUMNS))
+                problems.append(InputProblem("columns", f"has {ours!r}, which is none of {known}"))
+            if not isinstance(theirs, str) or not theirs:
+                must = "must name a column of the data"
+                problems.append(InputProblem(f"columns.{ours}", must, theirs))
+        if len(self.renaming) < len(self.columns or {}):
+            must = "must name each column once"
+            problems.append(InputProblem("columns", must, dict(self.columns or {})))
+        return problems
+
+    @cached_property
+    def renaming(self) -> dict[str, str]:
+        """The source's name of a column to ours."""
+        return {theirs: ours for ours, theirs in (self.columns or {}).items()}
+
+    def our_names(self, header: Iterable[str]) -> list[str]:
+        """Return a header in our names; a column in the way of a renamed one becomes unused."""
+        taken = self.renaming.values() - self.renaming.keys()
+        return [
+            self.renaming.get(name, f"unused {name}" if name in taken else name) for name in header
+        ]
+
+    def renamed(self, record: JSON) -> JSON:
+        """Return a record with our column names; anything but a mapping as it is."""
+        if self.columns and isinstance(record, PreferencePair):
+            must = (
+                f"({', '.join(self.columns)}) have no effect on records that are pairs already; "
+                "leave them out"
+            )
+            raise InputError(InputProblem("columns", must))
+        if not self.columns or not isinstance(record, Mapping):
+            return record
+        return dict(zip(self.our_names(record), record.values(), strict=True))
+
+
+class RecordStream(Iterable[PreferencePair]):
+    """The pairs of opened sources, one after the other, never all of them in memory.
+
+    Args:
+        sources: opened one after the other.
+        reading: how they are read.
+        on_error: "fail" raises after the last record, with the problems of all; "report" does not.
+        limit: stop after this many good records.
+        listed: problems and warnings of each kind that the report lists; the others are counted.
+            None lists all, and duplicates with their text.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source],
+        reading: Reading,
+        on_error: str = "report",
+        limit: int | None = None,
+        listed: int | None = LISTED,
+    ):
+        problems = reading.check()
+        if on_error not in ("report", "fail"):
+            problems.append(InputProblem("on_error", "must be 'report' or 'fail'", on_error))
+        if limit is not None and (type(limit) is not int or limit < 1):
+            problems.append(InputProblem("limit", "must be a whole number >= 1 or None", limit))
+        if problems:
+            raise InputError(problems)
+        self.report = ReadReport()
+        self._sources, self._reading, self._on_error = sources, reading, on_error
+        self._limit, self._listed = limit, listed
+        self._repeated_prompts: list[Problem] = []
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        finder = RepeatFinder()
+        names: list[str] = []
+        source, lines = array("H"), array("q")
+        chosen: list[Text] = []
+        for opened in self._sources:
+            names.append(opened.name)
+            for line, pair in self._good(opened):
+                self.report.kept += 1
+                finder.add(pair)
+                source.append(len(names) - 1)
+                lines.append(-1 if line is None else line)
+                if self._listed is None:
+                    chosen.append(pair.chosen)
+                self._note_repeated_prompt(opened.name, line, pair)
+                yield pair
+            if self.report.kept == self._limit:
+                break
+        self._judge()
+
+        def place(index: int) -> tuple[str, int | None]:
+            return names[source[index]], None if lines[index] < 0 else lines[index]
+
+        for index, rule, earlier in self._listed_repeats(finder):
+            message = _repeat(rule, place(index), place(earlier))
+            value = chosen[index] if chosen else None
+            self.report.warnings.append(Problem(*place(index), rule, "chosen", value, message))
+        self.report.warnings += self._repeated_prompts
+        if unused := self._reading.unused:
+            counts = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
+            message = f"not used: {counts}"
+            everywhere = ", ".join(self.report.sources)
+            self.report.warnings.append(Problem(everywhere, None, "unused", "", None, message))
+
+    def _good(self, source: Source) -> Iterator[tuple[int | None, PreferencePair]]:
+        """Yield the good records of one source, and note what is wrong with the others."""
+        report = self.report
+        problems: list[Problem] = []
+        parsed = 0
+        lacking: Counter[str] = Counter()
+        for line, record in source.records:
+            report.read += line is not None
+            parsed += not isinstance(record, Fault)
+            found = self._pair_or_faults(record, source.cells)
+            if isinstance(found, PreferencePair):
+                yield line, found
+                if report.kept == self._limit:
+                    break
+                continue
+            for fault in found:
+                lacking[fault.field] += fault.rule == "missing column"
+                if self._listed is not None and len(problems) >= self._listed:
+                    report.omitted[fault.rule] += 1
+                    continue
+                what = (fault.rule, fault.field, fault.value, str(fault.message))
+                problems.append(Problem(source.name, line, *what))
+        report.sources.append(source.name)
+        everywhere = {field for field, count in lacking.items() if count == parsed > 1}
+        if everywhere:
+            report.omitted.pop("missing column", None)
+        report.problems += _merged(problems, everywhere, parsed)
+
+    def _pair_or_faults(self, record: JSON, cells: bool) -> PreferencePair | tuple[Fault, ...]:
+        if isinstance(record, Fault):
+            return (record,)
+        try:
+            pair, layout = read_record(record, cells=cells, unused=self._reading.unused)
+        except InvalidPair as error:
+            return error.faults
+        self.report.layouts[layout] += 1
+        return pair
+
+    def _note_repeated_prompt(self, source: str, line: int | None, pair: PreferencePair) -> None:
+        texts = (pair.prompt, pair.chosen, pair.rejected)
+        # A response may well begin with the one or two words of a short prompt.
+        if len(pair.prompt) < 20 or not all(isinstance(text, str) for text in texts):
+            return
+        if not all(text[: len(pair.prompt)] == pair.prompt for text in texts):
+            return
+        rule = "response repeats prompt"
+        if self._listed is not None and len(self._repeated_prompts) >= self._listed:
+            self.report.omitted[rule] += 1
+            return
+        message = "both responses begin with the whole prompt, which is scored with them."
+        self._repeated_prompts.append(Problem(source, line, rule, "prompt", None, message))
+
+    def _judge(self) -> None:
+        """Raise where nothing is good, or something is bad and nothing bad is allowed."""
+        report = self.report
+        names = ", ".join(report.sources)
+        if not report.kept:
+            if not report.problems:
+                raise InputError(f"{names}: there are no records in it.")
+            headline = f"{names}: no preference pair could be read"
+            headline += f", all {report.read:,} records are bad:" if report.read > 1 else ":"
+            raise InvalidPreferences(headline, report)
+        if report.problems and self._on_error == "fail":
+            count = len(report.problems) + sum(report.omitted.values())
+            raise InvalidPreferences(
+                f"{names}: {report.dropped:,} of {report.read:,} records are bad, by "
+                f"{count:,} problems (on_error='report' keeps the good ones):",
+                report,
+            )
+
+    def _listed_repeats(self, finder: RepeatFinder) -> list[tuple[int, str, int]]:
+        """Return (index, rule, earlier index), in the order of the pairs."""
+        repeats = []
+        for rule, found in zip(("duplicate", "contradiction"), finder.find(), strict=True):
+            listed = found[: self._listed]
+            if len(listed) < len(found):
+                self.report.omitted[rule] += len(found) - len(listed)
+            repeats += [(index, rule, earlier) for index, earlier in listed]
+        return sorted(repeats, key=lambda repeat: repeat[0])
+
+
+def _repeat(rule: str, place: tuple[str, int | None], earlier: tuple[str, int | None]) -> str:
+    verb = "says the same as" if rule == "duplicate" else "prefers the other response than"
+    other = f"line {earlier[1]}" if place[0] == earlier[0] else f"{earlier[0]} line {earlier[1]}"
+    return f"{verb} {other}, to the same prompt and responses."
+
+
+def _merged(problems: list[Problem], everywhere: set[str], records: int) -> list[Problem]:
+    """Make one problem of a column that all records lack: 2,000 times the same helps nobody."""
+    merged: list[Problem] = []
+    for problem in problems:
+        if problem.rule != "missing column" or problem.field not in everywhere:
+            merged.append(problem)
+        elif not any(p.field == problem.field and p.line is None for p in merged):
+            message = f"in all {records:,} records {problem.message}"
+            merged.append(replace(problem, line=None, message=message))
+    return merged

@@ -1,0 +1,120 @@
+"""Check that packed rows score exactly as rows of one pair: by a model's layers, and by trial."""
+
+import keras
+import numpy as np
+
+from dpo_keras.batching import Batch, Ragged, TokenizedPairs, collate, collate_packed
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.head import split_backbone_and_head
+from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.utils.keras_hub_internals import (
+    ATTENTION,
+    is_attention,
+    is_bidirectional,
+    is_position,
+    scales_by_row_length,
+)
+from dpo_keras.utils.keras_internals import all_layers
+
+# Largest difference of a log-prob that is rounding, as a share of the log-prob.
+_TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
+_LOW_PRECISION = 5e-2
+# Prompt, chosen and rejected tokens of each trial pair.
+_LENGTHS = ((5, 3, 1), (1, 1, 4), (3, 2, 2), (1, 6, 1))
+
+
+def packing_obstacle(policy: object) -> str | None:
+    """Return why a policy cannot run on packed rows; None where it can.
+
+    Args:
+        policy: a KerasHub causal language model, or any other model.
+
+    Returns:
+        A clause without a full stop, or None.
+
+    Example:
+        >>> packing_obstacle(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
+        'Sequential is no KerasHub causal language model whose backbone and head can be taken apart'
+    """
+    parts = split_backbone_and_head(policy)
+    if parts is None:
+        return (
+            f"{type(policy).__name__} is no KerasHub causal language model whose backbone and head "
+            "can be taken apart"
+        )
+    layers = all_layers(parts[0])
+    attention = [layer for layer in layers if is_attention(layer)]
+    positions = [layer for layer in layers if is_position(layer)]
+    unknown = sorted({type(layer).__name__ for layer in attention} - set(ATTENTION))
+    reason = None
+    if not attention:
+        reason = "has no attention layers that dpo_keras knows"
+    elif unknown:
+        reason = f"attends through {', '.join(unknown)}, which dpo_keras has not proven"
+    elif any(is_bidirectional(layer) for layer in attention):
+        reason = "lets tokens see those behind them"
+    elif any(scales_by_row_length(layer) for layer in positions):
+        reason = "scales its rotary positions by the length of a row"
+    elif not positions:
+        reason = "has no position layers that dpo_keras knows"
+    return None if reason is None else f"{type(parts[0]).__name__} {reason}"
+
+
+def check_packing(scorer: ResponseScorer, seed: int = 0) -> float:
+    """Score a few pairs of random tokens packed and unpacked, and check that log-probs are equal.
+
+    Among them are prompts and responses of one token, several trees in a row, and a full row.
+
+    Args:
+        scorer: the policy's.
+        seed: seed of the tokens.
+
+    Returns:
+        The largest difference of a log-prob, as a share of the largest log-prob.
+
+    Raises:
+        InputError: the policy cannot be packed, or its log-probs differ by more than rounding. The
+            problem's argument is `batching`.
+    """
+    reason = packing_obstacle(scorer.policy)
+    if reason is not None:
+        raise _needs_buckets(reason)
+    assert scorer.parts is not None
+    backbone = scorer.parts[0]
+    tokenized = _random_pairs(backbone.vocabulary_size, seed)
+    count = len(tokenized)
+    rows = [list(range(count)), [0]]
+    length = sum(sum(lengths) for lengths in _LENGTHS)
+    unpacked = _logps(scorer, collate(tokenized, list(range(count))))
+    packed = _logps(scorer, collate_packed(tokenized, rows, length=length))
+    # The first tree stands in a row of its own as well, where it must score the same.
+    expected = np.concatenate([unpacked, unpacked[:1]])
+    share = float(np.abs(packed[: count + 1] - expected).max() / np.abs(expected).max())
+    tolerance = _TOLERANCE.get(backbone.compute_dtype, _LOW_PRECISION)
+    if not share <= tolerance:
+        raise _needs_buckets(
+            f"packed, the log-probs of {type(backbone).__name__} differ from unpacked ones by "
+            f"{share:.1e} of their size, where rounding explains {tolerance:.0e}"
+        )
+    return share
+
+
+def _needs_buckets(reason: str) -> InputError:
+    return InputError(InputProblem("batching", f"must be 'buckets' for this policy: {reason}"))
+
+
+def _random_pairs(vocabulary_size: int, seed: int) -> TokenizedPairs:
+    random = np.random.default_rng(seed)
+
+    def tokens(column: int) -> Ragged:
+        return Ragged.from_lists(
+            [random.integers(0, vocabulary_size, lengths[column]) for lengths in _LENGTHS]
+        )
+
+    ones = np.ones(len(_LENGTHS), np.float32)
+    return TokenizedPairs(tokens(0), tokens(1), tokens(2), ones, ones)
+
+
+def _logps(scorer: ResponseScorer, batch: Batch) -> np.ndarray:
+    tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, dict(batch))
+    return np.asarray(keras.ops.convert_to_numpy(scorer(tensors)["logps"]))

@@ -1,0 +1,105 @@
+"""What a step logs, as weighted sums: only sums can be added over steps, replicas and workers."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from keras import ops
+
+from dpo_keras.batching import Batch
+from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
+from dpo_keras.utils.tensors import Tensor
+
+MetricSums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (weighted sum, sum of weights)."""
+
+COUNTS = ("tokens", "pairs")
+"""Sums of which the total is of interest, not the mean."""
+
+STOP = "stop"
+"""Number of replicas that were asked to stop: summed with the metrics, all learn of it at once."""
+
+HIDDEN = frozenset({"at_reference", STOP, *COUNTS})
+"""Names that callbacks read and that are not logged."""
+
+
+def preference_metric_names(loss: DPOLoss) -> list[str]:
+    """Return the names that `preference_sums` measures, `loss` first."""
+    names = ["loss", *loss.term_names(), "reward_accuracy", "reward_margin", "chosen_probability"]
+    names += ["chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
+    names += ["kl"] if loss.needs_reference else []
+    names += ["entropy", *_group_names(loss)]
+    return [*names, "at_reference"] if loss.needs_reference else names
+
+
+def preference_sums(
+    loss: DPOLoss,
+    batch: Batch,
+    outputs: Outputs,
+    preference: Tensor,
+    scores: Tensor,
+    probabilities: Tensor,
+    llr: Tensor,
+    terms: Mapping[str, Tensor],
+) -> MetricSums:
+    """Return the sums of `preference_metric_names(loss)` over N pairs, of `[N]` or `[N, 2]` each.
+
+    `at_reference` is the preference loss that a policy equal to its reference would have.
+    """
+    weight = outputs["weight"]
+    values = {
+        "loss": sum(terms.values()),
+        **terms,
+        "reward_margin": llr,
+        "chosen_probability": probabilities[:, 0],
+        "chosen_reward": scores[:, 0],
+        "rejected_reward": scores[:, 1],
+        "chosen_logps": outputs["policy"][:, 0],
+        "rejected_logps": outputs["policy"][:, 1],
+    }
+    if loss.needs_reference:
+        values["kl"] = kl_to_reference(outputs)
+        values["at_reference"] = _loss_at_reference(loss, preference, outputs)
+    total = ops.sum(weight)
+    sums: MetricSums = {name: (_weighted(weight, v), total) for name, v in values.items()}
+    decided = weight * ops.cast(preference != 0.5, "float32")
+    # A tie of scores is half right: before training every pair is one.
+    right = 0.5 * (1.0 + ops.sign(llr) * ops.sign(preference - 0.5))
+    sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
+    tokens = ops.sum(ops.cast(batch["owner"] >= 0, "float32"))
+    sums["entropy"] = (outputs["entropy"] * tokens, tokens)
+    for number, name in enumerate(_group_names(loss)):
+        member = weight * ops.cast(outputs["group"] == number, "float32")
+        sums[name] = (_weighted(member, values["loss"]), ops.sum(member))
+    return sums
+
+
+def step_counts(batch: Batch) -> MetricSums:
+    """Count the tokens that the policy computes on, without padding, and the pairs."""
+    real = ops.cast(ops.any(batch["weight"] > 0, axis=-1), "float32")[:, None, None]
+    tokens = ops.sum(real * ops.cast(batch["padding_mask"], "float32"))
+    pairs = ops.sum(ops.cast(batch["weight"] > 0, "float32"))
+    return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
+
+
+def means_by_name(names: Sequence[str], means: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name the means that are logged, `worst_group_loss` included where groups have losses."""
+    logged = {n: mean for n, mean in zip(names, means, strict=True) if n not in HIDDEN}
+    groups = [mean for name, mean in logged.items() if name.startswith("group_loss/")]
+    return {**logged, "worst_group_loss": ops.max(ops.stack(groups))} if groups else logged
+
+
+def _group_names(loss: DPOLoss) -> list[str]:
+    groups = (loss.group_robust or {}).get("groups", 0)
+    return [f"group_loss/{number}" for number in range(groups)]
+
+
+def _weighted(weight: Tensor, values: Tensor) -> Tensor:
+    # A row of padding may hold anything: 0 * inf must not reach the sum.
+    return ops.stop_gradient(ops.sum(ops.where(weight > 0, weight * values, 0.0)))
+
+
+def _loss_at_reference(loss: DPOLoss, preference: Tensor, outputs: Outputs) -> Tensor:
+    same: Outputs = {**outputs, "reference": outputs["policy"]}
+    if "policy_shared" in outputs:
+        same["reference_shared"] = outputs["policy_shared"]
+    return loss.terms(preference, same)["preference_loss"]

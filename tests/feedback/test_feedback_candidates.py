@@ -1,0 +1,58 @@
+"""Candidates are read and become pairs."""
+
+import json
+
+import pytest
+
+from dpo_keras.errors import InputError
+from dpo_keras.feedback import Candidates, Imported, Response, read_candidates
+
+
+def test_candidates_become_pairs_once(make_store):
+    given = [
+        Candidates(
+            "p", (Response("x"), Response("y"), Response("z"), Response(" x "), Response(""))
+        ),
+        Candidates("alone", (Response("x"), Response("x"))),
+    ]
+    store = make_store(given=[])
+    added = store.add(given)
+    assert (added.pairs, added.known, added.identical, added.empty, added.alone) == (3, 0, 2, 1, 1)
+    again = store.add(given)
+    assert (again.pairs, again.known) == (0, 3)
+    assert store.add([Candidates("p", (Response("y"), Response("x"), Response("w")))]).pairs == 2
+
+
+def test_what_was_added_is_summed_up():
+    assert Imported(pairs=3, gold=1, empty=2).summary() == (
+        "3 new pairs (1 with a known answer), 0 known; left out: 0 identical and 2 empty "
+        "responses, 0 prompts without two different responses"
+    )
+
+
+@pytest.mark.parametrize(
+    ("maker", "expected"),
+    [
+        ("a", Response("x", "a")),
+        (None, Response("x")),
+        ({}, Response("x", "unnamed", {})),
+        ({"policy": "b", "seed": 3}, Response("x", "b", {"policy": "b", "seed": 3})),
+    ],
+)
+def test_makers_are_labels_or_settings(tmp_path, make_store, maker, expected):
+    path = tmp_path / "candidates.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["x", "y"], "makers": [maker, None]}))
+    read = read_candidates(path)
+    assert read[0].responses == (expected, Response("y"))
+    assert make_store(given=read).progress().wanted > 0
+
+
+def test_a_fault_carries_its_line_and_its_name(tmp_path):
+    path = tmp_path / "candidates.jsonl"
+    path.write_text('{"prompt": "p", "responses": ["x", "y"], "makers": null, "gold": 2}\n[]\n')
+    with pytest.raises(InputError) as error:
+        read_candidates(path)
+    first, second = error.value.problems
+    assert first == f"{path} line 1: gold must be the index of a response, 0 to 1, got 2."
+    assert first.argument == f"{path} line 1: gold"
+    assert second == f"{path} line 2: must be a JSON object, got list."

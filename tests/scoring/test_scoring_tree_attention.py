@@ -1,0 +1,70 @@
+"""Pieces of a packed row: few shapes, whatever the trees, and nothing changed by it."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dpo_keras.scoring.tree_attention import GRID, TreeLayout, segment_sizes
+from dpo_keras.utils.keras_hub_internals import AttentionSettings
+
+LENGTH = 200
+
+
+@pytest.fixture
+def rows():
+    """Two rows of random trees, the second with an empty end."""
+    random = np.random.default_rng(5)
+    tree = np.full((2, LENGTH), -1, np.int32)
+    positions = np.zeros((2, LENGTH), np.int32)
+    for row, end in enumerate((LENGTH, LENGTH - 30)):
+        at = slot = 0
+        while at < end:
+            prompt, *responses = random.integers(1, 25, 3)
+            starts = (0, prompt, prompt)
+            for kind, (start, size) in enumerate(zip(starts, (prompt, *responses), strict=True)):
+                kept = min(size, end - at)
+                tree[row, at : at + kept] = 3 * slot + kind
+                positions[row, at : at + kept] = np.arange(start, start + kept)
+                at += kept
+            slot += 1
+    return tf.constant(positions), tf.constant(tree)
+
+
+def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself():
+    tree = tf.constant([[0, 1, 2, 3, 4, 5, -1, -1]])
+    positions = tf.constant([[0, 1, 1, 0, 1, 1, 0, 0]])
+    (bias,) = TreeLayout(positions, tree, dense=True).biases(None)
+    expected = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    np.testing.assert_array_equal((bias[0, 0] == 0.0).numpy()[:3, :3], expected)
+
+
+@pytest.mark.parametrize(("segment", "sizes"), [(4, [7, 1]), (3, [3, 4, 1])])
+def test_pieces_hold_the_trees_that_begin_in_a_segment(segment, sizes):
+    tree = tf.constant([[0, 1, 2, 3, 4, 5, 5, -1]])
+    np.testing.assert_array_equal(segment_sizes(tree, segment), sizes)
+
+
+def test_pieces_come_in_few_lengths(rows):
+    layout = TreeLayout(*rows, segment=48)
+    lengths = [bias.shape[-1] for bias in layout.biases(None)]
+    assert len(set(lengths)) > 1 and all(length % GRID == 0 for length in lengths)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_filled_up_pieces_attend_as_whole_rows_do(rows, window):
+    random = np.random.default_rng(6)
+    states = [tf.constant(random.normal(size=(2, LENGTH, 2, 8)), tf.float32) for _ in range(3)]
+
+    def found(dense):
+        layout = TreeLayout(*rows, dense=dense, segment=48)
+        with tf.GradientTape() as tape:
+            tape.watch(states)
+            attended = layout.attend(*states, AttentionSettings(0.3, window=window))
+            loss = tf.reduce_sum(attended * tf.range(8, dtype=tf.float32))
+        return attended, *tape.gradient(loss, states)
+
+    real = (rows[1].numpy() >= 0)[:, :, None, None]
+    pieces, whole = found(False), found(True)
+    np.testing.assert_allclose(pieces[0] * real, whole[0] * real, atol=1e-5)
+    for ours, theirs in zip(pieces[1:], whole[1:], strict=True):
+        np.testing.assert_allclose(ours * real, theirs * real, atol=1e-4)

@@ -1,0 +1,133 @@
+"""Private names of Keras: they are there, and a release without them is named clearly."""
+
+import re
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dpo_keras.utils import keras_internals
+
+
+def variable(values=(1.0, -2.0, 3.0)):
+    return keras.Variable(np.array(values, np.float32))
+
+
+def adam(**options):
+    optimizer = keras.optimizers.Adam(0.1, **options)
+    optimizer.build([variable()])
+    return optimizer
+
+
+def adapted_dense():
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    layer.enable_lora(1)
+    return layer
+
+
+def one_update(optimizer):
+    optimizer.apply([tf.ones(3)], [optimizer._trainable_variables[0]])
+
+
+# What each function reads, and an object to read it from.
+NAMES = {
+    "_all_reduce_sum_gradients": (keras_internals.leave_gradient_sums_to_caller, adam),
+    "_apply_weight_decay": (keras_internals.skip_zero_weight_decay, adam),
+    "_get_variable_index": (keras_internals.use_adam_kernel, adam),
+    "_iterations": (keras_internals.micro_steps, adam),
+    "_backend_apply_gradients": (
+        keras_internals.WeighedAccumulation,
+        lambda: adam(gradient_accumulation_steps=2),
+    ),
+    "_clip_gradients": (
+        keras_internals.WeighedAccumulation,
+        lambda: adam(gradient_accumulation_steps=2),
+    ),
+    "_tracker": (lambda layer: keras_internals.forget_layer(layer, layer), adapted_dense),
+    "_flatten_layers": (keras_internals.all_layers, adapted_dense),
+    "_kernel": (keras_internals.base_kernel, adapted_dense),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_release_without_a_private_name_is_named(name, monkeypatch):
+    function, make = NAMES[name]
+    owner = make()
+    function(make())  # The installed release has it.
+    for kind in type(owner).__mro__:
+        if name in vars(kind):
+            monkeypatch.delattr(kind, name)
+    if name in vars(owner):
+        object.__delattr__(owner, name)
+    message = rf"Keras {re.escape(keras.__version__)} has no \w+\.{name}.* Install keras 3\.15"
+    with pytest.raises(RuntimeError, match=message):
+        function(owner)
+
+
+@pytest.mark.parametrize("name", ["_momentums", "_velocities"])
+def test_a_release_without_adams_moments_is_named_at_the_first_update(name):
+    optimizer = adam()
+    keras_internals.use_adam_kernel(optimizer)
+    object.__delattr__(optimizer, name)
+    with pytest.raises(RuntimeError, match=rf"has no Adam\.{name}.* Install keras 3\.15"):
+        one_update(optimizer)
+
+
+@pytest.mark.parametrize("name", keras_internals.TRAINER_HOOKS)
+def test_a_release_without_a_hook_of_fit_is_named(name, monkeypatch):
+    keras_internals.check_trainer_hooks()
+    for kind in keras.Model.__mro__:
+        if name in vars(kind):
+            monkeypatch.delattr(kind, name)
+    with pytest.raises(RuntimeError, match=rf"has no Model\.{name}.* Install keras 3\.15"):
+        keras_internals.check_trainer_hooks()
+
+
+def test_a_tf_keras_without_its_private_name_is_named():
+    assert (
+        keras_internals.tf_keras_steps_per_execution(
+            SimpleNamespace(_steps_per_execution=tf.constant(3))
+        )
+        == 3
+    )
+    with pytest.raises(RuntimeError, match=r"_steps_per_execution.* Install tf-keras 2\.21"):
+        keras_internals.tf_keras_steps_per_execution(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.Adam(0.1),
+        lambda: keras.optimizers.AdamW(0.1, weight_decay=0.0),
+        lambda: keras.optimizers.AdamW(0.1, weight_decay=0.3, global_clipnorm=0.5),
+    ],
+)
+def test_the_adam_kernel_takes_the_steps_of_keras(make):
+    weights = []
+    for fast in (False, True):
+        optimizer, weight = make(), variable()
+        optimizer.build([weight])
+        if fast:
+            keras_internals.skip_zero_weight_decay(optimizer)
+            keras_internals.use_adam_kernel(optimizer)
+            assert "update_step" in vars(optimizer)
+        for step in range(4):
+            optimizer.apply([tf.constant([1.0, -0.5, 0.1 * step])], [weight])
+        weights.append(weight.numpy())
+    np.testing.assert_allclose(*weights, rtol=1e-5)
+
+
+def test_a_forgotten_layer_is_neither_saved_nor_counted():
+    owner = keras.layers.Layer()
+    owner.kept, owner.extra = adapted_dense(), adapted_dense()
+    count = len(owner.weights)
+    keras_internals.forget_layer(owner, owner.extra)
+    assert len(owner.weights) == count - len(owner.extra.weights)
+
+
+def test_unmerged_weights_have_the_names_of_keras():
+    names = ["_kernel", "lora_kernel_a", "lora_kernel_b"]
+    assert list(keras_internals.unmerged_weights(adapted_dense())) == names
