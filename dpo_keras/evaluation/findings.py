@@ -6,6 +6,7 @@ has a 95 % interval, the whole interval must lie on one side of the threshold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import change, mean
 from dpo_keras.evaluation.training_log import TrainingLog
-from dpo_keras.utils.intervals import Estimate, short
+from dpo_keras.utils.intervals import Estimate, short, undefined
 
 # Smaller differences than these are not reported, however certain they are.
 LENGTH_GAP = 0.1  # accuracy where the chosen response is longer, against shorter
@@ -69,9 +70,8 @@ def below(figure: Estimate, bound: float) -> bool:
 def chosen_logps_fell(measured: Measured) -> str | None:
     """Report that chosen responses became less likely while the margin grew (trl#800)."""
     fall, growth, since = _course_of_chosen(measured)
-    if fall is None or growth is None or not (below(fall, 0) and above(growth, 0)):
+    if fall.value is None or not (below(fall, 0) and above(growth, 0)):
         return None
-    assert fall.value is not None
     if "penalty/nll" in measured.after.pairs:
         remedy = "raise the weight of the penalty nll"
     else:
@@ -85,7 +85,7 @@ def chosen_logps_fell(measured: Measured) -> str | None:
     )
 
 
-def _course_of_chosen(measured: Measured) -> tuple[Estimate | None, Estimate | None, str]:
+def _course_of_chosen(measured: Measured) -> tuple[Estimate, Estimate, str]:
     """Return the changes of the chosen log-probs and of the margin, and since when."""
     after, before = measured.after, measured.before
     names = ("chosen_logps", "reward_margin")
@@ -96,23 +96,19 @@ def _course_of_chosen(measured: Measured) -> tuple[Estimate | None, Estimate | N
         ratio = after.pairs["chosen_logps"] - after.pairs["chosen_reference_logps"]
         since = mean(ratio, after.pairs["weight"], after.pairs["prompt"])
         return since, after.figures["reward_margin"], "under the reference"
-    if measured.log is not None:
-        fall, growth = (_trend(measured.log, name) for name in names)
-        return fall, growth, "in the first steps"
-    return None, None, ""
+    fall, growth = (_trend(measured.log or TrainingLog(), name) for name in names)
+    return fall, growth, "in the first steps"
 
 
-def _trend(log: TrainingLog, name: str) -> Estimate | None:
+def _trend(log: TrainingLog, name: str) -> Estimate:
     """Return the mean of the last tenth of the steps minus that of the first tenth."""
     values = log.curve(name)[1]
     count = len(values) // 10
-    if count < 2:
-        return None
-    first, last = mean(values[:count], of="step"), mean(values[-count:], of="step")
+    first, last = mean(values[:count], of="step"), mean(values[len(values) - count :], of="step")
     if first.value is None or last.value is None or first.high is None or last.high is None:
-        return None
+        return undefined("the log is too short, or a value is not finite")
     difference = last.value - first.value
-    reach = float(np.hypot(first.high - first.value, last.high - last.value))
+    reach = math.hypot(first.high - first.value, last.high - last.value)
     return Estimate(difference, difference - reach, difference + reach, len(values))
 
 
@@ -173,8 +169,9 @@ def length_bias(measured: Measured) -> str | None:
     longer, shorter = (measured.after.by_length[f"chosen_{name}"] for name in ("longer", "shorter"))
     if longer.value is None or shorter.value is None:
         return None
-    apart = _apart(longer, shorter)
-    if not apart or abs(longer.value - shorter.value) < LENGTH_GAP:
+    both = ((longer, shorter), (shorter, longer))
+    disjoint = any(low.high is not None and above(high, low.high) for high, low in both)
+    if not disjoint or abs(longer.value - shorter.value) < LENGTH_GAP:
         return None
     towards = "longer" if longer.value > shorter.value else "shorter"
     return (
@@ -232,17 +229,10 @@ def _confidence_and_agreement(measured: Measured) -> str:
     )
 
 
-def _apart(one: Estimate, other: Estimate) -> bool:
-    return any(
-        a.low is not None and b.high is not None and a.low > b.high
-        for a, b in ((one, other), (other, one))
-    )
-
-
 def preferred_fell(measured: Measured) -> str | None:
     """Report that the judge prefers fewer responses than before."""
     fall = _samples_change(measured, "preferred")
-    if fall is None or not below(fall, 0):
+    if not below(fall, 0):
         return None
     return (
         f"The share of generated responses that the judge prefers fell: {fall}. Reward accuracy "
@@ -255,7 +245,7 @@ def responses_grew(measured: Measured) -> str | None:
     """Report that generated responses became much longer."""
     old, new = _sampled(measured, "tokens")
     grown = _samples_change(measured, "tokens")
-    if not old or new is None or new / old < LONGER or grown is None or not above(grown, 0):
+    if not old or new is None or new / old < LONGER or not above(grown, 0):
         return None
     return (
         f"Generated responses grew from {short(old)} to {short(new)} tokens on average. If the "
@@ -277,13 +267,12 @@ def responses_collapsed(measured: Measured) -> str | None:
 def responses_cut(measured: Measured) -> str | None:
     """Report that many responses were cut at max_new_tokens."""
     ended = measured.samples_after.figures.get("ended") if measured.samples_after else None
-    if ended is None or not below(ended, 1 - CUT):
+    if ended is None or ended.value is None or not below(ended, 1 - CUT):
         return None
-    assert ended.value is not None
     return (
-        f"{1 - ended.value:.0%} of the generated responses were cut off. Raise max_new_tokens; if "
+        f"{1 - ended.value:.0%} of the generated responses were cut off. Raise max_new_tokens. If "
         "that does not help, the policy has not learned to end: the training pairs may have been "
-        "cut themselves (max_length)."
+        "cut, too (max_length)."
     )
 
 
@@ -294,10 +283,10 @@ def _sampled(measured: Measured, name: str) -> tuple[float | None, float | None]
     return old.value if old else None, new.value if new else None
 
 
-def _samples_change(measured: Measured, name: str) -> Estimate | None:
+def _samples_change(measured: Measured, name: str) -> Estimate:
     before, after = measured.samples_before, measured.samples_after
-    if before is None or after is None or name not in after.figures or name not in before.figures:
-        return None
+    if before is None or after is None or name not in after.figures:
+        return undefined("it was not measured")
     return change(before, after, name)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,48 +17,10 @@ from dpo_keras.preferences import PreferencePair, plain_text
 from dpo_keras.utils.intervals import Estimate, short, undefined
 from dpo_keras.utils.tensors import JSON
 
-# name: (label, meaning). A figure without an entry is shown under its name.
-_HELD_OUT = {
-    "reward_accuracy": ("Reward accuracy", "pairs scored as people prefer; score ties count half"),
-    "loss": ("Loss", "preference loss and penalties, per pair"),
-    "preference_loss": ("Preference loss", "without penalties"),
-    "reward_margin": ("Reward margin", "S(chosen) − S(rejected), nats"),
-    "chosen_probability": ("P(chosen)", "mean of softmax(S) for the chosen response"),
-    "chosen_reward": ("Chosen reward", "S(chosen)"),
-    "rejected_reward": ("Rejected reward", "S(rejected)"),
-    "chosen_logps": ("Chosen log-prob", "log π(chosen | prompt), nats per response"),
-    "rejected_logps": ("Rejected log-prob", "log π(rejected | prompt), nats per response"),
-    "kl": ("KL to the reference", "½ log-ratio² per token: nats of KL if small"),
-    "entropy": ("Entropy", "of the policy, nats per token"),
-}
-_BY_LENGTH = {
-    "chosen_longer": ("the preferred response is longer", ""),
-    "chosen_shorter": ("the preferred response is shorter", ""),
-    "equal": ("both have the same number of tokens", ""),
-    "length_controlled": ("length-controlled", "mean of longer and shorter; 0.5 for length alone"),
-}
-_CALIBRATION = {
-    "expected_calibration_error": (
-        "Expected calibration error",
-        "mean |confidence − agreement| over bins",
-    ),
-    "chance_level": ("… of a perfect model", "95th percentile for samples of this size"),
-    "brier": ("Brier score", "mean (P − y)²; 0.25 for a coin"),
-    "log_loss": ("Log loss", "nats; 0.693 for a coin"),
-    "label_entropy": ("… at best", "the entropy of soft preferences"),
-    "confidence": ("Confidence", "mean of max(P, 1 − P)"),
-    "agreement": ("Agreement", "people prefer what the model prefers"),
-    "overconfidence": ("Overconfidence", "confidence − agreement"),
-}
-_SAMPLES = {
-    "preferred": ("Preferred by the judge", ""),
-    "tokens": ("Length", "tokens"),
-    "ended": ("Ended by an end token", "not cut at max_new_tokens"),
-    "empty": ("Empty", ""),
-    "distinct_responses": ("Different from one another", ""),
-    "distinct_1": ("Distinct tokens", "of all tokens written"),
-    "distinct_2": ("Distinct pairs of tokens", "of all pairs of neighbours"),
-}
+# Table -> figure -> (label, meaning). A figure without a label is shown under its name.
+_LABELS: dict[str, dict[str, tuple[str, str]]] = json.loads(
+    (Path(__file__).parent / "templates" / "labels.json").read_text(encoding="utf-8")
+)
 _HIDDEN = ("chosen_tokens", "rejected_tokens", "chosen_reference_logps", "rejected_reference_logps")
 WRONG_SHOWN = 5
 
@@ -77,9 +41,11 @@ def report_content(
         "paired": _comparable(before, after),
         "held_out": _held_out_rows(after, before),
         "percentiles": margins,
-        "by_length": _rows(_BY_LENGTH, *(h.by_length for h in measured_sets)),
+        "by_length": _rows(_LABELS["by_length"], *(h.by_length for h in measured_sets)),
         "groups": _rows({}, *(_accuracies(h) for h in measured_sets)),
-        "calibration": _rows(_CALIBRATION, *(h.calibration.figures for h in measured_sets)),
+        "calibration": _rows(
+            _LABELS["calibration"], *(h.calibration.figures for h in measured_sets)
+        ),
         "calibration_note": after.note,
         "samples": _sample_rows(measured),
         "samples_count": len(samples) if samples else 0,
@@ -165,18 +131,17 @@ def _held_out_rows(after: HeldOut, before: HeldOut | None) -> list[dict[str, str
         if name.startswith("penalty/")
     }
     shown = {name: figure for name, figure in after.figures.items() if name not in _HIDDEN}
-    return _compared_rows({**_HELD_OUT, **penalties}, shown, before, after)
+    return _compared_rows({**_LABELS["held_out"], **penalties}, shown, before, after)
 
 
 def _sample_rows(measured: Measured) -> list[dict[str, str]]:
     after = measured.samples_after
     if after is None:
         return []
-    verdict = {
-        name: (f"… {name.replace('_', ' ')}", "") for name in after.figures if name not in _SAMPLES
-    }
-    first = {"preferred": _SAMPLES["preferred"]} if "preferred" in after.figures else {}
-    labels = {**first, **verdict, **_SAMPLES}
+    known = _LABELS["samples"]
+    parts = [name for name in after.figures if name not in known]
+    verdict = {name: (f"… {name.replace('_', ' ')}", "") for name in parts}
+    labels = {"preferred": known["preferred"], **verdict, **known}
     return _compared_rows(labels, after.figures, measured.samples_before, after)
 
 

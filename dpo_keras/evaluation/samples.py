@@ -214,7 +214,9 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         if judge is not None:
             record["verdict"] = _verdict(judge(question, response))
         records.append(record)
-    return Samples(records, _figures(records, tokens), options)
+    samples = Samples(records, {}, options)
+    samples.figures = _figures(samples, tokens)
+    return samples
 
 
 def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list[dict[str, JSON]]:
@@ -266,22 +268,25 @@ def _verdict(found: object) -> dict[str, bool]:
     return {"preferred": bool(found.preferred), **kept}
 
 
-def _figures(records: list[dict[str, JSON]], tokens: list[list[int]]) -> dict[str, Estimate]:
-    clusters = _numbered([record["prompt"] for record in records])
-    of = {"of": "response"}
-    verdict = {
-        name: share([record["verdict"][name] for record in records], None, clusters, **of)
-        for name in (records[0].get("verdict", {}) if records else ())
-    }
-    texts = [record["response"] for record in records]
+def _figures(samples: Samples, tokens: list[list[int]]) -> dict[str, Estimate]:
+    texts = [record["response"] for record in samples.records]
+    verdict = samples.records[0].get("verdict", {}) if samples.records else ()
+
+    def measured(name: str) -> Estimate:
+        found = samples.per_item(name)
+        if found is None:
+            return undefined("there is no response")
+        kind = share if found.share else mean
+        return kind(found.values, found.weight, found.clusters, of="response")
+
     return {
-        **verdict,
-        "tokens": mean([len(ids) for ids in tokens], None, clusters, **of),
+        **{name: measured(name) for name in verdict},
+        "tokens": measured("tokens"),
         "distinct_1": _distinct(tokens, 1),
         "distinct_2": _distinct(tokens, 2),
         "distinct_responses": _ratio(len(set(texts)), len(texts), "there is no response"),
-        "empty": share([not text.strip() for text in texts], None, clusters, **of),
-        "ended": share([record["ended"] for record in records], None, clusters, **of),
+        "empty": measured("empty"),
+        "ended": measured("ended"),
     }
 
 

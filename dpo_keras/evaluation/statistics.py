@@ -168,7 +168,7 @@ def change(before: Measurement, after: Measurement, name: str) -> Estimate:
     if reason:
         return undefined(reason, len(after))
     old, new = before.per_item(name), after.per_item(name)
-    if old is None or new is None:
+    if old is None or new is None or name not in before.figures:
         return _plain_difference(before.figures.get(name), after.figures[name])
     if new.share:
         together = correlation(old.values, new.values, new.weight)
