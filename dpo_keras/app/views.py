@@ -176,12 +176,12 @@ def _fields(values: Mapping[str, JSON]) -> str:
 
 def figure_table(title: str, columns: Mapping[str, Mapping[str, dict[str, JSON]]]) -> Table:
     """Draw figures with their intervals side by side; `columns` are figures by name, by heading."""
-    from dpo_keras.evaluation import Figure
+    from dpo_keras.utils.intervals import Estimate
 
     table = _table(title, "figure", *columns, numbers=range(1, len(columns) + 1))
     for name in dict.fromkeys(name for figures in columns.values() for name in figures):
         cells = (
-            str(Figure.from_dict(figures[name])) if name in figures else ""
+            str(Estimate.from_dict(figures[name])) if name in figures else ""
             for figures in columns.values()
         )
         table.add_row(name, *cells)

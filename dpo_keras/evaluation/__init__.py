@@ -1,14 +1,13 @@
-"""What a policy learned: held-out figures, calibration, samples before and after, a report.
+"""Evaluation: held-out figures, calibration, samples before and after training, and a report.
 
     evaluate_preferences   DPOModel, pairs -> HeldOut: accuracy, margins, calibration, by group
-    sample_and_judge       policy, prompts -> Samples: what it writes, judged and counted
-    change                 before, after -> the paired difference of a figure, with its interval
+    sample_and_judge       policy, prompts -> Samples: responses, judged and counted
+    change                 before, after   -> the paired difference of a figure
     write_report           all of it, with the training curves -> report.md, .html, .json, plots
 
-A figure is a `Figure`: a value with its 95 % interval, or the reason why there is none.
+A figure is an `Estimate`: a value with its 95 % interval, or the reason why there is none.
 """
 
-from dpo_keras.evaluation.before_after import change
 from dpo_keras.evaluation.calibration import Bin, Calibration, calibrate
 from dpo_keras.evaluation.findings import Finding
 from dpo_keras.evaluation.held_out import evaluate_preferences
@@ -16,13 +15,14 @@ from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.report_content import most_wrong
 from dpo_keras.evaluation.run_report import Report, write_report
 from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
-from dpo_keras.evaluation.statistics import Figure
+from dpo_keras.evaluation.statistics import change
 from dpo_keras.evaluation.training_log import TrainingLog, read_training_log
+from dpo_keras.utils.intervals import Estimate
 
 __all__ = [
     "Bin",
     "Calibration",
-    "Figure",
+    "Estimate",
     "Finding",
     "HeldOut",
     "Report",

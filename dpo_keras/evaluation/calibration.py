@@ -1,13 +1,15 @@
-"""Calibration: whether P(chosen) means what it says."""
+"""Calibration: whether P(chosen) agrees with how often people prefer the chosen response."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
+from dpo_keras.evaluation.statistics import mean, share
+from dpo_keras.utils.intervals import Estimate, undefined
+from dpo_keras.utils.tensors import JSON
 
 BINS = 10
 _DRAWS = 200
@@ -15,24 +17,24 @@ _DRAWS = 200
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Pairs of about the same confidence.
+    """Pairs of similar confidence.
 
     Attributes:
-        low: least confidence of the bin.
-        high: greatest.
+        low: lower edge of the confidence.
+        high: upper edge.
         confidence: mean confidence of its pairs.
-        agreement: how often people agree with what the model prefers, among its pairs.
+        agreement: how often people agree with the model's preference, among its pairs.
         weight: the bin's share of all weight.
     """
 
     low: float
     high: float
-    confidence: Figure
-    agreement: Figure
+    confidence: Estimate
+    agreement: Estimate
     weight: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """The bin, ready for JSON."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return the bin, ready for JSON."""
         return {
             "low": self.low,
             "high": self.high,
@@ -46,63 +48,65 @@ class Bin:
 class Calibration:
     """How well the model's confidence agrees with people.
 
-    The order of two responses is arbitrary: (P, y) for one order is (1 - P, 1 - y) for the other.
-    So all is folded onto the response that the model prefers, and both orders give the same.
+    The order of two responses is arbitrary: (P, y) in one order is (1 - P, 1 - y) in the other.
+    Therefore every figure is about the response that the model prefers, and is the same for both
+    orders.
 
     Attributes:
         bins: the reliability curve, confidence in [0.5, 1].
         expected_calibration_error: sum over bins of weight · |confidence - agreement|.
-        chance_level: what this error stays under in 95 % of samples of this size from a model that
-            is perfectly calibrated.
+        chance_level: 95th percentile of this error for a perfectly calibrated model, in samples of
+            this size.
         brier: mean (P - y)²; 0.25 for P = 0.5 and certain labels.
         log_loss: mean -y log P - (1 - y) log(1 - P), in nats.
-        label_entropy: the least log loss that these labels allow; 0 where all are certain.
+        label_entropy: the lowest log loss that these labels allow; 0 if all are certain.
         confidence: mean of max(P, 1 - P).
-        agreement: mean probability that people prefer what the model prefers; ties in P count half.
-        overconfidence: confidence - agreement; below 0 the model is right more often than it says.
-        note: what to mind in reading these figures, or "".
+        agreement: mean probability that people prefer what the model prefers; 0.5 for P = 0.5.
+        overconfidence: confidence - agreement; negative if the model is right more often than its
+            confidence says.
+        note: a warning for readers of these figures, or "".
     """
 
     bins: tuple[Bin, ...]
-    expected_calibration_error: Figure
-    chance_level: Figure
-    brier: Figure
-    log_loss: Figure
-    label_entropy: Figure
-    confidence: Figure
-    agreement: Figure
-    overconfidence: Figure
+    expected_calibration_error: Estimate
+    chance_level: Estimate
+    brier: Estimate
+    log_loss: Estimate
+    label_entropy: Estimate
+    confidence: Estimate
+    agreement: Estimate
+    overconfidence: Estimate
     note: str = ""
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """All figures by name."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return {name: value for name, value in fields.items() if isinstance(value, Figure)}
+        return {name: value for name, value in fields.items() if isinstance(value, Estimate)}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+    def as_dict(self) -> dict[str, JSON]:
+        """Return figures, bins and note, ready for JSON."""
         figures = {name: figure.as_dict() for name, figure in self.figures.items()}
         return {**figures, "bins": [b.as_dict() for b in self.bins], "note": self.note}
 
 
 def calibrate(
-    llr: Any,
-    preference: Any,
-    weight: Any = None,
-    clusters: Any = None,
+    llr: ArrayLike,
+    preference: ArrayLike,
+    weight: ArrayLike | None = None,
+    clusters: ArrayLike | None = None,
     *,
     bins: int = BINS,
     note: str = "",
 ) -> Calibration:
-    """Measures the calibration of P(chosen) = sigmoid(llr).
+    """Compute the calibration of P(chosen) = sigmoid(llr).
 
     Args:
         llr: `[N]` log-likelihood ratios, S(chosen) - S(rejected), in nats.
         preference: `[N]` y in [0, 1], the probability that people prefer the chosen response.
         weight: `[N]`, >= 0; equal by default.
-        clusters: `[N]` integers, equal where pairs depend on one another (one prompt).
-        bins: equal widths of confidence between 0.5 and 1.
+        clusters: `[N]` integers, equal for dependent pairs (one prompt).
+        bins: number of bins of equal width between the confidences 0.5 and 1.
         note: kept with the result.
 
     Returns:
@@ -121,7 +125,8 @@ def calibrate(
         and Forecasting 22 (consistency resampling, here for `chance_level`).
     """
     llr = np.asarray(llr, np.float64)
-    # One kind of undefined is enough: what follows passes NaN on in silence, and `mean` names it.
+    # Infinities become NaN, which the arithmetic below passes on without a warning; `mean` then
+    # reports how many values are not finite.
     llr = np.where(np.isfinite(llr), llr, np.nan)
     label = np.asarray(preference, np.float64)
     weight = np.ones(len(llr)) if weight is None else np.asarray(weight, np.float64)
@@ -129,38 +134,24 @@ def calibrate(
     size = np.abs(llr)
     confidence = 1 / (1 + np.exp(-size))
     agreement = np.select([llr > 0, llr < 0, llr == 0], [label, 1 - label, 0.5], np.nan)
-    # -log P of the preferred and of the other response, exact however sure the model is.
+    # -log P of the preferred and of the other response, exact for any size.
     sure, unsure = np.log1p(np.exp(-size)), size + np.log1p(np.exp(-size))
     usable = (weight > 0) & np.isfinite(llr)
-    where = np.zeros(len(llr), np.int64)
-    where[usable] = np.minimum((confidence[usable] - 0.5) * 2 * bins, bins - 1).astype(np.int64)
-    edges = np.linspace(0.5, 1.0, bins + 1)
-    total = max(float(weight[usable].sum()), 1e-300)
-    found = []
-    for number in range(bins):
-        rows = usable & (where == number)
-        inside = {
-            "absent": f"no pair has a confidence of {edges[number]:g} to {edges[number + 1]:g}"
-        }
-        found.append(
-            Bin(
-                float(edges[number]),
-                float(edges[number + 1]),
-                mean(confidence[rows], weight[rows], clusters[rows], **inside),
-                share(agreement[rows], weight[rows], clusters[rows], **inside),
-                float(weight[rows].sum()) / total,
-            )
-        )
+    place = np.zeros(len(llr), np.int64)
+    place[usable] = np.minimum((confidence[usable] - 0.5) * 2 * bins, bins - 1).astype(np.int64)
     gap = mean(confidence - agreement, weight, clusters)
     if gap.value is None:
         error = chance = undefined(gap.reason or "", gap.count)
     else:
-        shares, gaps = weight[usable] / total, (confidence - agreement)[usable]
-        error = Figure(_binned(shares * gaps, where[usable], bins), count=gap.count)
-        chance = _chance_level(confidence, label, shares, where, usable, bins)
+        shares, inside = weight[usable] / weight[usable].sum(), place[usable]
+        gaps = shares * (confidence - agreement)[usable]
+        error = Estimate(_binned(gaps, inside, bins), count=gap.count)
+        chance = _chance_level(confidence[usable], label[usable], shares, inside, bins)
     probability = np.where(llr > 0, confidence, 1 - confidence)
     return Calibration(
-        bins=tuple(found),
+        bins=_reliability(
+            confidence, agreement, np.where(usable, weight, 0.0), clusters, place, bins
+        ),
         expected_calibration_error=error,
         chance_level=chance,
         brier=mean((probability - label) ** 2, weight, clusters),
@@ -173,29 +164,50 @@ def calibrate(
     )
 
 
-def _binned(values: np.ndarray, where: np.ndarray, bins: int) -> float:
-    return float(np.abs(np.bincount(where, values, minlength=bins)).sum())
+def _reliability(
+    confidence: np.ndarray,
+    agreement: np.ndarray,
+    weight: np.ndarray,
+    clusters: np.ndarray,
+    place: np.ndarray,
+    bins: int,
+) -> tuple[Bin, ...]:
+    edges = np.linspace(0.5, 1.0, bins + 1).tolist()
+    total = max(float(weight.sum()), 1e-300)
+    found = []
+    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        rows = (weight > 0) & (place == number)
+        absent = f"no pair has a confidence of {low:g} to {high:g}"
+        given = (weight[rows], clusters[rows])
+        found.append(
+            Bin(
+                low,
+                high,
+                mean(confidence[rows], *given, absent=absent),
+                share(agreement[rows], *given, absent=absent),
+                float(weight[rows].sum()) / total,
+            )
+        )
+    return tuple(found)
+
+
+def _binned(values: np.ndarray, place: np.ndarray, bins: int) -> float:
+    return float(np.abs(np.bincount(place, values, minlength=bins)).sum())
 
 
 def _chance_level(
-    confidence: np.ndarray,
-    label: np.ndarray,
-    shares: np.ndarray,
-    where: np.ndarray,
-    usable: np.ndarray,
-    bins: int,
-) -> Figure:
-    count = int(usable.sum())
-    if ((label[usable] != 0) & (label[usable] != 1)).any():
-        # How a vote share scatters depends on the number of voters, which nobody told.
+    confidence: np.ndarray, label: np.ndarray, shares: np.ndarray, place: np.ndarray, bins: int
+) -> Estimate:
+    count = len(label)
+    if ((label != 0) & (label != 1)).any():
+        # The variance of a vote share depends on the number of voters, which is unknown.
         return undefined("some preferences are soft", count)
     random = np.random.default_rng(0)
-    confidence, where = confidence[usable], where[usable]
     errors = [
-        _binned(shares * (confidence - (random.random(count) < confidence)), where, bins)
+        _binned(shares * (confidence - (random.random(count) < confidence)), place, bins)
         for _ in range(_DRAWS)
     ]
-    return Figure(float(np.quantile(errors, 0.95)), count=count)
+    return Estimate(float(np.quantile(errors, 0.95)), count=count)
 
 
 def _entropy(label: np.ndarray) -> np.ndarray:

@@ -1,21 +1,21 @@
-"""Held-out pairs under policy and reference: one pass, then figures that anyone can check."""
+"""Evaluation on held-out pairs: one pass under policy and reference, one row per pair."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import Batching, Part, TokenizedPairs, one_pass, pass_signature
-from dpo_keras.errors import InputError
+from dpo_keras.batching import Batch, Batching, Part, TokenizedPairs, one_pass, pass_signature
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
 from dpo_keras.scoring import check_packing
 from dpo_keras.training import DPOModel, outputs_of
+from dpo_keras.utils.tensors import Tensor
 
 
 def evaluate_preferences(
@@ -26,24 +26,24 @@ def evaluate_preferences(
     batching: Batching = "buckets",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
-    """Measures a policy on preference pairs, pair by pair.
+    """Measure a policy on preference pairs, pair by pair.
 
-    `HeldOut.metrics` hold what `model.evaluate` gives on the same pairs; beside them come further
-    means, intervals, the breakdown by group and by length, calibration, and every pair's own row.
+    `HeldOut.metrics` equals what `model.evaluate` returns on the same pairs. `HeldOut` adds
+    intervals, accuracy by group and by length, calibration, and a row for every pair.
 
     Args:
-        model: a compiled `DPOModel`; nothing in it is changed.
+        model: a compiled `DPOModel`. It is not changed.
         tokenized: the pairs, N >= 1.
-        batch_size: pairs at a time; in the mean, where packed.
-        batching: "buckets", or "packed" for models without a `packing_obstacle`.
+        batch_size: pairs per batch; on average, if packed.
+        batching: "buckets", or "packed" for models without a packing obstacle.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
         The figures.
 
     Raises:
-        InputError: the model is not compiled (its loss says what the scores are), there are no
-            pairs, or it cannot be run packed.
+        InputError: the model is not compiled (its loss defines the scores), there are no pairs,
+            or the model cannot be packed.
 
     Example:
         >>> import keras_hub, dpo_keras
@@ -64,14 +64,13 @@ def evaluate_preferences(
     """
     problems = []
     if getattr(model, "preference_loss", None) is None:
-        problems.append(
-            "model must be a compiled DPOModel: call model.compile(loss=dpo_keras.DPOLoss(…)) "
-            f"first, got {type(model).__name__}."
-        )
+        hint = "Call model.compile(loss=dpo_keras.DPOLoss(…)) first."
+        rule = "must be a compiled DPOModel"
+        problems.append(InputProblem("model", rule, type(model).__name__, hint))
     if not len(tokenized):
-        problems.append("tokenized must hold at least one pair, got none.")
+        problems.append(InputProblem("tokenized", "must hold at least one pair, got none"))
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        problems.append(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+        problems.append(InputProblem("batch_size", "must be an integer >= 1", batch_size))
     if problems:
         raise InputError(problems)
     if batching == "packed":
@@ -89,9 +88,8 @@ def evaluate_preferences(
         done += int((part.pairs >= 0).sum())
         if on_batch is not None:
             on_batch(done, len(tokenized))
-    pairs = {**_given(tokenized), **measured}
     return HeldOut(
-        pairs,
+        {**_known_columns(tokenized), **measured},
         group_names=tokenized.group_names,
         entropy=entropy / max(tokens, 1.0),
         note=_note(model),
@@ -99,14 +97,13 @@ def evaluate_preferences(
     )
 
 
-def _given(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
-    """The columns that are known without a model."""
+def _known_columns(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
     count = len(tokenized)
     source = np.arange(count) if tokenized.source is None else tokenized.source
     group = np.full(count, -1, np.int32) if tokenized.group is None else tokenized.group
     number: dict[bytes, int] = {}
     prompt = [
-        # A digest: the prompts themselves may be more than memory holds.
+        # By digest: the prompts themselves may not fit into memory.
         number.setdefault(hashlib.blake2b(tokenized.prompt[row].tobytes()).digest(), len(number))
         for row in range(count)
     ]
@@ -122,19 +119,19 @@ def _given(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
 def _measured(
     model: DPOModel, parts: Iterable[Part]
 ) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
-    run: Any = None
+    run = None
     for part in parts:
-        if run is None:
-            run = tf.function(
-                lambda given: _measure(model, given),
-                input_signature=[pass_signature(part.batch)],
-                autograph=False,
-            )
+        # The signature leaves sizes open, so that all batches share one trace.
+        run = run or tf.function(
+            lambda batch: _measure(model, batch),
+            input_signature=[pass_signature(part.batch)],
+            autograph=False,
+        )
         yield part, {name: value.numpy() for name, value in run(part.batch).items()}
 
 
-def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
-    """Measure for each pair what `DPOModel.test_step` sums."""
+def _measure(model: DPOModel, batch: Batch) -> dict[str, Tensor]:
+    """Compute per pair what `DPOModel` averages over an evaluation."""
     loss = model.preference_loss
     assert loss is not None
     outputs = outputs_of(model, batch)

@@ -1,47 +1,50 @@
-"""What a policy writes: responses to held-out prompts, judged and counted."""
+"""Samples: a policy's responses to held-out prompts, judged and counted."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from dpo_keras.batching import TextEncoder
-from dpo_keras.errors import InputError
-from dpo_keras.evaluation.statistics import Figure, mean, share, undefined
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.evaluation.statistics import Measurement, PerItem, mean, share
 from dpo_keras.training import generate_responses
+from dpo_keras.utils.atomic_files import write_text
+from dpo_keras.utils.intervals import Estimate, undefined
+from dpo_keras.utils.tensors import JSON
 
-Judge = Callable[[str, str], Any]
+Judge = Callable[[str, str], object]
 
 
 class Samples:
-    """Responses to prompts, with the figures made from them.
+    """Responses to prompts, with their figures.
 
     Args:
-        records: `{"prompt", "response", "tokens", "ended"}`, with `verdict`
-            (`{"preferred": bool, …}`) where they were judged.
+        records: `{"prompt", "response", "tokens", "ended"}` each, and `verdict`
+            (`{"preferred": bool, …}`) if they were judged.
         figures: what was counted.
-        options: how the responses were drawn.
+        options: the sampling options.
     """
 
     def __init__(
         self,
-        records: Sequence[dict[str, Any]],
-        figures: dict[str, Figure],
-        options: dict[str, Any] | None = None,
+        records: Sequence[dict[str, JSON]],
+        figures: dict[str, Estimate],
+        options: dict[str, JSON] | None = None,
     ):
         self.records = list(records)
         self.figures = dict(figures)
         self.options = dict(options or {})
 
     def __len__(self) -> int:
-        """Number of responses."""
+        """Return the number of responses."""
         return len(self.records)
 
     @property
@@ -49,8 +52,13 @@ class Samples:
         """The prompts, in order."""
         return [record["prompt"] for record in self.records]
 
+    def difference_from(self, other: Measurement) -> str:
+        """Return why the two cannot be compared prompt by prompt, or ""."""
+        same = isinstance(other, Samples) and self.prompts == other.prompts
+        return "" if same else "before and after answer different prompts"
+
     def values(self, name: str) -> np.ndarray | None:
-        """One number per response, or None where `name` is not counted per response.
+        """Return one number per response, or None if `name` is not counted per response.
 
         Args:
             name: `"tokens"`, `"ended"`, `"empty"`, or a field of the verdict such as `"preferred"`.
@@ -62,8 +70,14 @@ class Samples:
             return None
         return np.array(found, np.float64)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Figures and records, ready for JSON."""
+    def per_item(self, name: str) -> PerItem | None:
+        """Return what a figure was computed from, or None if it is not a mean over responses."""
+        values, ones = self.values(name), np.ones(len(self))
+        clusters = _numbered(self.prompts)
+        return None if values is None else PerItem(values, ones, clusters, name != "tokens")
+
+    def as_dict(self) -> dict[str, JSON]:
+        """Return figures, options and records, ready for JSON."""
         return {
             "figures": {name: figure.as_dict() for name, figure in self.figures.items()},
             "options": self.options,
@@ -71,7 +85,7 @@ class Samples:
         }
 
     def summary(self) -> str:
-        """A few lines for a terminal."""
+        """Return a few lines for a terminal."""
         names = [name.replace("_", " ") for name in self.figures]
         width = max(map(len, names), default=0)
         lines = zip(names, self.figures.values(), strict=True)
@@ -80,27 +94,27 @@ class Samples:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes records and figures as JSON.
+        """Write records and figures as JSON.
 
         Args:
             path: the file.
         """
         text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1, allow_nan=False)
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Samples:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Args:
             path: the file.
 
         Raises:
-            InputError: it is no such file.
+            InputError: there is no such file, or `save` did not write it.
         """
         try:
-            stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            figures = {name: Figure.from_dict(f) for name, f in stored["figures"].items()}
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            figures = {name: Estimate.from_dict(f) for name, f in stored["figures"].items()}
             return cls(stored["records"], figures, stored["options"])
         except FileNotFoundError:
             raise InputError(f"There is no file {os.fspath(path)}.") from None
@@ -110,7 +124,7 @@ class Samples:
             ) from error
 
 
-def sample_and_judge(
+def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
     policy: keras.Model,
     prompts: Sequence[Any],
     judge: Judge | None = None,
@@ -125,35 +139,33 @@ def sample_and_judge(
     preprocessor: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Samples:
-    """Lets a policy answer prompts, and judges and counts what it writes.
+    """Sample a policy's responses, judge them and count.
 
     Args:
         policy: a KerasHub causal language model, or any Keras model from token ids and mask to
             logits.
         prompts: N prompts as the policy reads them (chat template applied), in any form that
             `generate_responses` takes.
-        judge: `(question, response)` -> bool, or an object with a bool `preferred` (a dataclass's
-            other bool fields are counted too), such as `dpo_keras.preferences.judge`.
-        questions: N bare prompts, for the judge and for display; `prompts` by default, where
-            those are strings.
-        max_new_tokens: as `dpo_keras.generate_responses`, and so all that follow.
-        temperature: of sampling; 0 takes the likeliest token.
+        judge: `(question, response)` -> bool, or an object with a bool `preferred`, such as
+            `dpo_keras.preferences.judge`. Other bool fields of a dataclass are counted too.
+        questions: N prompts as plain text, for the judge and for display. Default: `prompts`.
+        max_new_tokens: longest response, in tokens.
+        temperature: of sampling; 0 takes the most probable token.
         top_p: share of the probability to sample from.
-        seed: of the sampling.
-        batch_size: prompts at a time.
-        max_length: longest prompt and response together.
-        preprocessor: by default `policy.preprocessor`.
+        seed: of sampling.
+        batch_size: prompts per batch.
+        max_length: longest prompt and response together, in tokens.
+        preprocessor: `policy.preprocessor` by default.
         on_batch: called with (responses done, N).
 
     Returns:
-        Records and figures. Figures: `preferred` and the verdict's other fields (shares) where
-        there is a judge; `tokens` (mean length of a response), `distinct_1`, `distinct_2` (distinct
-        n-grams of tokens / all n-grams; arXiv 1510.03055), `distinct_responses`, `empty`, `ended`
-        (those that ended by themselves, not cut at `max_new_tokens`).
+        Records and figures. Figures: `preferred` and the verdict's other fields (shares) if there
+        is a judge; `tokens` (mean length of a response); `distinct_1`, `distinct_2` (distinct
+        n-grams of tokens / all n-grams; arXiv 1510.03055); `distinct_responses`; `empty`; `ended`
+        (share of responses with an end token, not cut at `max_new_tokens`).
 
     Raises:
-        InputError: as `generate_responses`; `questions` that are not as many as `prompts`, or are
-            no strings.
+        InputError: as `generate_responses`; or `questions` are not N strings.
 
     Example:
         >>> import keras, keras_hub
@@ -174,11 +186,12 @@ def sample_and_judge(
     """
     questions = list(prompts if questions is None else questions)
     if len(questions) != len(prompts) or not all(isinstance(text, str) for text in questions):
-        raise InputError(
-            "questions must be strings, one for each prompt; got "
-            f"{len(questions)} for {len(prompts)} prompts. Where prompts are token ids, give both."
+        rule = (
+            f"must be strings, one for each prompt; got {len(questions)} for {len(prompts)} prompts"
         )
-    options: dict[str, Any] = {
+        hint = "Where prompts are token ids, give both."
+        raise InputError(InputProblem("questions", rule, hint=hint))
+    options: dict[str, JSON] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -195,37 +208,39 @@ def sample_and_judge(
         on_batch=on_batch,
     )
     tokens = _token_ids(responses, preprocessor or policy.preprocessor)
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, JSON]] = []
     for question, response, ids, whole in zip(questions, responses, tokens, ended, strict=True):
         record = {"prompt": question, "response": response, "tokens": len(ids), "ended": whole}
         if judge is not None:
             record["verdict"] = _verdict(judge(question, response))
         records.append(record)
-    return Samples(records, _figures(records, tokens), options)
+    samples = Samples(records, {}, options)
+    samples.figures = _figures(samples, tokens)
+    return samples
 
 
-def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list[dict[str, Any]]:
-    """The first responses of two policies to the same prompts: the first, not the best.
+def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list[dict[str, JSON]]:
+    """Return the first responses of two policies to the same prompts: the first, not the best.
 
     Args:
-        before: of the policy before training; None leaves its columns out.
-        after: of the policy after training.
-        count: how many.
+        before: samples of the policy before training. None omits them, and so do other prompts.
+        after: samples of the policy after training.
+        count: number of prompts.
 
     Returns:
         `{"prompt", "before", "after", "before_preferred", "after_preferred"}` each; the last two
-        are None where nothing was judged.
+        are None without a judge.
 
     Example:
         >>> samples = Samples([{"prompt": "Hi", "response": "Hello!", "tokens": 2}], {})
         >>> side_by_side(None, samples)
         [{'prompt': 'Hi', 'after': 'Hello!', 'after_preferred': None}]
     """
-    if before is not None and before.prompts != after.prompts:
-        before = None  # answers to other prompts say nothing beside these
+    if before is not None and after.difference_from(before):
+        before = None
     rows = []
     for number, record in enumerate(after.records[:count]):
-        row: dict[str, Any] = {"prompt": record["prompt"]}
+        row: dict[str, JSON] = {"prompt": record["prompt"]}
         for name, samples in (("before", before), ("after", after)):
             if samples is not None:
                 found = samples.records[number]
@@ -235,50 +250,56 @@ def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list
     return rows
 
 
-def _token_ids(responses: Sequence[str], preprocessor: Any) -> list[list[int]]:
+def _token_ids(responses: Sequence[str], preprocessor: object) -> list[list[int]]:
     encoder = TextEncoder(preprocessor)
     rows = encoder.responses(list(responses)).tolist() if responses else []
     return [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
 
 
-def _verdict(found: Any) -> dict[str, bool]:
+def _verdict(found: object) -> dict[str, bool]:
     if isinstance(found, bool | np.bool_):
         return {"preferred": bool(found)}
     if not hasattr(found, "preferred"):
-        raise InputError(
-            "judge must return a bool or an object with a bool `preferred`, got "
-            f"{type(found).__name__}."
-        )
+        rule = "must return a bool or an object with a bool `preferred`"
+        raise InputError(InputProblem("judge", rule, type(found).__name__))
     fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
     others = {field.name: getattr(found, field.name) for field in fields}
     kept = {name: bool(v) for name, v in others.items() if isinstance(v, bool | np.bool_)}
     return {"preferred": bool(found.preferred), **kept}
 
 
-def _figures(records: list[dict[str, Any]], tokens: list[list[int]]) -> dict[str, Figure]:
-    prompts = [record["prompt"] for record in records]
-    clusters = np.unique(prompts, return_inverse=True)[1].reshape(-1) if prompts else None
-    of = {"of": "response"}
-    found = {}
-    for name in records[0].get("verdict", {}) if records else ():
-        found[name] = share([record["verdict"][name] for record in records], None, clusters, **of)
-    lengths = np.array([len(ids) for ids in tokens])
-    texts = [record["response"] for record in records]
+def _figures(samples: Samples, tokens: list[list[int]]) -> dict[str, Estimate]:
+    texts = [record["response"] for record in samples.records]
+    verdict = samples.records[0].get("verdict", {}) if samples.records else ()
+
+    def measured(name: str) -> Estimate:
+        found = samples.per_item(name)
+        if found is None:
+            return undefined("there is no response")
+        kind = share if found.share else mean
+        return kind(found.values, found.weight, found.clusters, of="response")
+
     return {
-        **found,
-        "tokens": mean(lengths, None, clusters, **of),
+        **{name: measured(name) for name in verdict},
+        "tokens": measured("tokens"),
         "distinct_1": _distinct(tokens, 1),
         "distinct_2": _distinct(tokens, 2),
         "distinct_responses": _ratio(len(set(texts)), len(texts), "there is no response"),
-        "empty": share([not text.strip() for text in texts], None, clusters, **of),
-        "ended": share([record["ended"] for record in records], None, clusters, **of),
+        "empty": measured("empty"),
+        "ended": measured("ended"),
     }
 
 
-def _distinct(tokens: list[list[int]], size: int) -> Figure:
+def _numbered(texts: Sequence[str]) -> np.ndarray:
+    """Return a number for each text, equal for equal texts."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+
+
+def _distinct(tokens: list[list[int]], size: int) -> Estimate:
     grams = [tuple(ids[i : i + size]) for ids in tokens for i in range(len(ids) - size + 1)]
     return _ratio(len(set(grams)), len(grams), f"no response has {size} tokens")
 
 
-def _ratio(part: int, whole: int, absent: str) -> Figure:
-    return Figure(part / whole, count=whole) if whole else undefined(absent)
+def _ratio(part: int, whole: int, absent: str) -> Estimate:
+    return Estimate(part / whole, count=whole) if whole else undefined(absent)

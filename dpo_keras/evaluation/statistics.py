@@ -1,290 +1,279 @@
-"""Figures that know how sure they are: means and shares with 95 % intervals, never NaN.
+"""Means, shares and their changes, each an `Estimate` with a 95 % interval.
 
-Pairs about one prompt go wrong together, so intervals count prompts ("clusters") where that
-matters: the variance of a mean is that of its clusters' sums, and a share's Wilson interval is
-taken at the number of independent pairs that would have had this variance.
+Pairs that share a prompt are not independent. Intervals are therefore robust to dependence within
+clusters (prompts): the variance of a mean is that of the sums of its clusters, and the Wilson
+interval of a share is taken at the number of independent items that would have this variance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-Z = 1.959963984540054  # the normal's 97.5 % quantile
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A measured value with its 95 % interval, or the reason why there is none.
-
-    Args:
-        value: the value; None where it is undefined.
-        low: lower end of the interval; None where there is none.
-        high: upper end.
-        count: pairs, responses or whatever else the value was taken over.
-        reason: why `value` is None.
-
-    Example:
-        >>> print(Figure(0.9123, 0.8741, 0.9402, count=250))
-        0.912 (0.874 to 0.940)
-        >>> print(undefined("no pair has a longer chosen response"))
-        undefined: no pair has a longer chosen response
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    count: int = 0
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        """The value, then its interval."""
-        if self.value is None:
-            return f"undefined: {self.reason}"
-        text = short(self.value)
-        if self.low is None or self.high is None:
-            return text
-        return f"{text} ({short(self.low)} to {short(self.high)})"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields that are set, ready for JSON.
-
-        Example:
-            >>> Figure(0.5, count=3).as_dict()
-            {'value': 0.5, 'count': 3}
-        """
-        found = {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
-        kept = {name: v for name, v in found.items() if v is not None or name == "value"}
-        return kept if self.reason is None else {**kept, "reason": self.reason}
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Figure:
-        """The figure that `as_dict` was called on.
-
-        Args:
-            record: what `as_dict` returned.
-        """
-        return cls(**record)
-
-
-def undefined(reason: str, count: int = 0) -> Figure:
-    """A figure without a value.
-
-    Args:
-        reason: why.
-        count: what it was to be taken over.
-    """
-    return Figure(None, count=count, reason=reason)
-
-
-def short(value: float) -> str:
-    """A number as people read it: three decimals, or four digits where it is large or tiny.
-
-    Example:
-        >>> [short(v) for v in (0.5, 12.3456, -1234.5, 0.00012, 0.0)]
-        ['0.500', '12.35', '-1234', '0.00012', '0.000']
-    """
-    size = abs(value)
-    if size >= 10:
-        return f"{value:.4g}" if size < 1e6 else f"{value:.3g}"
-    return f"{value:.3f}" if size >= 0.001 or size == 0 else f"{value:.2g}"
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.intervals import Estimate, Z, undefined, wilson_interval
+from dpo_keras.utils.text import did_you_mean
 
 
 def mean(
-    values: Any, weight: Any = None, clusters: Any = None, *, of: str = "pair", absent: str = ""
-) -> Figure:
-    """Weighted mean, with an interval that is robust to dependence within clusters.
+    values: ArrayLike,
+    weight: ArrayLike | None = None,
+    clusters: ArrayLike | None = None,
+    *,
+    of: str = "pair",
+    absent: str = "",
+) -> Estimate:
+    """Compute a weighted mean and its interval, mean ± 1.96 standard errors.
 
         mean = sum w v / sum w,   variance = C/(C-1) sum_c (sum_{i in c} w_i (v_i - mean))^2 / W^2
 
     Args:
         values: `[N]`.
         weight: `[N]`, >= 0; equal by default. Items of weight 0 do not count.
-        clusters: `[N]` integers, equal where items depend on one another; all apart by default.
-        of: what an item is, for reasons.
-        absent: the reason where there are no items.
+        clusters: `[N]` integers, equal for dependent items; all different by default.
+        of: what an item is called in the reason.
+        absent: the reason if there are no items.
 
     Returns:
-        The mean and mean ± 1.96 standard errors (no interval from a single cluster); undefined
-        where nothing has weight or a value is not finite.
+        The mean. It has no interval if there is one cluster. It is undefined if no item has weight
+        or a value is not finite.
 
     Example:
         >>> print(mean([1.0, 2.0, 3.0, 4.0]))  # 2.5 ± 1.96 * sqrt(5 / 3 / 4)
         2.500 (1.235 to 3.765)
-        >>> print(mean([1.0, 2.0, 3.0, 4.0], clusters=[0, 0, 1, 1]).low.__round__(3))
-        0.54
     """
-    data = _items(values, weight, clusters, of, absent)
-    if isinstance(data, Figure):
-        return data
-    values, weight, clusters = data
-    centre = float(weight @ values) / float(weight.sum())
-    weight = weight / weight.sum()
-    sums = np.bincount(clusters, weight * (values - centre))
+    items = _weighted_items(values, weight, clusters, of, absent)
+    if isinstance(items, Estimate):
+        return items
+    value, w, cluster = items
+    centre = float(w @ value) / float(w.sum())
+    w = w / w.sum()
+    sums = np.bincount(cluster, w * (value - centre))
     if len(sums) < 2:
-        return Figure(centre, count=len(values))
-    spread = Z * math.sqrt(float(sums @ sums) * len(sums) / (len(sums) - 1))
-    return Figure(centre, centre - spread, centre + spread, len(values))
+        return Estimate(centre, count=len(value))
+    reach = Z * math.sqrt(float(sums @ sums) * len(sums) / (len(sums) - 1))
+    return Estimate(centre, centre - reach, centre + reach, len(value))
 
 
 def share(
-    values: Any, weight: Any = None, clusters: Any = None, *, of: str = "pair", absent: str = ""
-) -> Figure:
-    """Weighted share of successes, with the Wilson interval.
+    values: ArrayLike,
+    weight: ArrayLike | None = None,
+    clusters: ArrayLike | None = None,
+    *,
+    of: str = "pair",
+    absent: str = "",
+) -> Estimate:
+    """Compute a weighted share of successes and its Wilson interval.
 
-    The interval is taken at the effective number of items: Kish's (sum w)² / sum w², divided by
-    how much dependence within clusters widens the variance (where all items agree that cannot be
-    seen, and each cluster counts as one item).
-
-    Args:
-        values: `[N]` in [0, 1]: 1 a success, 0 a failure, 0.5 a tie.
-        weight: `[N]`, >= 0; equal by default.
-        clusters: `[N]` integers, equal where items depend on one another; all apart by default.
-        of: what an item is, for reasons.
-        absent: the reason where there are no items.
-
-    Returns:
-        The share and its interval within [0, 1]; undefined where nothing has weight.
+    The interval is taken at the effective number of items: Kish's (sum w)² / sum w², divided by the
+    factor by which dependence within clusters widens the variance. If all values are equal, this
+    factor is unknown, and each cluster counts as one item. Arguments are those of `mean`; a value
+    is 1 for a success, 0 for a failure, 0.5 for a tie.
 
     Example:
         >>> print(share([1, 1, 1, 0]))
         0.750 (0.301 to 0.954)
-        >>> print(share([]))
-        undefined: there is no pair
 
     References:
         Wilson (1927), JASA 22: 209-212. Kish (1965), Survey Sampling.
     """
-    data = _items(values, weight, clusters, of, absent)
-    if isinstance(data, Figure):
-        return data
-    values, weight, clusters = data
-    p = float(weight @ values) / float(weight.sum())
-    weight = weight / weight.sum()
-    apart = float((weight * (values - p)) @ (weight * (values - p)))
-    if apart > 0:
-        sums = np.bincount(clusters, weight * (values - p))
-        count = 1 / float(weight @ weight) / max(1.0, float(sums @ sums) / apart)
+    items = _weighted_items(values, weight, clusters, of, absent)
+    if isinstance(items, Estimate):
+        return items
+    value, w, cluster = items
+    p = float(w @ value) / float(w.sum())
+    w = w / w.sum()
+    deviation = w * (value - p)
+    independent = float(deviation @ deviation)
+    if independent > 0:
+        sums = np.bincount(cluster, deviation)
+        count = 1 / float(w @ w) / max(1.0, float(sums @ sums) / independent)
     else:
-        totals = np.bincount(clusters, weight)
+        totals = np.bincount(cluster, w)
         count = 1 / float(totals @ totals)
-    return Figure(p, *wilson(p, count), len(values))
+    return Estimate(p, *wilson_interval(p, count), len(value))
 
 
-def wilson(p: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share.
+class PerItem(NamedTuple):
+    """What a figure was computed from, `[N]` each, and whether it is a share or a mean."""
+
+    values: np.ndarray
+    weight: np.ndarray
+    clusters: np.ndarray
+    share: bool
+
+
+class Measurement(Protocol):
+    """Figures of items, which are pairs or responses."""
+
+    @property
+    def figures(self) -> Mapping[str, Estimate]:
+        """The figures by name."""
+
+    def __len__(self) -> int: ...
+
+    def difference_from(self, other: Measurement) -> str:
+        """Return why the two cannot be compared item by item, or ""."""
+
+    def per_item(self, name: str) -> PerItem | None:
+        """Return what a figure was computed from, or None if it is not a mean over items."""
+
+
+def change(before: Measurement, after: Measurement, name: str) -> Estimate:
+    """Compute the change of a figure, paired item by item.
+
+    Pairing removes the variance between easy and hard items, so that smaller changes are seen.
+
+        mean:  mean of (after - before) ± 1.96 standard errors
+        share: after - before, with Newcombe's interval for paired shares
 
     Args:
-        p: the share found, in [0, 1].
-        count: number of items, > 0; need not be whole.
+        before: `HeldOut` or `Samples` of one policy.
+        after: the same kind, of another policy.
+        name: a name in `after.figures`.
 
     Returns:
-        (low, high), within [0, 1].
+        after - before. It is undefined if the two are about different pairs or prompts. It has no
+        interval if the figure is not a mean over items.
+
+    Raises:
+        InputError: the two are of different kinds, or the name is unknown.
 
     Example:
-        >>> [round(end, 4) for end in wilson(1.0, 10)]  # 10 / (10 + 1.96²) to 1
-        [0.7225, 1.0]
+        >>> from dpo_keras.evaluation import Samples
+        >>> def judged(*found):
+        ...     rows = [{"prompt": str(i), "response": "", "tokens": 0, "ended": True,
+        ...              "verdict": {"preferred": v}} for i, v in enumerate(found)]
+        ...     return Samples(rows, {"preferred": share(found)})
+        >>> before, after = judged(True, False, False, False), judged(True, True, True, False)
+        >>> change(before, after, "preferred").value
+        0.5
+
+    References:
+        Newcombe (1998), Statistics in Medicine 17: 2635-2650.
     """
-    z2 = Z * Z / count
-    centre = (p + z2 / 2) / (1 + z2)
-    half = Z / (1 + z2) * math.sqrt(p * (1 - p) / count + z2 / (4 * count))
-    return min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
+    if name not in after.figures:
+        rule = f"must be one of {', '.join(after.figures)}"
+        raise InputError(InputProblem("name", rule, name, did_you_mean(name, after.figures)))
+    if type(before) is not type(after):
+        raise InputError(
+            "before and after must both be HeldOut or both be Samples; got "
+            f"{type(before).__name__} and {type(after).__name__}."
+        )
+    reason = after.difference_from(before)
+    if reason:
+        return undefined(reason, len(after))
+    old, new = before.per_item(name), after.per_item(name)
+    if old is None or new is None or name not in before.figures:
+        return _plain_difference(before.figures.get(name), after.figures[name])
+    if new.share:
+        together = correlation(old.values, new.values, new.weight)
+        return share_difference(before.figures[name], after.figures[name], together)
+    return mean(new.values.astype(np.float64) - old.values, new.weight, new.clusters)
 
 
-def share_difference(before: Figure, after: Figure, correlation: float) -> Figure:
-    """Difference of two shares of the same items, with Newcombe's interval.
+def _plain_difference(before: Estimate | None, after: Estimate) -> Estimate:
+    if before is None:
+        return undefined("it was not measured before")
+    if before.value is None or after.value is None:
+        return undefined(before.reason or after.reason or "")
+    return Estimate(after.value - before.value, count=after.count)
 
-    Args:
-        before: a share with its interval.
-        after: the other.
-        correlation: of the two outcomes of an item, over items; 0 where it is undefined.
 
-    Returns:
-        after - before.
+def share_difference(before: Estimate, after: Estimate, correlation: float) -> Estimate:
+    """Compute the difference of two shares of the same items, with Newcombe's interval.
 
-    Example:
-        >>> print(share_difference(share([1, 0] * 20), share([1, 1] * 20), 0.0))
-        0.500 (0.328 to 0.648)
+    `correlation` is that of an item's two outcomes.
 
     References:
         Newcombe (1998), Statistics in Medicine 17: 2635-2650, method 10 without its correction.
     """
-    for figure in (before, after):
-        if figure.value is None or figure.low is None or figure.high is None:
-            return undefined(figure.reason or "a share has no interval", figure.count)
-    assert before.value is not None and before.low is not None and before.high is not None
-    assert after.value is not None and after.low is not None and after.high is not None
+    ends = _ends(before, after)
+    if isinstance(ends, Estimate):
+        return ends
+    (old, old_low, old_high), (new, new_low, new_high) = ends
 
     def reach(one: float, other: float) -> float:
         return math.sqrt(max(one * one - 2 * correlation * one * other + other * other, 0.0))
 
-    difference = after.value - before.value
-    down = reach(after.value - after.low, before.high - before.value)
-    up = reach(after.high - after.value, before.value - before.low)
-    return Figure(difference, difference - down, difference + up, after.count)
+    difference = new - old
+    down = reach(new - new_low, old_high - old)
+    up = reach(new_high - new, old - old_low)
+    return Estimate(difference, difference - down, difference + up, after.count)
 
 
-def correlation(one: Any, other: Any, weight: Any = None) -> float:
-    """Pearson's weighted correlation; 0 where one of the two does not vary.
+def average(one: Estimate, other: Estimate) -> Estimate:
+    """Compute the mean of two independent shares; its interval stays within [0, 1].
 
-    Example:
-        >>> correlation([0, 1, 2], [1, 3, 5]), correlation([0, 1], [1, 1])
-        (1.0, 0.0)
+    References:
+        Zou and Donner (2008), Statistics in Medicine 27: 1693-1702 (square and add).
     """
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    weight = np.ones(len(one)) if weight is None else np.asarray(weight, np.float64)
-    weight = weight / weight.sum()
-    one, other = one - weight @ one, other - weight @ other
-    scale = math.sqrt(float(weight @ one**2) * float(weight @ other**2))
-    return float(weight @ (one * other)) / scale if scale > 0 else 0.0
+    count = one.count + other.count
+    ends = _ends(one, other)
+    if isinstance(ends, Estimate):
+        return undefined(ends.reason or "", count)
+    (a, a_low, a_high), (b, b_low, b_high) = ends
+    value = (a + b) / 2
+    low = value - 0.5 * math.hypot(a - a_low, b - b_low)
+    high = value + 0.5 * math.hypot(a_high - a, b_high - b)
+    return Estimate(value, low, high, count)
 
 
-def percentiles(values: Any, weight: Any, wanted: Sequence[float]) -> dict[str, float]:
-    """Weighted percentiles: the smallest value with at least that share of the weight up to it.
+def correlation(one: ArrayLike, other: ArrayLike, weight: ArrayLike | None = None) -> float:
+    """Compute Pearson's weighted correlation; 0 if one side is constant or nothing has weight."""
+    x, y = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    w = np.ones(len(x)) if weight is None else np.asarray(weight, np.float64)
+    if not w.any():
+        return 0.0
+    w = w / w.sum()
+    x, y = x - w @ x, y - w @ y
+    scale = math.sqrt(float(w @ x**2) * float(w @ y**2))
+    return float(w @ (x * y)) / scale if scale > 0 else 0.0
 
-    Args:
-        values: `[N]`, finite, N >= 1.
-        weight: `[N]`, >= 0, not all 0.
-        wanted: percentiles in [0, 100].
 
-    Returns:
-        `{percentile: value}`.
-
-    Example:
-        >>> percentiles([3.0, 1.0, 2.0, 9.0], [1, 1, 1, 0], (0, 50, 100))
-        {'0': 1.0, '50': 2.0, '100': 3.0}
-    """
-    values, weight = np.asarray(values, np.float64), np.asarray(weight, np.float64)
-    values, weight = values[weight > 0], weight[weight > 0]
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(weight[order]) / weight.sum()
+def percentiles(values: ArrayLike, weight: ArrayLike, wanted: Sequence[float]) -> dict[str, float]:
+    """Compute weighted percentiles: the smallest values up to which the weight reaches a share."""
+    value, w = np.asarray(values, np.float64), np.asarray(weight, np.float64)
+    value, w = value[w > 0], w[w > 0]
+    order = np.argsort(value, kind="stable")
+    reached = np.cumsum(w[order]) / w.sum()
     # Rounding in the sum must not push a percentile one value up.
     places = np.searchsorted(reached, np.asarray(wanted) / 100 - 1e-9)
-    found = values[order][np.minimum(places, len(values) - 1)]
+    found = value[order][np.minimum(places, len(value) - 1)]
     return {f"{p:g}": float(v) for p, v in zip(wanted, found, strict=True)}
 
 
-def _items(
-    values: Any, weight: Any, clusters: Any, of: str, absent: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Figure:
-    """Items of weight, their weights and clusters numbered from 0; or why there is none."""
-    values = np.asarray(values, np.float64)
-    if not len(values):
+def _ends(*figures: Estimate) -> list[tuple[float, float, float]] | Estimate:
+    """Return (value, low, high) of each figure, or why one has none."""
+    ends = []
+    for figure in figures:
+        if figure.value is None or figure.low is None or figure.high is None:
+            return undefined(figure.reason or "a share has no interval", figure.count)
+        ends.append((figure.value, figure.low, figure.high))
+    return ends
+
+
+def _weighted_items(
+    values: ArrayLike, weight: ArrayLike | None, clusters: ArrayLike | None, of: str, absent: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | Estimate:
+    """Return values, weights and clusters (numbered from 0) of items of weight, or why none."""
+    value = np.asarray(values, np.float64)
+    if not len(value):
         return undefined(absent or f"there is no {of}")
-    weight = np.ones(len(values)) if weight is None else np.asarray(weight, np.float64)
-    used = weight > 0
-    if not used.any():
+    w = np.ones(len(value)) if weight is None else np.asarray(weight, np.float64)
+    used = w > 0
+    count = int(used.sum())
+    if not count:
         return undefined(f"every {of} has weight 0")
-    broken = int((~np.isfinite(values[used])).sum())
+    broken = int((~np.isfinite(value[used])).sum())
     if broken:
-        found = f"of {broken} of {int(used.sum())} {of}s the value is not finite"
-        return undefined(found, int(used.sum()))
+        return undefined(f"of {broken} of {count} {of}s the value is not finite", count)
     if clusters is None:
-        numbers = np.arange(int(used.sum()))
+        numbers = np.arange(count)
     else:
         numbers = np.unique(np.asarray(clusters)[used], return_inverse=True)[1].reshape(-1)
-    return values[used], weight[used], numbers
+    return value[used], w[used], numbers

@@ -43,11 +43,16 @@ def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) ->
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             _remove(old)
             path.replace(old)
-            partial.replace(path)
+            try:
+                partial.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
             _remove(old)
         else:
             partial.replace(path)
-        flush_to_disk(path.parent)
+        # The new name only: the folder's other files may be large, or vanish meanwhile.
+        _flush_names(path.parent)
     except BaseException:
         _remove(partial)
         raise
@@ -71,8 +76,14 @@ def flush_to_disk(path: str | os.PathLike[str]) -> None:
         for inner in path.rglob("*"):
             if inner.is_file():
                 _flush(inner)
-    with contextlib.suppress(OSError):  # not every file system flushes directories
+        _flush_names(path)
+    else:
         _flush(path)
+
+
+def _flush_names(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system flushes directories
+        _flush(folder)
 
 
 def _flush(path: Path) -> None:

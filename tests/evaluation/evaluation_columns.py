@@ -3,7 +3,8 @@
 import numpy as np
 
 from dpo_keras.evaluation import HeldOut, Samples
-from dpo_keras.evaluation.statistics import Figure, mean, share
+from dpo_keras.evaluation.statistics import mean, share
+from dpo_keras.utils.intervals import Estimate
 
 
 def columns(margin, **others):
@@ -58,6 +59,6 @@ def samples(preferred, responses=None, tokens=None, ended=None, prompts=None):
         "preferred": share(preferred),
         "tokens": mean(tokens),
         "ended": share(ended),
-        "distinct_responses": Figure(len(set(responses)) / count, count=count),
+        "distinct_responses": Estimate(len(set(responses)) / count, count=count),
     }
     return Samples(records, figures)

@@ -10,8 +10,8 @@ import pytest
 from evaluation_columns import held_out, samples
 
 from dpo_keras.errors import InputError
-from dpo_keras.evaluation import most_wrong, write_report
-from dpo_keras.evaluation.run_report import cell, fence, shown
+from dpo_keras.evaluation import write_report
+from dpo_keras.evaluation.run_report import as_json, cell, fence, prose, shown, visible
 from dpo_keras.preferences import PreferencePair
 
 random = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def log(tmp_path_factory):
         "grad_norm",
         "penalty/nll",
     )
-    rows = [{"step": i, **{name: 1.0 / i for name in names}} for i in range(1, 41)]
+    rows = [{"step": i, **dict.fromkeys(names, 1.0 / i)} for i in range(1, 41)]
     rows[30]["loss"] = float("nan")
     rows.append({"epoch": 1, "step": 40, "val_loss": 0.5})
     path.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 41, "lo')
@@ -214,19 +214,6 @@ def test_wrong_arguments_are_refused(tmp_path):
         write_report(tmp_path, held_out(MARGIN), pairs=[PreferencePair("a", "b", "c")])
 
 
-def test_the_most_wrong_pairs_are_found_through_their_source():
-    pairs = [PreferencePair("p", "c", f"r{i}", id=str(i)) for i in range(6)]
-    found = held_out(
-        [-1.0, 2.0, -3.0, -9.0, -9.0],
-        source=[5, 4, 3, 2, 1],
-        weight=[1, 1, 1, 0, 1],
-        preference=[1.0, 1.0, 1.0, 1.0, 0.5],
-    )
-    assert [row["id"] for row in most_wrong(found, pairs)] == ["3", "5"]
-    assert [row["id"] for row in most_wrong(found, pairs, count=1)] == ["3"]
-    assert most_wrong(found, pairs)[0]["probability"] == pytest.approx(1 / (1 + np.exp(3)))
-
-
 def test_long_texts_are_cut_in_their_middle():
     text = shown("a" * 5000 + "b" * 5000)
     assert text.startswith("a" * 500) and text.endswith("b" * 500)
@@ -237,3 +224,33 @@ def test_text_in_markdown_never_acts():
     assert cell("a\n\nb") == "a b"
     assert cell("[x](javascript:y) www.e.v") == r"\[x\](javascript:y) www\.e.v"
     assert fence("````").splitlines()[0] == "`````text"
+    assert cell("a|b <i>\n![x](http://y)") == r"a\|b \<i\> \!\[x\](http\://y)"
+    assert fence("```") == "````text\n```\n````"
+    assert prose("Use `ld_alpha` for group <b>.") == r"Use `ld_alpha` for group \<b\>."
+
+
+def test_control_characters_are_written_out_and_those_that_scripts_need_stay():
+    assert visible("a\x1b[31mb\r\nc\td") == "a\\x1b[31mb\nc\td"
+    assert visible("a\x00\x7f\x9b\u202e\ud800") == r"a\x00\x7f\x9b\u202e\ud800"
+    for needed in ("می\u200cروم", "👩\u200d👧", "\u200fא"):
+        assert visible(needed) == needed
+
+
+def test_json_escapes_what_cannot_be_shown_and_loses_nothing():
+    given = {"text": "café \u202e\ud800\x7f\x1b"}
+    assert as_json(given) == '{\n "text": "café \\u202e\\ud800\\u007f\\u001b"\n}\n'
+    assert json.loads(as_json(given)) == given
+
+
+@pytest.mark.parametrize("plots", [False, None])
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one_whole(tmp_path, monkeypatch, plots):
+    write_report(tmp_path, held_out(MARGIN), title="first", plots=plots)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("dpo_keras.utils.atomic_files.flush_to_disk", _full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_report(tmp_path, held_out(-MARGIN), title="second", plots=plots)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def _full_disk(path):
+    raise OSError("no space")
