@@ -22,7 +22,7 @@ MAX_LENGTH = 512
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held so far.
+    """Return the most memory that this process has held so far.
 
     Linux counts what the parent held when it started the process, too: parents must be small, and
     import no TensorFlow.
@@ -31,7 +31,7 @@ def peak_megabytes() -> float:
 
 
 def in_a_process(script: str, task: dict[str, Any], launcher: str = "") -> dict[str, Any]:
-    """Runs `script --task JSON` in a process of its own.
+    """Run `script --task JSON` in a process of its own.
 
     Args:
         script: path of the benchmark; it prints one JSON object as its last line.
@@ -48,7 +48,7 @@ def in_a_process(script: str, task: dict[str, Any], launcher: str = "") -> dict[
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+    """Make a parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,7 +59,7 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 
 
 def baseline_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--baseline`: where trl_baseline.py is, beside which the HH sample lies."""
+    """Add `--baseline`: where trl_baseline.py is, next to the HH sample."""
     usual = [ROOT / "shared", ROOT.parent / "shared"]
     found = next((place for place in usual if place.is_dir()), usual[0])
     parser.add_argument(
@@ -70,7 +70,7 @@ def baseline_option(parser: argparse.ArgumentParser) -> None:
 
 
 def hh_pairs(baseline: str, count: int | None = None) -> list[Any]:
-    """The first pairs of the HH sample, split as the baseline splits them."""
+    """Read the first pairs of the HH sample, split as the baseline splits them."""
     from dpo_keras.preferences import PreferencePair
 
     spec = importlib.util.spec_from_file_location("trl_baseline", baseline)
@@ -99,7 +99,7 @@ def random_pairs(count: int, length: int, vocabulary: int, seed: int = 0) -> Any
 
 
 def gpt2(layers: int, width: int, vocabulary: int, length: int) -> Any:
-    """A GPT-2 of random weights, heads of 64."""
+    """Make a GPT-2 with random weights and heads of 64."""
     import keras
     import keras_hub
 
@@ -168,7 +168,7 @@ class Timed:
 
 
 def dpo_model(policy: Any, reference: str = "frozen_copy", **options: Any) -> Any:
-    """The model that all benchmarks train: AdamW as torch's, rate 1e-4, no decay, no clipping."""
+    """Make the model that all benchmarks train: AdamW as in torch, rate 1e-4, no decay, no clipping."""
     import keras
 
     from dpo_keras import DPOLoss, DPOModel
@@ -180,7 +180,7 @@ def dpo_model(policy: Any, reference: str = "frozen_copy", **options: Any) -> An
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table; the first column is text."""
+    """Print a table; the first column is text."""
     from rich.console import Console
     from rich.table import Table
 
@@ -193,6 +193,6 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 
 
 def write(path: pathlib.Path | None, figures: Any) -> None:
-    """Writes figures as JSON, where a file is named."""
+    """Write figures as JSON, if a file is named."""
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@
 
 Both sides take turns (ours, rival, ours, rival, ...), each run in a process of its own: the same
 checkpoint (`trl_baseline.py checkpoint DIR`), the same pairs (the first of the HH sample), at most
-512 tokens, 8 pairs per step (packed: in the mean), AdamW 1e-4 without decay and clipping, beta 0.1.
+512 tokens, 8 pairs per step (packed: on average), AdamW 1e-4 without decay and clipping, beta 0.1.
 The rival runs trl_baseline.py, unchanged. Ours goes over the same pairs several times, since a step
 is short. Two variants: the reference's log-probs in the run, and computed before it ("cached").
 
@@ -39,7 +39,7 @@ VARIANTS = ("in the run", "cached")
 
 
 def load(checkpoint: str) -> Any:
-    """The policy, with the tokens that the rival gives it: no start token before the prompt."""
+    """Load the policy with the rival's tokens: no start token before the prompt."""
     import keras_hub
 
     policy = keras_hub.models.CausalLM.from_preset(checkpoint)
@@ -160,7 +160,7 @@ def one_round(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_losses(args: argparse.Namespace) -> dict[str, Any]:
-    """The losses of both sides on the rival's first 8 batches."""
+    """Compare the losses of both sides on the rival's first 8 batches."""
     with tempfile.TemporaryDirectory() as folder:
         batches = f"{folder}/batches.json"
         theirs = rival(args, 64, "in the run", batches)["losses"]
@@ -192,7 +192,7 @@ def summary(rounds: list[dict[str, Any]], variant: str) -> dict[str, Any]:
 
 
 def show(medians: dict[str, Any], check: dict[str, Any] | None) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     units = {"steady": "pairs/s, steady", "whole": "pairs/s, whole", "memory": "peak memory, MB"}
     rows = [
         (f"{variant}: {unit}", *(found[name][side] for side in ("ours", "rival", "ratio")))
@@ -213,7 +213,7 @@ def show(medians: dict[str, Any], check: dict[str, Any] | None) -> None:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = common.parser_of(__doc__)
     common.baseline_option(parser)
     parser.add_argument("--checkpoint", help="from trl_baseline.py checkpoint")
@@ -232,7 +232,7 @@ def main() -> None:
         parser.error("--checkpoint and --rival are needed, and at least one round")
     # The rival runs in a folder of its own. Not resolve(): an environment's python is a link.
     for name in ("checkpoint", "baseline", "rival"):
-        setattr(args, name, os.path.abspath(getattr(args, name)))
+        setattr(args, name, str(pathlib.Path(getattr(args, name)).absolute()))
     earlier: dict[str, Any] = {"rounds": [], "losses": None}
     if args.append and args.json is not None and args.json.exists():
         earlier = json.loads(args.json.read_text())

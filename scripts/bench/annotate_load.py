@@ -110,7 +110,7 @@ class Annotator:
 
 
 def start(folder: Path, port: int, options: argparse.Namespace) -> tuple[subprocess.Popen, list]:
-    """Starts the server and gives it with the links that it printed."""
+    """Start the server and return it with the links that it printed."""
     command = [
         sys.executable, "-m", "dpo_keras.app", "annotate", str(folder / "candidates.jsonl"),
         "--store", str(folder / "feedback.sqlite"), "--overlap", str(options.overlap),
@@ -132,7 +132,7 @@ def start(folder: Path, port: int, options: argparse.Namespace) -> tuple[subproc
 
 
 def free_port() -> int:
-    """A port that the server keeps over restarts."""
+    """Return a port that the server keeps over restarts."""
     listening = bind("127.0.0.1", 0)
     port = listening.getsockname()[1]
     listening.close()
@@ -151,7 +151,7 @@ def write_candidates(path: Path, pairs: int) -> None:
 
 
 def check(folder: Path, confirmed: list[int], pairs: int, overlap: int) -> dict[str, object]:
-    """Compares the store with what was confirmed."""
+    """Compare the store with what was confirmed."""
     store = open_store(folder / "feedback.sqlite")
     rows = store.database.rows
     there = {row[0] for row in rows("SELECT id FROM judgements")}
@@ -178,7 +178,7 @@ def check(folder: Path, confirmed: list[int], pairs: int, overlap: int) -> dict[
 
 
 def main() -> int:
-    """Runs the benchmark and prints its figures as JSON; 1 where something was lost or slow."""
+    """Run the benchmark and print its figures as JSON; return 1 if something was lost or slow."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--annotators", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=2000)

@@ -20,7 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process has held so far."""
+    """Return the most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -73,7 +73,7 @@ def step(variant: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Runs both variants and prints the table."""
+    """Run both variants and print the table."""
     parser = argparse.ArgumentParser(description="Peak memory of one training step.")
     parser.add_argument("--pairs", type=int, default=8, help="pairs; two sequences each")
     parser.add_argument("--length", type=int, default=512)

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """A few steps of one variant, in this process."""
+    """Take a few steps of one variant, in this process."""
     import numpy as np
 
     from dpo_keras import DPOModel, preference_dataset
@@ -63,7 +63,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = common.parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

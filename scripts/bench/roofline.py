@@ -74,12 +74,12 @@ def forward_flops(sizes: np.ndarray, shape: Shape) -> int:
 
 
 def step_flops(sizes: np.ndarray, shape: Shape, reference: bool) -> int:
-    """What a training step on these trees needs."""
+    """Count what a training step on these trees needs."""
     return (3 + reference) * forward_flops(sizes, shape)
 
 
 def shape_of(policy: Any) -> Shape:
-    """Reads a KerasHub causal language model's shape off its backbone."""
+    """Read a KerasHub causal language model's shape from its backbone."""
     backbone = policy.backbone
     kernels = [v for v in backbone.trainable_variables if v.path.endswith("kernel")]
     return Shape(
@@ -91,7 +91,7 @@ def shape_of(policy: Any) -> Shape:
 
 
 def products(backbone: Any, tokens: int, chunk: int) -> list[tuple[int, int, int, float]]:
-    """The products [m, k] x [k, n] of a forward pass and its gradients, and their weights.
+    """List the products [m, k] x [k, n] of a forward pass and its gradients, and their weights.
 
     Args:
         backbone: whose kernels count, each viewed as a matrix from width to the rest.
@@ -118,7 +118,7 @@ def products(backbone: Any, tokens: int, chunk: int) -> list[tuple[int, int, int
 
 
 def measured_rate(shapes: list[tuple[int, int, int, float]]) -> Callable[[], float]:
-    """A function that measures flops per second over products, weighed by their flops."""
+    """Make a function that measures flops per second over products, weighted by their flops."""
     import tensorflow as tf
 
     def runner(m: int, k: int, n: int) -> Callable[[], float]:
@@ -201,7 +201,7 @@ def _dataset(batches: list[Any], spec: Any, tf: Any) -> Any:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = common.parser_of(__doc__)
     common.baseline_option(parser)
     parser.add_argument("--checkpoint", help="a KerasHub or Hugging Face model directory")

@@ -24,7 +24,7 @@ USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "replicas": 1}
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """A few steps, in this process."""
+    """Take a few steps, in this process."""
     import tensorflow as tf
 
     if task["replicas"] > 1:
@@ -83,8 +83,8 @@ def pack(task: dict[str, Any]) -> dict[str, Any]:
 def train_all(args: argparse.Namespace, shared: dict[str, Any]) -> list[dict[str, Any]]:
     """One run for the usual values, and one for each value that differs."""
     tasks = [USUAL]
-    for name in USUAL:
-        tasks += [{**USUAL, name: v} for v in getattr(args, name) if v != USUAL[name]]
+    for name, usual in USUAL.items():
+        tasks += [{**USUAL, name: value} for value in getattr(args, name) if value != usual]
     found = []
     for task in tasks:
         run = common.in_a_process(__file__, {"what": "train", **task, **shared}, args.launcher)
@@ -93,7 +93,7 @@ def train_all(args: argparse.Namespace, shared: dict[str, Any]) -> list[dict[str
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = common.parser_of(__doc__)
     parser.add_argument("--pairs", type=int, nargs="*", default=[4, 16, 32], help="per step")
     parser.add_argument("--length", type=int, nargs="*", default=[64, 128, 512])

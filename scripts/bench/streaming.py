@@ -31,7 +31,7 @@ TURN = 16_000  # batches of one set before the other has its turn
 
 
 def sentences(seed: int, count: int = 5000) -> list[str]:
-    """Makes sentences of made-up words, some words far more common than others."""
+    """Make sentences of invented words, some far more common than others."""
     draw = random.Random(seed)
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(3000)]
@@ -43,12 +43,11 @@ def sentences(seed: int, count: int = 5000) -> list[str]:
 
 
 def generate(args: argparse.Namespace) -> dict[str, float]:
-    """Writes pairs; every tenth prompt stands twice."""
+    """Write pairs; every tenth prompt occurs twice."""
     pool, draw = sentences(0), random.Random(args.count)
     size = 0
-    with open(
-        args.work / str(args.count) / "pairs.jsonl", "w", encoding="utf-8", buffering=2**20
-    ) as file:
+    path = args.work / str(args.count) / "pairs.jsonl"
+    with path.open("w", encoding="utf-8", buffering=2**20) as file:
         prompt = ""
         for number in range(args.count):
             if number % 10 != 9:
@@ -63,7 +62,7 @@ def generate(args: argparse.Namespace) -> dict[str, float]:
 
 
 def build(args: argparse.Namespace) -> dict[str, float]:
-    """Makes records."""
+    """Make records."""
     from dpo_keras import build_preferences
 
     folder = args.work / str(args.count)
@@ -72,7 +71,7 @@ def build(args: argparse.Namespace) -> dict[str, float]:
 
 
 def tokenizer():
-    """A KerasHub tokenizer, the same in every process."""
+    """Make a KerasHub tokenizer, the same in every process."""
     import keras_hub
 
     from dpo_keras.app.models import train_tokenizer
@@ -99,13 +98,13 @@ def tokens(args: argparse.Namespace, count: int):
 
 
 def tokenize(args: argparse.Namespace) -> dict[str, float]:
-    """Makes tokens."""
+    """Make tokens."""
     report = tokens(args, args.count).report
     return {"pairs": report.kept, "tokens": report.prompt_tokens + report.response_tokens}
 
 
 def iterate(args: argparse.Namespace) -> dict[str, float]:
-    """Takes every batch of an epoch of the large set in its shuffled order; the small in turns."""
+    """Take every batch of a shuffled epoch of the large set, in turns with the small set."""
     from dpo_keras import preference_dataset
 
     sets, speeds = {}, {}
@@ -138,7 +137,7 @@ STAGES = {"generate": generate, "build": build, "tokenize": tokenize, "iterate":
 
 
 def run(stage: str, args: argparse.Namespace) -> dict[str, float]:
-    """Runs one stage in a process of its own."""
+    """Run one stage in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:]]
     command += ["--stage", stage, "--count", str(args.count), "--work", str(args.work)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -146,7 +145,7 @@ def run(stage: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Runs all stages and prints the table."""
+    """Run all stages and print the table."""
     parser = argparse.ArgumentParser(description="Training data larger than memory.")
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--small", type=int, default=10_000)

@@ -51,20 +51,20 @@ def ids_alone():
     return transformer(tf_keras, layers=1, mask=False)
 
 
-POLICIES = {
-    "ids and mask": lambda: transformer(tf_keras, layers=1),
-    "ids alone": ids_alone,
-    "a class of one's own": Subclassed,
-    "in bfloat16": lambda: _in_bfloat16(),
-}
-
-
 def _in_bfloat16():
     tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
         return transformer(tf_keras, layers=1)
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
+
+
+POLICIES = {
+    "ids and mask": lambda: transformer(tf_keras, layers=1),
+    "ids alone": ids_alone,
+    "a class of one's own": Subclassed,
+    "in bfloat16": _in_bfloat16,
+}
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
