@@ -208,14 +208,12 @@ def _file_problems(name: str, key: str) -> Iterator[InputProblem]:
 
 
 def _model_exists(model: Model) -> Iterator[InputProblem]:
-    problem = None if model.path is None else source_problem(model.path)
-    if problem is not None:
+    if model.path is not None and (problem := source_problem(model.path)):
         yield InputProblem("model.path", problem)
 
 
 def _reference_exists(reference: str) -> Iterator[InputProblem]:
-    problem = None if reference in REFERENCES else source_problem(reference)
-    if problem is not None:
+    if reference not in REFERENCES and (problem := source_problem(reference)):
         hint = did_you_mean(reference, REFERENCES)
         kinds = f"must be one of {', '.join(REFERENCES)}, or a model; {hint}".strip()
         yield InputProblem("reference", f"{kinds} {problem}")

@@ -41,15 +41,15 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
 def test_a_run_begun_before_memory_and_disk_had_one_split_keeps_its_sides(tmp_path, monkeypatch):
     config = settings(tmp_path / "run", warmup=None)
 
-    class StopError(Exception):
+    class StoppedError(Exception):
         pass
 
     class Stopping(runs.Silent):
         def stage(self, title):
             if title == "Preference training":
-                raise StopError
+                raise StoppedError
 
-    with monkeypatch.context() as earlier, pytest.raises(StopError):
+    with monkeypatch.context() as earlier, pytest.raises(StoppedError):
         earlier.setattr(Preferences, "split", earlier_split)
         runs.train(config, progress=Stopping())
     begun = tmp_path / "run" / "data.json"

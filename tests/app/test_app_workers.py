@@ -114,7 +114,7 @@ def test_killed_then_stopped_then_resumed_ends_with_the_weights_of_an_undisturbe
     half = checkpoints / f"step-{STEPS:08d}"
     half.mkdir()
     (half / "state.weights.h5").write_bytes(b"half")
-    (checkpoints / ".partial-00000099-1").mkdir()
+    (checkpoints / ".step-00000099.1.partial").mkdir()
 
     run = Launch(path, "--resume")
     run.wait_for_steps(killed_at + 10)
@@ -146,7 +146,7 @@ def test_killed_then_stopped_then_resumed_ends_with_the_weights_of_an_undisturbe
         losses, [record["loss"] for record in expected if "epoch" not in record], atol=1e-6
     )
     assert len(losses) == STEPS
-    assert not list(checkpoints.glob(".partial*"))
+    assert not list(checkpoints.glob(".*"))
 
 
 def tf_config(monkeypatch, index, *addresses):
