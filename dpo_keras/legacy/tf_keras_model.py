@@ -14,7 +14,6 @@ from dpo_keras.legacy.tf_keras_trainer import Callback, PolicyTrainer, serialize
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import dpo_model, supervised_model
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.training.metrics import preference_metric_names
 from dpo_keras.utils.tensors import JSON, Tensor
 
 
@@ -66,24 +65,16 @@ class DPOModel(PolicyTrainer):
         self.reference_model = self.reference.model
         self.preference_loss: DPOLoss | None = None
 
-    # -- the method ------------------------------------------------------------------------
-
     # The steps of Keras 3's model, on `gradients`, `update` and `report` of tf-keras.
     train_step = dpo_model.DPOModel.train_step
     test_step = dpo_model.DPOModel.test_step
     call = dpo_model.DPOModel.call
     policy_logps = dpo_model.DPOModel.policy_logps
-
-    def metric_names(self) -> list[str]:
-        """Return the names that both steps measure, `loss` first."""
-        assert self.preference_loss is not None
-        return preference_metric_names(self.preference_loss)
+    metric_names = dpo_model.DPOModel.metric_names
 
     def reference_logps(self, batch: Batch) -> Tensor | None:
         """Return log pi_ref(y | x), `[rows * pairs, 2]` float32; None without a reference."""
         return self.reference.scored(self.scorer, batch).get("logps")
-
-    # -- the interface of tf-keras ---------------------------------------------------------
 
     def compile(
         self,
@@ -100,9 +91,8 @@ class DPOModel(PolicyTrainer):
         stateful = bool(loss.group_robust) or loss.shift_momentum is not None
         if stateful and self._on_parameter_servers():
             rule = (
-                f"{loss.loss_type!r} keeps figures of all pairs from step to step (group_robust, "
-                "or the running mean of rewards), and on parameter servers there is no step that "
-                "all pairs share"
+                f"{loss.loss_type!r} keeps state (group_robust, or the running mean of rewards), "
+                "and on parameter servers there is no step that all pairs share"
             )
             hint = "Use another strategy, or another loss."
             raise InputError(InputProblem("loss", rule, hint=hint))
@@ -142,10 +132,9 @@ class DPOModel(PolicyTrainer):
     def compile_from_config(self, config: dict[str, JSON]) -> None:
         """Compile as the saved model was, the optimizer's state included."""
         if config:
-            config = dict(config)
-            loss = keras.saving.deserialize_keras_object(config.pop("loss"))
-            optimizer = tf_keras.saving.deserialize_keras_object(config.pop("optimizer"))
-            self.compile(optimizer, loss, **config)
+            loss = keras.saving.deserialize_keras_object(config["loss"])
+            optimizer = tf_keras.saving.deserialize_keras_object(config["optimizer"])
+            self.compile(optimizer, loss, steps_per_execution=config["steps_per_execution"])
 
     def load_own_variables(self, store: JSON) -> None:
         """Load weights; the policy may have been trained, so it need not equal the reference."""
@@ -179,10 +168,7 @@ class SupervisedModel(PolicyTrainer):
     train_step = supervised_model.SupervisedModel.train_step
     test_step = supervised_model.SupervisedModel.test_step
     call = supervised_model.SupervisedModel.call
+    metric_names = supervised_model.SupervisedModel.metric_names
 
     def __init__(self, policy: tf_keras.Model, dropout: bool = True, **options: object):
         super().__init__(policy, dropout=dropout, **options)
-
-    def metric_names(self) -> list[str]:
-        """Return `loss`, in nats per token, and `chosen_logps`, in nats per response."""
-        return ["loss", "chosen_logps"]

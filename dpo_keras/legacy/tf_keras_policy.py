@@ -53,9 +53,9 @@ class PolicyCall:
 
     def __init__(self, policy: tf_keras.Model):
         if not isinstance(policy, tf_keras.Model):
-            kind = f"{type(policy).__module__}.{type(policy).__name__}"
+            kind = type(policy)
+            rule = f"must be a tf_keras.Model, got {kind.__module__}.{kind.__name__}"
             hint = "For a model of Keras 3 use dpo_keras.DPOModel."
-            rule = f"must be a tf_keras.Model, got {kind}"
             raise InputError(InputProblem("policy", rule, hint=hint))
         self.model = policy
         self._names = _input_names(policy)
@@ -71,12 +71,7 @@ class PolicyCall:
         return self.model.compute_dtype
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = False) -> Tensor:
-        """Return logits `[batch, length, vocabulary]`.
-
-        Args:
-            inputs: `token_ids`, `padding_mask` `[batch, length]` int32.
-            training: whether layers such as dropout are active.
-        """
+        """Return logits `[batch, length, vocabulary]` of `token_ids` and `padding_mask`."""
         taken = inputs["token_ids"] if self._names is None else {n: inputs[n] for n in self._names}
         return _with_autograph(self.model, taken, training)
 
@@ -142,11 +137,7 @@ class Reference:
         return {name: ops.stop_gradient(value) for name, value in found.items()}
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
-        """Move a copy toward the policy: ref <- alpha policy + (1 - alpha) ref.
-
-        Args:
-            alpha: in (0, 1]; 1 copies (arXiv 2404.09656, eq. 3 and 4).
-        """
+        """Move a copy: ref <- alpha policy + (1 - alpha) ref (arXiv 2404.09656, eq. 3 and 4)."""
         if self.mode != "frozen_copy" or self.model is None:
             rule = f"{self.mode!r} cannot move; use 'frozen_copy'"
             raise InputError(InputProblem("reference", rule))
@@ -182,9 +173,7 @@ def _copy_of(policy: tf_keras.Model) -> tf_keras.Model:
             PolicyCall(copy)
         shapes = [[tuple(w.shape) for w in model.weights] for model in (policy, copy)]
         if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{len(shapes[1])} weights in the copy, {len(shapes[0])} in the policy"
-            )
+            raise ValueError("its weights have other shapes")
     except Exception as error:
         rule = f"cannot be a copy of this {type(policy).__name__} ({_first_line(error)})"
         hint = "Give the class get_config, or pass a second instance with the same weights."

@@ -44,10 +44,12 @@ def adapted(callback: Callback) -> tf_keras.callbacks.Callback:
     return type(kind.__name__, (theirs,), methods)()
 
 
-def adapted_all(callbacks: Callbacks) -> list[tf_keras.callbacks.Callback]:
-    """Adapt what `fit(callbacks=…)` takes: one, several or None."""
+def adapted_all(callbacks: Callbacks, first: Iterable[Callback] = ()) -> Callbacks:
+    """Adapt what `fit(callbacks=…)` takes (one, several or None), behind the `first` ones."""
+    if isinstance(callbacks, tf_keras.callbacks.CallbackList):
+        return callbacks
     given = callbacks if isinstance(callbacks, Iterable) else [callbacks]
-    return [adapted(callback) for callback in given if callback is not None]
+    return [adapted(callback) for callback in [*first, *given] if callback is not None]
 
 
 class StepSums(tf_keras.metrics.Metric):
@@ -86,14 +88,15 @@ class StepSums(tf_keras.metrics.Metric):
         means = tf.unstack(tf.math.divide_no_nan(values[:, 0], values[:, 1]), num=len(self.names))
         return dict(zip(self.names, means, strict=True))
 
-    def total(self, name: str) -> float:
-        """Return the sum of one name since the last reset."""
-        return float(tf.convert_to_tensor(self.totals)[self.names.index(name), 0])
-
     def reset_state(self) -> None:
         """Set all sums to 0."""
         for variable in (self.totals, self.first, self.last, self.steps):
             variable.assign(tf.zeros(variable.shape, variable.dtype))
+
+    def save_own_variables(self, store: JSON) -> None:
+        """Save and load nothing: the sums of an epoch are no part of a model."""
+
+    load_own_variables = save_own_variables
 
 
 class PolicyTrainer(tf_keras.Model):
@@ -113,12 +116,6 @@ class PolicyTrainer(tf_keras.Model):
         # Metrics, which tf-keras would save as parts of the model.
         self._held = SimpleNamespace()
         self.built = True
-
-    # -- one step --------------------------------------------------------------------------
-
-    def metric_names(self) -> list[str]:
-        """Return the names that both steps measure, in the order in which they are logged."""
-        raise NotImplementedError(f"{type(self).__name__} must define metric_names.")
 
     def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
         """Differentiate the loss of a step, and sum its gradients over the replicas."""
@@ -145,30 +142,23 @@ class PolicyTrainer(tf_keras.Model):
         return tf.cast(tf.linalg.global_norm([gradient for gradient, _ in gradients]), tf.float32)
 
     def report(self, batch: Batch, sums: MetricSums) -> dict[str, Tensor]:
-        """Add a step to the averages, and return them."""
-        # Only a training step has a gradient.
+        """Add a step (of training, where it has a gradient) to the averages, and return them."""
         step_sums = self._held.train if "grad_norm" in sums else self._held.test
         step_sums.update_state({**sums, **step_counts(batch)})
         return step_sums.result()
 
-    # -- the interface of tf-keras ---------------------------------------------------------
-
     def compile(
         self, optimizer: str | tf_keras.optimizers.Optimizer = "adamw", **options: Any
     ) -> None:
-        """Configure training as `tf_keras.Model.compile` does, without its losses and metrics.
-
-        Raises:
-            InputError: the optimizer is one of Keras 3, or metrics would never be updated.
-        """
+        """Configure training as `tf_keras.Model.compile` does, without its losses and metrics."""
         useless = sorted({"metrics", "weighted_metrics", "loss_weights"} & set(options))
         problems = [
             InputProblem(name, f"in compile({name}=…) has no effect here", hint="Leave it out.")
             for name in useless
         ]
-        if type(optimizer).__module__.partition(".")[0] == "keras":
-            kind = type(optimizer).__name__
-            rule = f"must be one of tf_keras.optimizers, got {kind} of Keras 3"
+        kind = type(optimizer)
+        if kind.__module__.partition(".")[0] == "keras":
+            rule = f"must be one of tf_keras.optimizers, got {kind.__name__} of Keras 3"
             problems.append(InputProblem("optimizer", rule))
         if problems:
             raise InputError(problems)
@@ -200,9 +190,7 @@ class PolicyTrainer(tf_keras.Model):
         """Return the callbacks that every `fit` has, in front of the user's."""
         return [Throughput()]
 
-    def fit(
-        self, x: Any = None, y: Any = None, *, callbacks: Callbacks = None, **options: Any
-    ) -> tf_keras.callbacks.History:
+    def fit(self, *args: Any, callbacks: Callbacks = None, **options: Any) -> Any:
         """Train as `tf_keras.Model.fit` does, on a dataset of dict batches.
 
         Callbacks may be those of tf-keras, of Keras 3, or `dpo_keras.callbacks`. Of this package's
@@ -211,17 +199,13 @@ class PolicyTrainer(tf_keras.Model):
         batch, no rate of tokens, and no callback for batches.
         """
         own = [] if self._on_parameter_servers() else self.default_callbacks()
-        if not isinstance(callbacks, tf_keras.callbacks.CallbackList):
-            callbacks = adapted_all([*own, *adapted_all(callbacks)])
-        return super().fit(x, y, callbacks=callbacks, **options)
+        return super().fit(*args, callbacks=adapted_all(callbacks, own), **options)
 
     def evaluate(self, *args: Any, callbacks: Callbacks = None, **options: Any) -> Any:
         """Evaluate as `tf_keras.Model.evaluate` does."""
-        if not isinstance(callbacks, tf_keras.callbacks.CallbackList):
-            callbacks = adapted_all(callbacks)
         before, self._held.current = self._held.current, self._held.test
         try:
-            return super().evaluate(*args, callbacks=callbacks, **options)
+            return super().evaluate(*args, callbacks=adapted_all(callbacks), **options)
         finally:
             self._held.current = before
 
@@ -241,8 +225,6 @@ class PolicyTrainer(tf_keras.Model):
 
     def get_build_config(self) -> None:
         """Return None: the model is built with its policy."""
-
-    # -- what this package's callbacks look at ---------------------------------------------
 
     @property
     def steps_per_execution(self) -> int:
@@ -265,7 +247,9 @@ class PolicyTrainer(tf_keras.Model):
 
     def counts(self) -> dict[str, float]:
         """Return tokens and pairs trained on since the last reset."""
-        return {name: self._held.train.total(name) for name in COUNTS}
+        totals = tf.convert_to_tensor(self._held.train.totals)[:, 0]
+        sums = dict(zip(self._held.train.names, totals, strict=True))
+        return {name: float(sums[name]) for name in COUNTS}
 
 
 def serialized(model: tf_keras.Model) -> dict[str, JSON]:

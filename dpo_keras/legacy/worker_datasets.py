@@ -1,11 +1,11 @@
-"""Batches for workers of a parameter server, made of tensors and files without any Python.
+"""Batches for workers of a parameter server, which run graphs and no Python.
 
-A worker has no Python program, so what `preference_dataset` does in Python cannot run there. The
-rows are laid out beforehand, all in one shape. They either travel to the workers inside the data
-graph, or lie in files that all machines see.
+The rows are laid out beforehand, all in one shape. They either travel to the workers inside the
+data graph, or lie in files that all machines see.
 """
 
 import pathlib
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -17,10 +17,10 @@ from dpo_keras.training.distribution import read_server_cluster
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.tensors import Tensor
 
-GRAPH_LIMIT = 64 * 2**20
-"""Bytes of rows that may travel inside the graph, to every worker."""
+GRAPH_LIMIT = 64 * 2**20  # bytes of rows that may travel inside the graph, to every worker
 _AT_ONCE = 1024
 _SHUFFLED = 100_000
+Rows: TypeAlias = dict[str, np.ndarray]
 
 
 def worker_batches(
@@ -77,10 +77,8 @@ def worker_batches(
         rule = f"must hold a batch for each worker, {workers} x {batch_size} pairs"
         problems.append(InputProblem("tokenized", rule, len(tokenized)))
     if directory is None and size > GRAPH_LIMIT:
-        rule = (
-            f"is {size / 2**20:.0f} MiB when laid out, and at most {GRAPH_LIMIT / 2**20:.0f} MiB "
-            "travel inside the graph"
-        )
+        found, limit = (f"{count / 2**20:.0f} MiB" for count in (size, GRAPH_LIMIT))
+        rule = f"is {found} when laid out, and at most {limit} travel inside the graph"
         hint = "Give a directory that all machines see."
         problems.append(InputProblem("tokenized", rule, hint=hint))
     if problems:
@@ -97,29 +95,21 @@ def worker_batches(
             mine = tf.data.Dataset.from_tensor_slices(files).shard(workers, index)
             return mine.flat_map(tf.data.TFRecordDataset).map(lambda row: _parse(row, sample))
 
-    share = -(-len(tokenized) // workers)
-
     def batches(context: tf.distribute.InputContext | None) -> tf.data.Dataset:
-        dataset = rows(_worker_index())
+        # All workers run the same graph, in which this op tells them apart.
+        current = tf.distribute.coordinator.experimental_get_current_worker_index
+        dataset = rows(current() if tf.inside_function() else tf.constant(0, tf.int64))
         if shuffle:
-            dataset = dataset.shuffle(min(share, _SHUFFLED), seed, reshuffle_each_iteration=True)
+            buffer = min(-(-len(tokenized) // workers), _SHUFFLED)
+            dataset = dataset.shuffle(buffer, seed, reshuffle_each_iteration=True)
         return dataset.repeat().batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
     return tf_keras.utils.experimental.DatasetCreator(batches)
 
 
-def _rows(
-    tokenized: TokenizedPairs, places: np.ndarray, shape: tuple[int, int]
-) -> dict[str, np.ndarray]:
+def _rows(tokenized: TokenizedPairs, places: np.ndarray, shape: tuple[int, int]) -> Rows:
     batch = collate(tokenized, places, *shape)
     return {name: np.asarray(value) for name, value in batch.items()}
-
-
-def _worker_index() -> Tensor:
-    # All workers run the same graph, in which this op tells them apart.
-    if tf.inside_function():
-        return tf.distribute.coordinator.experimental_get_current_worker_index()
-    return tf.constant(0, tf.int64)
 
 
 def _write(
@@ -139,7 +129,7 @@ def _write(
     return files
 
 
-def _parse(record: Tensor, sample: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def _parse(record: Tensor, sample: Rows) -> dict[str, Tensor]:
     row, start = {}, 0
     for name, value in sample.items():
         part = tf.strings.substr(record, start, value.nbytes)
