@@ -14,7 +14,7 @@ from dpo_keras.batching import Batching, TokenizedPairs, one_pass, pass_signatur
 from dpo_keras.batching.single_pass import Part
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.losses import OBJECTIVES, kl_to_reference
+from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
 from dpo_keras.scoring import check_packing
 from dpo_keras.training import DPOModel, outputs_of
 
@@ -144,6 +144,7 @@ def _measure(model: DPOModel, batch: dict[str, Any]) -> dict[str, Any]:
     found = {
         "loss": sum(terms.values()),
         **terms,
+        "chosen_probability": preference_probabilities(scores)[:, 0],
         "chosen_reward": scores[:, 0],
         "rejected_reward": scores[:, 1],
         "chosen_logps": outputs["policy"][:, 0],
