@@ -5,16 +5,15 @@ import sys
 
 import tensorflow as tf
 
-from dpo_keras.cluster import Cluster
 from dpo_keras.errors import InputError
 from dpo_keras.training.distribution import JOBS, read_server_cluster, report_failures
 
 
 def run_server() -> None:
-    """Serves as the worker or the parameter server that TF_CONFIG names, until it is stopped.
+    """Serve as the worker or the parameter server that TF_CONFIG names, until the process is ended.
 
-    The process has no program of its own: the chief sends it what to compute. It must have the
-    chief's TensorFlow. It does not end with the chief; whatever started it stops it.
+    The process has no program of its own: the chief sends it what to compute. It needs the chief's
+    release of TensorFlow. It does not end with the chief; whatever started it must stop it.
 
     Raises:
         InputError: TF_CONFIG is wrong, or this process is the chief.
@@ -32,21 +31,18 @@ def run_server() -> None:
             'dpo_keras.strategy("parameter_server"). Servers are for worker and ps.'
         )
     report_failures()
-    _server(cluster).join()
-
-
-def _server(cluster: Cluster) -> tf.distribute.Server:
     options = tf.compat.v1.ConfigProto()
-    # Each closure that waits for another machine holds a thread; too few and none is left to work.
+    # Each closure that waits for another machine holds a thread; one more must be left to work.
     workers = len(cluster.of_type("worker"))
     options.inter_op_parallelism_threads = max(os.cpu_count() or 1, workers + 1)
-    return tf.distribute.Server(
+    server = tf.distribute.Server(
         tf.train.ClusterSpec({job: [t.address for t in cluster.of_type(job)] for job in JOBS}),
         job_name=cluster.this.type,
         task_index=cluster.this.index,
         protocol="grpc",
         config=options,
     )
+    server.join()
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""Batches for workers of a parameter server: tensors and files only, no Python.
+"""Batches for workers of a parameter server, which run graphs and no Python.
 
-A worker has no Python program, so what `preference_dataset` does in Python cannot run there. The
-rows are laid out beforehand, all in one shape, and either travel to the workers inside the data
-graph or lie in files that all machines see.
+The rows are laid out beforehand, all in one shape. They either travel to the workers inside the
+data graph, or lie in files that all machines see.
 """
 
 import pathlib
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
 from dpo_keras.batching import TokenizedPairs, collate, plan_buckets
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.distribution import read_server_cluster
+from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.tensors import Tensor
 
-GRAPH_LIMIT = 64 * 2**20
-"""Most bytes of rows that travel inside the graph, to every worker."""
+GRAPH_LIMIT = 64 * 2**20  # bytes of rows that may travel inside the graph, to every worker
 _AT_ONCE = 1024
 _SHUFFLED = 100_000
+Rows: TypeAlias = dict[str, np.ndarray]
 
 
 def worker_batches(
@@ -31,28 +32,27 @@ def worker_batches(
     directory: str | pathlib.Path | None = None,
     workers: int | None = None,
 ) -> tf_keras.utils.experimental.DatasetCreator:
-    """What `fit` takes under a parameter server: each worker's own share of the pairs, without end.
+    """Return what `fit` takes on parameter servers: endless batches of each worker's own pairs.
 
-    Worker i has pairs i, i + workers, i + 2·workers, …, in an order of its own in each pass. Give
-    `fit` its `steps_per_epoch`: steps of all workers together.
-
-        model.fit(dpo_keras.legacy.worker_batches(tokenized, batch_size=16),
-                  steps_per_epoch=len(tokenized) // 16, epochs=3)
+    Worker i has pairs i, i + workers, i + 2·workers, …, in an order of its own in each pass. Pass
+    `steps_per_epoch` to `fit`: the steps of all workers together.
 
     Args:
-        tokenized: from `dpo_keras.tokenize_pairs`, with reference log-probs where they are cached.
+        tokenized: what `dpo_keras.tokenize_pairs` returns, with cached reference log-probs where
+            the model's reference is `"cached"`.
         batch_size: pairs per step of one worker.
-        seed: of the order.
+        seed: seed of the order.
         shuffle: False keeps the order of the pairs.
-        directory: where to write the rows, seen by all machines under this path; needed for more
-            than 64 MiB of rows. None sends them inside the graph.
-        workers: how many there are; by default as TF_CONFIG says.
+        directory: where to write the rows. All machines must see it under this path. Needed for
+            more than 64 MiB of rows; None sends them inside the graph.
+        workers: number of workers; by default that of TF_CONFIG.
 
     Returns:
-        A creator of datasets of the batch contract, all in one static shape.
+        A creator of datasets of the batch contract, with all batches in one static shape.
 
     Raises:
-        InputError: more rows than can travel in the graph, or fewer pairs than a batch per worker.
+        InputError: there are more rows than can travel in the graph, or fewer pairs than one batch
+            per worker.
 
     Example:
         >>> from dpo_keras.preferences import PreferencePair
@@ -70,73 +70,66 @@ def worker_batches(
         workers = len(read_server_cluster().of_type("worker"))
     plan = plan_buckets(tokenized, batch_size, 1)
     shape = (plan.lengths[-1], plan.slots[-1])
-    sample = collate(tokenized, [0], *shape)
+    sample = _rows(tokenized, np.arange(1), shape)
     size = len(tokenized) * sum(value.nbytes for value in sample.values())
     problems = []
     if len(tokenized) < workers * batch_size:
-        problems.append(
-            f"tokenized must hold a batch for each worker, {workers} x {batch_size} pairs; got "
-            f"{len(tokenized)}."
-        )
+        rule = f"must hold a batch for each worker, {workers} x {batch_size} pairs"
+        problems.append(InputProblem("tokenized", rule, len(tokenized)))
     if directory is None and size > GRAPH_LIMIT:
-        problems.append(
-            f"tokenized is {size / 2**20:.0f} MiB when laid out, and at most "
-            f"{GRAPH_LIMIT / 2**20:.0f} MiB travel inside the graph. Give a directory that all "
-            "machines see."
-        )
+        found, limit = (f"{count / 2**20:.0f} MiB" for count in (size, GRAPH_LIMIT))
+        rule = f"is {found} when laid out, and at most {limit} travel inside the graph"
+        hint = "Give a directory that all machines see."
+        problems.append(InputProblem("tokenized", rule, hint=hint))
     if problems:
         raise InputError(problems)
     if directory is None:
-        whole = collate(tokenized, np.arange(len(tokenized)), *shape)
+        whole = _rows(tokenized, np.arange(len(tokenized)), shape)
 
-        def rows(index: Any) -> tf.data.Dataset:
+        def rows(index: Tensor) -> tf.data.Dataset:
             return tf.data.Dataset.from_tensor_slices(whole).shard(workers, index)
     else:
         files = _write(tokenized, shape, pathlib.Path(directory), workers)
 
-        def rows(index: Any) -> tf.data.Dataset:
+        def rows(index: Tensor) -> tf.data.Dataset:
             mine = tf.data.Dataset.from_tensor_slices(files).shard(workers, index)
             return mine.flat_map(tf.data.TFRecordDataset).map(lambda row: _parse(row, sample))
 
-    share = -(-len(tokenized) // workers)
-
-    def batches(context: Any) -> tf.data.Dataset:
-        dataset = rows(_worker_index())
+    def batches(context: tf.distribute.InputContext | None) -> tf.data.Dataset:
+        # All workers run the same graph, in which this op tells them apart.
+        current = tf.distribute.coordinator.experimental_get_current_worker_index
+        dataset = rows(current() if tf.inside_function() else tf.constant(0, tf.int64))
         if shuffle:
-            dataset = dataset.shuffle(min(share, _SHUFFLED), seed, reshuffle_each_iteration=True)
+            buffer = min(-(-len(tokenized) // workers), _SHUFFLED)
+            dataset = dataset.shuffle(buffer, seed, reshuffle_each_iteration=True)
         return dataset.repeat().batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
     return tf_keras.utils.experimental.DatasetCreator(batches)
 
 
-def _worker_index() -> Any:
-    # Every worker runs one and the same graph, in which this op tells them apart.
-    if tf.inside_function():
-        return tf.distribute.coordinator.experimental_get_current_worker_index()
-    return tf.constant(0, tf.int64)
+def _rows(tokenized: TokenizedPairs, places: np.ndarray, shape: tuple[int, int]) -> Rows:
+    batch = collate(tokenized, places, *shape)
+    return {name: np.asarray(value) for name, value in batch.items()}
 
 
 def _write(
     tokenized: TokenizedPairs, shape: tuple[int, int], directory: pathlib.Path, workers: int
 ) -> list[str]:
-    """Writes the rows, one file for each worker: every field's bytes behind one another."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write the rows, one file for each worker; a row is the bytes of its fields in order."""
     files = []
     for worker in range(workers):
         file = directory / f"rows-{worker:05}-of-{workers:05}.tfrecord"
-        partial = file.with_suffix(".partial")
         places = np.arange(worker, len(tokenized), workers)
-        with tf.io.TFRecordWriter(str(partial)) as writer:
+        with replaced(file) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
             for start in range(0, len(places), _AT_ONCE):
-                batch = collate(tokenized, places[start : start + _AT_ONCE], *shape)
+                batch = _rows(tokenized, places[start : start + _AT_ONCE], shape)
                 for row in range(len(batch["owner"])):
                     writer.write(b"".join(value[row].tobytes() for value in batch.values()))
-        partial.replace(file)
         files.append(str(file))
     return files
 
 
-def _parse(record: tf.Tensor, sample: dict[str, np.ndarray]) -> dict[str, tf.Tensor]:
+def _parse(record: Tensor, sample: Rows) -> dict[str, Tensor]:
     row, start = {}, 0
     for name, value in sample.items():
         part = tf.strings.substr(record, start, value.nbytes)

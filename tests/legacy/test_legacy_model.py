@@ -15,6 +15,7 @@ from dpo_keras import legacy
 from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation import evaluate_preferences
+from dpo_keras.legacy.tf_keras_trainer import StepSums, adapted
 from dpo_keras.losses import DPOLoss
 
 
@@ -150,6 +151,17 @@ def test_a_saved_model_goes_on_as_the_first_would(dataset, tmp_path):
             assert other[name] == pytest.approx(logs[0][name], rel=1e-4), name
 
 
+def test_a_model_saved_by_a_release_that_measured_less_loads(tmp_path, monkeypatch):
+    model = compiled()
+    model.save(tmp_path / "model.keras")
+    names = legacy.DPOModel.metric_names
+    monkeypatch.setattr(legacy.DPOModel, "metric_names", lambda self: [*names(self), "another"])
+    again = tf_keras.models.load_model(tmp_path / "model.keras")
+    assert "another" in again.metrics_names
+    for mine, its in zip(model.policy.weights, again.policy.weights, strict=True):
+        np.testing.assert_array_equal(mine.numpy(), its.numpy())
+
+
 def test_callbacks_of_both_kinds_are_called(dataset, tmp_path):
     log = tmp_path / "log.jsonl"
     heard = []
@@ -163,6 +175,32 @@ def test_callbacks_of_both_kinds_are_called(dataset, tmp_path):
     assert heard[0]["pairs_per_second"] > 0 and "val_loss" in heard[0]
     assert len(log.read_text().splitlines()) >= 3
     assert (tmp_path / "best.weights.h5").exists()
+
+
+def test_an_adapted_callback_has_the_hooks_of_the_original_and_no_more():
+    heard = []
+
+    class Counts(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            heard.append((epoch, logs))
+
+    callback = adapted(Counts())
+    callback.on_epoch_end(3, {"loss": 0.5})
+    assert heard == [(3, {"loss": 0.5})]
+    base = tf_keras.callbacks.Callback
+    assert type(callback).on_train_batch_end is base.on_train_batch_end
+    assert adapted(callback) is callback
+
+
+def test_sums_of_steps_are_averaged_by_their_weights():
+    sums = StepSums(["loss", "pairs"])
+    sums.update_state({"loss": (6.0, 3.0), "pairs": (3.0, 1.0)})
+    sums.update_state({"loss": (2.0, 1.0), "pairs": (1.0, 1.0)})
+    assert {name: float(value) for name, value in sums.result().items()} == {"loss": 2.0}
+    assert float(sums.means(sums.first)["pairs"]) == 3.0
+    assert float(sums.means(sums.last)["pairs"]) == 1.0
+    sums.reset_state()
+    assert float(sums.result()["loss"]) == 0.0
 
 
 def steps(tokenized, optimizer, loss, scope=None, **options):
