@@ -168,7 +168,7 @@ class Timed:
 
 
 def dpo_model(policy: Any, reference: str = "frozen_copy", **options: Any) -> Any:
-    """Make the model that all benchmarks train: AdamW as in torch, rate 1e-4, no decay or clipping."""
+    """Make the model that all benchmarks train: AdamW as in torch, no decay or clipping."""
     import keras
 
     from dpo_keras import DPOLoss, DPOModel
