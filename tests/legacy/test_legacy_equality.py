@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
+import serving_tiny
 import tensorflow as tf
 import tf_keras
 from legacy_tiny import copy_weights, transformer
-from serving import serving_tiny
 
 import dpo_keras
 from dpo_keras import legacy

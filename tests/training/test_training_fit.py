@@ -122,7 +122,7 @@ def test_a_moving_reference_is_where_it_was_after_an_interruption(tokenized, tmp
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from tiny import Letters, pairs\n"
         "from dpo_keras.batching import tokenize_pairs\n"
         "from training.test_training_fit import run\n"
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_
     )
     tests = pathlib.Path(__file__).parent.parent
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), str(tests)],
+        [sys.executable, "-c", code, str(tmp_path), str(tests), str(tests / "tiny_models")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=dict(os.environ),
