@@ -105,7 +105,7 @@ class FrozenCopy(Reference):
             return _without_gradient(scorer(batch, shared=shared))
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
-        """Set ref <- alpha policy + (1 - alpha) ref, alpha <= 1 (arXiv 2404.09656, eq. 3 and 4)."""
+        """Set ref <- alpha policy + (1 - alpha) ref, 0 < alpha <= 1 (arXiv 2404.09656, eq. 3-4)."""
         for source, copy in zip(self._sources.variables, self.copies, strict=True):
             copy.assign(alpha * ops.cast(source, copy.dtype) + (1.0 - alpha) * copy)
 

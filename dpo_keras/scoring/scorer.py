@@ -215,6 +215,7 @@ def shared_length(owner: Tensor, pairs: int) -> Tensor:
     belongs = ops.cast(owner[..., None] == ops.arange(2 * pairs, dtype="int32"), "int32")
     lengths = ops.reshape(ops.sum(belongs, axis=1), (-1, pairs, 2))
     shorter = ops.repeat(ops.min(lengths, axis=-1), 2, axis=-1)
+    # The tokens of a response are in order.
     place = ops.sum(belongs * ops.cumsum(belongs, axis=1), axis=-1)
     limit = ops.sum(belongs * shorter[:, None, :], axis=-1)
     return ops.logical_and(place > 0, place <= limit)

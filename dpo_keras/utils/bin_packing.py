@@ -41,9 +41,9 @@ def best_fit(
 ) -> Rows:
     """Pack a stream of pairs: each goes into the fullest row that still holds it.
 
-    Sorting them by size first (best fit decreasing, SIAM J. Comput. 3, 1974) would fill rows by one
-    percent more, but rows, and so steps, would no longer hold similar numbers of pairs. `rows` are
-    filled first, and changed.
+    Sorting them by size first (best fit decreasing; D. S. Johnson et al., SIAM J. Comput. 3, 1974)
+    would fill rows by one percent more, but rows, and so steps, would no longer hold similar
+    numbers of pairs. `rows` are filled first, and changed.
     """
     tokens, responses = sizes.tokens.tolist(), sizes.responses.tolist()
     smallest = int(sizes.tokens.min(initial=capacity.length))
