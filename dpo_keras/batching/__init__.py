@@ -4,6 +4,7 @@
 static shapes, or of packed rows, all by one contract, `Batch`.
 """
 
+from dpo_keras.batching.batch_stream import Part, batch_from_strings, one_pass, pass_signature
 from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate, available_templates, get_template
 from dpo_keras.batching.collate import Batch, collate, collate_packed, collate_single
@@ -11,7 +12,6 @@ from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_e
 from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.batching.single_pass import Part, batch_from_strings, one_pass, pass_signature
 from dpo_keras.batching.tokenization import tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import DroppedPair, TokenizationReport, TokenizedPairs
 

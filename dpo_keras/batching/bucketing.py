@@ -42,7 +42,6 @@ class EpochOrder:
     rows: np.ndarray
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return len(self.bucket)
 
 

@@ -83,7 +83,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **variables: JSON,
     ) -> str:
-        r"""Render a conversation.
+        """Render a conversation.
 
         Args:
             messages: mappings with `role` and `content`.
@@ -95,10 +95,6 @@ class ChatTemplate:
 
         Raises:
             InputError: the template refuses the messages, or reaches outside the sandbox.
-
-        Example:
-            >>> get_template("gemma").render([{"role": "assistant", "content": "Hello!"}])
-            '<start_of_turn>model\nHello!<end_of_turn>\n'
         """
         values = {"bos_token": "", "eos_token": "", **variables, **self.variables}
         try:
@@ -169,8 +165,7 @@ def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -
     config_path = folder / config_name
     config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     source = config.get("chat_template")
-    jinja_path = folder / "chat_template.jinja"
-    if jinja_path.is_file():
+    if (jinja_path := folder / "chat_template.jinja").is_file():
         source = jinja_path.read_text(encoding="utf-8")
     if isinstance(source, list):
         by_name = {entry["name"]: entry["template"] for entry in source}
@@ -223,16 +218,12 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: JSON, **options: JSON) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)
-
-
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from dpo_keras.batching.ragged import Ragged, places, round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.tensors import Tensor
+
+# The columns of pairs that batches carry, with their values in an empty pair slot.
+_EMPTY_LABELS = {"preference": 0.5, "weight": 0, "reference": 0, "group": -1, "margin": 0}
 
 
 class Batch(TypedDict, total=False):
@@ -282,23 +285,12 @@ def _labels(
     tokenized: TokenizedPairs, pairs: np.ndarray, shape: tuple[int, ...], place: tuple[Tensor, ...]
 ) -> Batch:
     """Put the labels of the pairs at their places, (row, pair slot)."""
-
-    def scattered(values: np.ndarray, empty: float) -> np.ndarray:
-        column = np.full((*shape, *values.shape[1:]), empty, values.dtype)
-        column[place] = values[pairs]
-        return column
-
-    labels: Batch = {
-        "preference": scattered(tokenized.preference, 0.5),
-        "weight": scattered(tokenized.weight, 0.0),
-    }
-    if tokenized.reference is not None:
-        labels["reference"] = scattered(tokenized.reference, 0.0)
-    if tokenized.group is not None:
-        labels["group"] = scattered(tokenized.group, -1)
-    if tokenized.margin is not None:
-        labels["margin"] = scattered(tokenized.margin, 0.0)
-    return labels
+    labels: dict[str, np.ndarray] = {}
+    for name, empty in _EMPTY_LABELS.items():
+        if (values := getattr(tokenized, name)) is not None:
+            labels[name] = np.full((*shape, *values.shape[1:]), empty, values.dtype)
+            labels[name][place] = values[pairs]
+    return cast(Batch, labels)
 
 
 def _grid(rows: np.ndarray | Sequence[Sequence[int]], pairs: int | None) -> np.ndarray:

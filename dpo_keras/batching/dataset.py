@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tensorflow as tf
 
+from dpo_keras.batching.batch_stream import DYNAMIC, Source, signature_of, stream
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.collate import Batch, collate, collate_packed
@@ -16,13 +17,10 @@ from dpo_keras.batching.packing import PackingPlan, not_integers, packed_order, 
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.python_stream import Source, signature_of, stream
 
 Batching = Literal["buckets", "packed"]
 
 AHEAD = 32  # batches that disks are told of before they are needed
-# The dimensions in which batches of different buckets differ.
-DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
 
 
 def steps_per_epoch(
@@ -107,9 +105,9 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         preprocessor: the policy's KerasHub preprocessor, or what else `tokenize_pairs` takes.
             `TokenizedPairs` need none, nor the next three.
         batch_size: pairs per batch, over all replicas.
-        max_length: see `tokenize_pairs`.
-        template: see `tokenize_pairs`.
-        overlength: see `tokenize_pairs`.
+        max_length: see `tokenize_pairs`, like the next two.
+        template: how chat messages become text.
+        overlength: what happens to a pair that is too long.
         shuffle: False keeps file order as far as buckets, or rows, allow.
         seed: any integer >= 0.
         epochs: epochs in one iteration; None never ends.
@@ -148,22 +146,19 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     problems += _batching_problems(batching, batch_size, drop_remainder, only_packed, worker)
     if problems:
         raise InputError(problems)
-    tokenized = (
-        pairs
-        if isinstance(pairs, TokenizedPairs)
-        else tokenize_pairs(
+    if not isinstance(pairs, TokenizedPairs):
+        pairs = tokenize_pairs(
             pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
         )
-    )
     if batching == "packed":
         shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
-        plan = plan_packing(tokenized, batch_size, **shape, seed=seed, shuffle=shuffle)
-        source = _packed(tokenized, plan, worker)
+        plan = plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle)
+        source = _packed(pairs, plan, worker)
     else:
         order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
-        source = _bucketed(tokenized, batch_size, buckets, order, worker)
+        source = _bucketed(pairs, batch_size, buckets, order, worker)
     if source.steps == 0:
-        rule = f"leaves no batch: {len(tokenized)} pairs, batch_size {batch_size}"
+        rule = f"leaves no batch: {len(pairs)} pairs, batch_size {batch_size}"
         raise InputError(InputProblem("drop_remainder", rule))
     total = None if epochs is None else epochs * source.steps
     if total is not None and start_step >= total:
@@ -181,8 +176,7 @@ def _batching_problems(
 ) -> list[InputProblem]:
     problems = []
     if batching not in get_args(Batching):
-        names = " or ".join(map(repr, get_args(Batching)))
-        problems.append(InputProblem("batching", f"must be {names}", batching))
+        problems.append(InputProblem("batching", "must be 'buckets' or 'packed'", batching))
     rule = "has no effect {} batching='packed'"
     if batching != "packed":
         problems += [
@@ -214,9 +208,9 @@ def _bucketed(
     )
 
     def make(epoch: int, step: int) -> Batch:
-        shape = order(epoch).bucket[step]
         rows = _share(tokenized, order(epoch).rows, step, worker)
-        return collate(tokenized, rows, plan.lengths[shape], plan.slots[shape], len(rows))
+        bucket = order(epoch).bucket[step]
+        return collate(tokenized, rows, plan.lengths[bucket], plan.slots[bucket], len(rows))
 
     rows = batch_size // (1 if worker is None else worker[1])
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], rows)

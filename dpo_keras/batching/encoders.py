@@ -44,10 +44,9 @@ class TextEncoder:
       stops (`<|eot_id|>` of Llama 3, `<end_of_turn>` of Gemma 3, `<|end|>` of Phi 3) count as an
       end where the text ends with one. They are never added.
     * **Anchor**: SentencePiece tokenizers of Llama and Mistral put a word boundary before any text
-      (`add_dummy_prefix`), which before a response would be a space that nobody wrote. Responses
-      are therefore tokenized behind a line feed, and its ids are cut off again. It is a byte token
-      there, which never merges. Vocabularies with a line-feed piece use another control character.
-      Vocabularies without byte tokens keep the tokenizer's behavior.
+      (`add_dummy_prefix`), before a response a space that nobody wrote. Responses are therefore
+      tokenized behind a line feed, or another control character that is a byte token, and its ids
+      are cut off again. Vocabularies without byte tokens keep the tokenizer's behavior.
 
     Args:
         preprocessor: a KerasHub `CausalLMPreprocessor`; a KerasHub tokenizer; or any object with
@@ -189,17 +188,14 @@ def encode_conversations(
 ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
     r"""Render and tokenize pairs with a chat template.
 
-    The prompt is rendered with the generation prompt. The response is the rest of the rendered
-    conversation, which must begin with exactly the rendered prompt. White space after its last
-    special token is cut off. The template "plain" leaves strings as they are.
+    The response is what the rendered conversation adds to the rendered prompt, less white space
+    after its last special token. The template "plain" leaves strings as they are.
 
-    Each special token of the template becomes one id, looked up in the tokenizer. The same text
-    inside a message does not: the message is cut in two there before tokenization, so that a user
-    cannot forge a turn. Turn marks that are ordinary text to the tokenizer ("\n\nHuman:", "[INST]"
-    of Llama 2) cannot be told from a user's words by any tokenizer.
+    Each special token of the template becomes one id. The same text inside a message is cut in two
+    before tokenization, so that a user cannot forge a turn. Turn marks that are ordinary text to
+    the tokenizer ("\n\nHuman:", "[INST]" of Llama 2) cannot be told from a user's words.
 
-    Returns the ids of the prompts, chosen and rejected responses, and warnings. `first` is the
-    number of the first pair in error messages.
+    Returns prompts, chosen, rejected and warnings. `first` is the first pair's number in errors.
     """
     conversations = _ConversationEncoder(encoder, template)
     rendered: list[tuple[Pieces, Pieces, Pieces]] = []
@@ -213,10 +209,9 @@ def encode_conversations(
     if problems:
         more = [f"… and {len(problems) - 5} more."] if len(problems) > 5 else []
         raise InputError(problems[:5] + more)
-    prompts = conversations.ids([pieces[0] for pieces in rendered], first_plain=True)
-    chosen, rejected = (
-        conversations.ids([pieces[side] for pieces in rendered], first_plain=False)
-        for side in (1, 2)
+    prompts, chosen, rejected = (
+        conversations.ids([pieces[part] for pieces in rendered], first_plain=part == 0)
+        for part in range(3)
     )
     return (
         Ragged.from_lists(map(encoder.with_start, prompts)),
@@ -322,8 +317,7 @@ class _ConversationEncoder:
 
     def _guard(self, text: str) -> str:
         """Mark where special tokens in a message's own words must be cut."""
-        if _CUT in text:
-            text = text.replace(_CUT, "")
+        text = text.replace(_CUT, "")
         return self._forgeable.sub(lambda found: found[0][:1] + _CUT + found[0][1:], text)
 
 

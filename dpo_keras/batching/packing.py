@@ -65,15 +65,13 @@ class PackedOrder:
     """All batches of one epoch.
 
     Args:
-        pairs: int `[steps, rows, pairs]`, the pair in each row and pair slot of each batch; -1 for
-            empty pair slots. Results per pair slot, `[rows * pairs]`, belong to the pairs
-            `order.pairs[step].reshape(-1)`.
+        pairs: int `[steps, rows, pairs]`, the pair in each pair slot, or -1. Results of a step,
+            `[rows * pairs]`, belong to the pairs `order.pairs[step].reshape(-1)`.
     """
 
     pairs: np.ndarray
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return len(self.pairs)
 
 
@@ -182,8 +180,7 @@ def _same_number_of_rows(plan: PackingPlan, stream: np.ndarray) -> Rows | None:
     rows = best_fit(stream, plan.sizes, plan.capacity)
     count = plan.steps * plan.rows
     if len(rows) > count:
-        squeezed = squeeze_rows(rows, count, plan.sizes, plan.capacity)
-        if squeezed is None:
+        if (squeezed := squeeze_rows(rows, count, plan.sizes, plan.capacity)) is None:
             return None
         place = np.argsort(stream)
         rows = sorted(squeezed, key=lambda row: int(place[row].min()))
@@ -256,10 +253,9 @@ def not_integers(least: int, **arguments: object) -> list[InputProblem]:
 def _plan_problems(
     tokenized: TokenizedPairs, batch_size: int, length: int | None, rows: int | None, replicas: int
 ) -> list[str]:
-    given = {"row_length": length, "rows": rows}
-    given = {name: value for name, value in given.items() if value is not None}
-    problems: list[str] = []
-    problems += not_integers(1, batch_size=batch_size, replicas=replicas, **given)
+    optional = {"row_length": length, "rows": rows}
+    given = {name: value for name, value in optional.items() if value is not None}
+    problems: list[str] = [*not_integers(1, batch_size=batch_size, replicas=replicas, **given)]
     if not problems and rows is not None and rows % replicas:
         rule = f"must be a multiple of the {replicas} replicas that share them"
         problems.append(InputProblem("rows", rule, rows))
@@ -269,8 +265,7 @@ def _plan_problems(
         problems.append(prompt_without_tokens(int(np.argmin(tokenized.prompt.lengths))))
     if not problems and length is not None:
         sizes = tokenized.tree_tokens
-        long = np.flatnonzero(sizes > length)
-        if len(long):
+        if len(long := np.flatnonzero(sizes > length)):
             rule = (
                 f"must hold the longest pair, {int(sizes.max())} tokens of prompt and both "
                 f"responses, got {length}; {len(long)} pairs are longer."

@@ -55,7 +55,6 @@ class Ragged:
         return np.diff(self.row_splits)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.row_splits) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -110,12 +109,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the indices of runs that begin at `starts`, end to end, int64 `[sum(lengths)]`.
-
-    Example:
-        >>> places(np.array([10, 20]), np.array([2, 3])).tolist()
-        [10, 11, 20, 21, 22]
-    """
+    """Return the indices of runs that begin at `starts`, end to end, int64 `[sum(lengths)]`."""
     lengths = np.asarray(lengths, np.int64)
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
@@ -125,9 +119,8 @@ def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class TokenFile:
     """A file of little-endian int32 tokens, read in runs.
 
-    The file is read, not mapped. Mapped pages count as memory of the process, so a pass over the
-    data would appear to need all of it, and a container may be charged for all of it. The page
-    cache of the system keeps frequently read parts either way.
+    The file is read, not mapped: mapped pages count as memory of the process, so a container may be
+    charged for the whole file. The page cache keeps frequently read parts either way.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -151,27 +144,20 @@ class TokenFile:
         return flat.astype(np.int32, copy=False)
 
     def expect(self, starts: np.ndarray, lengths: np.ndarray) -> None:
-        """Ask the system to fetch runs in the background, several at once.
-
-        Shuffled rows of a file that is not in memory cost one disk access each. Read one after the
-        other, they took three times as long.
-        """
+        """Ask the system to fetch runs in the background, several at once."""
+        # One after the other, the disk accesses of shuffled rows took three times as long.
         if not hasattr(os, "posix_fadvise"):
             return
         for start, size in (np.stack([starts, lengths], axis=1) * TOKEN_BYTES).tolist():
             os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def warm(self) -> None:
-        """Read the whole file once in the background, if it fits well into free memory.
-
-        A sequential read is many times faster than reading shuffled rows, and the system keeps the
-        content until another program needs the memory.
-        """
+        """Read the whole file once in the background, if it fits well into free memory."""
+        # Many times faster than reading shuffled rows, and the system keeps what it read.
         if self.path.stat().st_size <= _free_memory() // 2:
             threading.Thread(target=_read_through, args=(self.path,), daemon=True).start()
 
     def __del__(self) -> None:
-        """Close the file."""
         if hasattr(self, "_file"):
             self._file.close()
 
@@ -192,13 +178,7 @@ def _free_memory() -> int:
 
 
 class StoredRagged(Ragged):
-    """Rows of a `TokenFile` as a `Ragged`; a row is read when it is taken.
-
-    Args:
-        file: the file of tokens.
-        starts: int `[rows]`, first token of each row in the file.
-        lengths: int `[rows]`, tokens of each row.
-    """
+    """Rows of a `TokenFile`, by their first token and length; a row is read when it is taken."""
 
     _file: TokenFile
     _starts: np.ndarray
@@ -223,11 +203,9 @@ class StoredRagged(Ragged):
         return self._lengths.astype(np.int64)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._starts)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """Read one row."""
         row = self._checked(row)
         return self._file.read(self._starts[[row]], self._lengths[[row]])
 

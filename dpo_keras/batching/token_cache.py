@@ -48,15 +48,8 @@ def cached_tokens(
 
     Tokenization continues where an earlier process stopped. Processes that want the same tokens
     wait for the one that makes them. Tokens are made for all pairs up to `pairs.extent`, so that
-    every split finds its own; about 50 bytes per pair of `pairs` stay in memory.
-
-    Args:
-        pairs: all pairs of the directory, or some.
-        key: everything that the tokens depend on. It names the folder.
-        chunks: makes the tokens, from the pair of the given number on.
-        cache: parent of the folder; None takes `tokens/` in the directory.
-        pad: see `TokenizedPairs`.
-        max_length: see `TokenizedPairs`.
+    every split finds its own; about 50 bytes per pair of `pairs` stay in memory. `key`, everything
+    that the tokens depend on, names the folder; `chunks` makes them from a pair's number on.
     """
     identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = (pairs.path / "tokens" if cache is None else Path(cache)) / identity[:16]

@@ -51,9 +51,8 @@ def tokenize_pairs(
     `TextEncoder` describes how start and end tokens are placed.
 
     A pair longer than `max_length` is cut. First the prompt loses tokens from its left, to make
-    room for the longer response; its start token and at least one more token stay. Then each
-    response that is still too long loses tokens from its right. **A response that was cut has no
-    end token**, because the text did not end there.
+    room for the longer response; its start token and at least one more token stay. Then a response
+    still too long loses tokens from its right, **its end token too**: the text did not end there.
 
     Args:
         pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Pairs of a built
@@ -111,7 +110,9 @@ def tokenize_pairs(
             max_length=max_length,
         )
     else:
-        records = _as_pairs(pairs)
+        records: list[Any] = list(pairs)
+        if any(isinstance(pair, Mapping) for pair in records):
+            records = list(read_preferences(records, on_error="fail"))
         count = len(records)
         tokens, _ = tokenizer.tokenize(records)
     if not len(tokens):
@@ -184,12 +185,9 @@ class PairTokenizer:
             done += len(chunk)
 
     def key(self, pairs: StoredPreferences) -> dict[str, JSON]:
-        """Return everything that the tokens of a built directory depend on.
-
-        A tokenizer is known by its class, special ids and vocabulary, and by its tokens of the
-        first pairs: a difference that no attribute shows appears there.
-        """
+        """Return everything that the tokens of a built directory depend on."""
         template = self.template
+        # Tokens of the first pairs tell tokenizers apart that no attribute tells apart.
         # A pair that is too long must not raise here, where a few pairs stand for all.
         lenient = replace(self, overlength="truncate")
         tokens, _ = lenient.tokenize(list(itertools.islice(pairs.whole, PROBE)))
@@ -281,13 +279,6 @@ class PairTokenizer:
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
         return problems
-
-
-def _as_pairs(pairs: Iterable[Any]) -> list[PreferencePair]:
-    records = list(pairs)
-    if any(isinstance(pair, Mapping) for pair in records):
-        return list(read_preferences(records, on_error="fail"))
-    return records
 
 
 def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ RULES = {
     "empty_prompt": "no prompt token and no start token to predict the response's first token from",
     "overlength": "longer than max_length, and overlength='drop'",
 }
+# The fields of `TokenizedPairs` with a value per pair.
+COLUMNS = ("preference", "weight", "reference", "group", "margin", "source")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class DroppedPair:
     detail: str
 
     def __str__(self) -> str:
-        """Describe the pair in one line."""
         name = f" (id {self.id!r})" if self.id is not None else ""
         return f"pair {self.index}{name}: {RULES[self.rule]} ({self.detail})"
 
@@ -123,8 +125,7 @@ class TokenizedPairs:
     """Pairs as token ids, ready to be batched in any order.
 
     Args:
-        prompt: N rows of prompt ids, with the start token where the model has one. Both responses
-            follow the same ids.
+        prompt: N rows of prompt ids, with the start token where the model has one.
         chosen: N rows of response ids, each with the end token unless it was cut.
         rejected: the same for the other response.
         preference: float32 `[N]`, probability that chosen is better.
@@ -137,8 +138,7 @@ class TokenizedPairs:
         source: int64 `[N]`, place of each pair among the pairs that were given.
         max_length: the limit that the pairs were cut to. Buckets are never longer.
         report: what tokenization did.
-        identity: replaces the digest of the tokens in `fingerprint` where they are on disk, so
-            that they need not all be read.
+        identity: the `fingerprint` of tokens on disk, which need not be read for it.
     """
 
     prompt: Ragged
@@ -157,7 +157,6 @@ class TokenizedPairs:
     identity: str | None = None
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
         return len(self.prompt)
 
     @property
@@ -182,12 +181,10 @@ class TokenizedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every token of every pair, in order.
+        """SHA-256 over every token of every pair; on disk, of what the tokens were made from.
 
-        Tokenizer, template and truncation all show in the tokens, so that sets of equal fingerprint
-        have equal log-probs under the same model. A cache of reference log-probs uses it as its
-        key. Preferences and weights do not enter. Pairs on disk have a digest of what their tokens
-        were made from instead.
+        Sets of equal fingerprint have equal log-probs under the same model, so that a cache of
+        reference log-probs uses it as its key. Preferences and weights do not enter.
         """
         if self.identity is not None:
             return self.identity
@@ -203,14 +200,7 @@ class TokenizedPairs:
             part.expect(rows)
 
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
-        """Return the same pairs with reference log-probs, which every batch then carries.
-
-        Args:
-            reference: float `[N, 2]` log-probs (chosen, rejected), all finite.
-
-        Raises:
-            InputError: wrong shape, or values that are not finite.
-        """
+        """Return the same pairs with log-probs (chosen, rejected), float `[N, 2]`, all finite."""
         values = np.asarray(reference, np.float32)
         if values.shape != (len(self), 2) or not np.isfinite(values).all():
             rule = (
@@ -223,22 +213,14 @@ class TokenizedPairs:
     def take(self, rows: np.ndarray) -> TokenizedPairs:
         """Return the pairs of some rows, with the report of all. Tokens on disk are not read."""
         rows = np.asarray(rows, np.int64)
-
-        def pick(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else values[rows]
-
+        prompt, chosen, rejected = (part.select(rows) for part in self.parts)
+        taken: dict[str, Any] = {}
+        for name in COLUMNS:
+            column = getattr(self, name)
+            taken[name] = None if column is None else column[rows]
+        identity = None if self.identity is None else identity_of_rows(self.identity, rows)
         return replace(
-            self,
-            prompt=self.prompt.select(rows),
-            chosen=self.chosen.select(rows),
-            rejected=self.rejected.select(rows),
-            preference=self.preference[rows],
-            weight=self.weight[rows],
-            reference=pick(self.reference),
-            group=pick(self.group),
-            margin=pick(self.margin),
-            source=pick(self.source),
-            identity=None if self.identity is None else identity_of_rows(self.identity, rows),
+            self, prompt=prompt, chosen=chosen, rejected=rejected, identity=identity, **taken
         )
 
 

@@ -51,10 +51,7 @@ def overridden_methods(overrides: Iterable[Override]) -> Iterator[None]:
 
 
 def fused(function: Call) -> Call:
-    """Compile a function from tensors to one tensor: one XLA kernel forward and one backward.
-
-    Only the arguments are kept for the gradient.
-    """
+    """Compile a function to one XLA kernel forward and one backward, which keeps only arguments."""
 
     def gradients(upstream: Tensor, *values: Tensor) -> Tensor:
         with tf.GradientTape() as tape:
@@ -118,15 +115,9 @@ def _fused_norm(
 def remat_overrides(
     backbone: keras.Model, inner: Sequence[Override] = (), static: bool = False
 ) -> list[Override]:
-    """Recompute the transformer blocks of a backbone in the backward pass.
-
-    `inner` are the other overrides of the forward pass, which the recomputation needs as well;
-    `static` tells that XLA compiles the step.
-    """
-    return [
-        Override(block, "call", _recomputed(block, inner, static))
-        for block in transformer_blocks(backbone)
-    ]
+    """Recompute a backbone's blocks in the backward pass, under the `inner` overrides, too."""
+    blocks = transformer_blocks(backbone)
+    return [Override(block, "call", _recomputed(block, inner, static)) for block in blocks]
 
 
 def _recomputed(block: keras.layers.Layer, inner: Sequence[Override], static: bool) -> Call:

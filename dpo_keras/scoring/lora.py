@@ -35,14 +35,9 @@ def adapters_are_fresh(policy: keras.Model) -> bool:
 
 
 def low_rank_overrides(model: object) -> list[Override]:
-    """Compute the products of adapters in low rank.
-
-    Quantized layers, other layers than dense ones, and models not of Keras 3 keep their own call.
-    """
-    layers = adapted_layers(model) if isinstance(model, keras.Model) else []
-    return [
-        Override(layer, "call", _low_rank_call(layer)) for layer in layers if _can_factor(layer)
-    ]
+    """Compute adapters' products in low rank: of Keras 3 models' dense layers, not quantized."""
+    layers = filter(_can_factor, adapted_layers(model) if isinstance(model, keras.Model) else ())
+    return [Override(layer, "call", _low_rank_call(layer)) for layer in layers]
 
 
 def _can_factor(layer: keras.layers.Layer) -> bool:
@@ -80,14 +75,11 @@ def _low_rank_call(layer: keras.layers.Layer) -> Call:
 
 
 def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
-    """Return a policy's configuration, ready to be part of another model's.
-
-    KerasHub compiles its models when they are made, with an optimizer that Keras then fails to
-    restore; the compile configuration is left out. A Llama backbone leaves out of its configuration
-    that its embeddings are tied; it is added.
-    """
+    """Return a policy's configuration, ready to be part of another model's."""
     config: dict[str, JSON] = keras.saving.serialize_keras_object(policy)
+    # KerasHub compiles its models with an optimizer that Keras fails to restore.
     config.pop("compile_config", None)
+    # A Llama backbone leaves out of its configuration that its embeddings are tied.
     backbone = getattr(policy, "backbone", None)
     tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
@@ -96,13 +88,11 @@ def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
 
 
 def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:
-    """Return what `restore_adapters` needs to enable LoRA on a fresh copy; None without LoRA.
-
-    `places` are indices among `all_layers(policy)`, whose order the architecture fixes.
-    """
+    """Return what `restore_adapters` needs to enable LoRA on a fresh copy; None without LoRA."""
     layers = adapted_layers(policy)
     if not layers:
         return None
+    # Places among all layers, whose order the architecture fixes.
     index = {id(layer): number for number, layer in enumerate(all_layers(policy))}
     return {
         "ranks": [layer.lora_rank for layer in layers],
@@ -113,10 +103,7 @@ def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:
 
 
 def restore_adapters(policy: keras.Model, config: dict[str, JSON] | None) -> None:
-    """Enable LoRA on a policy of the same architecture as it was when `adapter_config` read it.
-
-    A model whose own configuration restored its adapters stays as it is.
-    """
+    """Enable LoRA as `adapter_config` read it, unless the model's own configuration did."""
     if config is None or adapted_layers(policy):
         return
     layers = all_layers(policy)

@@ -5,7 +5,7 @@ import numpy as np
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs, collate, collate_packed
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.head import split_backbone_and_head
+from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.utils.keras_hub_internals import (
     ATTENTION,

@@ -46,10 +46,7 @@ class Reference(keras.layers.Layer):
         return self.scored(scorer, batch).get("logps")
 
     def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
-        """Score a batch under the reference, without gradient, by the policy's scorer.
-
-        The result has `logps` (and `shared_logps` with `shared`), or nothing without a reference.
-        """
+        """Find `logps` (and `shared_logps` with `shared`) without gradient; {} for no reference."""
         return {}
 
     def load_own_variables(self, store: object) -> None:
@@ -108,22 +105,14 @@ class FrozenCopy(Reference):
             return _without_gradient(scorer(batch, shared=shared))
 
     def update_from_policy(self, alpha: float = 1.0) -> None:
-        """Move the reference toward the policy: ref <- alpha policy + (1 - alpha) ref.
-
-        Args:
-            alpha: in (0, 1]; 1 copies (arXiv 2404.09656, eq. 3 and 4).
-        """
+        """Set ref <- alpha policy + (1 - alpha) ref, 0 < alpha <= 1 (arXiv 2404.09656, eq. 3-4)."""
         for source, copy in zip(self._sources.variables, self.copies, strict=True):
             copy.assign(alpha * ops.cast(source, copy.dtype) + (1.0 - alpha) * copy)
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class AdaptersOff(FrozenCopy):
-    """The base model under the adapters: LoRA is off while the reference pass is traced.
-
-    KerasHub's `enable_lora` leaves the biases of adapted layers trainable. They are copied, so
-    that the reference is exact however far they move.
-    """
+    """The base model under the adapters: LoRA is off while the reference pass is traced."""
 
     mode = "adapters_off"
 
@@ -138,6 +127,7 @@ class AdaptersOff(FrozenCopy):
             hint = "Call policy.backbone.enable_lora(8) first, or use 'frozen_copy'."
             raise InputError(InputProblem("reference", rule, hint=hint))
         self._adapted = _Untracked(layers)
+        # KerasHub's `enable_lora` leaves the biases of adapted layers trainable: they are copied.
         adapters = {id(variable) for variable in adapter_variables(layers)}
         return [v for v in policy.trainable_variables if id(v) not in adapters]
 

@@ -8,8 +8,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.chunked_log_probs import log_probs_of
-from dpo_keras.scoring.head import split_backbone_and_head
+from dpo_keras.scoring.language_model_head import log_probs_of, split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import (
     FUSED_FROM,
     Override,
@@ -97,11 +96,9 @@ class ResponseScorer:
         """Score every response of a batch.
 
         Args:
-            batch: the batch contract: `token_ids`, `padding_mask` `[rows, sequences, length]`;
-                `source`, `target`, `owner` `[rows, slots]`; `weight` `[rows, pairs]`; packed rows
-                have `positions` and `tree` `[rows, 1, length]`, too.
+            batch: by the contract of `dpo_keras.batching.Batch`.
             training: whether layers such as dropout are active.
-            statistics: further figures of each token, from `chunked_log_probs.STATISTICS`.
+            statistics: further figures of each token, from `language_model_head.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
 
         Returns:
@@ -214,13 +211,11 @@ def sum_by_owner(values: Tensor, owner: Tensor, pairs: int) -> Tensor:
 
 
 def shared_length(owner: Tensor, pairs: int) -> Tensor:
-    """Mark the response tokens before the end of the shorter response of their pair.
-
-    The result is bool `[rows, slots]`, as `owner`; the tokens of a response are in order.
-    """
+    """Mark response tokens before the end of their pair's shorter response: bool, as `owner`."""
     belongs = ops.cast(owner[..., None] == ops.arange(2 * pairs, dtype="int32"), "int32")
     lengths = ops.reshape(ops.sum(belongs, axis=1), (-1, pairs, 2))
     shorter = ops.repeat(ops.min(lengths, axis=-1), 2, axis=-1)
+    # The tokens of a response are in order.
     place = ops.sum(belongs * ops.cumsum(belongs, axis=1), axis=-1)
     limit = ops.sum(belongs * shorter[:, None, :], axis=-1)
     return ops.logical_and(place > 0, place <= limit)

@@ -14,9 +14,8 @@ Two implementations give equal results:
   on pairs of tokens in different trees, which are most pairs of a row;
 * *dense*: one mask over the whole row, whose shapes are static, as XLA needs.
 
-KerasHub's backbones take neither positions nor masks from outside. `tree_overrides` gives the
-positions of the batch to their position layers, and `TreeLayout.attend` to their attention layers
-in place of their own product of queries and keys. Everything else is the backbone's own code.
+`tree_overrides` gives the positions of the batch to a backbone's position layers, and
+`TreeLayout.attend` to its attention layers. Everything else is the backbone's own code.
 """
 
 import keras
@@ -42,12 +41,8 @@ _NEVER = -1e9
 class TreeLayout:
     """Positions and attention of one packed batch, computed once for all layers.
 
-    Args:
-        positions: `[rows, length]` int32, the place of each token in its own text.
-        tree: `[rows, length]` int32, 3 * (pair slot) + (0 prompt, 1 chosen, 2 rejected); -1 where
-            the row is empty.
-        dense: whether shapes must be static (XLA, TPUs).
-        segment: tokens; a piece holds the trees that begin within so many.
+    `positions` and `tree` are `[rows, length]`, as in `Batch`; `dense` tells that shapes must be
+    static (XLA, TPUs); a piece holds the trees that begin within `segment` tokens.
     """
 
     def __init__(
@@ -64,10 +59,9 @@ class TreeLayout:
             self._missing = tf.unstack(-self._sizes % GRID)
 
     def biases(self, window: int | None) -> list[Tensor]:
-        """Return what is added to attention scores: 0 where a token sees another, else -1e9.
+        """Return what each piece adds to its attention scores, 0 or -1e9: float32 `[1, n, n]`.
 
-        One float32 tensor for each piece: `[1, n, n]` for segments, n a multiple of `GRID`;
-        `[rows, 1, length, length]` as the only one if dense.
+        If dense, there is one for all: `[rows, 1, length, length]`.
         """
         if window not in self._biases:
             trees, positions = self._flat_pieces(self._tree, -1), self._flat_pieces(self.positions)
@@ -98,14 +92,9 @@ class TreeLayout:
         settings: AttentionSettings,
         training: bool | None = False,
     ) -> Tensor:
-        """Attend within trees: softmax(cap(scale q k') + bias) v, `[rows, length, heads, D']`.
+        """Attend within trees: softmax(cap(scale q k') + bias) v, in the dtype of v.
 
-        Args:
-            query: `[rows, length, heads, D]`.
-            key: `[rows, length, key heads, D]`; heads must be a multiple of key heads.
-            value: `[rows, length, key heads, D']`, whose dtype the result has.
-            settings: scale, cap, window and dropout.
-            training: whether dropout is active.
+        Shapes are `[rows, length, heads, D]`; heads are a multiple of those of key and value.
         """
         rows, length, heads, _ = query.shape
         groups = heads // key.shape[2]

@@ -41,16 +41,9 @@ def best_fit(
 ) -> Rows:
     """Pack a stream of pairs: each goes into the fullest row that still holds it.
 
-    Pairs are taken as they come. Sorting them by size first (best fit decreasing) would fill rows
-    by one percent more, but makes rows of two long pairs and rows of twenty short ones. As they
-    come, rows hold similar numbers of pairs, and so do the steps that are made of them.
-
-    `rows` are filled first, and changed. A row takes no pair more than `window` pairs later in the
-    stream, which roughly keeps the stream's order.
-
-    References:
-        D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing
-        algorithms, SIAM J. Comput. 3 (1974).
+    Sorting them by size first (best fit decreasing; D. S. Johnson et al., SIAM J. Comput. 3, 1974)
+    would fill rows by one percent more, but rows, and so steps, would no longer hold similar
+    numbers of pairs. `rows` are filled first, and changed.
     """
     tokens, responses = sizes.tokens.tolist(), sizes.responses.tolist()
     smallest = int(sizes.tokens.min(initial=capacity.length))

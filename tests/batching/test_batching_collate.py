@@ -8,6 +8,7 @@ from dpo_keras.batching import (
     collate_single,
     tokenize_pairs,
 )
+from dpo_keras.batching.ragged import places
 from dpo_keras.errors import InputError
 
 
@@ -136,3 +137,8 @@ def test_ragged_rows_survive_packing_slicing_and_picking():
     with pytest.raises(IndexError):
         ragged[40]
     assert Ragged.from_lists([]).tolist() == []
+
+
+def test_places_are_runs_end_to_end():
+    assert places(np.array([10, 20]), np.array([2, 3])).tolist() == [10, 11, 20, 21, 22]
+    assert places(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpo_keras.utils.python_stream import PythonCalls
+from dpo_keras.batching import Part
+from dpo_keras.batching.batch_stream import PythonCalls, signature_of
 
 
 def numbers(function, prefetch=0):
@@ -59,7 +60,7 @@ def test_a_process_that_leaves_an_iterator_behind_ends():
         import time
         import numpy as np
         import tensorflow as tf
-        from dpo_keras.utils.python_stream import Source, signature_of, stream
+        from dpo_keras.batching.batch_stream import Source, signature_of, stream
 
         def make(epoch, step):
             time.sleep(0.3)  # so that the program ends in the middle of a call
@@ -88,3 +89,16 @@ def test_results_keep_their_order_and_types():
     )
     first, second = function(tf.constant(3))
     assert first.numpy().tolist() == [0, 1, 2] and second.numpy() == np.float32(3)
+
+
+def test_a_signature_leaves_the_named_dimensions_open():
+    sample = {"owner": np.zeros((2, 8), np.int32), "weight": np.zeros((2, 1), np.float32)}
+    signature = signature_of(sample, {"owner": 1})
+    assert signature["owner"].shape.as_list() == [2, None] and signature["owner"].dtype == tf.int32
+    assert signature["weight"].shape.as_list() == [2, 1]
+
+
+def test_a_part_puts_results_at_its_pairs_and_skips_empty_slots():
+    results = np.zeros(3)
+    assert Part(np.array([2, 0, -1]), {}).put(np.array([5.0, 6.0, 7.0]), results) == 2
+    assert results.tolist() == [6.0, 0.0, 5.0]
