@@ -1,30 +1,146 @@
-"""End a cluster's workers together, and name the one that was lost."""
+"""Stop a cluster's workers together: on a signal, after an error, or when one of them is lost."""
 
 from __future__ import annotations
 
 import os
-import re
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
-from dpo_keras.cluster.stop_request import RunStopped, StopRequest
 from dpo_keras.cluster.tf_config import Cluster
-from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, meet
+from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, lost_peer, meet
 from dpo_keras.errors import InputError
 from dpo_keras.utils.tensors import JSON
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 RESUME = "Start all workers again with --resume; the run goes on from its newest checkpoint."
-# Names of what TensorFlow raises when a peer is gone: this package does not import TensorFlow.
-_PEER_ERRORS = {
-    *("UnavailableError", "AbortedError", "CancelledError"),
-    *("DeadlineExceededError", "FailedPreconditionError"),
-}
 _SILENCE = 35.0  # longer than the kernel's probes of a machine that is gone
 _GRACE = 5.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class RunStopped(KeyboardInterrupt):
+    """A run was asked to stop, and stopped where it can be resumed.
+
+    Args:
+        reason: what asked.
+        step: the step that was saved last; None outside of training.
+
+    Example:
+        >>> str(RunStopped("SIGTERM", 7))
+        'stopped by SIGTERM after step 7, which is saved.'
+    """
+
+    def __init__(self, reason: str, step: int | None = None):
+        self.reason, self.step = reason, step
+        where = "between steps" if step is None else f"after step {step}, which is saved"
+        super().__init__(f"stopped by {reason} {where}.")
+
+
+class StopRequest:
+    """Whether a run has been asked to stop.
+
+    Within `at_step_end`, a request waits until the training loop reads `requested`. Elsewhere it
+    raises `RunStopped` in the main thread at once; that is safe, since files are written whole or
+    not at all. SIGTERM may arrive any number of times. A second Ctrl-C raises `KeyboardInterrupt`.
+
+    Attributes:
+        announce: called once, from any thread, with the name of a signal that arrived here.
+
+    Example:
+        >>> stop = StopRequest()
+        >>> with stop.at_step_end():
+        ...     stop.request("SIGTERM at worker 1")
+        ...     stop.requested, stop.reason
+        (True, 'SIGTERM at worker 1')
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.announce: Callable[[str], None] | None = None
+        self._requested = threading.Event()
+        self._announced = threading.Lock()
+        self._waiting = self._interrupts = 0
+        self._leaving = self._installed = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop was requested."""
+        return self._requested.is_set()
+
+    def request(self, reason: str) -> None:
+        """Request a stop, from any thread, for a reason that the message names."""
+        if self.requested:
+            return
+        self.reason = reason
+        self._requested.set()
+        # Announce only signals that arrived here, not the requests of other workers.
+        self._announced.acquire(blocking=False)
+        if self._installed:
+            # Only a signal interrupts a main thread that is busy in Python code.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def at_step_end(self) -> Iterator[None]:
+        """Defer requests: within this context they wait until `requested` is read."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def stopped(self, step: int | None = None) -> RunStopped:
+        """Make the exception that ends the run, after a saved step or outside of training."""
+        self._leaving = True
+        return RunStopped(self.reason or "another worker", step)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into requests; do nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # A main thread inside TensorFlow runs no handlers, but the wake-up pipe gets every signal.
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._installed = True
+        try:
+            yield
+        finally:
+            self._installed = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            theirs.close()
+
+    def _listen(self, pipe: socket.socket) -> None:
+        with pipe:
+            while received := pipe.recv(16):
+                for number in set(received).intersection(_SIGNALS):
+                    self._announce(signal.Signals(number).name)
+
+    def _announce(self, name: str) -> None:
+        # Once in a process: the lock is never released.
+        if self.announce is not None and self._announced.acquire(blocking=False):
+            with suppress(OSError):
+                self.announce(name)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name
+        self._requested.set()
+        if not self._waiting and not self._leaving:
+            raise self.stopped()
 
 
 def end_process(text: str, code: int) -> None:
@@ -36,10 +152,9 @@ def end_process(text: str, code: int) -> None:
 class Watchdog:
     """A link from each worker to the chief, for as long as a run takes.
 
-    TensorFlow 2.21 detects a lost peer too, but slowly and with the wrong names. The next worker of
-    the ring fails at once with `UnavailableError`. The others hang in the collective until the
-    coordination service misses heartbeats (10 s), and its message also names workers that left in
-    the meantime. A worker outside of a collective continues until its next one.
+    TensorFlow 2.21 detects a lost peer too, but late. Only the next worker of the ring fails at
+    once (`UnavailableError`). The others hang in their next collective until heartbeats are missed
+    (10 s), and that message also names workers that left in the meantime.
 
     Use it as a context manager. A normal exit says goodbye to the other workers. An exception tells
     them why, and they end with the same exit code.
@@ -88,7 +203,7 @@ class Watchdog:
         """
         self._links = meet(self.cluster, timeout, greeting or {})
         if self._stop is not None:
-            self._stop.announce = self._announce_stop
+            self._stop.announce = lambda name: self._tell(stop=f"{name} at {self.cluster.this}")
         for place in self._links:
             threading.Thread(target=self._watch, args=(place,), daemon=True).start()
         return self
@@ -120,24 +235,17 @@ class Watchdog:
         else:
             ordered = values[-1]
         if any(value != ordered[0] for value in ordered):
-            each = ", ".join(
-                f"{task} has {value}"
-                for task, value in zip(self.cluster.in_step, ordered, strict=True)
-            )
+            tasks = zip(self.cluster.in_step, ordered, strict=True)
+            each = ", ".join(f"{task} has {value}" for task, value in tasks)
             raise InputError(f"the workers do not have the same {what}: {each}. {hint}".rstrip())
 
     def __enter__(self) -> Watchdog:
-        """Return this object."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Say goodbye, or tell the other workers why this one ends."""
-        if type(error).__name__ in _PEER_ERRORS:
+        peer = lost_peer(self.cluster, error)
+        if peer is not None:
             # The thread that reads which worker was lost ends this process in the meantime.
             time.sleep(_SILENCE)
         self._closing = True
@@ -147,24 +255,11 @@ class Watchdog:
             self._tell(left=self._place, **_farewell(error))
         for link in self._links.values():
             link.finish()
-        if type(error).__name__ in _PEER_ERRORS:
+        if peer is not None:
             raise ClusterError(
-                f"{self._silent(str(error))} does not answer any more: its process hangs, or its "
-                f"machine does not reach this one. {RESUME}"
+                f"{peer} does not answer any more: its process hangs, or its machine does not "
+                f"reach this one. {RESUME}"
             ) from error
-
-    def _silent(self, text: str) -> str:
-        """Return the task whose heartbeats TensorFlow misses, from its message."""
-        found = re.search(r"unhealthy.*?/job:(\w+)/replica:0/task:(\d+)", text, re.DOTALL)
-        named = [
-            str(task)
-            for task in self.cluster.in_step
-            if found and (task.type, task.index) == (found[1], int(found[2]))
-        ]
-        return named[0] if named else "a worker"
-
-    def _announce_stop(self, name: str) -> None:
-        self._tell(stop=f"{name} at {self.cluster.this}")
 
     def _tell(self, but: int | None = None, **message: JSON) -> None:
         for place, link in self._links.items():
@@ -177,63 +272,58 @@ class Watchdog:
             self._changed.notify_all()
 
     def _watch(self, place: int) -> None:
-        for message in self._links[place].messages():
-            for name, react in _REACTIONS.items():
-                if name in message:
-                    react(self, place, message)
+        while (message := self._links[place].receive(None)) is not None:
+            self._react(place, message)
         if place not in self._gone:
             self._lost(place)
         self._links[place].close()
 
-    def _on_vote(self, place: int, message: Message) -> None:
-        self._vote(message["vote"], place, message["value"])
+    def _react(self, place: int, message: Message) -> None:
+        match message:
+            case {"vote": number, "value": value}:
+                self._vote(number, place, value)
+            case {"votes": number, "values": values}:
+                self._vote(number, -1, values)
+            case {"bye": _}:
+                self._gone.add(place)
+            case {"left": _}:
+                self._left(place, message)
+            case {"lost": lost}:
+                self._lost(lost)
+            case {"stop": reason}:
+                if self.cluster.is_chief:
+                    self._tell(but=place, stop=reason)
+                if self._stop is not None:
+                    self._stop.request(reason)
 
-    def _on_votes(self, place: int, message: Message) -> None:
-        self._vote(message["votes"], -1, message["values"])
-
-    def _on_bye(self, place: int, message: Message) -> None:
+    def _left(self, place: int, message: Message) -> None:
         self._gone.add(place)
-
-    def _on_stop(self, place: int, message: Message) -> None:
-        if self.cluster.is_chief:
-            self._tell(but=place, stop=message["stop"])
-        if self._stop is not None:
-            self._stop.request(message["stop"])
-
-    def _on_left(self, place: int, message: Message) -> None:
-        self._gone.add(place)
-        if not self._is_first():
+        if not self._is_first(place, **message):
             return
-        if self.cluster.is_chief:
-            self._tell(but=place, **message)
         # All workers may end for the same reason; then each reports it itself.
         deadline = time.monotonic() + _GRACE
         while not self._closing and time.monotonic() < deadline:
             time.sleep(0.05)
-        task = self.cluster.in_step[message["left"]]
-        self._finish(f"{task} {message['why']}", message["code"])
-
-    def _on_lost(self, place: int, message: Message) -> None:
-        self._lost(message["lost"])
+        self._finish(f"{self.cluster.in_step[message['left']]} {message['why']}", message["code"])
 
     def _lost(self, place: int) -> None:
         # Only the first reason counts: links close one after another when workers end.
-        if not self._is_first():
+        if not self._is_first(place, lost=place):
             return
-        if self.cluster.is_chief:
-            self._tell(but=place, lost=place)
         self._finish(
             f"{self.cluster.in_step[place]} was lost: its process ended without a word (killed, "
             f"crashed, or its machine is gone). {RESUME}",
             FAILED,
         )
 
-    def _is_first(self) -> bool:
-        """Tell whether this is the first reason to end, and remember that there is one."""
+    def _is_first(self, place: int, **message: JSON) -> bool:
+        """Tell whether this is the first reason to end; the chief then passes it on."""
         with self._changed:
             first = not self._ending and not self._closing
             self._ending = True
-            return first
+        if first and self.cluster.is_chief:
+            self._tell(but=place, **message)
+        return first
 
     def _finish(self, text: str, code: int) -> None:
         if self._closing:
@@ -244,16 +334,6 @@ class Watchdog:
         # Sockets of an ended process may discard what peers have not read yet.
         time.sleep(0.5)
         self._end(text, code)
-
-
-_REACTIONS: dict[str, Callable[[Watchdog, int, Message], None]] = {
-    "vote": Watchdog._on_vote,
-    "votes": Watchdog._on_votes,
-    "bye": Watchdog._on_bye,
-    "stop": Watchdog._on_stop,
-    "left": Watchdog._on_left,
-    "lost": Watchdog._on_lost,
-}
 
 
 def _farewell(error: BaseException) -> dict[str, JSON]:

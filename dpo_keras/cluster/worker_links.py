@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 from dpo_keras.cluster.tf_config import Cluster, Task
@@ -17,10 +18,26 @@ from dpo_keras.utils.tensors import JSON
 Message = dict[str, JSON]
 Greeting = Mapping[str, str]
 _HELLO_SECONDS = 5.0
+# Names of what TensorFlow raises when a peer is gone: this package does not import TensorFlow.
+_PEER_ERRORS = {
+    *("UnavailableError", "AbortedError", "CancelledError"),
+    *("DeadlineExceededError", "FailedPreconditionError"),
+}
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
 
 class ClusterError(RuntimeError):
     """A worker is missing or was lost. The input is not at fault."""
+
+
+def lost_peer(cluster: Cluster, error: BaseException | None) -> str | None:
+    """Return the task whose heartbeats TensorFlow misses; None if the error has another cause."""
+    if type(error).__name__ not in _PEER_ERRORS:
+        return None
+    found = re.search(r"unhealthy.*?/job:(\w+)/replica:0/task:(\d+)", str(error), re.DOTALL)
+    silent = found and (found[1], int(found[2]))
+    named = (str(task) for task in cluster.in_step if (task.type, task.index) == silent)
+    return next(named, "a worker")
 
 
 class Link:
@@ -36,12 +53,7 @@ class Link:
         self._lines = connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
         self._sending = threading.Lock()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_KEEPIDLE", 10),
-            ("TCP_KEEPINTVL", 5),
-            ("TCP_KEEPCNT", 4),
-            ("TCP_USER_TIMEOUT", 30_000),
-        ):
+        for name, value in _PROBES.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -51,22 +63,13 @@ class Link:
             self.socket.sendall((json.dumps(message) + "\n").encode())
 
     def receive(self, seconds: float | None) -> Message | None:
-        """Wait for a message, for at most `seconds` (None: without a limit).
-
-        Returns:
-            The message; None if the connection ended, timed out or carried something else.
-        """
+        """Wait for a message; None if the connection ends, times out or carries something else."""
         try:
             self.socket.settimeout(seconds)
             message = json.loads(self._lines.readline(1 << 16))
         except (OSError, ValueError):
             return None
         return message if isinstance(message, dict) else None
-
-    def messages(self) -> Iterator[Message]:
-        """Yield messages until the connection ends."""
-        while (message := self.receive(None)) is not None:
-            yield message
 
     def finish(self) -> None:
         """Close the sending side. What was sent still arrives."""
@@ -80,30 +83,17 @@ class Link:
 
 
 def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
-    """Wait until every worker has connected with the same greeting.
+    """Wait for all workers; return the links by place in `cluster.in_step`, a worker's as 0.
 
     The workers meet on the chief's own address before TensorFlow listens there, so no further port
     has to be open. TensorFlow itself waits for ever when the chief is up and a worker is not.
-
-    Args:
-        cluster: the processes.
-        timeout: seconds to wait.
-        greeting: values, by name, that must be equal on all workers.
-
-    Returns:
-        On the chief, the links by place in `cluster.in_step`; on a worker, its link as 0.
-
-    Raises:
-        ClusterError: a worker did not connect in time; the message names it.
-        InputError: the greetings differ, or a port is not free.
     """
     if len(cluster.in_step) == 1:
         return {}
     _check_port(cluster.this)
-    deadline = time.monotonic() + timeout
     if cluster.is_chief:
-        return _welcome(cluster, deadline, timeout, dict(greeting))
-    return {0: _join(cluster, deadline, timeout, dict(greeting))}
+        return _welcome(cluster, timeout, greeting)
+    return {0: _join(cluster, timeout, greeting)}
 
 
 def _check_port(task: Task, patience: float = 10.0) -> None:
@@ -136,9 +126,8 @@ def _listener(task: Task) -> socket.socket:
     return listener
 
 
-def _welcome(
-    cluster: Cluster, deadline: float, timeout: float, greeting: dict[str, str]
-) -> dict[int, Link]:
+def _welcome(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
+    deadline = time.monotonic() + timeout
     links: dict[int, Link] = {}
     problems: list[str] = []
     with _listener(cluster.chief) as listener:
@@ -166,7 +155,7 @@ def _dismiss(links: Mapping[int, Link], **message: JSON) -> None:
 
 
 def _greet(
-    listener: socket.socket, cluster: Cluster, links: dict[int, Link], greeting: dict[str, str]
+    listener: socket.socket, cluster: Cluster, links: dict[int, Link], greeting: Greeting
 ) -> list[str]:
     """Accept one connection; return the problems with it."""
     connection, _ = listener.accept()
@@ -200,7 +189,8 @@ def _missing(cluster: Cluster, links: Mapping[int, Link], timeout: float) -> Clu
     return ClusterError(text)
 
 
-def _join(cluster: Cluster, deadline: float, timeout: float, greeting: dict[str, str]) -> Link:
+def _join(cluster: Cluster, timeout: float, greeting: Greeting) -> Link:
+    deadline = time.monotonic() + timeout
     chief, place = cluster.chief, cluster.in_step.index(cluster.this)
     problem = "it did not answer"
     while (left := deadline - time.monotonic()) > 0:
@@ -211,7 +201,7 @@ def _join(cluster: Cluster, deadline: float, timeout: float, greeting: dict[str,
             time.sleep(0.2)
             continue
         link = Link(connection)
-        link.send(place=place, addresses=_addresses(cluster), greeting=greeting)
+        link.send(place=place, addresses=_addresses(cluster), greeting=dict(greeting))
         # The chief may have started to wait later than this worker.
         answer = link.receive(timeout + 5.0) or {}
         if "welcome" in answer:

@@ -3,13 +3,7 @@
 from dpo_keras.preferences.audit import Audit, audit
 from dpo_keras.preferences.collection import Preferences
 from dpo_keras.preferences.file_formats import write_preferences
-from dpo_keras.preferences.pair import (
-    InvalidPair,
-    Message,
-    PreferencePair,
-    Text,
-    plain_text,
-)
+from dpo_keras.preferences.pair import InvalidPair, Message, PreferencePair, Text, plain_text
 from dpo_keras.preferences.quickstart_data import Verdict, judge, support_pairs
 from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
 from dpo_keras.preferences.reader import PreferenceStream, read_preferences

@@ -96,17 +96,12 @@ def _successes(share: Estimate) -> int:
 
 
 def _share_dict(share: Estimate) -> dict[str, JSON]:
-    counts = {"count": _successes(share), "total": share.count}
-    return {**counts, "share": share.value, "low": share.low, "high": share.high}
+    shares = {"share": share.value, "low": share.low, "high": share.high}
+    return {"count": _successes(share), "total": share.count, **shares}
 
 
 def share_text(share: Estimate) -> str:
-    """Return a share for people, with its counts.
-
-    Example:
-        >>> share_text(wilson(80, 100))
-        '80 of 100 (80.0 %, 95 % interval 71.1 to 86.7 %)'
-    """
+    """Return a share for people, with its counts and its interval."""
     if share.value is None or share.low is None or share.high is None:
         return "none to count"
     low, high = 100 * share.low, 100 * share.high
@@ -169,14 +164,6 @@ class RepeatFinder:
     contradiction has the prompt and responses of an earlier pair and prefers the other response,
     whoever the annotators were. A tie contradicts nothing. Two different comparisons count as one
     with a probability of 2⁻⁶⁴.
-
-    Example:
-        >>> finder = RepeatFinder()
-        >>> one, other = PreferencePair("Hi", "Yes", "No"), PreferencePair("Hi", "No", "Yes")
-        >>> for pair in (one, other, one):
-        ...     finder.add(pair)
-        >>> finder.find()
-        ([(2, 0)], [(1, 0), (2, 1)])
     """
 
     def __init__(self) -> None:

@@ -73,10 +73,9 @@ class PairSequence(Sequence[PreferencePair]):
         The sides depend on the pairs and the arguments only, not on the order of the pairs, nor on
         whether they are in memory or on disk.
 
-        `by="prompt"` draws each prompt by its own hash: it is held out where
-        `draw(hash, seed) < fraction`, with draws uniform in [0, 1). Pairs that are added later move
-        no other prompt; the held-out share is the fraction as nearly as chance has it. Where that
-        leaves a side empty, the one prompt whose draw is nearest to the fraction changes sides.
+        `by="prompt"` holds a prompt out where `draw(hash, seed) < fraction`, with draws uniform in
+        [0, 1). Pairs that are added later move no other prompt; the held-out share is the fraction
+        up to chance. If a side stays empty, the prompt whose draw is nearest changes sides.
 
         Annotators and groups are few and large. They are held out in the order of their draws for
         as long as they fit, so that the held-out share is as near to the fraction as they allow.
@@ -84,8 +83,8 @@ class PairSequence(Sequence[PreferencePair]):
         Args:
             fraction: share of the pairs to hold out, in (0, 1).
             seed: another seed draws another split.
-            by: "prompt", or "annotator" or "group" to keep each of those on one side too. Those
-                that share a prompt, directly or through others, then stay together.
+            by: "prompt", or "annotator" or "group" to keep each of those on one side too, together
+                with those that share a prompt with it, directly or through others.
 
         Returns:
             `(train, held_out)`, each in the order of the pairs here.
@@ -108,11 +107,9 @@ class PairSequence(Sequence[PreferencePair]):
             problems.append(InputProblem("by", f"must be one of {', '.join(SPLIT_KEYS)}", by))
         if problems or number is None:
             raise InputError(problems)
-        values = None if by == "prompt" else _value_hashes(self, by)
-        held = held_out_rows(self.prompt_hashes, number, seed, values)
+        units = _units(self, by)
+        held = _held_out(units, number, seed, by)
         if held.all() or not held.any():
-            prompts = self.prompt_hashes
-            units = prompts if values is None else joined(prompts, values)
             raise InputError(_empty_side(held, number, by, units))
         return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
 
@@ -133,10 +130,9 @@ class Preferences(PairSequence):
         self._pairs = tuple(pairs)
         for place, pair in enumerate(self._pairs):
             if not isinstance(pair, PreferencePair):
-                found = (
-                    f"item {place} is a {type(pair).__name__}; read_preferences() takes records."
-                )
-                raise InputError(InputProblem("pairs", f"must be PreferencePair objects, {found}"))
+                found = f"item {place} is a {type(pair).__name__}"
+                must = f"must be PreferencePair objects, {found}; read_preferences() takes records."
+                raise InputError(InputProblem("pairs", must))
         count = len(self._pairs)
         self.report = ReadReport(read=count, kept=count) if report is None else report
 
@@ -169,19 +165,12 @@ class Preferences(PairSequence):
         return Preferences((self._pairs[row] for row in rows.tolist()), self.report)
 
 
-def held_out_rows(
-    prompts: np.ndarray, fraction: float, seed: int, values: np.ndarray | None
-) -> np.ndarray:
-    """Choose what is held out, bool `[N]`; `PairSequence.split` describes how.
-
-    `prompts` and `values` (annotators or groups; None splits by prompt) are hashes, uint64 `[N]`.
-    """
-    if values is not None:
-        units, unit, sizes = np.unique(
-            joined(prompts, values), return_inverse=True, return_counts=True
-        )
-        return _fitting(sizes, np.argsort(_draws(units, seed)), fraction)[unit]
-    draws = _draws(prompts, seed)
+def _held_out(units: np.ndarray, fraction: float, seed: int, by: str) -> np.ndarray:
+    """Choose what is held out, bool `[N]`; `PairSequence.split` describes how."""
+    if by != "prompt":
+        names, unit, sizes = np.unique(units, return_inverse=True, return_counts=True)
+        return _fitting(sizes, np.argsort(_draws(names, seed)), fraction)[unit]
+    draws = _draws(units, seed)
     held = draws < np.uint64(fraction * 2**64)
     if len(draws) and not held.any():
         held = draws == draws.min()
@@ -190,11 +179,15 @@ def held_out_rows(
     return held
 
 
-def joined(prompts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return for each pair the least of the values that belong together, uint64 `[N]`.
+def _units(pairs: PairSequence, by: str) -> np.ndarray:
+    """Return a number for each pair, equal for pairs that stay together, uint64 `[N]`.
 
-    Values that share a prompt belong together, directly or through others.
+    Annotators or groups that share a prompt, directly or through others, stay together.
     """
+    prompts = pairs.prompt_hashes
+    if by == "prompt":
+        return prompts
+    values = _value_hashes(pairs, by)
     names, value = np.unique(values, return_inverse=True)
     order = np.argsort(prompts, kind="stable")
     same = prompts[order][1:] == prompts[order][:-1]
@@ -217,9 +210,7 @@ def earlier_split(
     pairs: Preferences, fraction: float, seed: int, by: str
 ) -> tuple[Preferences, Preferences]:
     """Split as this package did before memory and disk had one split: for runs begun then."""
-    prompts = pairs.prompt_hashes
-    together = prompts if by == "prompt" else joined(prompts, _value_hashes(pairs, by))
-    _, unit, sizes = np.unique(together, return_inverse=True, return_counts=True)
+    _, unit, sizes = np.unique(_units(pairs, by), return_inverse=True, return_counts=True)
     least: dict[int, str] = {}
     for number, pair in zip(unit.tolist(), pairs, strict=True):
         prompt = json.dumps(pair.as_dict()["prompt"])

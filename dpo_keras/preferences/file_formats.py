@@ -20,30 +20,23 @@ from typing import BinaryIO, cast
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair, shown
-from dpo_keras.preferences.record_stream import Reading, Records, Source
+from dpo_keras.preferences.record_stream import FORMATS, Reading, Records, Source
 from dpo_keras.preferences.records import COLUMNS, OPTIONAL, missing_columns
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.tensors import JSON
 
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 BOM = b"\xef\xbb\xbf"
 
 
 def open_file(path: str | os.PathLike[str], reading: Reading) -> Source:
     """Return a file as a source; it is opened at the first record."""
-    format = file_format(Path(path), reading.format)
-    return Source(os.fspath(path), read_file(Path(path), format, reading), format == "csv")
+    format = _format(Path(path), reading.format)
+    return Source(os.fspath(path), _read(Path(path), format, reading), format == "csv")
 
 
-def file_format(path: Path, format: str) -> str:
-    """Return the format of a file that is there: by its name where `format` is "auto"."""
+def _format(path: Path, format: str) -> str:
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir() if _suffix(entry) in SUFFIXES)
         held = ", ".join(inside[:5]) or "no data files"
@@ -61,8 +54,7 @@ def file_format(path: Path, format: str) -> str:
     return SUFFIXES[suffix]
 
 
-def read_file(path: Path, format: str, reading: Reading) -> Records:
-    """Yield `(line, record)` of one file; a `Fault` in place of a record that cannot be read."""
+def _read(path: Path, format: str, reading: Reading) -> Records:
     last: int | None = 0
     try:
         with _open(path) as stream:
@@ -247,24 +239,24 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
         if suffix == ".parquet":
             _write_parquet(records, partial)
             return
-        content = _as_csv(records) if suffix.startswith(".csv") else _as_jsonl(records)
+        if suffix.startswith(".csv"):
+            text = _as_csv(records)
+        else:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # No time in the header: the same pairs give the same bytes.
         zipped = suffix.endswith(".gz")
+        content = text.encode()
         partial.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
 
 
-def _as_jsonl(records: list[dict[str, JSON]]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def _as_csv(records: list[dict[str, JSON]]) -> bytes:
+def _as_csv(records: list[dict[str, JSON]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _columns(records), restval="")
     writer.writeheader()
     for record in records:
         texts = {n: json.dumps(v, ensure_ascii=False) for n, v in record.items() if type(v) is list}
         writer.writerow({**record, **texts})
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
 def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:

@@ -82,11 +82,7 @@ class PreferenceStream(RecordStream):
 
     Args:
         source: as in `read_preferences`, as all arguments.
-        format: see there.
         on_error: "fail" raises after the last record, with the problems of all.
-        limit: see there.
-        columns: see there.
-        data_dir: see there.
 
     Raises:
         InputError: as `read_preferences`; while iterating where records are wrong.

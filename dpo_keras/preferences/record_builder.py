@@ -13,24 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences import stored_preferences as stored
 from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.reader import PathLike, PreferenceStream
-from dpo_keras.preferences.stored_preferences import (
-    FLAGS,
-    FORMAT,
-    INDEX,
-    INDEX_ROW,
-    MANIFEST,
-    NAMES,
-    NUMBERS,
-    RECORD_HEAD,
-    RECORD_TAIL,
-    TEXTS,
-    StoredFile,
-    StoredPreferences,
-    serialize,
-)
+from dpo_keras.preferences.stored_preferences import StoredFile, StoredPreferences, serialize
 from dpo_keras.utils.atomic_files import flush_to_disk
 from dpo_keras.utils.tensors import JSON
 
@@ -99,9 +86,9 @@ def build_preferences(
     )
     with _unfinished(folder) as partial:
         shards = _write_records(stream, partial, shard_bytes, on_pairs)
-        index = StoredFile.of(partial / INDEX, sum(shard.pairs for shard in shards))
+        index = StoredFile.of(partial / stored.INDEX, sum(shard.pairs for shard in shards))
         manifest = {
-            "format": FORMAT,
+            "format": stored.FORMAT,
             "pairs": index.pairs,
             "shards": [vars(shard) for shard in shards],
             "index": vars(index),
@@ -110,7 +97,7 @@ def build_preferences(
         # For tfds.builder_from_directory.
         _write_json(partial / "features.json", _features())
         _write_json(partial / "dataset_info.json", _dataset_info(shards))
-        _write_json(partial / MANIFEST, manifest)
+        _write_json(partial / stored.MANIFEST, manifest)
         flush_to_disk(partial)
     return StoredPreferences.open(folder)
 
@@ -153,7 +140,7 @@ def _write_records(
     counts: list[int] = []
     done = 0
     writer = None
-    with (folder / INDEX).open("wb") as index:
+    with (folder / stored.INDEX).open("wb") as index:
         try:
             for pair in pairs:
                 record = serialize(pair)
@@ -162,8 +149,8 @@ def _write_records(
                     counts.append(0)
                 writer.write(record)
                 row = (len(counts) - 1, place, len(record), hash64(text_bytes(pair.prompt)))
-                index.write(np.array(row, INDEX_ROW).tobytes())
-                place += RECORD_HEAD + len(record) + RECORD_TAIL
+                index.write(np.array(row, stored.INDEX_ROW).tobytes())
+                place += stored.RECORD_HEAD + len(record) + stored.RECORD_TAIL
                 counts[-1] += 1
                 done += 1
                 if on_pairs is not None and done % EVERY == 0:
@@ -210,8 +197,8 @@ def _features() -> dict[str, JSON]:
     number = {"shape": {}, "dtype": "float64", "encoding": "bytes"}
     flag = {"shape": {}, "dtype": "bool", "encoding": "none"}
     kinds = {
-        **dict.fromkeys((*TEXTS, *NAMES), text),
-        **dict.fromkeys(NUMBERS, feature("tensor_feature.Tensor", tensor=number)),
-        **dict.fromkeys(FLAGS, feature("scalar.Scalar", tensor=flag)),
+        **dict.fromkeys((*stored.TEXTS, *stored.NAMES), text),
+        **dict.fromkeys(stored.NUMBERS, feature("tensor_feature.Tensor", tensor=number)),
+        **dict.fromkeys(stored.FLAGS, feature("scalar.Scalar", tensor=flag)),
     }
     return feature("features_dict.FeaturesDict", featuresDict={"features": kinds})

@@ -16,19 +16,14 @@ from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadR
 from dpo_keras.preferences.records import COLUMNS, read_record
 from dpo_keras.utils.tensors import JSON
 
+# (line, record), with a `Fault` in place of a record that cannot be read.
 Records: TypeAlias = Iterator[tuple[int | None, JSON]]
 FORMATS = ("jsonl", "json", "csv", "parquet")
 LISTED = 1000  # problems and warnings of each kind that the report of a stream lists
 
 
 class Source(NamedTuple):
-    """One opened source.
-
-    Args:
-        name: for messages.
-        records: `(line, record)`; a `Fault` in place of a record that cannot be read.
-        cells: whether the values are CSV cells.
-    """
+    """One opened source; `cells` tells whether its values are CSV cells."""
 
     name: str
     records: Records
@@ -37,13 +32,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read.
-
-    Args:
-        format: format of the files; "auto" chooses by name.
-        columns: our name of a column to the source's.
-        unused: counts the columns and message keys that are ignored.
-    """
+    """How sources are read; `unused` counts the columns and message keys that are ignored."""
 
     format: str = "auto"
     columns: Mapping[str, str] | None = None
@@ -95,13 +84,8 @@ class Reading:
 class RecordStream(Iterable[PreferencePair]):
     """The pairs of opened sources, one after the other, never all of them in memory.
 
-    Args:
-        sources: opened one after the other.
-        reading: how they are read.
-        on_error: "fail" raises after the last record, with the problems of all; "report" does not.
-        limit: stop after this many good records.
-        listed: problems and warnings of each kind that the report lists; the others are counted.
-            None lists all, and duplicates with their text.
+    The report lists `listed` problems and warnings of each kind and counts the others. None lists
+    all, and duplicates with their text.
     """
 
     def __init__(
@@ -154,9 +138,8 @@ class RecordStream(Iterable[PreferencePair]):
         self.report.warnings += self._repeated_prompts
         if unused := self._reading.unused:
             counts = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
-            message = f"not used: {counts}"
-            everywhere = ", ".join(self.report.sources)
-            self.report.warnings.append(Problem(everywhere, None, "unused", "", None, message))
+            what = ("unused", "", None, f"not used: {counts}")
+            self.report.warnings.append(Problem(", ".join(self.report.sources), None, *what))
 
     def _good(self, source: Source) -> Iterator[tuple[int | None, PreferencePair]]:
         """Yield the good records of one source, and note what is wrong with the others."""
@@ -197,11 +180,11 @@ class RecordStream(Iterable[PreferencePair]):
         return pair
 
     def _note_repeated_prompt(self, source: str, line: int | None, pair: PreferencePair) -> None:
-        texts = (pair.prompt, pair.chosen, pair.rejected)
+        prompt = pair.prompt
         # A response may well begin with the one or two words of a short prompt.
-        if len(pair.prompt) < 20 or not all(isinstance(text, str) for text in texts):
+        if not isinstance(prompt, str) or len(prompt) < 20:
             return
-        if not all(text[: len(pair.prompt)] == pair.prompt for text in texts):
+        if not all(text[: len(prompt)] == prompt for text in (pair.chosen, pair.rejected)):
             return
         rule = "response repeats prompt"
         if self._listed is not None and len(self._repeated_prompts) >= self._listed:
@@ -214,9 +197,9 @@ class RecordStream(Iterable[PreferencePair]):
         """Raise where nothing is good, or something is bad and nothing bad is allowed."""
         report = self.report
         names = ", ".join(report.sources)
+        if not report.kept and not report.problems:
+            raise InputError(f"{names}: there are no records in it.")
         if not report.kept:
-            if not report.problems:
-                raise InputError(f"{names}: there are no records in it.")
             headline = f"{names}: no preference pair could be read"
             headline += f", all {report.read:,} records are bad:" if report.read > 1 else ":"
             raise InvalidPreferences(headline, report)
@@ -233,8 +216,8 @@ class RecordStream(Iterable[PreferencePair]):
         repeats = []
         for rule, found in zip(("duplicate", "contradiction"), finder.find(), strict=True):
             listed = found[: self._listed]
-            if len(listed) < len(found):
-                self.report.omitted[rule] += len(found) - len(listed)
+            if omitted := len(found) - len(listed):
+                self.report.omitted[rule] += omitted
             repeats += [(index, rule, earlier) for index, earlier in listed]
         return sorted(repeats, key=lambda repeat: repeat[0])
 

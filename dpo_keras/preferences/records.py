@@ -49,27 +49,10 @@ _MESSAGES_JSON = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 def read_record(
     record: object, *, cells: bool = False, unused: Counter[str] | None = None
 ) -> tuple[PreferencePair, str]:
-    """Turn a record into a pair.
+    """Return a record's pair and layout (of `LAYOUTS`), or raise `InvalidPair` with every fault.
 
-    Args:
-        record: a mapping with `chosen` and `rejected`, or `response_a`, `response_b` and
-            `preference`; `prompt` may be missing where the responses are whole conversations.
-            Texts are strings (or UTF-8 bytes) or lists of role/content mappings.
-        cells: the values are CSV cells: numbers and messages are text, empty is missing.
-        unused: counts the columns and message keys that are ignored.
-
-    Returns:
-        The pair, and the layout it came in: a key of `LAYOUTS`.
-
-    Raises:
-        InvalidPair: with every broken rule of the record.
-
-    Example:
-        >>> pair, layout = read_record(
-        ...     {"prompt": "2 + 2 =", "response_a": " 5", "response_b": " 4", "preference": 0.25}
-        ... )
-        >>> pair.chosen, pair.preference, pair.swapped, layout
-        (' 4', 0.75, True, 'response_a/response_b')
+    With `cells` the values are those of CSV: numbers and messages are text, empty is missing.
+    `unused` counts the columns and message keys that are ignored.
     """
     if isinstance(record, PreferencePair):
         return record, "chosen/rejected"
@@ -110,11 +93,9 @@ def missing_columns(columns: Iterable[str]) -> list[Fault]:
     """Return the faults of a table's header: the columns that every record would lack."""
     header = dict.fromkeys(columns)
     layout = _layout(header)
-    needed: tuple[str, ...] = LAYOUTS[layout]
-    if layout == "response_a/response_b":
-        needed = (*needed, "preference")
     # 'prompt' is not required: whole conversations may hold it.
-    return [_missing(header, name) for name in needed if name not in header]
+    more = ("preference",) if layout == "response_a/response_b" else ()
+    return [_missing(header, name) for name in (*LAYOUTS[layout], *more) if name not in header]
 
 
 def _layout(record: Mapping[str, object]) -> str:
@@ -145,13 +126,12 @@ class _Fields:
     def texts(self, names: tuple[str, str]) -> tuple[Text, Text, Text] | None:
         """Return prompt and responses in one form; None where one of them cannot be read."""
         one, other = self.text(names[0]), self.text(names[1])
-        if self.record.get("prompt") is not None:
-            prompt = self.text("prompt")
-            if prompt is None or one is None or other is None:
-                return None
-            return _same_form(prompt, one, other)
-        if one is None or other is None:
+        separate = self.record.get("prompt") is not None
+        prompt = self.text("prompt") if separate else None
+        if one is None or other is None or (separate and prompt is None):
             return None
+        if prompt is not None:
+            return _same_form(prompt, one, other)
         if _is_conversation(one) and _is_conversation(other):
             parts = _split_conversations(one, other, names)
             if not isinstance(parts, list):
@@ -243,10 +223,10 @@ def _decoded(value: JSON) -> JSON:
 
 def _same_form(prompt: Text, one: Text, other: Text) -> tuple[Text, Text, Text]:
     """Turn mixed text and messages into messages; drop the prompt's messages from responses."""
-    if isinstance(prompt, str) and isinstance(one, tuple) and isinstance(other, tuple):
-        prompt = (Message("user", prompt),)
     if isinstance(prompt, str):
-        return prompt, one, other
+        if isinstance(one, str) or isinstance(other, str):
+            return prompt, one, other
+        prompt = (Message("user", prompt),)
     return prompt, _reply(prompt, one), _reply(prompt, other)
 
 
@@ -305,9 +285,7 @@ def _last_turn(name: str, value: object) -> Fault:
 
 
 def _difference(one: Text, other: Text) -> Text:
-    place = next(
-        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    different = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    place = next(different, min(len(one), len(other)))
     longer = one if len(one) > place else other
     return longer[place : place + 40]

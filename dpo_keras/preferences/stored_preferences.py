@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.collection import PairSequence
-from dpo_keras.preferences.pair import Message, PreferencePair, Text
+from dpo_keras.preferences.pair import Message, PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.utils.tensors import JSON
 
@@ -83,6 +83,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(eq=False, repr=False)
 class StoredPreferences(PairSequence):
     """Pairs of a built directory: list-like, read from disk one by one, never all at once.
 
@@ -97,20 +98,14 @@ class StoredPreferences(PairSequence):
             so many.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        shards: Sequence[StoredFile],
-        index: np.ndarray,
-        report: ReadReport,
-        rows: np.ndarray | None = None,
-    ):
-        self.path = path
-        self.shards = tuple(shards)
-        self.report = report
-        self.rows = rows
-        self.extent = len(index)
-        self._index = index
+    path: Path
+    shards: tuple[StoredFile, ...]
+    _index: np.ndarray
+    report: ReadReport
+    rows: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.extent = len(self._index)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> StoredPreferences:
@@ -122,10 +117,7 @@ class StoredPreferences(PairSequence):
             InputError: if it is no built directory, or naming every file that is missing or cut.
         """
         folder = Path(path)
-        shards, index, report = _read_manifest(folder)
-        problems = [problem for file in (*shards, index) if (problem := file.problem(folder))]
-        if problems:
-            raise InputError(problems)
+        shards, report = _read_manifest(folder)
         return cls(folder, shards, np.memmap(folder / INDEX, INDEX_ROW, "r"), report)
 
     @property
@@ -192,10 +184,7 @@ class StoredPreferences(PairSequence):
 
     def verify(self) -> None:
         """Compare the checksum of every file; raise `InputError` with all that changed."""
-        shards, index, _ = _read_manifest(self.path)
-        problems = [file.problem(self.path, contents=True) for file in (*shards, index)]
-        if found := [problem for problem in problems if problem]:
-            raise InputError(found)
+        _read_manifest(self.path, contents=True)
 
     def _pair(self, row: int) -> PreferencePair:
         return self._read_one(row if self.rows is None else int(self.rows[row]))
@@ -211,8 +200,10 @@ class StoredPreferences(PairSequence):
             raise InputError(f"{shard}: pair {row} cannot be read ({error}); {AGAIN}") from error
 
 
-def _read_manifest(folder: Path) -> tuple[list[StoredFile], StoredFile, ReadReport]:
-    """Return the shards, the index and the report that a built directory's manifest describes."""
+def _read_manifest(
+    folder: Path, contents: bool = False
+) -> tuple[tuple[StoredFile, ...], ReadReport]:
+    """Return the shards and the report of a built directory, after a check of all its files."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -227,25 +218,27 @@ def _read_manifest(folder: Path) -> tuple[list[StoredFile], StoredFile, ReadRepo
     if found != FORMAT:
         raise InputError(f"{path} must say format {FORMAT!r}, got {found!r}; build again.")
     try:
-        return (
-            [StoredFile(**entry) for entry in manifest["shards"]],
-            StoredFile(**manifest["index"]),
-            ReadReport.from_dict(manifest["report"]),
-        )
+        shards = tuple(StoredFile(**entry) for entry in manifest["shards"])
+        files = [*shards, StoredFile(**manifest["index"])]
+        report = ReadReport.from_dict(manifest["report"])
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is damaged ({reason}); build again.") from error
+    if problems := [problem for file in files if (problem := file.problem(folder, contents))]:
+        raise InputError(problems)
+    return shards, report
 
 
 def to_features(pair: PreferencePair) -> dict[str, JSON]:
     """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
-    features: dict[str, JSON] = {name: _as_text(getattr(pair, name)) for name in TEXTS}
+    record = pair.as_dict()
+    features: dict[str, JSON] = {name: record[name] for name in TEXTS}
+    if messages := not isinstance(pair.prompt, str):
+        features = {n: json.dumps(v, ensure_ascii=False) for n, v in features.items()}
     features |= {name: getattr(pair, name) or "" for name in NAMES}
     features |= {"preference": pair.preference, "weight": pair.weight}
     features["margin"] = math.nan if pair.margin is None else pair.margin
-    features["messages"] = not isinstance(pair.prompt, str)
-    features["swapped"] = pair.swapped
-    return features
+    return {**features, "messages": messages, "swapped": pair.swapped}
 
 
 def from_features(features: Mapping[str, JSON]) -> PreferencePair:
@@ -297,12 +290,6 @@ def _example() -> Any:
     from tensorflow import train
 
     return train.Example
-
-
-def _as_text(text: Text) -> str:
-    if isinstance(text, str):
-        return text
-    return json.dumps([turn.as_dict() for turn in text], ensure_ascii=False)
 
 
 def _messages(text: str) -> tuple[Message, ...]:

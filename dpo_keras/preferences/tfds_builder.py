@@ -38,9 +38,8 @@ class PreferencePairsConfig(tfds.core.BuilderConfig):
             name; files directly in it are the split "train".
         names: read exactly these files instead, by split.
         files: read these instead of the manual directory's: a list, or lists by split.
-        format: as in `read_preferences`.
-        columns: as in `read_preferences`.
-        on_error: "fail" builds nothing from files with bad records.
+
+    The others are those of `read_preferences`.
     """
 
     suffixes: Sequence[str] = ANY

@@ -24,15 +24,7 @@ class TfdsName(NamedTuple):
 
 
 def parse_name(path: str) -> TfdsName:
-    """Parse `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; without a split it is "train".
-
-    Raises:
-        InputError: if the name has another form.
-
-    Example:
-        >>> parse_name("tfds:preference_pairs/hh:test[:10%]")
-        TfdsName(builder='preference_pairs/hh', split='test[:10%]')
-    """
+    """Parse `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`; without a split it is "train"."""
     found = _NAME.fullmatch(path)
     if found is None:
         must = "must be tfds:NAME/CONFIG:SPLIT (as tfds:preference_pairs/jsonl:train)"
@@ -46,8 +38,8 @@ def read_tfds(path: str, data_dir: str | os.PathLike[str] | None) -> Iterator[tu
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        hint = "pip install 'dpo-keras[tfds]'."
-        raise InputError(f"TensorFlow Datasets is needed for this: {hint}") from error
+        problem = "TensorFlow Datasets is needed for this: pip install 'dpo-keras[tfds]'."
+        raise InputError(problem) from error
     import dpo_keras.preferences.tfds_builder  # noqa: F401 (registers `preference_pairs`)
 
     with _explained(path, data_dir):
