@@ -41,16 +41,13 @@ def best_fit(
 ) -> Rows:
     """Pack a stream of pairs: each goes into the fullest row that still holds it.
 
-    Pairs are taken as they come. Sorting them by size first (best fit decreasing) would fill rows
-    by one percent more, but makes rows of two long pairs and rows of twenty short ones. As they
-    come, rows hold similar numbers of pairs, and so do the steps that are made of them.
+    Sorting pairs by size first (best fit decreasing) would fill rows by one percent more, but makes
+    rows of two long pairs and of twenty short ones. As pairs come, rows and thus steps hold similar
+    numbers of them. `rows` are filled first, and changed. A row takes no pair more than `window`
+    pairs later in the stream, which roughly keeps its order.
 
-    `rows` are filled first, and changed. A row takes no pair more than `window` pairs later in the
-    stream, which roughly keeps the stream's order.
-
-    References:
-        D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing
-        algorithms, SIAM J. Comput. 3 (1974).
+    D. S. Johnson et al., Worst-case performance bounds for simple one-dimensional packing
+    algorithms, SIAM J. Comput. 3 (1974).
     """
     tokens, responses = sizes.tokens.tolist(), sizes.responses.tolist()
     smallest = int(sizes.tokens.min(initial=capacity.length))

@@ -25,12 +25,6 @@ class PythonCalls:
     Each call is therefore made under a mutex of TensorFlow. The interpreter takes the mutex before
     it shuts down, which waits for the call in progress, and keeps it. A later call waits in
     TensorFlow, without Python, until the iterator is destroyed and cancels it.
-
-    Example:
-        >>> calls = PythonCalls()
-        >>> double = lambda n: calls.numpy_function(lambda n: 2 * n, [n], [tf.int64])[0]
-        >>> [int(n) for n in tf.data.Dataset.range(3).map(double)]
-        [0, 2, 4]
     """
 
     def __init__(self) -> None:
@@ -46,17 +40,7 @@ class PythonCalls:
         types: Sequence[tf.DType],
         stateful: bool = False,
     ) -> list[tf.Tensor]:
-        """Call a function as `tf.numpy_function` does, one call at a time.
-
-        Args:
-            function: takes arrays and returns a list of arrays.
-            inputs: tensors.
-            types: types of the results.
-            stateful: whether equal inputs may give different results.
-
-        Returns:
-            The results, of unknown shapes.
-        """
+        """Call a function as `tf.numpy_function` does, one call at a time."""
         lock = tf.raw_ops.MutexLock(mutex=self._mutex)
         with tf.control_dependencies([lock]):
             results = tf.numpy_function(function, inputs, list(types), stateful)
@@ -78,35 +62,17 @@ def _end_calls() -> None:
 
 
 class Source(NamedTuple):
-    """Batches by number.
+    """Batches by number."""
 
-    Args:
-        steps: batches per epoch.
-        make: makes the batch of an epoch and step, a dict of arrays.
-        signature: shapes and types of all batches.
-    """
-
-    steps: int
-    make: Callable[[int, int], Mapping[str, object]]
-    signature: dict[str, tf.TensorSpec]
+    steps: int  # per epoch
+    make: Callable[[int, int], Mapping[str, object]]  # from an epoch and a step to arrays
+    signature: dict[str, tf.TensorSpec]  # of all batches
 
 
 def signature_of(
     sample: Mapping[str, object], dynamic: Mapping[str, int]
 ) -> dict[str, tf.TensorSpec]:
-    """Return the shapes and types of batches.
-
-    Args:
-        sample: one of them, arrays by name.
-        dynamic: for some names, the dimension that differs between batches.
-
-    Returns:
-        A spec per name, None in the dimension that differs.
-
-    Example:
-        >>> signature_of({"owner": np.zeros((2, 8), np.int32)}, {"owner": 1})["owner"].shape
-        TensorShape([2, None])
-    """
+    """Return the specs of batches like `sample`; `dynamic` names the dimension that differs."""
     signature = {}
     for name, value in sample.items():
         array = np.asarray(value)
@@ -118,16 +84,10 @@ def signature_of(
 
 
 def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
-    """Return the batches of a source from one step on, made while the model computes.
+    """Return the batches `start` to `total` of a source, made while the model computes.
 
-    Args:
-        source: the batches.
-        start: number of the first batch over all epochs.
-        total: one past the last; None never ends. If it is given and `start` is 0, iterating again
-            continues with the next `total` batches.
-
-    Returns:
-        A dataset of known cardinality, deterministic, prefetching.
+    Batches are counted over all epochs; with `total` None they never end. If it is given and
+    `start` is 0, iterating again continues with the next `total` batches.
     """
     signature = source.signature
     names = list(signature)

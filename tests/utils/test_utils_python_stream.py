@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpo_keras.utils.python_stream import PythonCalls
+from dpo_keras.utils.python_stream import PythonCalls, signature_of
 
 
 def numbers(function, prefetch=0):
@@ -77,6 +77,12 @@ def test_a_process_that_leaves_an_iterator_behind_ends():
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "[0]\n"
+
+
+def test_a_signature_leaves_the_dimension_open_that_differs():
+    found = signature_of({"owner": np.zeros((2, 8), np.int32), "step": 3}, {"owner": 1})
+    assert found["owner"] == tf.TensorSpec([2, None], tf.int32, name="owner")
+    assert found["step"].shape == []
 
 
 def test_results_keep_their_order_and_types():
