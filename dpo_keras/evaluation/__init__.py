@@ -16,7 +16,7 @@ from dpo_keras.evaluation.report_content import most_wrong
 from dpo_keras.evaluation.run_report import Report, write_report
 from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
 from dpo_keras.evaluation.statistics import change
-from dpo_keras.evaluation.training_log import TrainingLog, read_training_log
+from dpo_keras.training.callbacks import TrainingLog, read_training_log
 from dpo_keras.utils.intervals import Estimate
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import change, mean
-from dpo_keras.evaluation.training_log import TrainingLog
+from dpo_keras.training.callbacks import TrainingLog
 from dpo_keras.utils.intervals import Estimate, short, undefined
 
 # Smaller differences than these are not reported, however certain they are.

@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.evaluation.training_log import TrainingLog
+from dpo_keras.training.callbacks import TrainingLog
 from dpo_keras.utils.atomic_files import replaced
 
 if TYPE_CHECKING:

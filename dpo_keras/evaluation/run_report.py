@@ -22,8 +22,8 @@ from dpo_keras.evaluation.plots import margins, reliability, training_curves
 from dpo_keras.evaluation.report_content import report_content
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import Measurement, change
-from dpo_keras.evaluation.training_log import read_training_log
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.training.callbacks import read_training_log
 from dpo_keras.utils import text as texts
 from dpo_keras.utils.atomic_files import write_text
 from dpo_keras.utils.tensors import JSON

@@ -1,14 +1,19 @@
-"""Keras callbacks of preference training. All callbacks of Keras work beside them."""
+"""Keras callbacks of preference training, and the log that `RunLog` writes, read back.
+
+All callbacks of Keras work beside them.
+"""
 
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import keras
+import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
@@ -52,11 +57,9 @@ class SampleResponses(keras.callbacks.Callback):
         super().__init__()
         if every < 1:
             raise InputError(InputProblem("every", "must be >= 1", every))
-        self.prompts = list(prompts)
-        self.every = every
-        self.path = None if path is None else pathlib.Path(path)
-        self.show = show
-        self.options = options
+        self.prompts, self.every = list(prompts), every
+        self.path = None if path is None else Path(path)
+        self.show, self.options = show, options
         self.samples: list[dict[str, JSON]] = []
 
     def on_train_begin(self, logs: dict[str, JSON] | None = None) -> None:
@@ -83,9 +86,8 @@ class SampleResponses(keras.callbacks.Callback):
 class RunLog(keras.callbacks.Callback):
     """Append a JSON line per step and per epoch to a file.
 
-    Step records hold the values of that step. Epoch records hold the means of the epoch, figures of
-    validation (`val_`) included. A resumed run appends; it first removes the records of steps that
-    it takes again, so that the file holds each step once.
+    Step records hold the values of that step; epoch records the means of the epoch, and of
+    validation (`val_`). A resumed run first removes the records of steps that it takes again.
 
     Args:
         path: the file.
@@ -95,9 +97,7 @@ class RunLog(keras.callbacks.Callback):
 
     def __init__(self, path: str | os.PathLike[str], start_step: int = 0, every: int = 1):
         super().__init__()
-        self.path = pathlib.Path(path)
-        self.step = start_step
-        self.every = every
+        self.path, self.step, self.every = Path(path), start_step, every
         if self.path.exists():
             _keep_until(self.path, start_step)
 
@@ -118,8 +118,8 @@ class Progress(keras.callbacks.Callback):
     """Report steps, pairs per second and tokens per second to a function.
 
     Args:
-        show: called after each step with a dict: `step`, `steps` (total, where known),
-            `pairs_per_second`, `tokens_per_second`, and the epoch's means so far.
+        show: called after each step with `step`, `steps` (total, where known), `pairs_per_second`,
+            `tokens_per_second`, and the epoch's means so far, in a dict.
         start_step: steps taken before.
         steps: total number of steps.
     """
@@ -131,9 +131,7 @@ class Progress(keras.callbacks.Callback):
         steps: int | None = None,
     ):
         super().__init__()
-        self.show = show
-        self.step = start_step
-        self.steps = steps
+        self.show, self.step, self.steps = show, start_step, steps
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
         """Reset the clock."""
@@ -159,8 +157,8 @@ class SyncReference(keras.callbacks.Callback):
 
         every k steps: ref <- alpha policy + (1 - alpha) ref
 
-    alpha = 1 replaces the reference (the hard update), a smaller alpha mixes it (the soft one). The
-    reference is part of the model's state, so checkpoints hold it as it is.
+    alpha = 1 replaces the reference (the hard update), a smaller alpha mixes it (the soft one).
+    Checkpoints hold the reference as it is.
 
     Args:
         every: k, train steps between updates; micro-batches count one each.
@@ -174,9 +172,7 @@ class SyncReference(keras.callbacks.Callback):
 
     def __init__(self, every: int = 512, alpha: float = 0.6, start_step: int = 0):
         super().__init__()
-        problems = []
-        if every < 1:
-            problems.append(InputProblem("every", "must be >= 1", every))
+        problems = [] if every >= 1 else [InputProblem("every", "must be >= 1", every)]
         if not 0 < alpha <= 1:
             problems.append(InputProblem("alpha", "must be in (0, 1]", alpha))
         if problems:
@@ -187,9 +183,8 @@ class SyncReference(keras.callbacks.Callback):
         """Refuse a reference that cannot move."""
         mode = getattr(getattr(self.model, "reference", None), "mode", None)
         if mode != "frozen_copy":
-            raise InputError(
-                f"a synchronised reference must be reference='frozen_copy', got {mode!r}."
-            )
+            rule = "a synchronised reference must be reference='frozen_copy'"
+            raise InputError(f"{rule}, got {mode!r}.")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
         """Update the reference after every `every` steps."""
@@ -226,13 +221,94 @@ class StopOnNonFinite(keras.callbacks.Callback):
             )
 
 
-def _append(path: pathlib.Path, record: dict[str, JSON]) -> None:
+@dataclass(frozen=True)
+class TrainingLog:
+    """Records of a run.
+
+    Attributes:
+        steps: one per optimizer step (or every few), rising: `{"step", name: value}`.
+        epochs: one per epoch: `{"epoch", "step", name: mean, "val_<name>": held-out mean}`.
+        unreadable: number of lines that are not records, such as one cut off by a killed run.
+    """
+
+    steps: list[dict[str, JSON]] = field(default_factory=list)
+    epochs: list[dict[str, JSON]] = field(default_factory=list)
+    unreadable: int = 0
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the values of a logged name; values may be NaN.
+
+        Names that begin with `val_` come from the epoch records.
+        """
+        records = self.epochs if name.startswith("val_") else self.steps
+        found = [(r["step"], r[name]) for r in records if _is_number(r.get(name))]
+        points = np.array(found, np.float64).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
+
+    @property
+    def names(self) -> list[str]:
+        """All names in the step records, in the order in which they were logged."""
+        return [name for name in dict.fromkeys(n for r in self.steps for n in r) if name != "step"]
+
+    def broken_step(self) -> int | None:
+        """Return the first step whose loss or gradient norm is not finite, or None."""
+        for record in self.steps:
+            values = [record.get(name, 0.0) for name in ("loss", "grad_norm")]
+            if not all(math.isfinite(value) for value in values if _is_number(value)):
+                return int(record["step"])
+        return None
+
+
+def read_training_log(path: str | os.PathLike[str]) -> TrainingLog:
+    r"""Read a run's metrics.jsonl.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its records. Unreadable lines are counted.
+
+    Raises:
+        InputError: the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> _ = path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n{"ste')
+        >>> log = read_training_log(path)
+        >>> log.curve("loss")[1].tolist(), log.unreadable
+        ([0.7, 0.6], 1)
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        rule = f"{os.fspath(path)!r} cannot be read: {error.strerror}"
+        raise InputError(InputProblem("metrics_jsonl", rule)) from error
+    log = TrainingLog()
+    unreadable = 0
+    for line in filter(str.strip, lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not _is_number(record.get("step")):
+            unreadable += 1
+        else:
+            (log.epochs if "epoch" in record else log.steps).append(record)
+    return TrainingLog(log.steps, log.epochs, unreadable)
+
+
+def _is_number(value: JSON) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _append(path: Path, record: dict[str, JSON]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
+def _keep_until(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 
 import keras
-import numpy as np
+import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
@@ -21,9 +21,9 @@ _META = "checkpoint.json"
 class RunCheckpoint(keras.callbacks.Callback):
     """Save weights, reference, adapters and optimizer, with the step they belong to.
 
-    A checkpoint is a directory `step-00000040/`. It is written under another name, flushed to disk
-    and renamed, and only then are older ones removed. Whatever interrupts it (a kill, a full disk),
-    the last good checkpoint stays and a half-written one is never loaded.
+    A checkpoint is a directory `step-00000040/`, written under another name and renamed once it is
+    on disk. Whatever interrupts it (a kill, a full disk), the last good one stays and a
+    half-written one is never loaded. Older ones are removed last.
 
     Args:
         directory: where checkpoints go.
@@ -164,11 +164,6 @@ def _checkpoints(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
 def _check_room(model: keras.Model, directory: pathlib.Path) -> None:
     # HDF5 cannot close a file on a full disk: it fails now, and again as a crash when Python ends.
     variables = [*model.variables, *model.optimizer.variables]
-    needed = sum(math.prod(v.shape) * _bytes(v.dtype) + 4096 for v in variables)
+    needed = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + 4096 for v in variables)
     if shutil.disk_usage(directory).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _bytes(dtype: str) -> int:
-    name = keras.backend.standardize_dtype(dtype).replace("bfloat16", "float16")
-    return int(np.dtype(name).itemsize)

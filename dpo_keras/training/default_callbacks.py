@@ -17,10 +17,9 @@ from dpo_keras.utils.tensors import JSON
 class StartsAtReference(keras.callbacks.Callback):
     """End a run whose first loss is not that of a policy equal to its reference.
 
-    Before the first update the policy is its reference, so every log-ratio is 0 and the preference
-    loss is a known number: log 2 for `sigmoid`. A loss that starts elsewhere means that policy and
-    reference were not given the same tokens, masks or weights, and nothing learned from it can be
-    trusted (open-instruct#1900 trained from 6 log 2).
+    Before the first update every log-ratio is 0 and the preference loss a known number: log 2 for
+    `sigmoid`. A loss that starts elsewhere means that policy and reference did not get the same
+    tokens, masks or weights (open-instruct#1900 trained from 6 log 2).
     """
 
     due = False
@@ -29,9 +28,8 @@ class StartsAtReference(keras.callbacks.Callback):
         """Determine whether this run must start at the reference."""
         model = self.model
         fresh = model.steps_taken() == 0 and not model.dropout
-        self.due = (
-            fresh and model.reference.starts_as_policy and model.preference_loss.needs_reference
-        )
+        comparable = model.reference.starts_as_policy and model.preference_loss.needs_reference
+        self.due = fresh and comparable
 
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
         """Check the first batch of a fresh run, and no other."""
@@ -59,8 +57,8 @@ class StartsAtReference(keras.callbacks.Callback):
 class Throughput(keras.callbacks.Callback):
     """Add `pairs_per_second` and `tokens_per_second` of each epoch to its logs.
 
-    Tokens are those the policy computes on, without padding. Validation time does not count.
-    Tracing of the first step does: an epoch's speed is what its user waited for.
+    Tokens do not include padding. Validation time does not count. Tracing of the first step does:
+    an epoch's speed is what its user waited for.
     """
 
     def __init__(self) -> None:
@@ -89,18 +87,14 @@ class Throughput(keras.callbacks.Callback):
             logs.update(self.rates)
 
     def _read(self) -> None:
-        if self.counts is None:
-            return
-        seconds = max(self.stopped - self.started, 1e-9)
-        self.rates = {f"{name}_per_second": n / seconds for name, n in self.counts().items()}
-        self.counts = None
+        if self.counts is not None:
+            seconds = max(self.stopped - self.started, 1e-9)
+            self.rates = {f"{name}_per_second": n / seconds for name, n in self.counts().items()}
+            self.counts = None
 
 
 class ReleasesTracing(keras.callbacks.Callback):
-    """Return to the system what tracing and compiling the first step left on C's heap.
-
-    That is most of a hundred megabytes which no step uses: tensors come from TensorFlow's own pool.
-    """
+    """Trim from C's heap the near hundred megabytes that tracing left: steps use TensorFlow's."""
 
     due = False
 
@@ -121,11 +115,8 @@ class StopTogether(keras.callbacks.Callback):
     """Save and end a run after the step in which a stop was requested on any worker.
 
     Each worker puts its own request among the metrics that the step sums over replicas anyway. All
-    of them learn of it in the same step, and no step waits for it. Workers of a cluster wait until
-    the chief has saved.
-
-    Raises:
-        RunStopped: after that step.
+    of them learn of it in the same step, and no step waits for it. They wait until the chief has
+    saved. The run ends with RunStopped.
     """
 
     def __init__(

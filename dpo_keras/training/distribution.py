@@ -34,10 +34,9 @@ def strategy(name: str = "auto", **options: object) -> tf.distribute.Strategy:
 
     Args:
         name: `"one_device"`; `"mirrored"` (all GPUs of this machine, or all logical CPUs);
-            `"multi_worker"` (every machine in `TF_CONFIG`, one process each); `"tpu"`;
-            `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy` only);
-            `"auto"`: `multi_worker` where TF_CONFIG is set, else `mirrored` with two GPUs or more,
-            else `one_device`.
+            `"multi_worker"` (all machines in `TF_CONFIG`, one process each); `"tpu"`;
+            `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy`); `"auto"`
+            (`multi_worker` with TF_CONFIG, `mirrored` with several GPUs, else `one_device`).
         **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
             `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
             `dpo_keras.cluster.Watchdog` whose workers have met.
@@ -82,17 +81,13 @@ def per_worker(
 ) -> tf.data.Dataset | tf.distribute.DistributedDataset:
     """Make a dataset for `fit` of which every worker makes only its own rows.
 
-    By default `fit` lets every worker make every batch and discard the rows of the others. `make`
-    gets the argument `worker` of `preference_dataset`: None for all rows, which the strategy splits
-    where workers have several replicas.
+    By default `fit` lets every worker make all rows. `make` gets the argument `worker` of
+    `preference_dataset`: None where workers have several replicas, whose rows the strategy splits.
     """
     several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    several = several and strategy.num_replicas_in_sync > 1
     # TensorFlow takes such a dataset replica by replica, which is right with one on each worker.
-    if (
-        not several
-        or len(strategy.extended.worker_devices) > 1
-        or strategy.num_replicas_in_sync < 2
-    ):
+    if not several or len(strategy.extended.worker_devices) > 1:
         return make(None)
     return strategy.distribute_datasets_from_function(
         lambda context: make((context.input_pipeline_id, context.num_input_pipelines))
@@ -106,11 +101,9 @@ def read_server_cluster() -> Cluster:
         raise InputError(f"parameter servers need the environment variable TF_CONFIG: {_SHAPE}.")
     missing = [job for job in JOBS if not cluster.of_type(job)]
     if missing or cluster.this.type not in JOBS:
-        fault = (
-            f"has no {' and no '.join(missing)}"
-            if missing
-            else f"makes this process an {cluster.this.type}"
-        )
+        fault = f"makes this process an {cluster.this.type}"
+        if missing:
+            fault = f"has no {' and no '.join(missing)}"
         raise InputError(f"TF_CONFIG {fault}; for parameter servers it must be {_SHAPE}.")
     return cluster
 
@@ -154,10 +147,8 @@ def _multi_worker(timeout: float = 300.0, **others: object) -> tf.distribute.Str
             '"task": {"type": "worker", "index": 0}}, with each worker\'s own index.'
         )
     if cluster.this not in cluster.in_step:
-        raise InputError(
-            f"strategy 'multi_worker' has chief and workers only, and TF_CONFIG makes this process "
-            f"{cluster.this}."
-        )
+        fault = f"TF_CONFIG makes this process {cluster.this}"
+        raise InputError(f"strategy 'multi_worker' has chief and workers only, and {fault}.")
     if "watchdog" not in others:
         # TensorFlow itself waits without end for a worker that does not connect.
         with Watchdog(cluster).meet(timeout):

@@ -163,8 +163,7 @@ class DPOModel(PolicyTrainer):
             optimizer: any Keras optimizer or its name.
             loss: a `DPOLoss`, or the name of one with its defaults.
             jit_compile: XLA; `"auto"` means False.
-            **kwargs: as `keras.Model.compile`: `steps_per_execution`, `run_eagerly`,
-                `auto_scale_loss`.
+            **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss` of `keras.Model`.
 
         Raises:
             InputError: a loss that is no DPOLoss, or needs a reference where there is none.
@@ -229,8 +228,7 @@ def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outp
     """Score a batch under policy and reference: all that the model's loss asks for.
 
     Args:
-        model: a `DPOModel`, of Keras 3 or tf-keras. Before it is compiled, policy and reference
-            alone are scored.
+        model: a `DPOModel`, of Keras 3 or tf-keras. Uncompiled, it scores policy and reference.
         batch: the batch contract of `dpo_keras.batching`.
         training: whether dropout is active, where `model.dropout` allows it.
 
@@ -281,8 +279,7 @@ def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outp
 def pairs_of_step(loss: DPOLoss, batch: Batch, outputs: Outputs) -> tuple[Tensor, Outputs]:
     """Return the labels `[N]` and the outputs of the pairs that a replica compares.
 
-    They are its own pairs. A batchwise loss compares all pairs of the step with each other, so for
-    it every replica gets the pairs of all replicas.
+    A batchwise loss compares all pairs of the step, so for it every replica gets those of all.
     """
     preference = ops.reshape(batch["preference"], (-1,))
     if not loss.batchwise or replica_count() == 1:
@@ -305,10 +302,7 @@ def mean_over_pairs(loss: DPOLoss, terms: Mapping[str, Tensor], outputs: Outputs
 
 
 def wpo_log_weight(batch: Batch, scored: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean over a response's tokens of log p_t - log sum p^2, `[N, 2]`, no gradient.
-
-    The log-weight of WPO (arXiv 2406.11827).
-    """
+    """Return WPO's log-weight, the mean over tokens of log p_t - log sum p^2, `[N, 2]`."""
     values = scored["token_logps"] - scored["log_squared_norm"]
     sums = sum_by_owner(values, batch["owner"], batch["weight"].shape[1])
     return ops.stop_gradient(sums / ops.maximum(ops.cast(scored["lengths"], "float32"), 1.0))
@@ -326,12 +320,9 @@ def loss_from(loss: str | DPOLoss) -> DPOLoss:
 def check_has_reference(loss: DPOLoss, mode: str) -> None:
     """Refuse a loss that compares with a reference for a model with `reference="none"`."""
     if loss.needs_reference and mode == "none":
-        raise InputError(
-            InputProblem(
-                "loss",
-                f"{loss.loss_type!r} compares the policy with a reference, and this model has "
-                "reference='none' (which reference='auto' becomes where the first loss needs none)",
-                hint="Make DPOModel(policy, reference='frozen_copy'), or use a loss without "
-                "reference.",
-            )
+        rule = (
+            f"{loss.loss_type!r} compares the policy with a reference, and this model has "
+            "reference='none' (which reference='auto' becomes where the first loss needs none)"
         )
+        hint = "Make DPOModel(policy, reference='frozen_copy'), or use a loss without reference."
+        raise InputError(InputProblem("loss", rule, hint=hint))

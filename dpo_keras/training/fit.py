@@ -135,8 +135,8 @@ def warm_up(
         batch_size: responses per step.
         seed: seed of the order.
         buckets: as `choose_layout` takes.
-        batching: as `choose_layout` takes, or a `Layout`.
         row_length: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
         **options: see `RunOptions`.
 
     Returns:
@@ -173,8 +173,8 @@ def train_preferences(
         batch_size: pairs per step, over all replicas.
         seed: seed of the order.
         buckets: as `choose_layout` takes.
-        batching: as `choose_layout` takes, or a `Layout`.
         row_length: as `choose_layout` takes.
+        batching: as `choose_layout` takes, or a `Layout`.
         held_out: pairs to evaluate on, or None.
         evaluation_batch_size: pairs per batch in evaluation; `batch_size` by default.
         **options: see `RunOptions`.
@@ -203,35 +203,21 @@ def train_preferences(
 class RunOptions:
     """Options of `train_preferences` and `warm_up`.
 
-    Args:
-        every: steps per Keras epoch, which ends with evaluation, a log record and a checkpoint; by
-            default one pass over the data.
-        checkpoints: directory of checkpoints; None saves none.
-        checkpoint_every: steps between further checkpoints.
-        keep: number of checkpoints that are kept.
-        resume: whether to continue from the newest checkpoint.
-        save: False on workers other than the chief.
-        log: path of a JSONL file, see `callbacks.RunLog`.
-        progress: function that is called with each step, see `callbacks.Progress`.
-        sync_reference: (every, alpha) of `callbacks.SyncReference`.
-        validation_data: what Keras evaluates on.
-        stop: ends the run after the step in which it is requested.
-        watchdog: watchdog of a cluster's run.
-        callbacks, verbose: as `keras.Model.fit` takes.
+    An epoch of Keras, `every` steps, ends with evaluation, a log record and a checkpoint.
     """
 
-    every: int | None = None
-    checkpoints: str | os.PathLike[str] | None = None
-    checkpoint_every: int | None = None
-    keep: int = 2
-    resume: bool = False
-    save: bool = True
-    log: str | os.PathLike[str] | None = None
-    progress: Callable[[dict[str, JSON]], object] | None = None
-    sync_reference: tuple[int, float] | None = None
+    every: int | None = None  # by default one pass over the data
+    checkpoints: str | os.PathLike[str] | None = None  # directory; None saves none
+    checkpoint_every: int | None = None  # steps between further checkpoints
+    keep: int = 2  # number of checkpoints
+    resume: bool = False  # from the newest checkpoint
+    save: bool = True  # False on workers other than the chief
+    log: str | os.PathLike[str] | None = None  # of `callbacks.RunLog`
+    progress: Callable[[dict[str, JSON]], object] | None = None  # see `callbacks.Progress`
+    sync_reference: tuple[int, float] | None = None  # (every, alpha) of `callbacks.SyncReference`
     validation_data: tf.data.Dataset | None = None
-    stop: StopRequest | None = None
-    watchdog: Watchdog | None = None
+    stop: StopRequest | None = None  # ends the run after the step in which it is requested
+    watchdog: Watchdog | None = None  # of a cluster's run
     callbacks: Sequence[keras.callbacks.Callback] = ()
     verbose: int = 0
 

@@ -49,15 +49,15 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     Args:
         policy: a KerasHub causal language model (its key-value cache is used), or any Keras model
             from `{"token_ids", "padding_mask"}` to logits.
-        prompts: N strings, or N rows of token ids. Pass ids (`TokenizedPairs.prompt`) where a chat
-            template rendered a conversation: its text alone does not determine the ids.
+        prompts: N strings, or N rows of token ids: `TokenizedPairs.prompt` where a chat template
+            rendered a conversation, whose text alone does not determine the ids.
         max_new_tokens: the longest response, in tokens.
         temperature: softmax temperature; 0 takes the most likely token.
         top_p: share of the probability to sample from; 1 samples from all tokens.
-        seed: seed of the sampling. The same seed, prompts and batch size give the same responses.
+        seed: of the sampling. The same seed, prompts and batch size give the same responses.
         batch_size: prompts per batch.
-        max_length: the longest prompt and response together, in tokens. Longer prompts are cut from
-            the left. By default the number of positions of the model.
+        max_length: tokens of prompt and response together; longer prompts are cut from the left. By
+            default the number of positions of the model.
         preprocessor: what tokenizes; by default `policy.preprocessor`.
         on_batch: called with (responses done, N) after each batch.
         return_ended: whether to return which responses ended by themselves, too.
@@ -83,9 +83,8 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     preprocessor = preprocessor or getattr(policy, "preprocessor", None)
     problems = decoding_problems(max_new_tokens, temperature, top_p)
     if preprocessor is None:
-        problems.append(
-            InputProblem("preprocessor", "is needed to tokenize: the policy has none attached")
-        )
+        rule = "is needed to tokenize: the policy has none attached"
+        problems.append(InputProblem("preprocessor", rule))
     if problems:
         raise InputError(problems)
     limit = max_length or getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
@@ -122,14 +121,12 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
 
 def decoding_problems(max_new_tokens: int, temperature: float, top_p: float) -> list[InputProblem]:
     """Name the decoding arguments that are out of range."""
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(InputProblem("max_new_tokens", "must be >= 1", max_new_tokens))
-    if not 0 <= temperature < float("inf"):
-        problems.append(InputProblem("temperature", "must be >= 0", temperature))
-    if not 0 < top_p <= 1:
-        problems.append(InputProblem("top_p", "must be in (0, 1]", top_p))
-    return problems
+    rules = [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be >= 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "must be >= 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "must be in (0, 1]"),
+    ]
+    return [InputProblem(name, rule, value) for name, value, right, rule in rules if not right]
 
 
 def detokenized(encoder: TextEncoder, rows: Sequence[list[int]]) -> list[str]:
@@ -158,20 +155,11 @@ def decode(
 ) -> Tensor:
     """Write a response behind each prompt, token by token, until every row has a stop.
 
-    KerasHub models with `call_with_cache` decode with their key-value cache. Any other model runs
-    one forward pass over the whole text per token.
-
-    Args:
-        policy: maps `{"token_ids", "padding_mask"}` to logits.
-        token_ids: int32 `[batch, length]`, prompts on the left, with room for the responses.
-        mask: bool `[batch, length]`, True for the prompts' tokens, at least one per row.
-        stops: ids that end a response.
-        choose: chooses tokens, see `token_choice`.
-        max_new_tokens: number of tokens that each response has at most. With the cache, shorter
-            prompts get more while longer ones are completed: `new_tokens` cuts them.
-
-    Returns:
-        int32 `[batch, length]`. What follows a row's first stop is undefined.
+    KerasHub models with `call_with_cache` decode with their key-value cache; shorter prompts get
+    more tokens while longer ones are completed, which `new_tokens` cuts. Any other model runs one
+    forward pass over the whole text per token. `token_ids` and the result are int32
+    `[batch, length]`, prompts on the left, with room for the responses; `mask` is True for the
+    prompts' tokens, at least one per row. What follows a row's first stop is undefined.
     """
     loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose)
     rows, length = tf.unstack(tf.shape(token_ids))
@@ -180,12 +168,7 @@ def decode(
     if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
 
         def sampler(
-            *,
-            next: Callable[..., Tensor],
-            prompt: Tensor,
-            cache: Tensor,
-            index: Tensor,
-            **_: object,
+            *, next: Callable[..., Tensor], prompt: Tensor, cache: Tensor, index: Tensor, **_: Any
         ) -> Tensor:
             # KerasHub's cache has one index for all rows: rows move on column by column.
             def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,19 +227,10 @@ def _loop(
 
 
 def token_choice(temperature: float, top_p: float, draw: Draw) -> Choose:
-    """Return the rule that chooses the next token.
+    """Return the rule that chooses the next token: at temperature 0 the most likely one.
 
-    Args:
-        temperature: softmax temperature; 0 takes the most likely token.
-        top_p: with a temperature, the share of the probability to sample from: the smallest set of
-            most likely tokens that reaches it.
-        draw: draws from log-probs.
-
-    Returns:
-        A function from logits `[batch, vocabulary]` to ids, int32 `[batch]`.
-
-    References:
-        Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
+    Otherwise `draw` samples from the smallest set of most likely tokens whose probabilities reach
+    `top_p` (Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751).
     """
 
     def choose(logits: Tensor) -> Tensor:
@@ -277,17 +251,7 @@ def token_choice(temperature: float, top_p: float, draw: Draw) -> Choose:
 def new_tokens(
     token_ids: Tensor, lengths: Tensor, stops: Sequence[int], max_new_tokens: int
 ) -> tf.RaggedTensor:
-    """Cut the responses out of what `decode` returns.
-
-    Args:
-        token_ids: int32 `[batch, length]`.
-        lengths: tokens of each prompt, `[batch]`.
-        stops: ids that end a response; they are left out.
-        max_new_tokens: the longest response.
-
-    Returns:
-        int32 `[batch, (tokens)]`.
-    """
+    """Cut the responses, without stops, out of what `decode` returns; `lengths` of the prompts."""
     places = tf.cast(lengths, tf.int64)[:, None] + tf.range(max_new_tokens, dtype=tf.int64)
     new = tf.gather(token_ids, places, batch_dims=1)
     stopped = tf.reduce_any(new[..., None] == tf.constant(stops), axis=-1)
@@ -341,9 +305,6 @@ def _prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> l
 
 
 def _right_padded(rows: list[list[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    token_ids = np.full((len(rows), length), pad, np.int32)
-    mask = np.zeros((len(rows), length), bool)
-    for number, row in enumerate(rows):
-        token_ids[number, : len(row)] = row
-        mask[number, : len(row)] = True
-    return tf.constant(token_ids), tf.constant(mask)
+    token_ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
+    mask = tf.sequence_mask([len(row) for row in rows], length)
+    return token_ids.to_tensor(pad, shape=(len(rows), length)), mask

@@ -85,14 +85,10 @@ class _Rise(keras.optimizers.schedules.LearningRateSchedule):
         return ops.where(step < self.steps, rise, then)
 
     def get_config(self) -> dict[str, JSON]:
-        then = self.then
-        if callable(then):
-            then = keras.saving.serialize_keras_object(then)
+        then = keras.saving.serialize_keras_object(self.then)
         return {"then": then, "learning_rate": self.learning_rate, "steps": self.steps}
 
     @classmethod
     def from_config(cls, config: dict[str, JSON]) -> _Rise:
-        then = config["then"]
-        if isinstance(then, dict):
-            then = keras.saving.deserialize_keras_object(then)
+        then = keras.saving.deserialize_keras_object(config["then"])
         return cls(then, config["learning_rate"], config["steps"])

@@ -85,10 +85,9 @@ class TensorflowTrainer(keras.Model):
         raise NotImplementedError(f"{type(self).__name__} must define test_step.")
 
     def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
-        """Differentiate the loss of a step, and sum its gradients over the replicas.
+        """Return the gradients of a step's loss, summed over replicas, and what is logged.
 
-        Return (gradient, weight) of each weight that the loss depends on, and what is logged. The
-        gradients are scaled where the optimizer scales losses.
+        The gradients are scaled where the optimizer scales losses.
         """
         variables = self.trainable_variables
         # Frozen weights are not watched, or TensorFlow would lay out their gradients too.
@@ -132,8 +131,8 @@ class TensorflowTrainer(keras.Model):
     ) -> None:
         """Configure training as `keras.Model.compile` does; `jit_compile="auto"` means False.
 
-        XLA compiles each bucket of lengths anew, and runs attention of packed batches over whole
-        rows instead of trees, because it must know every shape while it compiles.
+        XLA must know all shapes: it compiles each bucket of lengths anew, and runs attention of
+        packed batches over whole rows instead of trees.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
@@ -263,8 +262,8 @@ class PolicyTrainer(TensorflowTrainer):
             `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]`.
         dropout: whether the policy's dropout is active in training. Off by default: noise in
             log pi that log pi_ref does not have hides the signal of the first steps.
-        remat: gradient checkpointing: whether to recompute transformer blocks in the backward
-            pass. Takes much less memory and about a quarter more time.
+        remat: gradient checkpointing: recompute transformer blocks in the backward pass. Takes
+            much less memory and about a quarter more time.
     """
 
     def __init__(

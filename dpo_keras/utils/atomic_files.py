@@ -13,22 +13,9 @@ from pathlib import Path
 def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) -> Iterator[Path]:
     """Yield a path to write to; move it to `path` once the block ends without an error.
 
-    Args:
-        path: the file or directory to make. What stands there stays until the new one is complete.
-        replace_directory: False raises OSError in the end where a directory with files stands at
-            `path`, even one that appeared in the meantime, and leaves that one as it is.
-
-    Yields:
-        A path in the same folder with the same suffix. Write a file or make a directory there. It
-        is removed after an error.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with replaced(folder / "log.json") as partial:
-        ...     _ = partial.write_text("{}")
-        >>> [file.name for file in folder.iterdir()]
-        ['log.json']
+    The block writes a file or makes a directory there. After an error it is removed, and what stood
+    at `path` stays. With `replace_directory=False` a directory with files at `path`, even one that
+    appeared in the meantime, stays and raises OSError in the end.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +46,7 @@ def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) ->
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file that is whole or absent.
-
-    Args:
-        path: the file.
-        text: its content.
-    """
+    """Write a UTF-8 text file that is whole or absent."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -52,12 +52,7 @@ class Estimate:
         return f"{value}" if low is None or high is None else f"{value} ({low} to {high})"
 
     def as_dict(self) -> dict[str, JSON]:
-        """Return the fields that are set, ready for JSON.
-
-        Example:
-            >>> Estimate(0.5, count=3).as_dict()
-            {'value': 0.5, 'count': 3}
-        """
+        """Return the fields that are set, ready for JSON."""
         found = {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
         kept = {name: v for name, v in found.items() if v is not None or name == "value"}
         return kept if self.reason is None else {**kept, "reason": self.reason}
@@ -74,12 +69,7 @@ def undefined(reason: str, count: int = 0) -> Estimate:
 
 
 def short(value: float) -> str:
-    """Format a number for people: three decimals, or four digits where it is large or tiny.
-
-    Example:
-        >>> [short(v) for v in (0.5, 12.3456, -1234.5, 0.00012, 0.0)]
-        ['0.500', '12.35', '-1234', '0.00012', '0.000']
-    """
+    """Format a number for people: three decimals, or a few digits where it is large or tiny."""
     size = abs(value)
     if size >= 10:
         return f"{value:.4g}" if size < 1e6 else f"{value:.3g}"
@@ -91,22 +81,8 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
 
         centre = (p + z²/2n) / (1 + z²/n),   half width = z/(1 + z²/n) · sqrt(p(1-p)/n + z²/4n²)
 
-    Written here because weighted shares need a fractional count, which scipy's does not take, and
-    because the core does not depend on scipy or statsmodels.
-
-    Args:
-        share: the share found, in [0, 1].
-        count: number of items, > 0; need not be whole.
-
-    Returns:
-        (low, high), within [0, 1].
-
-    Example:
-        >>> [round(end, 4) for end in wilson_interval(1.0, 10)]  # 10 / (10 + 1.96²) to 1
-        [0.7225, 1.0]
-
-    References:
-        Wilson (1927), JASA 22: 209-212.
+    Wilson (1927), JASA 22: 209-212. Weighted shares need a fractional count, which scipy's does not
+    take, and the core depends on neither scipy nor statsmodels.
     """
     z2 = Z * Z / count
     centre = (share + z2 / 2) / (1 + z2)
@@ -115,12 +91,7 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
 
 
 def wilson(successes: float, count: int, reason: str = "there is nothing to count") -> Estimate:
-    """Estimate a share of successes; undefined for `reason` where `count` is 0.
-
-    Example:
-        >>> print(wilson(9, 10))
-        0.900 (0.596 to 0.982)
-    """
+    """Estimate a share of successes; undefined for `reason` where `count` is 0."""
     if not count:
         return undefined(reason)
     share = successes / count

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_keras.utils.private_api import KERAS, KERAS_HUB, private
+from dpo_keras.utils.keras_internals import KERAS, KERAS_HUB, Library, private
 
 if TYPE_CHECKING:
     import keras
@@ -39,24 +39,11 @@ WORD_SPLITS = {
 def mend_word_splits(tokenizer: object) -> bool:
     """Make a KerasHub byte-pair tokenizer cut words as its own family does.
 
-    A byte-level BPE merges bytes within words only, and the regular expression that finds the words
-    belongs to the vocabulary as much as its merges do. KerasHub 0.32 passes the expression to the
-    `tokenizers` library as a literal string, which occurs in no text. Nothing is cut, merges cross
-    word boundaries, and about a third of ordinary texts get tokens that the model was not trained
-    on, mostly around line feeds and runs of spaces. KerasHub also uses one expression, Llama 3's,
-    for all families.
-
-    The tokenizer itself is changed, so that KerasHub's `generate` sees the same tokens.
-
-    Args:
-        tokenizer: any tokenizer. Only byte-pair tokenizers of the families in `WORD_SPLITS` change.
-
-    Returns:
-        Whether the tokenizer now cuts words by the expression of its family.
-
-    Example:
-        >>> mend_word_splits(object())
-        False
+    KerasHub 0.32 passes the regular expression that finds words, Llama 3's for all families, to the
+    `tokenizers` library as a literal string, which occurs in no text. Merges then cross word
+    boundaries, and about a third of ordinary texts get tokens that the model was not trained on.
+    The tokenizer itself is changed, so that KerasHub's `generate` sees the same tokens. Returns
+    whether it now cuts words by the expression of its family.
     """
     pattern = WORD_SPLITS.get(type(tokenizer).__name__)
     backend: Any = getattr(tokenizer, "_tokenizer", None)
@@ -76,19 +63,10 @@ def mend_word_splits(tokenizer: object) -> bool:
     return True
 
 
-def fast_byte_pair_encoding(
-    tokenizer: object,
-) -> Callable[[list[str]], list[list[int]]] | None:
-    """Return a byte-pair tokenizer's encoding of a batch, without the offsets of the tokens.
+def fast_byte_pair_encoding(tokenizer: object) -> Callable[[list[str]], list[list[int]]] | None:
+    """Return a byte-pair tokenizer's encoding of a batch; None where its `tokenize` may do more.
 
-    KerasHub 0.32 asks the `tokenizers` library for the offsets too and drops them, which takes a
-    fifth of the time.
-
-    Args:
-        tokenizer: any tokenizer.
-
-    Returns:
-        A function from texts to token ids; None where the tokenizer's own `tokenize` may do more.
+    KerasHub 0.32 also computes the tokens' offsets and drops them, which takes a fifth of the time.
     """
     method = getattr(type(tokenizer), "tokenize", None)
     # A family that overrides `tokenize` may do more than encode.
@@ -103,58 +81,50 @@ def fast_byte_pair_encoding(
 
 # -- attention and position layers (written for KerasHub 0.32) -----------------------------
 
+_SWITCHED_WINDOW = ("use_sliding_window_attention", "sliding_window_size")
 ATTENTION_METHOD = "_compute_attention"
 """The method of every attention layer below that goes from queries, keys and values to states."""
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What an attention layer does beside its two products.
+    """What an attention layer does beside its two products."""
 
-    Attributes:
-        scale: factor of the scores q k'.
-        soft_cap: the c of cap(s) = c tanh(s / c) on the scores; None for no cap.
-        window: number of positions that a token sees, itself included; None for all.
-        dropout: layer that drops attention weights, or None.
-        returns_weights: whether `ATTENTION_METHOD` returns `(states, weights)`.
-    """
-
-    scale: float
-    soft_cap: float | None = None
-    window: int | None = None
+    scale: float  # factor of the scores q k'
+    soft_cap: float | None = None  # the c of c tanh(s / c) on the scores
+    window: int | None = None  # number of positions that a token sees, itself included
     dropout: keras.layers.Layer | None = None
-    returns_weights: bool = False
+    returns_weights: bool = False  # whether ATTENTION_METHOD returns (states, weights)
+
+
+def _where(layer: keras.layers.Layer, flag: str, name: str, library: Library = KERAS_HUB) -> Any:
+    return private(layer, name, library) if private(layer, flag, library) else None
 
 
 def _multi_head(layer: keras.layers.Layer) -> AttentionSettings:
-    dropout = private(layer, "_dropout_layer", KERAS) if private(layer, "_dropout", KERAS) else None
+    dropout = _where(layer, "_dropout", "_dropout_layer", KERAS)
     scale = private(layer, "_inverse_sqrt_key_dim", KERAS)
     return AttentionSettings(scale, dropout=dropout, returns_weights=True)
 
 
-def _llama(layer: keras.layers.Layer) -> AttentionSettings:
-    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB))
+def _llama(layer: keras.layers.Layer, **further: Any) -> AttentionSettings:
+    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB), **further)
 
 
 def _gpt_neo_x(layer: keras.layers.Layer) -> AttentionSettings:
-    active = private(layer, "dropout", KERAS_HUB)
-    dropout = private(layer, "_attn_dropout_layer", KERAS_HUB) if active else None
-    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB), dropout=dropout)
+    return _llama(layer, dropout=_where(layer, "dropout", "_attn_dropout_layer"))
 
 
 def _mistral(layer: keras.layers.Layer) -> AttentionSettings:
-    window = private(layer, "_sliding_window", KERAS_HUB)
-    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB), window=window)
+    return _llama(layer, window=private(layer, "_sliding_window", KERAS_HUB))
 
 
 def _qwen(layer: keras.layers.Layer) -> AttentionSettings:
-    scale = private(layer, "_inv_norm_factor", KERAS_HUB)
-    return AttentionSettings(scale, window=_switched_window(layer))
+    return _llama(layer, window=_where(layer, *_SWITCHED_WINDOW))
 
 
 def _qwen3(layer: keras.layers.Layer) -> AttentionSettings:
-    window = private(layer, "sliding_window_size", KERAS_HUB) or None
-    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB), window=window)
+    return _llama(layer, window=private(layer, "sliding_window_size", KERAS_HUB) or None)
 
 
 def _gemma(layer: keras.layers.Layer) -> AttentionSettings:
@@ -163,18 +133,12 @@ def _gemma(layer: keras.layers.Layer) -> AttentionSettings:
     else:
         heads = private(layer, "num_query_heads", KERAS_HUB)
         width = private(layer, "hidden_dim", KERAS_HUB) // heads
-    active = private(layer, "dropout", KERAS_HUB)
     return AttentionSettings(
         scale=width**-0.5,
         soft_cap=private(layer, "logit_soft_cap", KERAS_HUB),
-        window=_switched_window(layer),
-        dropout=private(layer, "dropout_layer", KERAS_HUB) if active else None,
+        window=_where(layer, *_SWITCHED_WINDOW),
+        dropout=_where(layer, "dropout", "dropout_layer"),
     )
-
-
-def _switched_window(layer: keras.layers.Layer) -> int | None:
-    active = private(layer, "use_sliding_window_attention", KERAS_HUB)
-    return private(layer, "sliding_window_size", KERAS_HUB) if active else None
 
 
 ATTENTION: dict[str, Callable[[keras.layers.Layer], AttentionSettings]] = {
@@ -242,10 +206,7 @@ def transformer_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:
 
 
 def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:
-    """Return the settings that a norm computes with; None for a layer of another kind.
-
-    `get_config` does not do: some of KerasHub's norms have none of their own.
-    """
+    """Return a norm's settings, as some have no `get_config`; None for another kind of layer."""
     if type(layer).__name__ not in _NORMS:
         return None
     optional = {name: getattr(layer, name, None) for name in ("axis", "rms_scaling")}
@@ -253,21 +214,15 @@ def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:
 
 
 class ReversibleSettings(NamedTuple):
-    """How a `ReversibleEmbedding` projects hidden states to logits.
+    """How a `ReversibleEmbedding` projects hidden states to logits."""
 
-    Attributes:
-        tied: whether it projects by the transposed embeddings.
-        soft_cap: the c of cap(z) = c tanh(z / c) on the logits; None for no cap.
-        dtype: of the product; None for the layer's compute dtype.
-    """
-
-    tied: bool
-    soft_cap: float | None
-    dtype: str | None
+    tied: bool  # by the transposed embeddings
+    soft_cap: float | None  # the c of c tanh(z / c) on the logits
+    dtype: str | None  # of the product; None for the layer's compute dtype
 
 
 def reversible_settings(layer: keras.layers.Layer) -> ReversibleSettings:
-    """Return how a `ReversibleEmbedding` projects hidden states to logits."""
+    """Read the settings off a `ReversibleEmbedding`."""
     names = ("tie_weights", "logit_soft_cap", "reverse_dtype")
     return ReversibleSettings(*(private(layer, name, KERAS) for name in names))
 
@@ -278,10 +233,7 @@ def ties_embeddings(backbone: keras.Model | None) -> bool | None:
 
 
 def python_tokenizer(tokenizer: object) -> tokenizers.Tokenizer | None:
-    """Return the `tokenizers.Tokenizer` in a byte-pair tokenizer (KerasHub 0.32); None without one.
-
-    KerasHub's Python path runs on it. There is no public way to it.
-    """
+    """Return the `tokenizers.Tokenizer` in a byte-pair tokenizer; None without one."""
     return getattr(tokenizer, "_tokenizer", None)
 
 
@@ -298,19 +250,16 @@ TOKENIZER_FILES = {
 
 
 def save_preset(model: Any, directory: Path) -> None:
-    """Write a KerasHub model as a preset directory that loads again.
+    """Write a preset directory that loads again.
 
-    KerasHub 0.32 leaves `tie_word_embeddings` out of Llama's `get_config`, so that a model with
-    tied embeddings would not load. Its files get it here.
+    KerasHub 0.32 leaves `tie_word_embeddings`, without which no tied model loads, out of Llama's.
     """
     model.save_to_preset(str(directory))
     tied = getattr(model.backbone, "tie_word_embeddings", None)
     if tied is None or "tie_word_embeddings" in model.backbone.get_config():
         return
-    for name, keys in (("config.json", ()), ("task.json", ("config", "backbone"))):
+    for name in ("config.json", "task.json"):
         content = json.loads((directory / name).read_text(encoding="utf-8"))
-        part = content
-        for key in keys:
-            part = part[key]
-        part["config"]["tie_word_embeddings"] = tied
+        backbone = content if name == "config.json" else content["config"]["backbone"]
+        backbone["config"]["tie_word_embeddings"] = tied
         (directory / name).write_text(json.dumps(content, indent=4), encoding="utf-8")

@@ -1,20 +1,52 @@
 """Private names of Keras, each used in one function here. Written for Keras 3.15.
 
 There is no public way to do what these functions do. No other module may use a name of Keras that
-begins with an underscore. Where an installed release has no such name any more, the function raises
-a RuntimeError that names the library, its release and the name (see `private_api`).
+begins with an underscore. A release without such a name is reported by `private`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from dpo_keras.utils.private_api import KERAS, TENSORFLOW, Library, private
 from dpo_keras.utils.tensors import Tensor
+
+
+class Library(NamedTuple):
+    """A library and the release whose private API this package was written for."""
+
+    name: str
+    package: str
+    written_for: str
+
+
+KERAS = Library("Keras", "keras", "3.15")
+KERAS_HUB = Library("KerasHub", "keras-hub", "0.32")
+TENSORFLOW = Library("TensorFlow", "tensorflow", "2.21")
+TF_KERAS = Library("tf-keras", "tf-keras", "2.21")
+
+
+def private(owner: object, name: str, library: Library) -> Any:
+    """Return an attribute that a library does not promise to keep.
+
+    A RuntimeError names the library, its release and the attribute where it is gone.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = getattr(owner, "__name__", type(owner).__name__)
+        found = importlib.metadata.version(library.package)
+        raise RuntimeError(
+            f"{library.name} {found} has no {kind}.{name}, which dpo_keras uses. Install "
+            f"{library.package} {library.written_for}, which dpo_keras was written for, or change "
+            "dpo_keras.utils to the new name."
+        ) from error
+
 
 # -- optimizers (written for Keras 3.15) ---------------------------------------------------
 
@@ -25,10 +57,7 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.O
 
 
 def leave_gradient_sums_to_caller(optimizer: keras.optimizers.Optimizer) -> None:
-    """Keep an optimizer from summing gradients over replicas (Keras 3.15).
-
-    Keras clips first and sums second. A caller that sums before it clips must switch off the sum.
-    """
+    """Keep an optimizer from summing gradients over replicas: the caller sums, before it clips."""
     inner = inner_optimizer(optimizer)
     private(inner, "_all_reduce_sum_gradients", KERAS)
     inner._all_reduce_sum_gradients = list
@@ -50,11 +79,7 @@ def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
         m <- m + (1 - beta_1) (g - m),   v <- v + (1 - beta_2) (g^2 - v),
         w <- w - alpha m / (sqrt(v) + epsilon),   alpha = rate sqrt(1 - beta_2^t) / (1 - beta_1^t)
 
-    Args:
-        optimizer: any optimizer. All but these two stay as they are, and so does AMSGrad.
-
-    References:
-        Kingma and Ba, Adam, arXiv 1412.6980, section 2.
+    (Kingma and Ba, arXiv 1412.6980, section 2.) Other optimizers and AMSGrad stay as they are.
     """
     inner = inner_optimizer(optimizer)
     # A subclass may define another update.
@@ -86,27 +111,17 @@ def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def micro_steps(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
-    """Return the number of gradients that an optimizer was given (Keras 3.15).
-
-    The public `iterations` counts updates: one for several accumulated gradients.
-    """
+    """Return the number of gradients given to an optimizer; `iterations` counts its updates."""
     return private(inner_optimizer(optimizer), "_iterations", KERAS)
 
 
 class WeighedAccumulation(keras.layers.Layer):
-    """Make an accumulating optimizer weigh each micro-batch by its pairs (Keras 3.15).
+    """Change an accumulating optimizer to weigh each micro-batch by its pairs (Keras 3.15).
 
     Keras averages the gradients of micro-batches, each a mean over its own pairs, so that a pair in
-    a small micro-batch counts for more. Packed rows hold different numbers of pairs, and the last
-    batch of an epoch is short. With g_i the mean gradient of micro-batch i and w_i the weight of
-    its pairs, an update here uses
-
-        g = (sum_i w_i g_i) / (sum_i w_i),
-
-    which is the gradient of all the pairs in one batch.
-
-    Args:
-        optimizer: changed in place. Its `gradient_accumulation_steps` must be set.
+    a small micro-batch counts for more. With g_i the mean gradient of micro-batch i and w_i the
+    weight of its pairs, an update here uses g = (sum_i w_i g_i) / (sum_i w_i), which is the
+    gradient of all the pairs in one batch.
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer):
@@ -114,13 +129,8 @@ class WeighedAccumulation(keras.layers.Layer):
         self.built = True
         self._weight: Tensor = None
         # In a checkpoint, since a run may stop between two micro-batches.
-        self.total = self.add_weight(
-            name="total",
-            shape=(),
-            initializer="zeros",
-            trainable=False,
-            aggregation="only_first_replica",
-        )
+        once = {"trainable": False, "aggregation": "only_first_replica"}
+        self.total = self.add_weight(name="total", shape=(), initializer="zeros", **once)
         inner = inner_optimizer(optimizer)
         steps = inner.gradient_accumulation_steps
         apply = private(inner, "_backend_apply_gradients", KERAS)
@@ -152,10 +162,7 @@ TRAINER_HOOKS = ("_maybe_symbolic_build", "_flatten_metrics_in_order")
 
 
 def check_trainer_hooks() -> None:
-    """Raise a RuntimeError where `keras.Model` has no hook of `TRAINER_HOOKS` (Keras 3.15).
-
-    Keras would not call the overriding method any more, and nothing else would show it.
-    """
+    """Require `TRAINER_HOOKS`: nothing else shows that Keras calls an override no more."""
     for name in TRAINER_HOOKS:
         private(keras.Model, name, KERAS)
 
@@ -174,10 +181,7 @@ def all_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 
 def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
-    """Return the kernel of a `Dense` or `EinsumDense` without its adapters.
-
-    The public `kernel` adds the product of the adapters to it.
-    """
+    """Return the kernel of a `Dense` or `EinsumDense`; the public `kernel` adds the adapters."""
     return private(layer, "_kernel", KERAS)
 
 
@@ -192,8 +196,6 @@ def unmerged_weights(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
 
 
 # -- models of tf-keras (written for tf-keras 2.21) ----------------------------------------
-
-TF_KERAS = Library("tf-keras", "tf-keras", "2.21")
 
 
 def tf_keras_steps_per_execution(model: object) -> int:
@@ -218,11 +220,9 @@ def optimization_barrier(tensors: list[Tensor]) -> list[Tensor]:
 def native_slice_update() -> Iterator[None]:
     """Make `keras.ops.slice_update` a plain TensorFlow op in a block of code.
 
-    KerasHub writes its key-value caches with
-    `keras.ops.slice_update`, which is `XlaDynamicUpdateSlice` on TensorFlow. Model servers are
-    built without XLA and fail on it at the first request. `TensorStridedSliceUpdate` computes the
-    same (start indices are clamped so that the update fits), in place where it can. Replacing the
-    function on the public module is enough, because models look it up there in each call.
+    KerasHub writes its key-value caches with it. It is `XlaDynamicUpdateSlice`, on which model
+    servers, built without XLA, fail. `TensorStridedSliceUpdate` computes the same (start indices
+    are clamped so that the update fits). Models look the function up in the public module.
     """
     original = keras.ops.slice_update
 

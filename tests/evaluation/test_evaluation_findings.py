@@ -5,7 +5,7 @@ import pytest
 from evaluation_columns import held_out, samples
 
 from dpo_keras.evaluation.findings import CHECKS, Measured, findings
-from dpo_keras.evaluation.training_log import TrainingLog
+from dpo_keras.training.callbacks import TrainingLog
 
 random = np.random.default_rng(0)
 GOOD = random.normal(1.5, 1.0, 200)

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from dpo_keras.utils import keras_internals
 
+WRITTEN_FOR = "which dpo_keras was written for"
+
 
 def variable(values=(1.0, -2.0, 3.0)):
     return keras.Variable(np.array(values, np.float32))
@@ -131,3 +133,52 @@ def test_a_forgotten_layer_is_neither_saved_nor_counted():
 def test_unmerged_weights_have_the_names_of_keras():
     names = ["_kernel", "lora_kernel_a", "lora_kernel_b"]
     assert list(keras_internals.unmerged_weights(adapted_dense())) == names
+
+
+def test_a_missing_name_is_told_with_library_and_release():
+    message = rf"KerasHub [\d.]+ has no int\._gone, .* Install keras-hub 0\.32, {WRITTEN_FOR}"
+    with pytest.raises(RuntimeError, match=message):
+        keras_internals.private(3, "_gone", keras_internals.KERAS_HUB)
+    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no int\._gone"):
+        keras_internals.private(3, "_gone", keras_internals.KERAS)
+
+
+def adapted():
+    layer = keras.layers.Dense(2)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    layer.enable_lora(1)
+    return model, layer
+
+
+def test_layers_and_weights_of_keras_are_found():
+    model, layer = adapted()
+    assert layer in keras_internals.all_layers(model) and model in keras_internals.all_layers(model)
+    assert keras_internals.base_kernel(layer) is layer.weights[0]
+    names = ["_kernel", "lora_kernel_a", "lora_kernel_b"]
+    assert list(keras_internals.unmerged_weights(layer)) == names
+    assert layer.lora_enabled and (layer.lora_rank, layer.lora_alpha) == (1, 1)
+    embedding = keras.layers.Embedding(4, 2)
+    embedding.build()
+    embedding.enable_lora(1)
+    names = ["_embeddings", "lora_embeddings_a", "lora_embeddings_b"]
+    assert list(keras_internals.unmerged_weights(embedding)) == names
+
+
+@pytest.mark.parametrize("read", [keras_internals.base_kernel, keras_internals.unmerged_weights])
+def test_a_layer_without_its_kernel_is_told(read):
+    _, layer = adapted()
+    del layer._kernel
+    with pytest.raises(RuntimeError, match=rf"Keras [\d.]+ has no Dense\._kernel, .*{WRITTEN_FOR}"):
+        read(layer)
+
+
+def test_a_model_without_flat_layers_is_told():
+    with pytest.raises(RuntimeError, match=r"Keras [\d.]+ has no object\._flatten_layers"):
+        keras_internals.all_layers(object())
+
+
+def test_a_barrier_gives_back_its_values():
+    function = tf.function(
+        lambda x: keras_internals.optimization_barrier([x, x + 1.0]), jit_compile=True
+    )
+    assert [float(value) for value in function(tf.constant(1.0))] == [1.0, 2.0]
