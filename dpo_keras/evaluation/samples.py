@@ -183,7 +183,9 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         preprocessor=preprocessor,
         on_batch=on_batch,
     )
-    tokens = _token_ids(responses, preprocessor or policy.preprocessor)
+    encoder = TextEncoder(preprocessor or policy.preprocessor)
+    rows = encoder.responses(list(responses)).tolist() if responses else []
+    tokens = [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
     records: list[dict[str, JSON]] = []
     for question, response, ids, whole in zip(questions, responses, tokens, ended, strict=True):
         record = {"prompt": question, "response": response, "tokens": len(ids), "ended": whole}
@@ -224,12 +226,6 @@ def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list
                 row[f"{name}_preferred"] = found.get("verdict", {}).get("preferred")
         rows.append(row)
     return rows
-
-
-def _token_ids(responses: Sequence[str], preprocessor: object) -> list[list[int]]:
-    encoder = TextEncoder(preprocessor)
-    rows = encoder.responses(list(responses)).tolist() if responses else []
-    return [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
 
 
 def _verdict(found: object) -> dict[str, bool]:
