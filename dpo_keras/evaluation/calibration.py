@@ -35,35 +35,27 @@ class Bin:
 
     def as_dict(self) -> dict[str, JSON]:
         """Return the bin, ready for JSON."""
-        return {
-            "low": self.low,
-            "high": self.high,
-            "weight": self.weight,
-            "confidence": self.confidence.as_dict(),
-            "agreement": self.agreement.as_dict(),
-        }
+        means = {"confidence": self.confidence.as_dict(), "agreement": self.agreement.as_dict()}
+        return {"low": self.low, "high": self.high, "weight": self.weight, **means}
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """How well the model's confidence agrees with people.
 
-    The order of two responses is arbitrary: (P, y) in one order is (1 - P, 1 - y) in the other.
-    Therefore every figure is about the response that the model prefers, and is the same for both
-    orders.
+    Every figure is about the response that the model prefers, because the order of two responses
+    is arbitrary: (P, y) in one order is (1 - P, 1 - y) in the other.
 
     Attributes:
         bins: the reliability curve, confidence in [0.5, 1].
         expected_calibration_error: sum over bins of weight · |confidence - agreement|.
-        chance_level: 95th percentile of this error for a perfectly calibrated model, in samples of
-            this size.
+        chance_level: 95th percentile of this error if calibration is perfect, for as many pairs.
         brier: mean (P - y)²; 0.25 for P = 0.5 and certain labels.
         log_loss: mean -y log P - (1 - y) log(1 - P), in nats.
         label_entropy: the lowest log loss that these labels allow; 0 if all are certain.
         confidence: mean of max(P, 1 - P).
         agreement: mean probability that people prefer what the model prefers; 0.5 for P = 0.5.
-        overconfidence: confidence - agreement; negative if the model is right more often than its
-            confidence says.
+        overconfidence: confidence - agreement; negative if right more often than it says.
         note: a warning for readers of these figures, or "".
     """
 
@@ -148,10 +140,20 @@ def calibrate(
         error = Estimate(_binned(gaps, inside, bins), count=gap.count)
         chance = _chance_level(confidence[usable], label[usable], shares, inside, bins)
     probability = np.where(llr > 0, confidence, 1 - confidence)
+    edges = np.linspace(0.5, 1.0, bins + 1).tolist()
+    total = max(float(weight[usable].sum()), 1e-300)
+
+    def reliability(number: int) -> Bin:
+        low, high = edges[number], edges[number + 1]
+        rows = usable & (place == number)
+        given = (weight[rows], clusters[rows])
+        absent = f"no pair has a confidence of {low:g} to {high:g}"
+        accuracy = share(agreement[rows], *given, absent=absent)
+        confident = mean(confidence[rows], *given, absent=absent)
+        return Bin(low, high, confident, accuracy, float(weight[rows].sum()) / total)
+
     return Calibration(
-        bins=_reliability(
-            confidence, agreement, np.where(usable, weight, 0.0), clusters, place, bins
-        ),
+        bins=tuple(reliability(number) for number in range(bins)),
         expected_calibration_error=error,
         chance_level=chance,
         brier=mean((probability - label) ** 2, weight, clusters),
@@ -162,33 +164,6 @@ def calibrate(
         overconfidence=gap,
         note=note,
     )
-
-
-def _reliability(
-    confidence: np.ndarray,
-    agreement: np.ndarray,
-    weight: np.ndarray,
-    clusters: np.ndarray,
-    place: np.ndarray,
-    bins: int,
-) -> tuple[Bin, ...]:
-    edges = np.linspace(0.5, 1.0, bins + 1).tolist()
-    total = max(float(weight.sum()), 1e-300)
-    found = []
-    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        rows = (weight > 0) & (place == number)
-        absent = f"no pair has a confidence of {low:g} to {high:g}"
-        given = (weight[rows], clusters[rows])
-        found.append(
-            Bin(
-                low,
-                high,
-                mean(confidence[rows], *given, absent=absent),
-                share(agreement[rows], *given, absent=absent),
-                float(weight[rows].sum()) / total,
-            )
-        )
-    return tuple(found)
 
 
 def _binned(values: np.ndarray, place: np.ndarray, bins: int) -> float:

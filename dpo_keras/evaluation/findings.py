@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import Samples
-from dpo_keras.evaluation.statistics import change, mean
+from dpo_keras.evaluation.statistics import Measurement, change, mean
 from dpo_keras.training.callbacks import TrainingLog
 from dpo_keras.utils.intervals import Estimate, short, undefined
 
@@ -72,10 +72,9 @@ def chosen_logps_fell(measured: Measured) -> str | None:
     fall, growth, since = _course_of_chosen(measured)
     if fall.value is None or not (below(fall, 0) and above(growth, 0)):
         return None
+    remedy = "add the penalty `nll` (arXiv 2404.19733), as in `penalties: {nll: 0.1}`"
     if "penalty/nll" in measured.after.pairs:
         remedy = "raise the weight of the penalty nll"
-    else:
-        remedy = "add the penalty `nll` (arXiv 2404.19733), as in `penalties: {nll: 0.1}`"
     return (
         f"Chosen responses are less likely than {since}, by {short(-fall.value)} nats each, while "
         "the reward margin grew: the policy learned more about what to avoid than about what to "
@@ -140,9 +139,7 @@ def accuracy_at_chance(measured: Measured) -> str | None:
 
 def accuracy_fell(measured: Measured) -> str | None:
     """Report that training lowered held-out accuracy."""
-    if measured.before is None:
-        return None
-    fall = change(measured.before, measured.after, "reward_accuracy")
+    fall = _change(measured.before, measured.after, "reward_accuracy")
     if not below(fall, 0):
         return None
     return f"Held-out reward accuracy fell: {fall}. Train for less, or look for overfitting."
@@ -231,7 +228,7 @@ def _confidence_and_agreement(measured: Measured) -> str:
 
 def preferred_fell(measured: Measured) -> str | None:
     """Report that the judge prefers fewer responses than before."""
-    fall = _samples_change(measured, "preferred")
+    fall = _change(measured.samples_before, measured.samples_after, "preferred")
     if not below(fall, 0):
         return None
     return (
@@ -244,7 +241,7 @@ def preferred_fell(measured: Measured) -> str | None:
 def responses_grew(measured: Measured) -> str | None:
     """Report that generated responses became much longer."""
     old, new = _sampled(measured, "tokens")
-    grown = _samples_change(measured, "tokens")
+    grown = _change(measured.samples_before, measured.samples_after, "tokens")
     if not old or new is None or new / old < LONGER or not above(grown, 0):
         return None
     return (
@@ -283,8 +280,7 @@ def _sampled(measured: Measured, name: str) -> tuple[float | None, float | None]
     return old.value if old else None, new.value if new else None
 
 
-def _samples_change(measured: Measured, name: str) -> Estimate:
-    before, after = measured.samples_before, measured.samples_after
+def _change(before: Measurement | None, after: Measurement | None, name: str) -> Estimate:
     if before is None or after is None or name not in after.figures:
         return undefined("it was not measured")
     return change(before, after, name)
@@ -310,9 +306,6 @@ CHECKS: dict[str, tuple[str, Check]] = {
 
 def findings(measured: Measured) -> list[Finding]:
     """Run every check; warnings come first."""
-    found = [
-        Finding(code, severity, text)
-        for code, (severity, check) in CHECKS.items()
-        if (text := check(measured)) is not None
-    ]
+    texts = {code: check(measured) for code, (_, check) in CHECKS.items()}
+    found = [Finding(code, CHECKS[code][0], text) for code, text in texts.items() if text]
     return sorted(found, key=lambda finding: finding.severity != "warning")

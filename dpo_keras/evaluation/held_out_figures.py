@@ -113,10 +113,8 @@ class HeldOut:
 
     def _figures(self, rows: np.ndarray) -> dict[str, Estimate]:
         weight, prompt = self.pairs["weight"][rows], self.pairs["prompt"][rows]
-        columns = {
-            **{k: v for k, v in self.pairs.items() if k not in _ABOUT_PAIRS},
-            "reward_margin": self.reward_margin,
-        }
+        columns = {k: v for k, v in self.pairs.items() if k not in _ABOUT_PAIRS}
+        columns["reward_margin"] = self.reward_margin
         first = ("loss", "preference_loss", "reward_accuracy", "reward_margin")
         found = {name: mean(column[rows], weight, prompt) for name, column in columns.items()}
         found["reward_accuracy"] = self._accuracy(rows, "no pair has a preference other than 0.5")
@@ -141,15 +139,11 @@ class HeldOut:
         wanted = ("loss", "reward_accuracy", "reward_margin")
         found = {}
         if (numbers >= 0).any():
-            for number in np.unique(numbers):
+            names = {-1: _NO_GROUP, **dict(enumerate(self.group_names))}
+            for number in np.unique(numbers).tolist():
                 figures = self._figures(numbers == number)
-                found[self._group_name(int(number))] = {key: figures[key] for key in wanted}
+                found[names.get(number, str(number))] = {key: figures[key] for key in wanted}
         return found
-
-    def _group_name(self, number: int) -> str:
-        if number < 0:
-            return _NO_GROUP
-        return self.group_names[number] if number < len(self.group_names) else str(number)
 
     @cached_property
     def by_length(self) -> dict[str, Estimate]:
@@ -184,13 +178,8 @@ class HeldOut:
     @cached_property
     def calibration(self) -> Calibration:
         """Calibration of P(chosen) = softmax(scores)."""
-        return calibrate(
-            self.reward_margin,
-            self.pairs["preference"],
-            self.pairs["weight"],
-            self.pairs["prompt"],
-            note=self.note,
-        )
+        columns = (self.pairs[name] for name in ("preference", "weight", "prompt"))
+        return calibrate(self.reward_margin, *columns, note=self.note)
 
     def difference_from(self, other: Measurement) -> str:
         """Return why the two cannot be compared pair by pair, or ""."""
@@ -244,11 +233,7 @@ class HeldOut:
         return "\n".join([head, *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows, from which `load` computes the same figures.
-
-        Args:
-            path: a file ending in .npz.
-        """
+        """Write the rows to a .npz file, from which `load` computes the same figures."""
         names = ("entropy", "note", "fingerprint")
         about = {"group_names": list(self.group_names), **{n: getattr(self, n) for n in names}}
         with replaced(path) as partial, partial.open("wb") as file:
@@ -257,14 +242,7 @@ class HeldOut:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeldOut:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            InputError: there is no such file, or `save` did not write it.
-        """
+        """Read what `save` wrote; raise InputError if there is no such file, or it is another."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 columns = {name: stored[name] for name in stored.files}

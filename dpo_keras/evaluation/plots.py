@@ -38,13 +38,9 @@ def save_plot(
     draw: Callable[[Figure], None],
     without: str = "pass plots=False",
 ) -> None:
-    """Draw a figure and save it as PNG.
+    """Draw a figure of a size in inches and save it as PNG, 150 dots per inch.
 
-    Args:
-        target: a file, or a binary file object such as `io.BytesIO()`.
-        size: width and height in inches, at 150 dots each.
-        draw: called with the empty figure.
-        without: how to do without plots, for the error if matplotlib is missing.
+    `without` says how to do without plots, for the error if matplotlib is missing.
     """
     try:
         import matplotlib
@@ -163,13 +159,8 @@ def _curve_legend(figure: Figure, log: TrainingLog) -> None:
 
     step = Line2D([], [], color=TRAIN, alpha=0.35, linewidth=0.9, label="each step")
     line = Line2D([], [], color=TRAIN, linewidth=1.6, label="running mean")
-    round_mark: dict[str, Any] = {
-        "marker": "o",
-        "linestyle": "",
-        "markersize": 7,
-        "markeredgecolor": "white",
-    }
-    dot = Line2D([], [], color=TRAIN, label="held-out pairs", **round_mark)
+    dot = Line2D([], [], color=TRAIN, linestyle="", marker="o", label="held-out pairs")
+    dot.set(markersize=7, markeredgecolor="white")
     handles = [step, line]
     if len(log.steps) < _SMOOTHED:
         line.set_label("each step")

@@ -34,6 +34,10 @@ def report_content(
     measured_sets = [after] if before is None else [after, before]
     margins = {} if before is None else {"before": before.percentiles.get("reward_margin", {})}
     margins["after"] = after.percentiles.get("reward_margin", {})
+    accuracies = [
+        {group: figures["reward_accuracy"] for group, figures in held_out.groups.items()}
+        for held_out in measured_sets
+    ]
     return {
         "headline": headline(measured),
         "count": len(after),
@@ -42,7 +46,7 @@ def report_content(
         "held_out": _held_out_rows(after, before),
         "percentiles": margins,
         "by_length": _rows(_LABELS["by_length"], *(h.by_length for h in measured_sets)),
-        "groups": _rows({}, *(_accuracies(h) for h in measured_sets)),
+        "groups": _rows({}, *accuracies),
         "calibration": _rows(
             _LABELS["calibration"], *(h.calibration.figures for h in measured_sets)
         ),
@@ -60,8 +64,8 @@ def headline(measured: Measured) -> list[str]:
     text = f"Held-out reward accuracy: {accuracy} on {accuracy.count:,} pairs"
     lines = [text + _since(measured.before, measured.after, "reward_accuracy") + "."]
     samples = measured.samples_after
-    preferred = samples.figures.get("preferred") if samples is not None else None
-    if samples is not None and preferred is not None:
+    if samples is not None and "preferred" in samples.figures:
+        preferred = samples.figures["preferred"]
         text = f"Share of generated responses that the judge prefers: {preferred}"
         since = _since(measured.samples_before, samples, "preferred")
         lines.append(f"{text} of {preferred.count:,}{since}.")
@@ -178,10 +182,6 @@ def _rows(
 
 def _comparable(before: Measurement | None, after: Measurement) -> bool:
     return before is not None and not after.difference_from(before)
-
-
-def _accuracies(held_out: HeldOut) -> dict[str, Estimate]:
-    return {name: figures["reward_accuracy"] for name, figures in held_out.groups.items()}
 
 
 def _signed(figure: Estimate) -> str:

@@ -169,20 +169,17 @@ def _unrounded(measured: Measured, content: Mapping[str, JSON]) -> dict[str, JSO
     """Return the figures for programs."""
     held_out = {"before": measured.before, "after": measured.after}
     samples = {"before": measured.samples_before, "after": measured.samples_after}
-    pairs: list[tuple[Measurement | None, Measurement | None]] = [
-        (held_out["before"], held_out["after"]),
-        (samples["before"], samples["after"]),
-    ]
+
+    def changes(before: Measurement | None, after: Measurement | None) -> dict[str, JSON]:
+        if before is None or after is None:
+            return {}
+        return {name: change(before, after, name).as_dict() for name in after.figures}
+
     return {
         **{name: content[name] for name in ("title", "findings", "details", "config", "notices")},
         "held_out": {name: h.as_dict() for name, h in held_out.items() if h is not None},
         "samples": {name: s.as_dict() for name, s in samples.items() if s is not None},
-        "changes": {
-            name: change(before, after, name).as_dict()
-            for before, after in pairs
-            if before is not None and after is not None
-            for name in after.figures
-        },
+        "changes": changes(**held_out) | changes(**samples),
         "most_wrong": content["wrong"],
     }
 

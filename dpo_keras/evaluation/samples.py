@@ -58,11 +58,7 @@ class Samples:
         return "" if same else "before and after answer different prompts"
 
     def values(self, name: str) -> np.ndarray | None:
-        """Return one number per response, or None if `name` is not counted per response.
-
-        Args:
-            name: `"tokens"`, `"ended"`, `"empty"`, or a field of the verdict such as `"preferred"`.
-        """
+        """Return "tokens", "ended", "empty" or a verdict's field of each response; else None."""
         if name == "empty":
             return np.array([not r["response"].strip() for r in self.records], np.float64)
         found = [{**r, **r.get("verdict", {})}.get(name) for r in self.records]
@@ -73,16 +69,14 @@ class Samples:
     def per_item(self, name: str) -> PerItem | None:
         """Return what a figure was computed from, or None if it is not a mean over responses."""
         values, ones = self.values(name), np.ones(len(self))
-        clusters = _numbered(self.prompts)
+        number: dict[str, int] = {}
+        clusters = np.array([number.setdefault(p, len(number)) for p in self.prompts], np.int64)
         return None if values is None else PerItem(values, ones, clusters, name != "tokens")
 
     def as_dict(self) -> dict[str, JSON]:
         """Return figures, options and records, ready for JSON."""
-        return {
-            "figures": {name: figure.as_dict() for name, figure in self.figures.items()},
-            "options": self.options,
-            "records": self.records,
-        }
+        figures = {name: figure.as_dict() for name, figure in self.figures.items()}
+        return {"figures": figures, "options": self.options, "records": self.records}
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""
@@ -94,24 +88,13 @@ class Samples:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write records and figures as JSON.
-
-        Args:
-            path: the file.
-        """
+        """Write records and figures as JSON."""
         text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1, allow_nan=False)
         write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Samples:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-
-        Raises:
-            InputError: there is no such file, or `save` did not write it.
-        """
+        """Read what `save` wrote; raise InputError if there is no such file, or it is another."""
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
             figures = {name: Estimate.from_dict(f) for name, f in stored["figures"].items()}
@@ -142,12 +125,10 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
     """Sample a policy's responses, judge them and count.
 
     Args:
-        policy: a KerasHub causal language model, or any Keras model from token ids and mask to
-            logits.
-        prompts: N prompts as the policy reads them (chat template applied), in any form that
-            `generate_responses` takes.
-        judge: `(question, response)` -> bool, or an object with a bool `preferred`, such as
-            `dpo_keras.preferences.judge`. Other bool fields of a dataclass are counted too.
+        policy: a KerasHub causal language model, or a Keras model of token ids and mask.
+        prompts: N prompts in any form that `generate_responses` takes, chat template applied.
+        judge: such as `dpo_keras.preferences.judge`: `(question, response)` -> bool, or an object
+            with a bool `preferred`. Other bool fields of a dataclass are counted too.
         questions: N prompts as plain text, for the judge and for display. Default: `prompts`.
         max_new_tokens: longest response, in tokens.
         temperature: of sampling; 0 takes the most probable token.
@@ -186,17 +167,12 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
     """
     questions = list(prompts if questions is None else questions)
     if len(questions) != len(prompts) or not all(isinstance(text, str) for text in questions):
-        rule = (
-            f"must be strings, one for each prompt; got {len(questions)} for {len(prompts)} prompts"
-        )
+        counts = f"{len(questions)} for {len(prompts)} prompts"
+        rule = f"must be strings, one for each prompt; got {counts}"
         hint = "Where prompts are token ids, give both."
         raise InputError(InputProblem("questions", rule, hint=hint))
-    options: dict[str, JSON] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    options: dict[str, JSON] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= {"top_p": top_p, "seed": seed}
     responses, ended = generate_responses(
         policy,
         prompts,
@@ -207,7 +183,9 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         preprocessor=preprocessor,
         on_batch=on_batch,
     )
-    tokens = _token_ids(responses, preprocessor or policy.preprocessor)
+    encoder = TextEncoder(preprocessor or policy.preprocessor)
+    rows = encoder.responses(list(responses)).tolist() if responses else []
+    tokens = [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
     records: list[dict[str, JSON]] = []
     for question, response, ids, whole in zip(questions, responses, tokens, ended, strict=True):
         record = {"prompt": question, "response": response, "tokens": len(ids), "ended": whole}
@@ -250,12 +228,6 @@ def side_by_side(before: Samples | None, after: Samples, count: int = 8) -> list
     return rows
 
 
-def _token_ids(responses: Sequence[str], preprocessor: object) -> list[list[int]]:
-    encoder = TextEncoder(preprocessor)
-    rows = encoder.responses(list(responses)).tolist() if responses else []
-    return [row[:-1] if row and row[-1] in encoder.ends else row for row in rows]
-
-
 def _verdict(found: object) -> dict[str, bool]:
     if isinstance(found, bool | np.bool_):
         return {"preferred": bool(found)}
@@ -288,12 +260,6 @@ def _figures(samples: Samples, tokens: list[list[int]]) -> dict[str, Estimate]:
         "empty": measured("empty"),
         "ended": measured("ended"),
     }
-
-
-def _numbered(texts: Sequence[str]) -> np.ndarray:
-    """Return a number for each text, equal for equal texts."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
 
 
 def _distinct(tokens: list[list[int]], size: int) -> Estimate:

@@ -31,20 +31,9 @@ def mean(
 
         mean = sum w v / sum w,   variance = C/(C-1) sum_c (sum_{i in c} w_i (v_i - mean))^2 / W^2
 
-    Args:
-        values: `[N]`.
-        weight: `[N]`, >= 0; equal by default. Items of weight 0 do not count.
-        clusters: `[N]` integers, equal for dependent items; all different by default.
-        of: what an item is called in the reason.
-        absent: the reason if there are no items.
-
-    Returns:
-        The mean. It has no interval if there is one cluster. It is undefined if no item has weight
-        or a value is not finite.
-
-    Example:
-        >>> print(mean([1.0, 2.0, 3.0, 4.0]))  # 2.5 ± 1.96 * sqrt(5 / 3 / 4)
-        2.500 (1.235 to 3.765)
+    Dependent items have equal `clusters`; one cluster alone has no interval. The mean is undefined
+    if no item (called `of` in the reason; `absent` where there is none) has weight, or a value is
+    not finite.
     """
     items = _weighted_items(values, weight, clusters, of, absent)
     if isinstance(items, Estimate):
@@ -69,17 +58,10 @@ def share(
 ) -> Estimate:
     """Compute a weighted share of successes and its Wilson interval.
 
-    The interval is taken at the effective number of items: Kish's (sum w)² / sum w², divided by the
+    A value is 1 for a success, 0 for a failure, 0.5 for a tie. The interval is taken at the
+    effective number of items: Kish's (sum w)² / sum w² (1965, Survey Sampling), divided by the
     factor by which dependence within clusters widens the variance. If all values are equal, this
-    factor is unknown, and each cluster counts as one item. Arguments are those of `mean`; a value
-    is 1 for a success, 0 for a failure, 0.5 for a tie.
-
-    Example:
-        >>> print(share([1, 1, 1, 0]))
-        0.750 (0.301 to 0.954)
-
-    References:
-        Wilson (1927), JASA 22: 209-212. Kish (1965), Survey Sampling.
+    factor is unknown, and each cluster counts as one item.
     """
     items = _weighted_items(values, weight, clusters, of, absent)
     if isinstance(items, Estimate):
@@ -169,28 +151,22 @@ def change(before: Measurement, after: Measurement, name: str) -> Estimate:
         return undefined(reason, len(after))
     old, new = before.per_item(name), after.per_item(name)
     if old is None or new is None or name not in before.figures:
-        return _plain_difference(before.figures.get(name), after.figures[name])
+        first, last = before.figures.get(name), after.figures[name]
+        if first is None:
+            return undefined("it was not measured before")
+        if first.value is None or last.value is None:
+            return undefined(first.reason or last.reason or "")
+        return Estimate(last.value - first.value, count=last.count)
     if new.share:
         together = correlation(old.values, new.values, new.weight)
         return share_difference(before.figures[name], after.figures[name], together)
     return mean(new.values.astype(np.float64) - old.values, new.weight, new.clusters)
 
 
-def _plain_difference(before: Estimate | None, after: Estimate) -> Estimate:
-    if before is None:
-        return undefined("it was not measured before")
-    if before.value is None or after.value is None:
-        return undefined(before.reason or after.reason or "")
-    return Estimate(after.value - before.value, count=after.count)
-
-
 def share_difference(before: Estimate, after: Estimate, correlation: float) -> Estimate:
-    """Compute the difference of two shares of the same items, with Newcombe's interval.
+    """Compute the difference of two shares of the same items, whose outcomes correlate.
 
-    `correlation` is that of an item's two outcomes.
-
-    References:
-        Newcombe (1998), Statistics in Medicine 17: 2635-2650, method 10 without its correction.
+    The interval is that of `change`'s source, method 10 without its correction.
     """
     ends = _ends(before, after)
     if isinstance(ends, Estimate):
@@ -209,8 +185,7 @@ def share_difference(before: Estimate, after: Estimate, correlation: float) -> E
 def average(one: Estimate, other: Estimate) -> Estimate:
     """Compute the mean of two independent shares; its interval stays within [0, 1].
 
-    References:
-        Zou and Donner (2008), Statistics in Medicine 27: 1693-1702 (square and add).
+    Square and add: Zou and Donner (2008), Statistics in Medicine 27: 1693-1702.
     """
     count = one.count + other.count
     ends = _ends(one, other)

@@ -6,6 +6,7 @@ import importlib.resources
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache, lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -58,15 +59,8 @@ class Api:
 
     def submit(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
         """Record a judgement; the store checks the type of every value."""
-        receipt = self.store.submit(
-            annotator.id,
-            body.get("presentation"),
-            body.get("choice"),
-            key=body.get("key"),
-            strength=body.get("strength"),
-            reason=body.get("reason"),
-            seconds=body.get("seconds"),
-        )
+        names = ("presentation", "choice", "key", "strength", "reason", "seconds")
+        receipt = self.store.submit(annotator.id, **{name: body.get(name) for name in names})
         return {"judgement": receipt.judgement, "again": receipt.again, **self._state(annotator)}
 
     def undo(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
@@ -79,7 +73,7 @@ class Api:
         if not annotator.admin:
             raise Refused(403, "this page is the administrator's; open the administrator's link.")
         rows = self.store.database.rows
-        progress, now = self.store.progress(), self.store.clock()
+        now = self.store.clock()
         people = rows(
             "SELECT a.name, a.grp AS 'group', coalesce(sum(p.state = 'judged'), 0) AS judged, "
             "coalesce(sum(p.state = 'skipped'), 0) AS skipped, "
@@ -93,8 +87,7 @@ class Api:
             (now - 48 * 3600,),
         )
         return {
-            "judged": progress.judged,
-            "wanted": progress.wanted,
+            **asdict(self.store.progress()),
             "now": now,
             "people": [dict(row) for row in people],
             "hours": [[row[0] * 3600, row[1]] for row in hours],
@@ -112,8 +105,7 @@ class Api:
     def _state(self, annotator: Annotator) -> dict[str, JSON]:
         began = time.monotonic()
         if began >= self._progress_expires:
-            progress = self.store.progress()
-            self._progress = {"judged": progress.judged, "wanted": progress.wanted}
+            self._progress = asdict(self.store.progress())
             # Counting a large round takes a while: spend at most a twentieth of the time on it.
             now = time.monotonic()
             self._progress_expires = now + 20 * (now - began)
@@ -130,12 +122,8 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     ]
     if len(prompt) == 1:
         prompt[0]["role"] = None
-    return {
-        "id": presentation.id,
-        "prompt": prompt,
-        "left": render(presentation.left),
-        "right": render(presentation.right),
-    }
+    sides = {"left": render(presentation.left), "right": render(presentation.right)}
+    return {"id": presentation.id, "prompt": prompt, **sides}
 
 
 # Markdown becomes a tree of a few harmless elements, which the page builds one by one. No text of a

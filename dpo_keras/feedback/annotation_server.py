@@ -172,12 +172,10 @@ async def _error(request: Request, error: Exception) -> Response:
     """Answer an error with a sentence for the person."""
     if isinstance(error, Refused):
         return error.response()
-    if isinstance(error, Conflict):
-        return Refused(409, str(error)).response()
     if isinstance(error, StoreError):
         return Refused(503, str(error), retry_after=5).response()
     if isinstance(error, InputError):
-        return Refused(400, str(error)).response()
+        return Refused(409 if isinstance(error, Conflict) else 400, str(error)).response()
     if isinstance(error, HTTPException):
         return Refused(error.status_code, "there is nothing here.").response()
     return Refused(500, "the server failed; nothing was saved. Try again.").response()

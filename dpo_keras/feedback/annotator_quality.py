@@ -194,7 +194,14 @@ def _assess_annotator(
     judged = everything.work()
     times = judged.seconds[np.isfinite(judged.seconds)]
     checks = everything.keep(everything.gold >= 0)
-    same, repeats = _repeats(everything)
+    again = everything.keep(everything.repeat)
+    shown = everything.keep(~everything.repeat)
+    earlier = dict(zip(shown.pair.tolist(), shown.label.tolist(), strict=True))
+    repeats = zip(again.pair.tolist(), again.label.tolist(), strict=True)
+    same = [earlier[pair] == label for pair, label in repeats if pair in earlier]
+    # How often others gave the same label to the pairs that this annotator judged.
+    others = counts[judged.pair].sum(1) - 1
+    agreeing = counts[judged.pair, judged.label] - 1
     # Position and length bias show in the judgements that prefer one response.
     decided = judged.keep(judged.label <= SECOND)
     left = (decided.label == FIRST) == decided.first_on_left
@@ -210,7 +217,9 @@ def _assess_annotator(
         seconds=Estimate(float(np.median(times)), count=len(times))
         if len(times)
         else undefined("no time is known"),
-        agreement=_agreement(counts, judged),
+        agreement=wilson(
+            int(agreeing.sum()), int(others.sum()), "nobody else judged the same pairs"
+        ),
         accuracy=Estimate(float(fit.accuracy()[number]), count=len(judged))
         if len(judged)
         else undefined("nothing was judged"),
@@ -222,7 +231,7 @@ def _assess_annotator(
         ),
         longer_p=_coin_test(longer[differing]),
         gold=_share(checks.label == checks.gold, "no hidden check was judged"),
-        repeats=wilson(same, repeats, "no pair was shown again"),
+        repeats=wilson(sum(same), len(same), "no pair was shown again"),
     )
 
 
@@ -235,19 +244,3 @@ def _coin_test(successes: np.ndarray) -> float | None:
     if not len(successes):
         return None
     return float(binomtest(int(successes.sum()), len(successes), 0.5).pvalue)
-
-
-def _agreement(counts: np.ndarray, judged: Table) -> Estimate:
-    """Estimate how often others gave the same label to the pairs that one annotator judged."""
-    others = counts[judged.pair].sum(1) - 1
-    agreeing = counts[judged.pair, judged.label] - 1
-    return wilson(int(agreeing.sum()), int(others.sum()), "nobody else judged the same pairs")
-
-
-def _repeats(everything: Table) -> tuple[int, int]:
-    """Count the repeated pairs of one annotator that got the same label, and all of them."""
-    first, again = everything.keep(~everything.repeat), everything.keep(everything.repeat)
-    labels = dict(zip(first.pair.tolist(), first.label.tolist(), strict=True))
-    answers = zip(again.pair.tolist(), again.label.tolist(), strict=True)
-    same = [labels[pair] == label for pair, label in answers if pair in labels]
-    return sum(same), len(same)

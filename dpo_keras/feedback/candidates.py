@@ -184,12 +184,7 @@ def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
 
 
 def maker_label(setting: Mapping[str, JSON]) -> str:
-    """Return the label under which responses of one policy and setting, seed apart, are compared.
-
-    Example:
-        >>> maker_label({"policy": "runs/a", "temperature": 0.7, "top_p": 1.0, "seed": 3})
-        'runs/a temperature=0.7 top_p=1'
-    """
+    """Return the label by which responses of one policy and setting, seed apart, are compared."""
     words = [str(setting.get("policy", "unnamed"))]
     for name in ("temperature", "top_p", "top_k"):
         if (value := setting.get(name)) is not None:

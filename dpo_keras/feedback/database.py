@@ -51,8 +51,8 @@ class _Job:
 class Database:
     """A SQLite database in WAL mode, with one connection per thread.
 
-    Writers of this process wait for one another on a lock, because SQLite waits by sleeping. SQLite
-    waits for other processes, ten seconds at most.
+    Writers of this process wait on a lock, because SQLite waits by sleeping; it does so for other
+    processes, ten seconds at most.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False):

@@ -40,14 +40,14 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A judgement as it was sent; see `Store.submit` for its fields."""
+    """A judgement as it was sent."""
 
-    presentation: int
-    choice: str
-    key: str
-    strength: int | None = None
-    reason: str | None = None
-    seconds: float | None = None
+    presentation: int  # what was shown
+    choice: str  # "left", "right", "tie", "both_bad" or "skip"
+    key: str  # unique to this judgement; a repeated key returns the first receipt again
+    strength: int | None = None  # 1 (slightly) to 3 (much better), for "left" and "right"
+    reason: str | None = None  # in words, 2,000 characters at most
+    seconds: float | None = None  # time the person took
 
     def __post_init__(self) -> None:
         """Check every rule: the values come from a browser and may have any type."""
@@ -86,13 +86,12 @@ _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
 
 
 def _problems(values: Mapping[str, object]) -> list[InputProblem]:
-    problems = []
-    for name, value in values.items():
-        holds, rule = _RULES[name]
-        optional = name in ("strength", "reason", "seconds")
-        if not (value is None and optional) and not holds(value):
-            problems.append(InputProblem(name, f"{rule}, got {shortened(repr(value), 60)}"))
-    return problems
+    optional = ("strength", "reason", "seconds")
+    return [
+        InputProblem(name, f"{_RULES[name][1]}, got {shortened(repr(value), 60)}")
+        for name, value in values.items()
+        if not (value is None and name in optional) and not _RULES[name][0](value)
+    ]
 
 
 def submit(

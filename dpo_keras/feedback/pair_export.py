@@ -92,7 +92,7 @@ def to_pairs(
             "of it was skipped or both bad."
         )
     weight = _information(work, fit) if weights == "quality" else np.ones(len(work))
-    texts = _texts(store)
+    texts = {row["id"]: row for row in store.database.rows(_TEXTS)}
     pairs = []
     for rows in _rows_of_pairs(work, label):
         pair = int(work.pair[rows[0]])
@@ -141,21 +141,19 @@ LABELLERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+_TEXTS = """
+SELECT p.id, q.content AS prompt, q.name, q.grp, a.content AS first, b.content AS second
+FROM pairs p JOIN prompts q ON q.id = p.prompt
+JOIN responses a ON a.id = p.first JOIN responses b ON b.id = p.second
+"""
+
+
 def _information(work: Table, fit: DawidSkene) -> np.ndarray:
     """Weigh each judgement by what its annotator's answers tell, 1 on average."""
     information = np.maximum(0.0, 2 * fit.accuracy() - 1) ** 2
     weight = information[work.annotator]
     # With a mean of 1 the learning rate keeps its meaning.
     return weight / weight.mean() if weight.mean() > 0 else np.ones(len(work))
-
-
-def _texts(store: Store) -> dict[int, sqlite3.Row]:
-    rows = store.database.rows(
-        "SELECT p.id, q.content AS prompt, q.name, q.grp, a.content AS first, b.content AS second "
-        "FROM pairs p JOIN prompts q ON q.id = p.prompt "
-        "JOIN responses a ON a.id = p.first JOIN responses b ON b.id = p.second"
-    )
-    return {row["id"]: row for row in rows}
 
 
 def _preference_pair(

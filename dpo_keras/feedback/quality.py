@@ -201,18 +201,14 @@ def _over_pairs(
     if value is None:
         return undefined(_ONE_LABEL, len(pairs))
     interval = _bootstrap(lambda rows: statistic(pairs[rows]), len(pairs), resamples)
-    if interval is None:
-        return Estimate(value, count=len(pairs))
-    return Estimate(value, float(interval[0]), float(interval[1]), len(pairs))
+    low, high = (None, None) if interval is None else interval.tolist()
+    return Estimate(value, low, high, len(pairs))
 
 
 def _bootstrap(
     statistic: Callable[[np.ndarray], float | np.ndarray | None], units: int, resamples: int
 ) -> np.ndarray | None:
-    """Return the 2.5 and 97.5 percentiles of a statistic of resampled indices.
-
-    There is no interval if the statistic is undefined for more than one resample in ten.
-    """
+    """Return the interval of a statistic; None if over a tenth of the resamples have no value."""
     random = np.random.default_rng(0)
     drawn = (statistic(random.integers(0, units, units)) for _ in range(resamples))
     found = [np.asarray(value) for value in drawn if value is not None]
@@ -270,9 +266,7 @@ def policy_strengths(table: Table, resamples: int = 500) -> PolicyStrengths:
         reason = _why_no_strengths(total)
         return PolicyStrengths({name: undefined(reason) for name in names}, total)
     interval = _bootstrap(lambda rows: _bradley_terry(wins[rows].sum(0)), len(prompts), resamples)
-    low = high = [None] * len(names)
-    if interval is not None:
-        low, high = interval.tolist()
+    low, high = [[None] * len(names)] * 2 if interval is None else interval.tolist()
     comparisons = (total.sum(1) + total.sum(0)).astype(int).tolist()
     estimates = map(Estimate, values.tolist(), low, high, comparisons)
     return PolicyStrengths(dict(zip(names, estimates, strict=True)), total)

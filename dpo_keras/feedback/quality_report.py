@@ -42,10 +42,8 @@ def headline(quality: Quality) -> str:
 def sections(quality: Quality) -> list[Section]:
     """Return the tables of a report."""
     figures = [(NAMES[name], figure, "pairs") for name, figure in quality.agreement.items()]
-    figures += [
-        ("Contradicted pairs", quality.contradicted, "pairs"),
-        ("Prompts with cycles", quality.cycles, "prompts"),
-    ]
+    figures.append(("Contradicted pairs", quality.contradicted, "pairs"))
+    figures.append(("Prompts with cycles", quality.cycles, "prompts"))
     strengths = quality.strengths.estimates
     ranking = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
     policies_note = "The candidates do not name their makers."

@@ -13,7 +13,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback import assignment, judgements
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
 from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates
-from dpo_keras.feedback.database import Database, sha256
+from dpo_keras.feedback.database import Database, T, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
 
 DAY = 86_400.0  # seconds
@@ -54,24 +54,19 @@ class Store:
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (text,))
 
     def add(self, candidates: Iterable[Candidates]) -> Imported:
-        """Add every two different responses of a prompt as a pair; known pairs stay as they are.
-
-        Raises:
-            StoreError: nothing was added.
-        """
+        """Add every two different responses of a prompt as a pair, or nothing on a StoreError."""
         with self.database.writing() as connection:
             return add_candidates(connection, self.chance, candidates)
 
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
-        """Return what a person is to judge now: first the pairs they hold, then new ones.
+        """Return up to `count` pairs to judge: those that the person holds, then new ones."""
+        # A lease lost in a power failure is given again.
+        return self._batched(assignment.hand_out, self.chance, annotator, count, durable=False)
 
-        There are fewer than `count` where nothing is left or others hold it.
-        """
+    def _batched(self, work: Callable[..., T], *values: object, durable: bool = True) -> T:
         return self.database.batched(
-            lambda connection: assignment.hand_out(
-                connection, self.settings, self.clock(), self.chance, annotator, count
-            ),
-            durable=False,  # a lease lost in a power failure is given again
+            lambda connection: work(connection, self.settings, self.clock(), *values),
+            durable=durable,
         )
 
     def progress(self) -> Progress:
@@ -114,41 +109,21 @@ class Store:
         reason: str | None = None,
         seconds: float | None = None,
     ) -> Receipt:
-        """Record a judgement. Once this returns, the judgement is on the disk.
-
-        Args:
-            annotator: who judges.
-            presentation: what was shown to them.
-            choice: "left", "right", "tie", "both_bad" or "skip".
-            key: unique to this judgement. A repeated key returns the first receipt again.
-            strength: 1 (slightly) to 3 (much better), for "left" and "right".
-            reason: in words, 2,000 characters at most.
-            seconds: time the person took.
+        """Record a judgement, whose fields `Submission` describes. It is on the disk on return.
 
         Raises:
             InputError: naming every value that breaks a rule.
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
         submission = Submission(presentation, choice, key, strength, reason, seconds)
-        return self.database.batched(
-            lambda connection: judgements.submit(
-                connection, self.settings, self.clock(), annotator, submission
-            )
-        )
+        return self._batched(judgements.submit, annotator, submission)
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
         """Take a judgement back by an entry in the log, and lease the pair to its annotator again.
 
-        The `key` is unique to this undo.
-
-        Raises:
-            Conflict: (an `InputError`) there is no judgement to take back.
+        The `key` is unique to this undo. Raises Conflict if there is no judgement to take back.
         """
-        return self.database.batched(
-            lambda connection: judgements.undo(
-                connection, self.settings, self.clock(), annotator, presentation, key
-            )
-        )
+        return self._batched(judgements.undo, annotator, presentation, key)
 
     def last_judged(self, annotator: int) -> int | None:
         """Return the presentation that this person would undo; None where there is none."""
@@ -164,10 +139,8 @@ class Store:
     ) -> tuple[Annotator, str]:
         """Add a person, or give a known one a new token. The old token ends; sessions continue.
 
-        A group of None leaves the group as it was. Only a hash of the token is stored.
-
-        Raises:
-            InputError: the name is not 1 to 100 characters long.
+        A name has 1 to 100 characters; a group of None leaves the group as it was. Only a hash of
+        the token is stored.
         """
         if not name.strip() or len(name) > 100:
             raise InputError(InputProblem("annotator names", "must have 1 to 100 characters", name))
@@ -186,8 +159,7 @@ class Store:
 
     def annotators(self) -> list[Annotator]:
         """Return all annotators in the order in which they were added."""
-        rows = self.database.rows("SELECT * FROM annotators ORDER BY id")
-        return [_annotator(row) for row in rows]
+        return list(map(_annotator, self.database.rows("SELECT * FROM annotators ORDER BY id")))
 
     def start_session(self, token: str, days: float = 30.0) -> tuple[Annotator, str] | None:
         """Start a session with a link's token; None if the token is forged or has expired.

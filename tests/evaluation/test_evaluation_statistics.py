@@ -21,6 +21,11 @@ from dpo_keras.evaluation.statistics import (
 from dpo_keras.utils.intervals import Estimate, undefined, wilson_interval
 
 
+def test_known_mean_and_share():
+    assert str(mean([1.0, 2.0, 3.0, 4.0])) == "2.500 (1.235 to 3.765)"  # ± 1.96 sqrt(5 / 3 / 4)
+    assert str(share([1, 1, 1, 0])) == "0.750 (0.301 to 0.954)"
+
+
 def test_mean_of_independent_values_has_the_textbook_interval():
     values = [1.0, 2.0, 4.0, 9.0]
     error = np.std(values, ddof=1) / 2

@@ -6,6 +6,7 @@ import pytest
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Imported, Response, read_candidates
+from dpo_keras.feedback.candidates import maker_label
 
 
 def test_candidates_become_pairs_once(make_store):
@@ -56,3 +57,8 @@ def test_a_fault_carries_its_line_and_its_name(tmp_path):
     assert first == f"{path} line 1: gold must be the index of a response, 0 to 1, got 2."
     assert first.argument == f"{path} line 1: gold"
     assert second == f"{path} line 2: must be a JSON object, got list."
+
+
+def test_maker_label_leaves_the_seed_out():
+    setting = {"policy": "runs/a", "temperature": 0.7, "top_p": 1.0, "seed": 3}
+    assert maker_label(setting) == "runs/a temperature=0.7 top_p=1"
