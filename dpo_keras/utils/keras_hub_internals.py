@@ -1,18 +1,52 @@
-"""Private API of KerasHub, written for KerasHub 0.32: each use is one function."""
+"""Private API of KerasHub, written for KerasHub 0.32: each use is one function.
+
+Nothing here imports Keras or TensorFlow at the top: checks of a configuration read this module.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_keras.utils.keras_internals import KERAS, KERAS_HUB, Library, private
-
 if TYPE_CHECKING:
     import keras
     import tokenizers
+
+
+class Library(NamedTuple):
+    """A library and the release whose private API this package was written for."""
+
+    name: str
+    package: str
+    written_for: str
+
+
+KERAS = Library("Keras", "keras", "3.15")
+KERAS_HUB = Library("KerasHub", "keras-hub", "0.32")
+TENSORFLOW = Library("TensorFlow", "tensorflow", "2.21")
+TF_KERAS = Library("tf-keras", "tf-keras", "2.21")
+
+
+def private(owner: object, name: str, library: Library) -> Any:
+    """Return an attribute that a library does not promise to keep.
+
+    A RuntimeError names the library, its release and the attribute where it is gone.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = getattr(owner, "__name__", type(owner).__name__)
+        found = importlib.metadata.version(library.package)
+        raise RuntimeError(
+            f"{library.name} {found} has no {kind}.{name}, which dpo_keras uses. Install "
+            f"{library.package} {library.written_for}, which dpo_keras was written for, or change "
+            "dpo_keras.utils to the new name."
+        ) from error
+
 
 # How each family cuts text into words before it merges bytes. Llama 3's and Qwen's differ in the
 # number of digits that a word may hold.

@@ -7,46 +7,13 @@ begins with an underscore. A release without such a name is reported by `private
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from dpo_keras.utils.keras_hub_internals import KERAS, TENSORFLOW, TF_KERAS, private
 from dpo_keras.utils.tensors import Tensor
-
-
-class Library(NamedTuple):
-    """A library and the release whose private API this package was written for."""
-
-    name: str
-    package: str
-    written_for: str
-
-
-KERAS = Library("Keras", "keras", "3.15")
-KERAS_HUB = Library("KerasHub", "keras-hub", "0.32")
-TENSORFLOW = Library("TensorFlow", "tensorflow", "2.21")
-TF_KERAS = Library("tf-keras", "tf-keras", "2.21")
-
-
-def private(owner: object, name: str, library: Library) -> Any:
-    """Return an attribute that a library does not promise to keep.
-
-    A RuntimeError names the library, its release and the attribute where it is gone.
-    """
-    try:
-        return getattr(owner, name)
-    except AttributeError as error:
-        kind = getattr(owner, "__name__", type(owner).__name__)
-        found = importlib.metadata.version(library.package)
-        raise RuntimeError(
-            f"{library.name} {found} has no {kind}.{name}, which dpo_keras uses. Install "
-            f"{library.package} {library.written_for}, which dpo_keras was written for, or change "
-            "dpo_keras.utils to the new name."
-        ) from error
-
 
 # -- optimizers (written for Keras 3.15) ---------------------------------------------------
 

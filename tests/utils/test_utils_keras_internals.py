@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from dpo_keras.utils import keras_internals
+from dpo_keras.utils.keras_hub_internals import KERAS, KERAS_HUB, private
 
 WRITTEN_FOR = "which dpo_keras was written for"
 
@@ -138,9 +139,9 @@ def test_unmerged_weights_have_the_names_of_keras():
 def test_a_missing_name_is_told_with_library_and_release():
     message = rf"KerasHub [\d.]+ has no int\._gone, .* Install keras-hub 0\.32, {WRITTEN_FOR}"
     with pytest.raises(RuntimeError, match=message):
-        keras_internals.private(3, "_gone", keras_internals.KERAS_HUB)
+        private(3, "_gone", KERAS_HUB)
     with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no int\._gone"):
-        keras_internals.private(3, "_gone", keras_internals.KERAS)
+        private(3, "_gone", KERAS)
 
 
 def adapted():
