@@ -74,32 +74,12 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, JSON]]:
-    """Sample several responses to each prompt.
+    """Sample several responses to each prompt: `{"prompt", "responses", "makers"}` of each.
 
-    Empty responses, and those that equal another one of their prompt, are drawn again three times,
-    then left out, as are prompts left without two responses. `progress` hears how many.
-
-    Args:
-        config: a run's directory (its trained policy writes), or a configuration with
-            `model.path` (that model writes).
-        prompts: JSONL with a `prompt` column (and perhaps `id`), or text with a prompt a line.
-        overrides: `section.key=value`, for a configuration.
-        responses: per prompt.
-        compare: further runs or configurations; all policies and temperatures take turns.
-        max_new_tokens: the longest response; None: the evaluation section's.
-        temperature: one, or several to compare; None: the evaluation section's.
-        top_p: None: the evaluation section's.
-        seed: None: the configuration's. Candidate n of a prompt is sampled with seed + n.
-        limit: use this many prompts at most.
-        output: write the candidates here too, as JSONL.
-        progress: progress listener. None disables reporting.
-
-    Returns:
-        `{"prompt", "responses", "makers"}` per prompt, and `"id"` where the prompt has one; a
-        maker is the policy, the settings and the seed of its response.
-
-    Raises:
-        InputError: if there is no model to write with, or no prompt.
+    A maker is the policy (a run or a configuration), the settings and the seed of its response;
+    candidate n is sampled with seed + n. All policies and temperatures take turns. Empty responses,
+    and those that equal another one of their prompt, are drawn again three times, then left out, as
+    are prompts left without two responses. None stands for what the configuration says.
     """
     progress = progress or Silent()
     records = read_prompts(Path(prompts), limit)
@@ -159,10 +139,7 @@ def _draw(
     drawn: list[dict[int, Candidate]],
     progress: Progress,
 ) -> Counter[str]:
-    """Add candidate `number` of every prompt to `drawn`, with one draw for each of `seeds`.
-
-    Return how many are empty or identical after the last draw.
-    """
+    """Add candidate `number` of every prompt to `drawn`; count what the last draw left out."""
     left = list(range(len(inputs)))
     why: Counter[str] = Counter()
     for seed in seeds:
@@ -225,10 +202,7 @@ def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Co
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, JSON]]:
-    """Read `{"prompt", "id"}` records from JSONL, or a prompt from each line of a text.
-
-    Prompts are texts or lists of role/content mappings; an `InputError` names every bad line.
-    """
+    """Read `{"prompt", "id"}` records from JSONL, or a prompt from each line of a text."""
     lines = [(n, line) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     if path.suffix not in (".jsonl", ".json"):
         records = [{"prompt": line} for _, line in lines]
@@ -278,9 +252,9 @@ def _model_input(prompt: JSON, config: Config, policy: keras.Model) -> Prompt:
             "prompts: messages need a chat template to become text; give data.template."
         )
     # A pair with placeholder responses takes the same path as training pairs.
-    answers: list[JSON] = ["a", "b"]
+    pair: dict[str, JSON] = {"prompt": prompt, "chosen": "a", "rejected": "b"}
     if not isinstance(prompt, str):
-        answers = [[{"role": "assistant", "content": text}] for text in answers]
-    pair = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        for side in ("chosen", "rejected"):
+            pair[side] = [{"role": "assistant", "content": pair[side]}]
     tokenized = tokenize_pairs([pair], policy.preprocessor, max_length=2**20, template=template)
     return tokenized.prompt[0].tolist()

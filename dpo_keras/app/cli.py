@@ -88,9 +88,7 @@ def _root(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where this run was stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

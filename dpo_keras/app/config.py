@@ -30,13 +30,7 @@ from dpo_keras.utils.text import did_you_mean, nearest, shortened
 
 
 class Config(Section):
-    """All that `dpo-keras train` needs to know.
-
-    Example:
-        >>> config = Config(model={"path": "gpt2_base_en"}, data={"path": "pairs.jsonl"})
-        >>> config.output, config.data.held_out, config.loss.type
-        ('runs/run', 0.1, ['sigmoid'])
-    """
+    """All that `dpo-keras train` needs to know."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
         "run", "of the run: letters, digits, `.`, `_` and `-`; a file's default is its stem"
@@ -117,11 +111,7 @@ def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document
 
 
 def build_config(document: Document, *, outside: bool = False) -> Config:
-    """Check a document, and report everything that is wrong with it at once.
-
-    `outside` checks also what lies outside the text: that files and model directories exist, and
-    that `dpo_keras.DPOLoss` takes `loss`. This imports Keras.
-    """
+    """Report all that is wrong with a document at once; `outside` adds `OUTSIDE_RULES` (Keras)."""
     if not document.readable:
         raise InputError(document.problems)
     found: list[InputProblem] = []
@@ -158,38 +148,18 @@ def parse_config(
     source: str = "<configuration>",
     outside: bool = False,
 ) -> Config:
-    r"""Read a configuration from YAML text, as `load_config` from a file.
-
-    Example:
-        >>> text = "model: {path: gpt2_base_en}\ndata: {path: builtin:support}\n"
-        >>> parse_config(text, ["training.learning_rate=1e-4"]).training.learning_rate
-        0.0001
-        >>> parse_config(text + "training: {epoch: 2, batch_size: 0}\n", source="a.yaml")
-        Traceback (most recent call last):
-        ...
-        dpo_keras.errors.InputError: a.yaml, line 3: training.batch_size must be >= 1, got 0.
-        a.yaml, line 3: training.epoch is not a known key; did you mean training.epochs?
-    """
+    """Read a configuration from YAML text, as `load_config` from a file."""
     document = read_document(text, source)
     for override in overrides:
         document.override(override)
     return build_config(document, outside=outside)
 
 
+# Paths are relative to the current directory: a file and the command line mean the same by them.
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, outside: bool = False
 ) -> Config:
-    """Read a configuration file.
-
-    Args:
-        path: the YAML file. Paths in it are relative to the current directory, so that a
-            configuration and the command line mean the same by them.
-        overrides: `section.key=value`, applied in order; the last one wins.
-        outside: see `build_config`.
-
-    Raises:
-        InputError: everything that is wrong, together.
-    """
+    """Read a configuration file, with `section.key=value` overrides; the last one wins."""
     return build_config(config_document(path, overrides), outside=outside)
 
 
@@ -210,21 +180,15 @@ def given_text(path: Path, overrides: Sequence[str]) -> str:
 
 
 _RULES: Mapping[str, str] = {
-    "missing": "is required",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    **dict.fromkeys(("model_type", "model_attributes_type"), "must be a section: keys with values"),
     "finite_number": "must be a finite number",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
     "string_type": "must be text",
     "string_too_short": "must not be empty",
     "list_type": "must be a list, such as [a, b]",
     "dict_type": "must be a mapping, such as {{name: 0.1}}",
-    "model_type": "must be a section: keys with values",
-    "model_attributes_type": "must be a section: keys with values",
     "greater_than": "must be > {gt:g}",
     "greater_than_equal": "must be >= {ge:g}",
     "less_than": "must be < {lt:g}",
@@ -292,19 +256,19 @@ def _known_key(location: tuple[str | int, ...]) -> str:
     """Suggest the right key for an unknown one: here, then in other sections."""
     *parents, key = location
     section, sections = dotted(parents), keys_of(Config)
-    here = {name: f"{section}.{name}" if section else name for name in sections.get(section, [])}
-    everywhere = {
-        name: f"{where}.{name}" if where else name
+    everywhere = [
+        (name, dotted(filter(None, (where, name))))
         for where, names in sections.items()
         for name in names
-    }
-    same = [f"{where}.{key}" if where else key for where, names in sections.items() if key in names]
+    ]
+    here = {name: dotted(filter(None, (section, name))) for name in sections.get(section, [])}
+    same = [full for name, full in everywhere if name == key]
     if near := nearest(key, here, 0.75):
         return f"did you mean {here[near]}?"
     if same:
-        return f"did you mean {' or '.join(map(str, same))}?"
+        return f"did you mean {' or '.join(same)}?"
     if near := nearest(key, here):
         return f"did you mean {here[near]}?"
-    if near := nearest(key, everywhere, 0.8):
-        return f"did you mean {everywhere[near]}?"
+    if near := nearest(key, dict(everywhere), 0.8):
+        return f"did you mean {dict(everywhere)[near]}?"
     return f"the keys here are {', '.join(here)}."

@@ -11,15 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_keras.app.config_sections import (
-    REFERENCES,
-    Data,
-    Loss,
-    Model,
-    Sampling,
-    Training,
-    Warmup,
-)
+from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
 from dpo_keras.app.models import source_problem
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.record_stream import Reading
@@ -35,39 +27,32 @@ if TYPE_CHECKING:
 Rule = Callable[..., Iterable[InputProblem]]
 
 # The key of a configuration that sets an argument of the library's functions.
+_SAME_NAMES = {
+    "loss": ("beta", "label_smoothing", "penalties"),
+    "data": ("columns", "data_dir", "format", "on_error", "template", "max_length", "overlength"),
+    "training": ("batching", "row_length", "buckets", "batch_size", "steps_per_execution"),
+}
 KEYS: Mapping[str, str] = {
+    **{name: f"{section}.{name}" for section, names in _SAME_NAMES.items() for name in names},
     "loss_type": "loss.type",
     "loss_weights": "loss.weights",
-    "beta": "loss.beta",
-    "label_smoothing": "loss.label_smoothing",
-    "penalties": "loss.penalties",
-    "path": "data.path",
-    "source": "data.path",
-    "columns": "data.columns",
-    "data_dir": "data.data_dir",
-    "format": "data.format",
-    "on_error": "data.on_error",
     "fraction": "data.held_out",
     "by": "data.split_by",
-    "template": "data.template",
-    "max_length": "data.max_length",
-    "overlength": "data.overlength",
     "cache": "data.tokens",
-    "batching": "training.batching",
-    "row_length": "training.row_length",
-    "buckets": "training.buckets",
-    "batch_size": "training.batch_size",
-    "steps_per_execution": "training.steps_per_execution",
 }
 
 
-def with_key(problem: InputProblem, section: str = "", key: str = "") -> InputProblem:
+def with_key(
+    problem: InputProblem, section: str = "", key: str = "", paths: str = "data.path"
+) -> InputProblem:
     """Return a problem of the library under the name that its argument has in a configuration.
 
     `section` is where arguments belong that `KEYS` does not list, `key` what a problem without an
-    argument is about.
+    argument is about, and `paths` the key that named the data.
     """
     name, dot, part = problem.argument.partition(".")
+    if name in ("path", "source"):
+        return problem.renamed(f"{paths}{dot}{part}")
     if name:
         known = KEYS.get(name, f"{section}.{name}" if section else name)
         return problem.renamed(f"{known}{dot}{part}")
@@ -75,12 +60,14 @@ def with_key(problem: InputProblem, section: str = "", key: str = "") -> InputPr
 
 
 @contextmanager
-def keys_for_arguments(what: str = "", section: str = "", key: str = "") -> Iterator[None]:
+def keys_for_arguments(
+    what: str = "", section: str = "", key: str = "", paths: str = "data.path"
+) -> Iterator[None]:
     """Rename the arguments in a block's errors as `with_key`; put `what` before each message."""
     try:
         yield
     except InputError as error:
-        problems = [with_key(problem, section, key) for problem in error.problems]
+        problems = [with_key(problem, section, key, paths) for problem in error.problems]
         raise InputError([p.renamed(f"{what} {p.argument}".strip()) for p in problems]) from error
 
 
@@ -122,10 +109,8 @@ def _adapters_need_lora(
     if reference != "adapters_off":
         return
     if model.lora_rank is None:
-        yield InputProblem(
-            "reference",
-            "can be adapters_off only with adapters; give model.lora_rank, or choose auto.",
-        )
+        rule = "can be adapters_off only with adapters; give model.lora_rank, or choose auto."
+        yield InputProblem("reference", rule)
     elif warmup is not None:
         yield InputProblem(
             "reference",
@@ -178,11 +163,9 @@ def _loss_has_its_reference(loss: Loss, reference: str) -> Iterator[InputProblem
     except InputError:
         return
     if needed:
-        yield InputProblem(
-            "reference",
-            f"must not be none, for loss.type {'+'.join(loss.type)} needs a reference; choose "
-            "auto, or a loss without one (dpo-keras losses lists them).",
-        )
+        rule = f"must not be none, for loss.type {'+'.join(loss.type)} needs a reference; choose"
+        rule += " auto, or a loss without one (dpo-keras losses lists them)."
+        yield InputProblem("reference", rule)
 
 
 def _files_exist(data: Data) -> Iterator[InputProblem]:
@@ -193,7 +176,7 @@ def _files_exist(data: Data) -> Iterator[InputProblem]:
 
 def _file_problems(name: str, key: str) -> Iterator[InputProblem]:
     if name.startswith("tfds:"):
-        with keys_for_arguments(key=key):
+        with keys_for_arguments(key=key, paths=key):
             parse_name(name)
     elif name.startswith("builtin:") or Path(name).is_file() or is_built(name):
         return

@@ -47,6 +47,7 @@ Strategy = Annotated[
     BeforeValidator(_strategy_of_keras_3),
 ]
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -107,17 +108,13 @@ class Model(Section):
     """The policy: an existing one (`path`) or a new one (`scratch`)."""
 
     path: str | None = key(
-        None,
-        "a KerasHub preset name, or a directory in KerasHub or Hugging Face format, or a "
-        "`.keras` file",
+        None, "a KerasHub preset, a directory of KerasHub or Hugging Face, or a `.keras` file"
     )
     scratch: Scratch | None = key(None, "sizes of a new model; not together with `path`")
     dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = key(
         "float32", "of weights and computation; `mixed_bfloat16` keeps weights in float32"
     )
-    lora_rank: Count | None = key(
-        None, "train low-rank adapters of this rank only; null trains all weights"
-    )
+    lora_rank: Count | None = key(None, "rank of the adapters to train; null trains all weights")
 
     def _broken_rules(self) -> Iterator[InputProblem]:
         if self.path is not None and self.scratch is not None:
@@ -148,13 +145,11 @@ class Data(Section):
         "report", "`report` keeps the good lines, `fail` stops at bad ones and names all of them"
     )
     held_out: Fraction | None = key(
-        None,
-        "share of the pairs, by `split_by`, kept for evaluation; 0.1 unless `held_out_path` is "
-        "given",
+        None, "share of the pairs kept for evaluation, by `split_by`; 0.1 without `held_out_path`"
     )
     held_out_path: OneOrMore | None = key(None, "files with the held-out pairs instead")
     split_by: Literal["prompt", "annotator", "group"] = key(
-        "prompt", "what is never on both sides of the split"
+        "prompt", "what the split keeps together"
     )
     template: str | None = key(
         None,
@@ -227,11 +222,9 @@ class Optimization(Section):
     batch_size: Count = key(8, "pairs per step, over all replicas")
     learning_rate: Positive = key(5e-6, "of AdamW, at its highest")
     schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "of the learning rate after its linear rise"
+        "constant", "of the rate after its rise"
     )
-    warmup_fraction: Fraction = key(
-        0.0, "share of the steps in which the learning rate rises from 0"
-    )
+    warmup_fraction: Fraction = key(0.0, "share of the steps in which the rate rises from 0")
     weight_decay: NotNegative = key(0.0, "of AdamW")
     clip_norm: Positive | None = key(1.0, "bound on the norm of the whole gradient; null for none")
 
@@ -257,12 +250,8 @@ class Training(Optimization):
     jit_compile: AutoSwitch = key("auto", "XLA; `auto` leaves it to Keras")
     steps_per_execution: Count = key(1, "steps run in one call, for small models")
     strategy: Strategy = key("auto", "how replicas are made")
-    worker_timeout: Positive = key(
-        300.0, "seconds to wait at the start for the workers that TF_CONFIG names"
-    )
-    evaluate_every: Count | None = key(
-        None, "steps between evaluations on the held-out pairs; null: once per epoch"
-    )
+    worker_timeout: Positive = key(300.0, "seconds to wait at the start for workers of TF_CONFIG")
+    evaluate_every: Count | None = key(None, "steps between evaluations; null: once per epoch")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; null: once per epoch")
     keep_checkpoints: Count = key(2, "how many of the newest are kept")
     batching: Literal["auto", "packed", "buckets"] = key(
@@ -277,9 +266,7 @@ class Training(Optimization):
         "recompute activations in the backward pass instead of keeping them: less memory for "
         "about a quarter more time; the warm-up then runs without dropout",
     )
-    sync_reference: ReferenceSync | None = key(
-        None, "how the reference follows the policy; null: it does not"
-    )
+    sync_reference: ReferenceSync | None = key(None, "how the reference moves; null: it does not")
 
     def _broken_rules(self) -> Iterator[InputProblem]:
         if self.batching == "buckets" and self.row_length is not None:
@@ -305,10 +292,8 @@ class Sampling(Section):
 class Evaluation(Sampling):
     """What is measured before and after the training."""
 
-    prompts: Annotated[int, Field(ge=0)] = key(64, "how many held-out prompts the policy answers")
-    samples_shown: Annotated[int, Field(ge=0)] = key(
-        4, "how many of the answers are shown side by side"
-    )
+    prompts: Natural = key(64, "how many held-out prompts the policy answers")
+    samples_shown: Natural = key(4, "how many of the answers are shown side by side")
     batch_size: Count = key(16, "pairs, or prompts, at once")
 
 
@@ -318,9 +303,7 @@ Signature = Literal["score", "prefer", "generate"]
 class Export(Sampling):
     """The SavedModel for TensorFlow Serving; the sampling keys are of its `generate` signature."""
 
-    path: str | None = key(
-        None, "`<name>/<version>/`; null takes the next version under `saved_models/<name>/`"
-    )
+    path: str | None = key(None, "`<name>/<version>/`; null: the next in `saved_models/<name>/`")
     signatures: Annotated[list[Signature], Field(min_length=1)] = key(
         list(get_args(Signature)), "which to write; the first is `serving_default` too"
     )

@@ -119,11 +119,7 @@ class TerminalProgress:
 
 
 class Terminal:
-    """Where a command prints: results on stdout (`out`), messages on stderr (`log`).
-
-    Args:
-        as_json: print the result as JSON, for programs.
-    """
+    """Where a command prints: results on stdout (`out`), messages on stderr (`log`)."""
 
     def __init__(self, as_json: bool):
         self.as_json = as_json
@@ -148,8 +144,7 @@ class Terminal:
         for problem in problems:
             self.log.print(f"[bold red]error:[/bold red] {escape(problem)}", soft_wrap=True)
         if self.as_json:
-            kind = _KINDS.get(code, "failed")
-            self.result({"error": {"kind": kind, "problems": problems}})
+            self.result({"error": {"kind": _KINDS.get(code, "failed"), "problems": problems}})
 
     def end(self, text: str, code: int) -> None:
         """Print what went wrong elsewhere, and end the process whatever it is doing."""
@@ -162,12 +157,7 @@ class Terminal:
 
 @contextmanager
 def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
-    """Run a command's body, and turn its errors into messages and exit codes.
-
-    Raises:
-        typer.Exit: 2 for an `InputError`, 75 for a run that was stopped and can go on, 130 on any
-            other Ctrl-C, 1 for any other error.
-    """
+    """Run a command's body, and turn its errors into messages and exit codes."""
     terminal = Terminal(as_json)
     problems: list[str]
     try:
@@ -182,10 +172,9 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
     except KeyboardInterrupt:
         code = INTERRUPTED
         problems = ["stopped; a training goes on from its last checkpoint with --resume."]
-    except ClusterError as error:
-        code, problems = FAILED, [str(error)]
     except Exception as error:
-        code, problems = FAILED, [failure(error)]
+        known = isinstance(error, ClusterError)
+        code, problems = FAILED, [str(error) if known else failure(error)]
     if debug:
         traceback.print_exc()
     terminal.fail(code, problems)
@@ -213,11 +202,7 @@ def failure(error: Exception) -> str:
 
 
 def prepare_keras() -> None:
-    """Import Keras on TensorFlow, without TensorFlow's start-up notices.
-
-    Raises:
-        InputError: if the environment asks for another backend.
-    """
+    """Import Keras on TensorFlow, without TensorFlow's start-up notices."""
     backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         raise InputError(

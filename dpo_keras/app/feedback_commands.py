@@ -185,10 +185,7 @@ def needs_extra() -> None:
 
 
 def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[dict[str, JSON]]:
-    """Add annotators (NAME or NAME:GROUP) and an administrator to a store, and make their links.
-
-    `link` is None for those who have one, which only they know, unless `renew` makes new tokens.
-    """
+    """Add annotators and an administrator; only `renew` makes new links for those known."""
     known = {person.name for person in store.annotators() if not person.admin}
     if not people and not known:
         people = ["annotator"]
@@ -209,10 +206,8 @@ def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[
 
 def _link_views(links: list[dict[str, JSON]]) -> list[str]:
     width = max(len(one["name"]) for one in links)
-    return [
-        f"{one['name'].ljust(width)}  {one['link'] or 'has a link; --renew makes a new one'}"
-        for one in links
-    ]
+    known = "has a link; --renew makes a new one"
+    return [f"{one['name'].ljust(width)}  {one['link'] or known}" for one in links]
 
 
 def _in_url(host: str) -> str:

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def source_problem(path: str) -> str | None:
-    """Say why `path` names no model, from names and small files only; None where it may name one.
-
-    A model is a preset's name or handle, a directory in KerasHub or Hugging Face format, or a
-    `.keras` file.
-    """
+    """Say why `path` names no model, from names and small files only; None where it may."""
     place = Path(path)
     if "://" in path:
         return None
@@ -43,10 +39,11 @@ def _preset_problem(name: str) -> str | None:
     import keras_hub
 
     presets = keras_hub.models.CausalLM.presets
+    if name in presets:
+        return None
     near = nearest(name, presets)
     hint = f"; did you mean {near}?" if near else "."
-    problem = f"{name} is neither a directory here nor a KerasHub preset of a language model{hint}"
-    return None if name in presets else problem
+    return f"{name} is neither a directory here nor a KerasHub preset of a language model{hint}"
 
 
 def _directory_problem(place: Path) -> str | None:
@@ -88,10 +85,9 @@ def _directory_problem(place: Path) -> str | None:
 
 
 def load_model(path: str, dtype: str = "float32") -> keras.Model:
-    """Load a language model: a `keras_hub.models.CausalLM` with its preprocessor.
+    """Load a `keras_hub.models.CausalLM`; a `.keras` file keeps its own dtype policy.
 
-    A `.keras` file keeps its own dtype policy. A preset that can not be fetched is a RuntimeError,
-    everything else that is wrong an InputError.
+    A preset that can not be fetched is a RuntimeError, everything else that is wrong an InputError.
     """
     problem = source_problem(path)
     if problem is not None:
@@ -158,10 +154,7 @@ def load_reference(path: str, policy: keras.Model, dtype: str = "float32") -> ke
 
 
 def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> keras.Model:
-    """Load or build the policy that a configuration describes, with LoRA where it says so.
-
-    `training_texts` are what a tokenizer from scratch learns from.
-    """
+    """Load the policy of a configuration, or build it with a tokenizer trained on the texts."""
     if model.scratch is not None:
         policy = build_policy(model.scratch, training_texts or (), model.dtype)
     else:
@@ -244,9 +237,8 @@ def build_policy(sizes: Scratch, texts: Iterable[str], dtype: str = "float32") -
         getattr(keras_hub.models, f"{prefix}{role}")
         for role in ("Tokenizer", "CausalLMPreprocessor", "CausalLM")
     )
-    prepare = preprocessor(
-        tokenizer(vocabulary=vocabulary, merges=merges), sequence_length=sizes.max_sequence_length
-    )
+    tokenize = tokenizer(vocabulary=vocabulary, merges=merges)
+    prepare = preprocessor(tokenize, sequence_length=sizes.max_sequence_length)
     return language_model(backbone=backbone, preprocessor=prepare)
 
 
@@ -255,19 +247,8 @@ def train_tokenizer(
 ) -> tuple[dict[str, int], list[str]]:
     """Train a byte-level BPE on texts; the same texts give the same tokens.
 
-    Args:
-        texts: what to learn from.
-        vocabulary_size: the most tokens it may have; few texts give fewer.
-        special_tokens: they get the first ids, in this order.
-
-    Returns:
-        `(vocabulary, merges)` as KerasHub's `BytePairTokenizer` takes them: token to id, and
-        "left right" lines in order of priority.
-
-    Example:
-        >>> vocabulary, merges = train_tokenizer(["low lower"] * 9, 300, ("<|endoftext|>",))
-        >>> vocabulary["<|endoftext|>"], merges[0]
-        (0, 'l o')
+    The special tokens get the first ids. Return the vocabulary and the merges, "left right" lines
+    in order of priority, as KerasHub's `BytePairTokenizer` takes them.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

@@ -89,10 +89,7 @@ def start_run(config: Config, resume: bool, given: str | None, writes: bool) -> 
 
 
 def check_run(config: Config, resume: bool) -> tuple[RunDirectory, bool]:
-    """Check whether a run may begin or go on in its directory; change nothing.
-
-    Return the directory, and whether the run in it goes on.
-    """
+    """Return the directory of a run that may begin or go on, and whether it goes on."""
     run = RunDirectory(str(config.output))
     # Somebody's own config.yaml makes no run of a directory.
     there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dpo_keras.app.config_rules import build_loss
 from dpo_keras.app.config_sections import REFERENCES
 from dpo_keras.app.console import Progress, Silent
@@ -42,14 +44,11 @@ class Measured:
 
     def as_dict(self) -> dict[str, JSON]:
         """Return metrics and figures with their intervals, without the pairs and responses."""
-        found = {"figures": self.held_out.figures}
+        found: dict[str, JSON] = {"metrics": self.held_out.metrics}
+        found["figures"] = {name: f.as_dict() for name, f in self.held_out.figures.items()}
         if self.samples is not None:
-            found["responses"] = self.samples.figures
-        figures = {
-            part: {name: figure.as_dict() for name, figure in named.items()}
-            for part, named in found.items()
-        }
-        return {"metrics": self.held_out.metrics, **figures}
+            found["responses"] = {name: f.as_dict() for name, f in self.samples.figures.items()}
+        return found
 
 
 class Examiner:
@@ -80,10 +79,7 @@ class Examiner:
             )
 
     def measure(self, name: str) -> Measured | None:
-        """Measure, or load the measurement that the run has already in its folder `name`.
-
-        Return None without held-out pairs, and on workers that write nothing.
-        """
+        """Measure, or load what the folder `name` has; None without pairs, or on mere workers."""
         from dpo_keras.evaluation import HeldOut, Samples, evaluate_preferences
 
         run, progress = self.context.run, self.context.progress
@@ -104,10 +100,7 @@ class Examiner:
         )
         accuracy = held_out.figures["reward_accuracy"]
         progress.note(f"{len(held_out):,} pairs: reward accuracy {accuracy}")
-        samples = None
-        if self._prompts:
-            progress.stage(f"Responses {name} preference training")
-            samples = self._sample()
+        samples = self._sample(name) if self._prompts else None
         with replaced(folder) as partial:
             partial.mkdir()
             held_out.save(partial / "pairs.npz")
@@ -115,10 +108,11 @@ class Examiner:
                 samples.save(partial / "responses.json")
         return Measured(held_out, samples)
 
-    def _sample(self) -> Samples:
+    def _sample(self, name: str) -> Samples:
         from dpo_keras.evaluation import sample_and_judge
 
         config, progress = self.context.config, self.context.progress
+        progress.stage(f"Responses {name} preference training")
         samples = sample_and_judge(
             self.model.policy,
             self._prompts,
@@ -143,10 +137,8 @@ def choose_rows(tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int) 
     prompts = pairs.prompt_hashes
     if tokenized.source is not None:
         prompts = prompts[tokenized.source]
-    first_rows: dict[int, int] = {}
-    for row, prompt in enumerate(prompts.tolist()):
-        first_rows.setdefault(prompt, row)
-    distinct = list(first_rows.values())
+    _, first_rows = np.unique(prompts, return_index=True)
+    distinct = sorted(first_rows.tolist())
     return sorted(random.Random(seed).sample(distinct, min(count, len(distinct))))
 
 
@@ -199,10 +191,7 @@ def _said(report: Report) -> dict[str, JSON]:
 
 
 def load_trained(run: RunDirectory, policy: keras.Model | None = None) -> DPOModel:
-    """Load a run's trained policy with the reference that it was trained against, compiled.
-
-    The reference is the model that training started from, or the one that the configuration names.
-    """
+    """Load a run's trained policy, compiled with the reference that it was trained against."""
     from dpo_keras.training import DPOModel
 
     config = run.config()
@@ -227,19 +216,9 @@ def evaluate(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, JSON]:
-    """Measure a run's policy on preference pairs, and write a report into the run.
+    """Measure a run's policy on preference pairs (as `data.path`), and write a report into the run.
 
-    Args:
-        run: the run's directory.
-        file: the pairs, as `data.path` takes them.
-        limit: read this many pairs at most.
-        progress: progress listener. None disables reporting.
-
-    Returns:
-        `{"run", "file", "pairs", "dropped", "metrics", "figures", "report", "findings"}`.
-
-    Raises:
-        InputError: if this is no run with a policy, or the pairs can not be read.
+    Return `{"run", "file", "pairs", "dropped", "metrics", "figures", "report", "findings"}`.
     """
     from dpo_keras.evaluation import evaluate_preferences, write_report
 

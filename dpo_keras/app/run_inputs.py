@@ -37,16 +37,18 @@ class Sides(NamedTuple):
 
 
 def read_sides(config: Config, progress: Progress, run: RunDirectory | None = None) -> Sides:
-    """Read the pairs that a configuration names, report what was dropped, and split them.
-
-    A `run` that is resumed and began before 'data.json' named its split keeps that split.
-    """
+    """Read the pairs that a configuration names, report what was dropped, and split them."""
     data = config.data
     assert data.path is not None
     pairs = read_pairs(data.path, data, progress, data.limit)
     if data.held_out_path is not None:
-        held_out = read_pairs(data.held_out_path, data, progress)
-        _warn_of_shared_prompts(pairs, held_out, progress)
+        held_out = read_pairs(data.held_out_path, data, progress, key="data.held_out_path")
+        shared = int(np.isin(held_out.prompt_hashes, pairs.prompt_hashes).sum())
+        if shared:
+            progress.note(
+                f"warning: the prompts of {shared:,} of {len(held_out):,} held-out pairs are in "
+                "the training data too; the figures on them flatter."
+            )
         return Sides(pairs, held_out, pairs.report.dropped + held_out.report.dropped)
     if not data.held_out:
         return Sides(pairs, None, pairs.report.dropped)
@@ -62,7 +64,11 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
 
 
 def read_pairs(
-    paths: Sequence[str], data: Data, progress: Progress, limit: int | None = None
+    paths: Sequence[str],
+    data: Data,
+    progress: Progress,
+    limit: int | None = None,
+    key: str = "data.path",
 ) -> Pairs:
     """Read pairs as a configuration says; those of one built directory stay on disk."""
     if len(paths) == 1 and is_built(paths[0]):
@@ -73,7 +79,7 @@ def read_pairs(
         progress.note(f"{len(stored):,} pairs in {len(stored.shards)} shards, built from:")
         progress.note(stored.report.summary())
         return stored if limit is None else stored.first(limit)
-    with keys_for_arguments():
+    with keys_for_arguments(paths=key):
         pairs = read_preferences(
             paths,
             format=data.format,
@@ -86,20 +92,8 @@ def read_pairs(
     return pairs
 
 
-def _warn_of_shared_prompts(train: Pairs, held_out: Pairs, progress: Progress) -> None:
-    shared = int(np.isin(held_out.prompt_hashes, train.prompt_hashes).sum())
-    if shared:
-        progress.note(
-            f"warning: the prompts of {shared:,} of {len(held_out):,} held-out pairs are in the "
-            "training data too; the figures on them flatter."
-        )
-
-
 def texts_of(pairs: Pairs) -> Iterator[str]:
-    """Yield the texts that a tokenizer from scratch learns from; of many pairs on disk, a sample.
-
-    Only the training pairs may be given, never the held-out ones.
-    """
+    """Yield what a tokenizer from scratch learns from: training pairs, of many on disk a sample."""
     if isinstance(pairs, StoredPreferences) and len(pairs) > TOKENIZER_PAIRS:
         pairs = pairs.select(np.linspace(0, len(pairs) - 1, TOKENIZER_PAIRS).astype(np.int64))
     for pair in pairs:
@@ -136,6 +130,5 @@ def tokenize(
 def _token_folder(pairs: Pairs, data: Data, run: RunDirectory) -> str | Path | None:
     if not isinstance(pairs, StoredPreferences):
         return None
-    if data.tokens is not None or os.access(pairs.path, os.W_OK):
-        return data.tokens
-    return run.path / "tokens"
+    kept_there = data.tokens is not None or os.access(pairs.path, os.W_OK)
+    return data.tokens if kept_there else run.path / "tokens"

@@ -15,7 +15,7 @@ from dpo_keras.app.config import Config
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_policy, save_policy
-from dpo_keras.app.run_directory import RunDirectory, check_run, open_run, start_run
+from dpo_keras.app.run_directory import check_run, open_run, start_run
 from dpo_keras.app.run_evaluation import Examiner, evaluate, load_trained, report_training
 from dpo_keras.app.run_inputs import read_sides, texts_of, tokenize
 from dpo_keras.app.training_stages import (
@@ -73,23 +73,10 @@ def train(
 ) -> RunResult:
     """Run the main job: warm-up, preference training, evaluation before and after, export.
 
-    Args:
-        config: what to do.
-        resume: go on where this run was stopped. A finished run returns its result; one that never
-            began, begins.
-        given: the configuration as it was given, for the record.
-        progress: progress listener. None disables reporting.
-        stop: ends the run after the step in progress once it is requested.
-        end: on a cluster, how this process ends when another worker was lost (see `Watchdog`).
-
-    Returns:
-        The outcome, which `result.json` in the run's directory holds too.
-
-    Raises:
-        InputError: if the configuration or the data are wrong, or a run exists already.
-        RuntimeError: if the loss became NaN or infinite, or does not start where it must.
-        ClusterError: if a worker did not come, or does not answer any more.
-        RunStopped: if `stop` was requested.
+    `given` is the configuration as it was given, for the record. A run that is finished returns its
+    result with `resume`; one that never began, begins. A requested `stop` ends the run after the
+    step in progress (`RunStopped`). `end` is how this process of a cluster ends when another worker
+    was lost (see `Watchdog`).
     """
     progress, stop = progress or Silent(), stop or StopRequest()
     cluster = cluster_of(config)
@@ -131,10 +118,7 @@ def cluster_of(config: Config) -> Cluster | None:
 def meet_workers(
     cluster: Cluster | None, config: Config, resume: bool, stop: StopRequest, end: End | None
 ) -> AbstractContextManager[Watchdog | None]:
-    """Wait for all workers of a run, and watch over them until the context is left.
-
-    All workers must be started with the same configuration and the same `resume`.
-    """
+    """Wait for all workers of a run, and watch over them until the context is left."""
     if cluster is None or len(cluster.in_step) == 1:
         return nullcontext()
     options = {} if end is None else {"end": end}
@@ -183,7 +167,10 @@ def _run_stages(context: Context) -> RunResult:
         report = report_training(context, sides.held_out, before, after)
     result = RunResult(str(run.path), steps, counts, **report)
     if config.export is not None:
-        result.export = _export_trained(run, model, examiner.chosen, progress)
+        # The served model meets new texts, for which nothing is cached.
+        cached = model.reference.mode == "cached"
+        served = load_trained(run, policy) if cached else model
+        result.export = _export(config, config.export, served, examiner.chosen, progress)
     return result
 
 
@@ -231,67 +218,39 @@ def export_run(
 ) -> dict[str, JSON]:
     """Write a run's policy as a SavedModel, verified by loading it without Keras.
 
-    Args:
-        run: the run's directory.
-        path: `<name>/<version>`, or `<name>` for its next version.
-        max_new_tokens: the longest answer of the `generate` signature; None: as configured.
-        progress: progress listener. None disables reporting.
-
-    Returns:
-        What was written, how it compared with the model in Python, and what it answered.
-
-    Raises:
-        InputError: if this is no run with a policy, or the version exists.
-        RuntimeError: if the exported model does not answer as the model in Python does.
+    `path` is `<name>/<version>`, or `<name>` for its next version. Return what was written, how it
+    compared with the model in Python, and what it answered.
     """
     directory = open_run(run)
     config = directory.config()
-    settings = config.export or Export()
+    settings: dict[str, JSON] = {"path": str(path)}
     if max_new_tokens is not None:
-        settings = settings.model_copy(update={"max_new_tokens": max_new_tokens})
+        settings["max_new_tokens"] = max_new_tokens
+    export = (config.export or Export()).model_copy(update=settings)
     progress = progress or Silent()
     progress.stage("Policy and reference")
-    return _export(config, settings, path, load_trained(directory), (), progress)
-
-
-def _export_trained(
-    run: RunDirectory, model: DPOModel, pairs: Sequence[PreferencePair], progress: Progress
-) -> dict[str, JSON]:
-    config = run.config()
-    assert config.export is not None
-    if model.reference.mode == "cached":
-        # The served model meets new texts, for which nothing is cached.
-        model = load_trained(run, model.policy)
-    path = config.export.path or f"saved_models/{config.name}"
-    return _export(config, config.export, path, model, pairs, progress)
+    return _export(config, export, load_trained(directory), (), progress)
 
 
 def _export(
     config: Config,
     settings: Export,
-    path: str | Path,
     model: DPOModel,
     pairs: Sequence[PreferencePair],
     progress: Progress,
 ) -> dict[str, JSON]:
-    """Export a model, and put one request to each signature in a process without Keras.
-
-    The request is of the first of `pairs` that is plain text, else an example.
-    """
+    """Export a model, and put one request, of the first plain-text pair, to each signature."""
     from dpo_keras.serving import EXAMPLES, export, run_standalone
     from dpo_keras.serving.verification import calls
 
     progress.stage("Export")
     report = export(
         model,
-        path,
+        settings.path or f"saved_models/{config.name}",
         max_length=config.data.max_length,
-        max_new_tokens=settings.max_new_tokens,
-        signatures=settings.signatures,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
         template=config.data.template,
         on_stage=progress.note,
+        **settings.model_dump(exclude={"path"}),
     )
     progress.note(report.summary())
     progress.stage("One request to the exported model")

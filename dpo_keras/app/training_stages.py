@@ -46,8 +46,7 @@ class Context:
             section = getattr(self.config, name)
             if section is not None and section.batch_size % replicas:
                 rule = f"must be a multiple of the {replicas} replicas that share it"
-                problem = InputProblem(f"{name}.batch_size", rule, section.batch_size)
-                raise InputError(problem)
+                raise InputError(InputProblem(f"{name}.batch_size", rule, section.batch_size))
 
     def settle_layout(self, policy: keras.Model, reference: keras.Model | str) -> None:
         """Decide between packed rows and buckets."""
@@ -79,10 +78,7 @@ def layout_of(
     progress: Progress,
     replicas: int = 1,
 ) -> Layout:
-    """Decide how a configuration's batches are laid out; `progress` hears why not in packed rows.
-
-    `reference` is a model of its own, or the name of a kind, which needs none.
-    """
+    """Decide how batches are laid out; a `reference` that is only a kind's name has no say."""
     from dpo_keras.training import choose_layout
 
     settings = config.training
@@ -184,13 +180,10 @@ def build_model(
     pairs: TokenizedPairs,
     held_out: TokenizedPairs | None,
 ) -> tuple[DPOModel, TokenizedPairs, TokenizedPairs | None]:
-    """Compile the model that preference training trains: policy, reference, objective.
-
-    Return it with the pairs, which carry reference log-probs where these are cached.
-    """
+    """Compile the model to train; return it with its pairs, now with cached log-probs if any."""
     from dpo_keras.training import DPOModel
 
-    run, settings = context.run, context.config.training
+    run, config, settings = context.run, context.config, context.config.training
     if reference == "cached":
         pairs = _with_reference(context, policy, pairs, "train")
         if held_out is not None:
@@ -206,17 +199,13 @@ def build_model(
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution,
         )
-    if run.writes and _only_here(context) and not run.reference.exists():
+    # No other place keeps a reference that began as a policy from scratch or after a warm-up.
+    only_here = config.model.path is None or config.warmup is not None
+    began_as_policy = context.loss.needs_reference and config.reference in REFERENCES
+    if run.writes and only_here and began_as_policy and not run.reference.exists():
         save_policy(policy, run.reference)
     context.progress.note(f"reference: {model.reference.mode}")
     return model, pairs, held_out
-
-
-def _only_here(context: Context) -> bool:
-    """Say whether the run's directory is the only place that can keep the reference."""
-    config = context.config
-    started_as_policy = context.loss.needs_reference and config.reference in REFERENCES
-    return started_as_policy and (config.model.path is None or config.warmup is not None)
 
 
 def _with_reference(

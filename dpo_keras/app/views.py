@@ -168,10 +168,8 @@ def export_views(result: Mapping[str, JSON]) -> list[RenderableType]:
 
 
 def _fields(values: Mapping[str, JSON]) -> str:
-    return "\n".join(
-        f"[dim]{name}[/dim] {_cell(f'{v:.4f}' if isinstance(v, float) else str(v))}"
-        for name, v in values.items()
-    )
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in values.items()}
+    return "\n".join(f"[dim]{name}[/dim] {_cell(text)}" for name, text in shown.items())
 
 
 def figure_table(title: str, columns: Mapping[str, Mapping[str, dict[str, JSON]]]) -> Table:
@@ -180,11 +178,8 @@ def figure_table(title: str, columns: Mapping[str, Mapping[str, dict[str, JSON]]
 
     table = _table(title, "figure", *columns, numbers=range(1, len(columns) + 1))
     for name in dict.fromkeys(name for figures in columns.values() for name in figures):
-        cells = (
-            str(Estimate.from_dict(figures[name])) if name in figures else ""
-            for figures in columns.values()
-        )
-        table.add_row(name, *cells)
+        found = (figures.get(name) for figures in columns.values())
+        table.add_row(name, *(str(Estimate.from_dict(one)) if one else "" for one in found))
     return table
 
 

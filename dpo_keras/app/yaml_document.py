@@ -201,10 +201,7 @@ def read_document(text: str, source: str) -> Document:
         document.readable = False
         document.problems.append(f"{reader.at(node)}: a configuration must be keys with values.")
         return document
-    document.tree = reader.value(node, "")
-    document.places = reader.places
-    document.problems = reader.problems
-    return document
+    return Document(source, reader.value(node, ""), reader.places, reader.problems)
 
 
 def guess_types(value: JSON) -> JSON:

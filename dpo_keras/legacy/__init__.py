@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 from dpo_keras.errors import InputError
 
 if TYPE_CHECKING:
-    from dpo_keras.legacy.parameter_server import run_server
+    from dpo_keras.legacy.parameter_server import run_server, worker_batches
     from dpo_keras.legacy.tf_keras_model import DPOModel, SupervisedModel
     from dpo_keras.legacy.tf_keras_policy import PolicyCall
-    from dpo_keras.legacy.worker_datasets import worker_batches
 
 _MODULES = {
     "DPOModel": "tf_keras_model",
     "PolicyCall": "tf_keras_policy",
     "SupervisedModel": "tf_keras_model",
     "run_server": "parameter_server",
-    "worker_batches": "worker_datasets",
+    "worker_batches": "parameter_server",
 }
 __all__ = ["DPOModel", "PolicyCall", "SupervisedModel", "run_server", "worker_batches"]
 
@@ -29,6 +28,8 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'dpo_keras.legacy' has no attribute {name!r}")
     try:
+        if name != "run_server":
+            importlib.import_module("tf_keras")
         return getattr(importlib.import_module(f"dpo_keras.legacy.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "tf_keras":

@@ -29,14 +29,8 @@ PROBES = (
 class GraphEncoder(tf.Module):
     """Tokenizes prompts and responses as `tokenize_pairs` does, and lays them out as batches.
 
-    Args:
-        preprocessor: what `TextEncoder` takes.
-        max_length: the longest prompt and response together, in tokens.
-        template: the chat template that training used, or None for text as it is.
-
-    Attributes:
-        ends: ids that count as a response's end token.
-        stops: ids at which generation stops: `ends`, and the template's own end of turn.
+    `ends` are ids that count as a response's end token. Generation stops at `stops`: at `ends`, and
+    at the template's own end of turn.
     """
 
     def __init__(self, preprocessor: object, max_length: int, template: ChatTemplate | None = None):
@@ -82,10 +76,7 @@ class GraphEncoder(tf.Module):
         return tf.concat([ids, rows_of(self.end, ~ended)], axis=1)
 
     def truncate_prompts(self, ids: tf.RaggedTensor, room: Tensor) -> tf.RaggedTensor:
-        """Cut prompts from the left to `room` `[batch]` tokens.
-
-        The start token stays, and at least one more.
-        """
+        """Cut prompts from the left to `room` tokens; the start token stays, and one more."""
         lengths = ids.row_lengths()
         begins = tf.cast(self._begins(ids), tf.int64)
         kept = tf.minimum(lengths, tf.maximum(room, tf.minimum(begins + 1, lengths)))
@@ -107,14 +98,10 @@ class GraphEncoder(tf.Module):
         return prompt, [_first(part, tf.minimum(part.row_lengths(), room)) for part in parts]
 
     def batch(self, prompts: Tensor, responses: Sequence[Tensor]) -> Batch:
-        """Tokenize, truncate and lay out one row per prompt.
+        """Tokenize, truncate and lay out one row per prompt, with one or two responses.
 
         A response's first token counts only where something comes before it: an empty prompt under
         a tokenizer without start token predicts nothing.
-
-        Args:
-            prompts: string `[batch]`.
-            responses: one or two string `[batch]`; number i is sequence i of the row.
         """
         prompt, parts = self.encode(prompts, responses)
         before = prompt.row_lengths()
@@ -133,10 +120,10 @@ class GraphEncoder(tf.Module):
             source.append(tf.cast(tf.ragged.range(first, first + count), tf.int32))
             target.append(scored)
             owner.append(scored.with_values(tf.fill(tf.shape(scored.values), number)))
+        shape = tf.stack([tf.constant(-1, tf.int64), length])
+        dense = [sequence.to_tensor(self.pad, shape=shape) for sequence in sequences]
         return {
-            "token_ids": tf.stack(
-                [_dense(sequence, self.pad, length) for sequence in sequences], axis=1
-            ),
+            "token_ids": tf.stack(dense, axis=1),
             "padding_mask": mask,
             "source": _slots(source, 0),
             "target": _slots(target, 0),
@@ -222,10 +209,6 @@ def _cut(ids: tf.RaggedTensor, starts: Tensor, stops: Tensor) -> tf.RaggedTensor
 
 def _first(ids: tf.RaggedTensor, count: Tensor) -> tf.RaggedTensor:
     return _cut(ids, tf.zeros_like(count), count)
-
-
-def _dense(ids: tf.RaggedTensor, fill: int, length: Tensor) -> Tensor:
-    return ids.to_tensor(fill, shape=tf.stack([tf.constant(-1, tf.int64), length]))
 
 
 def _slots(parts: Sequence[tf.RaggedTensor], fill: int) -> Tensor:

@@ -23,34 +23,21 @@ _BLANK = r"[\t-\r\x{1c}-\x{1f} \x{85}\p{Z}]+"
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation as a template writes it, around words that are not known yet.
+    """One turn of a conversation as a template writes it, around words that are not known yet."""
 
-    Args:
-        before: ids of what comes first.
-        prefix: text directly before the words, tokenized together with them.
-        suffix: text directly after the words, tokenized together with them.
-        after: ids of what comes last.
-        exact: whether the words are tokenized behind the encoder's anchor.
-        trimmed: whether the template strips white space from the words.
-        guards: patterns of special tokens, which words must not forge. Group 1 is the first
-            character, group 2 the rest; the words are cut between the two.
-    """
-
-    before: tuple[int, ...]
-    prefix: str
-    suffix: str
-    after: tuple[int, ...]
-    exact: bool
-    trimmed: bool
+    before: tuple[int, ...]  # ids of what comes first
+    prefix: str  # text directly before the words, tokenized together with them
+    suffix: str  # text directly after the words, tokenized together with them
+    after: tuple[int, ...]  # ids of what comes last
+    exact: bool  # whether the words are tokenized behind the encoder's anchor
+    trimmed: bool  # whether the template strips white space from the words
+    # Patterns of special tokens, which words must not forge: they are cut between groups 1 and 2.
     guards: tuple[str, ...]
 
     def tokenize(
         self, texts: Tensor, tokenizer: GraphTokenizer, anchor: str, anchor_length: int
     ) -> tf.RaggedTensor:
-        """Tokenize the turn around each of the texts `[batch]`, valid UTF-8.
-
-        `TextEncoder` explains the anchor.
-        """
+        """Tokenize the turn around valid UTF-8 `[batch]`; `TextEncoder` explains the anchor."""
         texts = tf.strings.regex_replace(texts, _NONCHARACTER, "")
         for guard in self.guards:
             texts = tf.strings.regex_replace(texts, guard, b"\\1" + CUT + b"\\2")

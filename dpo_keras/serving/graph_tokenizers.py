@@ -39,9 +39,8 @@ class GraphTokenizer(tf.Module):
 class BytePairGraph(GraphTokenizer):
     """A byte-level `tokenizers.Tokenizer` in a graph, with exactly its ids.
 
-    KerasHub's own graph path for byte-pair tokenizers is unfit for a server. It keeps every word it
-    ever saw in a table, so memory grows without end. And it cuts text into words by another rule
-    than the Python path that training uses, so some texts get other ids.
+    KerasHub's own graph path is unfit for a server: it keeps every word in a table that grows
+    without end, and cuts text into words by another rule than the Python path used in training.
 
     All stretches of the text are merged at once. Text is cut wherever no token of the vocabulary
     holds the two neighbouring bytes, because no merge can cross such a place. Within a stretch the
@@ -129,9 +128,8 @@ class BytePairGraph(GraphTokenizer):
         for pattern in self.patterns:
             pieces = pattern.split(words)
             # A special token stays whole.
-            pieces = tf.concat(
-                [_where(_rows(words), special >= 0), _where(pieces, special < 0)], axis=1
-            )
+            whole = _where(tf.RaggedTensor.from_uniform_row_length(words, 1), special >= 0)
+            pieces = tf.concat([whole, _where(pieces, special < 0)], axis=1)
             origin = pieces.value_rowids()
             words, row, special = pieces.values, tf.gather(row, origin), tf.gather(special, origin)
         if self.prefix_space:
@@ -185,10 +183,6 @@ def _first_of_each(chosen: Tensor, stretch: Tensor) -> Tensor:
     candidates = tf.where(chosen, place, place.dtype.max)
     first = tf.math.unsorted_segment_min(candidates, stretch, tf.size(chosen) + 1)
     return chosen & (place == tf.gather(first, stretch))
-
-
-def _rows(words: Tensor) -> tf.RaggedTensor:
-    return tf.RaggedTensor.from_uniform_row_length(words, 1)
 
 
 def _where(rows: tf.RaggedTensor, keep: Tensor) -> tf.RaggedTensor:

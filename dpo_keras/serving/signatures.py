@@ -27,17 +27,11 @@ SIGNATURES = tuple(INPUTS)
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the `generate` signature chooses tokens; fixed at export.
-
-    Args:
-        max_new_tokens: the longest response, in tokens.
-        temperature: 0 takes the most likely token; above 0 every request samples anew.
-        top_p: share of the probability to sample from.
-    """
+    """How the `generate` signature chooses tokens; fixed at export."""
 
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float = 0.0  # 0 takes the most likely token; above 0 every request samples anew
+    top_p: float = 1.0  # share of the probability to sample from
 
     def problems(self, max_length: int) -> list[InputProblem]:
         """Name the values that are out of range for sequences of `max_length` tokens."""
@@ -56,13 +50,7 @@ class ServedModel:
     """A policy, its reference and its tokenizer; the methods named in `INPUTS` are signatures.
 
     It is no `tf.Module`, because TensorFlow would then save the models as Keras layers, with their
-    training functions.
-
-    Args:
-        model: a compiled `DPOModel`, or a policy alone.
-        encoder: tokenizes in the graph.
-        decoding: how `generate` chooses tokens.
-        special_ids: ids to leave out of generated text.
+    training functions. `special_ids` are left out of generated text.
     """
 
     def __init__(

@@ -163,15 +163,11 @@ def run_standalone(
 
 
 class Comparison:
-    """Compares answers of an exported model with the model in Python.
+    """Compares answers of an exported model with the model in Python, up to `tolerance`.
 
     The Python side tokenizes by `tokenize_pairs`, lays out by `collate`, and runs op by op.
-    Generated text is checked in two steps: it is the text of the tokens that the model generates
-    in Python, and each of those tokens is the most likely one in one forward pass over the whole
-    text, without key-value cache.
-
-    Attributes:
-        tolerance: the largest difference allowed, relative to values above 1.
+    Generated text must be that of the tokens that the model generates in Python, and each of these
+    the most likely one in a forward pass over the whole text, without key-value cache.
     """
 
     def __init__(self, served: ServedModel, preprocessor: object, template: ChatTemplate | None):
@@ -179,7 +175,7 @@ class Comparison:
         self.preprocessor = preprocessor
         self.template = template
         backbone = getattr(served.policy, "backbone", served.policy)
-        # In half precision the order of sums shows in the third digit.
+        # Relative to values above 1. In half precision the order of sums shows in the third digit.
         self.tolerance = 1e-4 if backbone.compute_dtype == "float32" else 3e-2
 
     def check(self, name: str, answers: Answers, examples: Examples) -> dict[str, float]:
@@ -265,10 +261,7 @@ class Comparison:
         return {**batch, **neutral_columns(len(tokens))}, kept
 
     def _check_most_likely(self, before: tf.RaggedTensor, new: tf.RaggedTensor) -> list[int]:
-        """Check generated tokens against one forward pass over the whole text.
-
-        Returns the rows in which the most likely token was never in doubt.
-        """
+        """Check generated tokens against a forward pass; return the rows that leave no doubt."""
         decided = []
         encoder, longest = self.served.encoder, self.served.decoding.max_new_tokens
         ids = tf.concat([before, new], axis=1)

@@ -23,17 +23,11 @@ CUT = b"\xff"
 
 @dataclass(frozen=True)
 class WordPattern:
-    r"""A pattern whose matches, and what lies between them, are words.
-
-    Args:
-        pattern: a regular expression of RE2.
-        last_space: a pattern for the last of several spaces before a word, which belongs to that
-            word. Group 1 is the space before it, group 2 that space and what follows. Most language
-            models write this as `\s+(?!\S)`; RE2 has no lookahead, so the text is cut there
-            first. None where the pattern has no such part.
-    """
+    """A pattern of RE2 whose matches, and what lies between them, are words."""
 
     pattern: str
+    # For the last of several spaces before a word, which belongs to that word. Most models write
+    # this as \s+(?!\S); RE2 has no lookahead, so the text is cut between groups 1 and 2 first.
     last_space: str | None = None
 
     @classmethod

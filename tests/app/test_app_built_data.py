@@ -126,6 +126,10 @@ MODEL = "model: {scratch: {}}\nevaluation: {max_new_tokens: 8}\n"
     "data, message",
     [
         ("{path: 'tfds:', max_length: 64}", r"data\.path.* must be tfds:NAME/CONFIG:SPLIT"),
+        (
+            "{path: 'builtin:support', held_out_path: 'tfds:', max_length: 64}",
+            r"line 3: data\.held_out_path must be tfds:NAME/CONFIG:SPLIT",
+        ),
         ("{path: FOLDER, max_length: 64}", r"which is a directory and has no manifest\.json"),
         (
             "{path: 'builtin:support', max_length: 64, columns: {promt: a}}",
@@ -137,3 +141,14 @@ def test_wrong_sources_are_found_before_anything_runs(tmp_path, data, message):
     data = data.replace("FOLDER", str(tmp_path))
     with pytest.raises(InputError, match=message):
         parse_config(MODEL + f"data: {data}\n", outside=True)
+
+
+@pytest.mark.parametrize("key", ["path", "held_out_path"])
+def test_a_wrong_name_of_tensorflow_datasets_is_reported_under_the_key_that_gave_it(tmp_path, key):
+    given = {"path": "builtin:support", "max_length": 64, key: "tfds:"}
+    config = Config(
+        model={"scratch": {}}, data=given, evaluation={"max_new_tokens": 8}, export=None
+    )
+    with pytest.raises(InputError) as error:
+        read_sides(config, Silent())
+    assert [problem.argument for problem in error.value.problems] == [f"data.{key}"]

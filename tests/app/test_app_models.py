@@ -32,6 +32,7 @@ def test_a_tokenizer_is_the_same_for_the_same_texts_and_knows_every_byte():
     assert list(vocabulary.values()) == list(range(len(vocabulary)))
     assert len(vocabulary) == 1 + 256 + len(merges)
     assert vocabulary["<|endoftext|>"] == 0
+    assert train_tokenizer(["low lower"] * 9, 300, ("<|endoftext|>",))[1][0] == "l o"
     with pytest.raises(InputError, match="no training pair"):
         train_tokenizer(["", ""], 300, ("<|endoftext|>",))
 

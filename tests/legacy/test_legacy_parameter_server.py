@@ -130,7 +130,7 @@ def test_rows_that_are_too_many_for_the_graph_want_a_directory(monkeypatch):
     import importlib
 
     monkeypatch.setattr(
-        importlib.import_module("dpo_keras.legacy.worker_datasets"), "GRAPH_LIMIT", 1000
+        importlib.import_module("dpo_keras.legacy.parameter_server"), "GRAPH_LIMIT", 1000
     )
     with pytest.raises(InputError) as error:
         legacy.worker_batches(sides()[0], batch_size=100, workers=2)
