@@ -14,8 +14,8 @@ from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import load_model
 from dpo_keras.app.run_directory import open_run
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
-from dpo_keras.utils.tensors import JSON
 
 if TYPE_CHECKING:
     import keras

@@ -26,7 +26,7 @@ from dpo_keras.app.feedback_commands import annotate, feedback
 from dpo_keras.cluster import StopRequest, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import audit, build_preferences, read_preferences
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.version import __version__
 
 app = typer.Typer(

@@ -25,7 +25,7 @@ from dpo_keras.app.config_sections import (
 )
 from dpo_keras.app.yaml_document import Document, dotted, read_document
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import did_you_mean, nearest, shortened
 
 

@@ -17,7 +17,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.record_stream import Reading
 from dpo_keras.preferences.stored_preferences import MANIFEST, is_built
 from dpo_keras.preferences.tfds_source import parse_name
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from dpo_keras.app.yaml_document import guess_types
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 
 def _as_list(value: JSON) -> JSON:

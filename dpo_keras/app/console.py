@@ -21,7 +21,7 @@ from rich.progress import Progress as Bar
 
 from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -13,7 +13,7 @@ from dpo_keras.app.config import read_text
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.console import AsJson, Debug, reporting
 from dpo_keras.errors import InputError
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 if TYPE_CHECKING:
     from dpo_keras.feedback import Store

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dpo_keras.app.config import Config, parse_config, read_text
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
-from dpo_keras.utils.tensors import JSON
 
 _PACKAGES = [
     *("dpo-keras", "tensorflow", "tensorflow-text", "keras", "keras-hub", "numpy", "tokenizers"),

@@ -19,8 +19,8 @@ from dpo_keras.app.run_inputs import Pairs, read_pairs, tokenize
 from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.tensors import JSON
 
 if TYPE_CHECKING:
     import keras

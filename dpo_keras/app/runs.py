@@ -28,7 +28,7 @@ from dpo_keras.app.training_stages import (
 )
 from dpo_keras.cluster import Cluster, StopRequest, Watchdog, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -13,7 +13,7 @@ from dpo_keras.app.models import load_reference, save_policy
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 if TYPE_CHECKING:
     import keras

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_keras.preferences.audit import share_text
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import visible
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")

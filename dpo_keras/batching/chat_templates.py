@@ -22,7 +22,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import did_you_mean
 
 FOLDER = Path(__file__).with_name("templates")

@@ -10,7 +10,7 @@ import numpy as np
 from dpo_keras.batching.ragged import Ragged, places, round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 # The columns of pairs that batches carry, with their values in an empty pair slot.
 _EMPTY_LABELS = {"preference": 0.5, "weight": 0, "reference": 0, "group": -1, "margin": 0}

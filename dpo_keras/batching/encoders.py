@@ -12,8 +12,8 @@ from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, Text
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import fast_byte_pair_encoding, mend_word_splits
-from dpo_keras.utils.tensors import Tensor
 
 # Tokens at which `generate` of a family also stops, although no tokenizer attribute names them.
 STOPS = {

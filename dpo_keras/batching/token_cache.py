@@ -18,8 +18,8 @@ from dpo_keras.batching.ragged import TOKEN_BYTES, StoredRagged, TokenFile
 from dpo_keras.batching.tokenized_pairs import TokenizationReport, TokenizedPairs, identity_of_rows
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import StoredPreferences
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
-from dpo_keras.utils.tensors import JSON
 
 Chunk: TypeAlias = tuple[TokenizedPairs, np.ndarray]
 """Tokens of some pairs, and bool `[n, 3]`: prompt cut, response cut, responses identical."""

@@ -26,7 +26,7 @@ from dpo_keras.batching.tokenized_pairs import (
 )
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 Overlength = Literal["truncate", "drop", "error"]
 FORMAT = "dpo_keras tokens 1"

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 RULES = {
     "empty_response": "no token of a response is left",

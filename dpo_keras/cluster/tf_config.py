@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dpo_keras.errors import InputError
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 TYPES = ("chief", "worker", "ps", "evaluator")

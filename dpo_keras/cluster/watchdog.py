@@ -15,7 +15,7 @@ from types import FrameType
 from dpo_keras.cluster.tf_config import Cluster
 from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, lost_peer, meet
 from dpo_keras.errors import InputError
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 RESUME = "Start all workers again with --resume; the run goes on from its newest checkpoint."

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from dpo_keras.cluster.tf_config import Cluster, Task
 from dpo_keras.errors import InputError
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 Message = dict[str, JSON]
 Greeting = Mapping[str, str]

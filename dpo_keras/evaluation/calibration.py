@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpo_keras.evaluation.statistics import mean, share
+from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, undefined
-from dpo_keras.utils.tensors import JSON
 
 BINS = 10
 _DRAWS = 200

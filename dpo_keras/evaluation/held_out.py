@@ -15,7 +15,7 @@ from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
 from dpo_keras.scoring import check_packing
 from dpo_keras.training import DPOModel, outputs_of
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 def evaluate_preferences(

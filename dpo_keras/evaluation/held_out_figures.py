@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.calibration import Calibration, calibrate
 from dpo_keras.evaluation.statistics import Measurement, PerItem, average, mean, percentiles, share
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.intervals import Estimate, undefined
-from dpo_keras.utils.tensors import JSON
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 NEEDED_COLUMNS = (

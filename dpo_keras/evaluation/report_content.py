@@ -14,8 +14,8 @@ from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import side_by_side
 from dpo_keras.evaluation.statistics import Measurement, change
 from dpo_keras.preferences import PreferencePair, plain_text
+from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, short, undefined
-from dpo_keras.utils.tensors import JSON
 
 # Table -> figure -> (label, meaning). A figure without a label is shown under its name.
 _LABELS: dict[str, dict[str, tuple[str, str]]] = json.loads(

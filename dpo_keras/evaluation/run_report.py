@@ -24,9 +24,9 @@ from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import Measurement, change
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.training.callbacks import read_training_log
+from dpo_keras.utils import JSON
 from dpo_keras.utils import text as texts
 from dpo_keras.utils.atomic_files import write_text
-from dpo_keras.utils.tensors import JSON
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SUFFIXES = {"markdown": "md", "html": "html", "json": "json"}

@@ -16,9 +16,9 @@ from dpo_keras.batching import TextEncoder
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.statistics import Measurement, PerItem, mean, share
 from dpo_keras.training import generate_responses
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
 from dpo_keras.utils.intervals import Estimate, undefined
-from dpo_keras.utils.tensors import JSON
 
 Judge = Callable[[str, str], object]
 

@@ -17,7 +17,7 @@ from markdown_it.tree import SyntaxTreeNode
 from dpo_keras.feedback.assignment import Presentation
 from dpo_keras.feedback.request_guard import Refused
 from dpo_keras.feedback.store import Annotator, Store
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 MAX_HELD = 3  # presentations that a page may hold at once
 _ROLES = {"system": "Instructions", "user": "Person", "assistant": "Assistant", "tool": "Tool"}

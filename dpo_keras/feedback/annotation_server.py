@@ -33,7 +33,7 @@ from dpo_keras.feedback.request_guard import (
     csrf_token,
 )
 from dpo_keras.feedback.store import Annotator, Store
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 SESSION_DAYS = 30

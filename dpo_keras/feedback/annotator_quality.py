@@ -7,8 +7,8 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 from dpo_keras.feedback.judgements import FIRST, SECOND, TIE, Table
+from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, undefined, wilson
-from dpo_keras.utils.tensors import JSON
 
 LEVEL = 0.01  # family-wise error rate over the annotators
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 
 @dataclass(frozen=True, slots=True)

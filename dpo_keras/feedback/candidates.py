@@ -15,7 +15,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.database import has_lone_surrogate, sha256
 from dpo_keras.preferences import Message
 from dpo_keras.preferences.pair import ROLES
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 

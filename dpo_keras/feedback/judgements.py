@@ -14,7 +14,7 @@ import numpy as np
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.assignment import Settings, in_sides, take_place
 from dpo_keras.feedback.database import Database, has_lone_surrogate
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 CHOICES = ("left", "right", "tie", "both_bad", "skip")

@@ -17,8 +17,8 @@ from dpo_keras.feedback.annotator_quality import (
 )
 from dpo_keras.feedback.judgements import FIRST, LABELS, SECOND, Table, read_table
 from dpo_keras.feedback.store import Store
+from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, undefined, wilson
-from dpo_keras.utils.tensors import JSON
 
 NAMES = {
     "raw_agreement": "Raw agreement",

@@ -18,8 +18,8 @@ import tensorflow as tf
 from dpo_keras.batching import TokenizedPairs, collate, plan_buckets
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.distribution import JOBS, read_server_cluster, report_failures
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.tensors import Tensor
 
 if TYPE_CHECKING:
     import tf_keras

@@ -14,7 +14,7 @@ from dpo_keras.legacy.tf_keras_trainer import Callback, PolicyTrainer, serialize
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import dpo_model, supervised_model
 from dpo_keras.training.default_callbacks import StartsAtReference
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor
 
 
 @tf_keras.saving.register_keras_serializable("dpo_keras")

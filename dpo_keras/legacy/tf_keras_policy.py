@@ -10,7 +10,7 @@ from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import ResponseScorer, check_same_vocabulary, references
 from dpo_keras.scoring.scorer import Scores
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 _INPUTS = ("token_ids", "padding_mask")
 _CONTRACT = (

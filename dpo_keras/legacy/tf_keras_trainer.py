@@ -18,8 +18,8 @@ from dpo_keras.training.default_callbacks import Throughput
 from dpo_keras.training.distribution import replica_count, sum_over_replicas
 from dpo_keras.training.metrics import COUNTS, MetricSums, means_by_name, step_counts
 from dpo_keras.training.tensorflow_trainer import Gradients, StepLoss
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_internals import tf_keras_steps_per_execution
-from dpo_keras.utils.tensors import JSON, Tensor
 
 Callback: TypeAlias = keras.callbacks.Callback | tf_keras.callbacks.Callback
 Callbacks: TypeAlias = Callback | Iterable[Callback] | tf_keras.callbacks.CallbackList | None

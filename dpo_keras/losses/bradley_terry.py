@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from keras import backend, ops
 
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 def preference_probabilities(scores: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dpo_keras.losses.options import OBJECTIVES, check_arguments, penalty_name
 from dpo_keras.losses.penalties import PENALTIES
 from dpo_keras.losses.scores import Outputs
 from dpo_keras.losses.step_loss import StepLoss, total
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

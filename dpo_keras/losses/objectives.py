@@ -28,7 +28,7 @@ from dpo_keras.losses.bradley_terry import (
     preference_probabilities,
 )
 from dpo_keras.losses.scores import Outputs, log_ratio, mean_log_ratio
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 objective = dataclass(frozen=True, kw_only=True)
 """Decorator of every objective: its fields, and those of all its bases, are its options."""

@@ -25,7 +25,7 @@ from dpo_keras.losses.scores import (
     log_ratio,
     mean_log_prob,
 )
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 @objective

@@ -19,7 +19,7 @@ from dpo_keras.losses.bradley_terry import (
     preference_probabilities,
 )
 from dpo_keras.losses.scores import Outputs, per_token
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 def insufficient_confidence(preference: Tensor, scores: Tensor) -> Tensor:

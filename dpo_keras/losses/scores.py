@@ -12,7 +12,7 @@ from typing import TypedDict
 from keras import ops
 
 from dpo_keras.losses.bradley_terry import as_floating
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 class Outputs(TypedDict, total=False):

@@ -17,7 +17,7 @@ from keras import ops
 from dpo_keras.errors import InputError
 from dpo_keras.losses.bradley_terry import as_floating
 from dpo_keras.losses.scores import Outputs
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 AllReduce = Callable[[Tensor], Tensor]
 

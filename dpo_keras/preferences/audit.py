@@ -12,8 +12,8 @@ import numpy as np
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences, hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
+from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, wilson
-from dpo_keras.utils.tensors import JSON
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 

@@ -22,8 +22,8 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair, shown
 from dpo_keras.preferences.record_stream import FORMATS, Reading, Records, Source
 from dpo_keras.preferences.records import COLUMNS, OPTIONAL, missing_columns
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.tensors import JSON
 
 SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import TypeAlias
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 ROLES = ("system", "user", "assistant", "tool")

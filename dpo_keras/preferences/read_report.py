@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.pair import shown
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 SHOWN = 20  # problems in the message of an `InvalidPreferences`
 

@@ -18,8 +18,8 @@ from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.reader import PathLike, PreferenceStream
 from dpo_keras.preferences.stored_preferences import StoredFile, StoredPreferences, serialize
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import flush_to_disk
-from dpo_keras.utils.tensors import JSON
 
 NAME, VERSION = "preference_pairs", "1.0.0"
 SHARD_BYTES = 256 * 2**20

@@ -14,7 +14,7 @@ from dpo_keras.preferences.audit import RepeatFinder
 from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
 from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
 from dpo_keras.preferences.records import COLUMNS, read_record
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 # (line, record), with a `Fault` in place of a record that cannot be read.
 Records: TypeAlias = Iterator[tuple[int | None, JSON]]

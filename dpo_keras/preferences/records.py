@@ -31,7 +31,7 @@ from dpo_keras.preferences.pair import (
     text_faults,
     wrong_type,
 )
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import nearest, shortened
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

@@ -27,7 +27,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.preferences.collection import PairSequence
 from dpo_keras.preferences.pair import Message, PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 MANIFEST, INDEX = "manifest.json", "index.bin"
 FORMAT = "dpo_keras preference pairs 1"

@@ -24,7 +24,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.preferences.file_formats import SUFFIXES, open_file
 from dpo_keras.preferences.record_stream import Reading, RecordStream
 from dpo_keras.preferences.stored_preferences import FLAGS, NAMES, NUMBERS, TEXTS, to_features
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.stored_preferences import FEATURES, from_features
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 _NAME = re.compile(r"tfds:(?P<name>[\w/.=,-]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[^:].*))?")

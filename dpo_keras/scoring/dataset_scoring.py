@@ -22,8 +22,8 @@ from dpo_keras.batching import (
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.packing_check import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.tensors import JSON, Tensor
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 

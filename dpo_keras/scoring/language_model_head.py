@@ -15,8 +15,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import reversible_settings
-from dpo_keras.utils.tensors import Tensor
 
 # 2**23 float32 logits are 32 MiB: large enough for efficient products, small beside the model. Past
 # 256 rows products become no faster, and the last chunk is mostly empty.

@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeAlias
 import keras
 import tensorflow as tf
 
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
-from dpo_keras.utils.tensors import Tensor
 
 Call: TypeAlias = Callable[..., Tensor]
 

@@ -13,9 +13,9 @@ import numpy as np
 from keras import ops
 
 from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_internals import ties_embeddings
 from dpo_keras.utils.keras_internals import all_layers, base_kernel, unmerged_weights
-from dpo_keras.utils.tensors import JSON, Tensor
 
 
 def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:

@@ -15,7 +15,7 @@ from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.lora import adapted_layers, adapter_variables, adapters_are_fresh
 from dpo_keras.scoring.scorer import ResponseScorer, Scores
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 class _Untracked:

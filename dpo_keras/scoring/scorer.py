@@ -18,8 +18,8 @@ from dpo_keras.scoring.layer_overrides import (
 )
 from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.tree_attention import TreeLayout, tree_overrides
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import transformer_blocks
-from dpo_keras.utils.tensors import Tensor
 
 _INPUTS = {"token_ids", "padding_mask"}
 

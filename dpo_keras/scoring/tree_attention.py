@@ -22,6 +22,7 @@ import keras
 import tensorflow as tf
 
 from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import (
     ATTENTION_METHOD,
     AttentionSettings,
@@ -29,7 +30,6 @@ from dpo_keras.utils.keras_hub_internals import (
     is_position,
 )
 from dpo_keras.utils.keras_internals import all_layers
-from dpo_keras.utils.tensors import Tensor
 
 SEGMENT = 256
 # Pieces are padded to a multiple of this. oneDNN compiles its products for each shape anew and

@@ -11,7 +11,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_templates import read_turns
 from dpo_keras.serving.graph_tokenizers import graph_tokenizer
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 # Texts on which tokenizers differ: case, digits, runs of spaces, line ends, scripts, NUL, specials.
 PROBES = (

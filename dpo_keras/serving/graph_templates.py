@@ -11,7 +11,7 @@ from dpo_keras.batching import ChatTemplate, TextEncoder
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.serving.graph_tokenizers import GraphTokenizer
 from dpo_keras.serving.word_patterns import CUT, literal, split_at
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor
 
 # Private use characters: they stand for the words of a message while the template is read.
 _PROMPT, _RESPONSE = "\ue000", "\ue001"

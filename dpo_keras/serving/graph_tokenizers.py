@@ -12,8 +12,8 @@ import tokenizers
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.serving.word_patterns import literal, read_pre_tokenizer, split
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_internals import python_tokenizer
-from dpo_keras.utils.tensors import JSON, Tensor
 
 _NO_RANK = np.iinfo(np.int64).max
 

@@ -34,7 +34,7 @@ from dpo_keras.serving.verification import (
     check_graph,
     run_standalone,
 )
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 from dpo_keras.version import __version__
 
 Value = TypeVar("Value")

@@ -14,8 +14,8 @@ from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.graph_encoder import GraphEncoder, rows_of
 from dpo_keras.training import outputs_of
 from dpo_keras.training.generation import decode, decoding_problems, new_tokens, token_choice
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_internals import native_slice_update
-from dpo_keras.utils.tensors import Tensor
 
 INPUTS = {
     "score": ("prompt", "response"),

@@ -28,7 +28,7 @@ from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, ServedModel, missing_reference, scores_of
 from dpo_keras.training import outputs_of
 from dpo_keras.training.generation import detokenized
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor
 
 Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]  # signature, texts by input name
 Examples: TypeAlias = Sequence[tuple[str, str, str]]  # prompts with two responses each

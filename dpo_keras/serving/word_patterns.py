@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor
 
 # RE2's \s is ASCII only; the tokenizers library follows Unicode's White_Space.
 _SPACE = r"\t-\r \x{85}\p{Z}"

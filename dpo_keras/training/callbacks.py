@@ -19,8 +19,8 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
 from dpo_keras.training.metrics import COUNTS, HIDDEN
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
-from dpo_keras.utils.tensors import JSON
 
 __all__ = [
     "Progress",

@@ -11,8 +11,8 @@ import keras
 import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.tensors import JSON
 
 _WEIGHTS = "state.weights.h5"
 _META = "checkpoint.json"

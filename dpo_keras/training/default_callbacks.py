@@ -11,7 +11,7 @@ import numpy as np
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.metrics import STOP
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 
 class StartsAtReference(keras.callbacks.Callback):

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from dpo_keras.cluster import Cluster, Watchdog, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 Worker: TypeAlias = tuple[int, int]
 """Index of a worker, and how many workers there are."""

@@ -17,8 +17,8 @@ from dpo_keras.training.default_callbacks import StartsAtReference
 from dpo_keras.training.distribution import gather_over_replicas, replica_count, sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, preference_metric_names, preference_sums
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_internals import forget_layer
-from dpo_keras.utils.tensors import JSON, Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

@@ -27,7 +27,7 @@ from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 BatchingChoice = Literal["auto", "packed", "buckets"]
 Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on

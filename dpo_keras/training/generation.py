@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from dpo_keras.batching import Ragged, TextEncoder
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]
 """Draws one index per row from log-probs `[batch, n]`: int32 `[batch]`."""

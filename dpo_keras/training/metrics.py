@@ -7,7 +7,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 MetricSums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """Name -> (weighted sum, sum of weights)."""

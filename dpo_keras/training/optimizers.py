@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor
 
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 

@@ -11,7 +11,7 @@ from dpo_keras.batching import Batch, Ragged, TokenizedPairs
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
-from dpo_keras.utils.tensors import Tensor
+from dpo_keras.utils import Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

@@ -17,8 +17,7 @@ from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means_by_name, step_counts
-from dpo_keras.utils import keras_internals
-from dpo_keras.utils.tensors import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor, keras_internals
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
 Step: TypeAlias = Callable[[Batch], MetricSums]

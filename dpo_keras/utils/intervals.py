@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpo_keras.utils.tensors import JSON
+from dpo_keras.utils import JSON
 
 Z = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import keras
 import tensorflow as tf
 
+from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import KERAS, TENSORFLOW, TF_KERAS, private
-from dpo_keras.utils.tensors import Tensor
 
 # -- optimizers (written for Keras 3.15) ---------------------------------------------------
 
