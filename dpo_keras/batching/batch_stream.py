@@ -27,14 +27,10 @@ _mutexes: list[tf.Tensor] = []
 class PythonCalls:
     """Calls Python from a pipeline, one call at a time and none after the interpreter ends.
 
-    While the interpreter shuts down, it ends a thread that calls Python in the middle of the call.
-    TensorFlow keeps waiting for that call, and the interpreter, which destroys the iterator, keeps
-    waiting for TensorFlow: the process hangs. A prefetching pipeline calls Python at any time, so a
-    program that only leaves an iterator behind hangs now and then.
-
-    Each call is therefore made under a mutex of TensorFlow. The interpreter takes the mutex before
-    it shuts down, which waits for the call in progress, and keeps it. A later call waits in
-    TensorFlow, without Python, until the iterator is destroyed and cancels it.
+    An interpreter that shuts down ends a prefetching thread in the middle of a call. TensorFlow
+    waits for that call, and the interpreter, which destroys the iterator, waits for TensorFlow: the
+    process hangs. Each call is therefore made under a mutex of TensorFlow, which the interpreter
+    takes before it shuts down, after the call in progress, and keeps.
     """
 
     def __init__(self) -> None:

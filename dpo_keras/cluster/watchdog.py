@@ -188,18 +188,9 @@ class Watchdog:
         self._round = 0
 
     def meet(self, timeout: float = 300.0, greeting: Greeting | None = None) -> Watchdog:
-        """Wait for all workers, and watch them from then on.
+        """Wait for all workers, for `timeout` seconds, and watch them from then on.
 
-        Args:
-            timeout: seconds to wait.
-            greeting: values, by name, that must be equal on all workers.
-
-        Returns:
-            This object, as a context manager.
-
-        Raises:
-            ClusterError: a worker did not connect in time.
-            InputError: the greetings differ, or a port is not free.
+        The values of `greeting` must be equal on all workers. Raises as `worker_links.meet` does.
         """
         self._links = meet(self.cluster, timeout, greeting or {})
         if self._stop is not None:
@@ -211,13 +202,7 @@ class Watchdog:
     def agree(self, what: str, value: JSON, hint: str = "") -> None:
         """Wait until all workers reach this call with the same value.
 
-        Args:
-            what: name of the value, for the message.
-            value: the value.
-            hint: what to do if it differs.
-
-        Raises:
-            InputError: the value differs between workers; all of them raise it.
+        If it differs, all of them raise an InputError that names it as `what` and ends with `hint`.
         """
         self._round += 1
         number = self._round

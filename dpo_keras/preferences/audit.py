@@ -160,10 +160,8 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
 class RepeatFinder:
     """Find duplicates and contradictions, from 16 bytes per pair instead of the pairs.
 
-    A duplicate has prompt, both responses, preference and annotator of an earlier pair. A
-    contradiction has the prompt and responses of an earlier pair and prefers the other response,
-    whoever the annotators were. A tie contradicts nothing. Two different comparisons count as one
-    with a probability of 2⁻⁶⁴.
+    A duplicate repeats all of an earlier pair. A contradiction prefers the other response, whoever
+    the annotators were; a tie contradicts nothing. Two comparisons collide with probability 2⁻⁶⁴.
     """
 
     def __init__(self) -> None:

@@ -102,13 +102,7 @@ class PreferencePair:
             raise InvalidPair(faults)
 
     def as_dict(self) -> dict[str, JSON]:
-        """Return the pair as a record for files: messages as dicts, optional defaults left out.
-
-        Example:
-            >>> PreferencePair("Hi", "Hello!", "Go away.", weight=2.0).as_dict()
-            {'prompt': 'Hi', 'chosen': 'Hello!', 'rejected': 'Go away.', 'preference': 1.0,
-             'weight': 2.0}
-        """
+        """Return the pair as a record for files: messages as dicts, optional defaults left out."""
         record: dict[str, JSON] = {}
         for name in ("prompt", "chosen", "rejected"):
             text = getattr(self, name)

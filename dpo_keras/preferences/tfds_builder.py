@@ -31,20 +31,12 @@ ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
 
 @dataclass(eq=False)
 class PreferencePairsConfig(tfds.core.BuilderConfig):
-    """Which files, and how to read them.
+    """Which files to read, and how; the other fields are arguments of `read_preferences`."""
 
-    Args:
-        suffixes: which files of the manual directory are read. A folder in it is a split of that
-            name; files directly in it are the split "train".
-        names: read exactly these files instead, by split.
-        files: read these instead of the manual directory's: a list, or lists by split.
-
-    The others are those of `read_preferences`.
-    """
-
+    # Files of the manual directory. A folder in it is a split; files directly in it are "train".
     suffixes: Sequence[str] = ANY
-    names: Mapping[str, str] | None = None
-    files: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    names: Mapping[str, str] | None = None  # exactly these files of it instead, by split
+    files: Sequence[str] | Mapping[str, Sequence[str]] | None = None  # these instead, from anywhere
     format: str = "auto"
     columns: Mapping[str, str] | None = None
     on_error: str = "report"

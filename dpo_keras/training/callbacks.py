@@ -115,14 +115,7 @@ class RunLog(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Report steps, pairs per second and tokens per second to a function.
-
-    Args:
-        show: called after each step with `step`, `steps` (total, where known), `pairs_per_second`,
-            `tokens_per_second`, and the epoch's means so far, in a dict.
-        start_step: steps taken before.
-        steps: total number of steps.
-    """
+    """Report each step to `show(dict)`: `step`, `steps`, speeds and the epoch's means so far."""
 
     def __init__(
         self,
