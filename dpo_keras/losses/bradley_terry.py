@@ -79,7 +79,8 @@ def binary_cross_entropy(preference: Tensor, scores: Tensor) -> Tensor:
 
 def as_floating(value: Tensor, dtype: str | None = None) -> Tensor:
     """Convert to a float tensor: float64 stays, all else becomes float32 or `dtype`."""
-    value = ops.convert_to_tensor(value)
+    # A number becomes a tensor of its dtype at once: 0.9 by way of float32 is not 0.9 in float64.
+    value = ops.convert_to_tensor(value, dtype if isinstance(value, float) else None)
     if dtype is None:
         dtype = "float64" if backend.standardize_dtype(value.dtype) == "float64" else "float32"
     return ops.cast(value, dtype)

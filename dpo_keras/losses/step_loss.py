@@ -216,8 +216,7 @@ class ObjectiveState(keras.layers.Layer):
     def update_reward_shift(self, mean_reward: Tensor, momentum: float) -> None:
         """Take a step of the running mean: δ <- momentum·δ + (1 - momentum)·mean.
 
-        It starts at zero, the rewards' own value while the policy equals the reference. The mean
-        is that of the step's pairs and both responses, over all replicas.
+        The mean is that of the step's pairs and both responses, over all replicas.
         """
         current = ops.convert_to_tensor(self.reward_shift)
         mean_reward = ops.cast(mean_reward, "float32")

@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tiny_models"))
 
 import numpy as np
