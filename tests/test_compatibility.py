@@ -253,6 +253,7 @@ class Hears:
         self.steps += [done] if "loss" in values else []
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_behind_its_last_step_and_ends_as_the_other(at_runs):
     warmup, training = lines_of("stopped/metrics.warmup.jsonl"), lines_of("stopped/metrics.jsonl")
     assert json.loads(training[-1])["step"] == RUN["stopped_at"] == 3

@@ -34,6 +34,7 @@ def test_light_imports_stay_light(module):
     assert output.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_losses_run_without_tensorflow_in_sight():
     code = (
         "import sys; import dpo_keras.losses; "

@@ -55,6 +55,7 @@ def test_build_prints_what_it_made_and_inspect_reads_it(run, files, tmp_path):
     assert code == 2 and err.count("error:") == 1 and "must be a new or an empty directory" in err
 
 
+@pytest.mark.slow
 def test_a_run_on_records_ends_with_the_weights_of_a_run_on_the_file(files, tmp_path):
     held_out = str(files / "held_out.jsonl")
     results, policies = [], []
@@ -68,6 +69,7 @@ def test_a_run_on_records_ends_with_the_weights_of_a_run_on_the_file(files, tmp_
     assert any((files / "train" / "tokens").iterdir())
 
 
+@pytest.mark.slow
 def test_records_are_split_by_prompt_and_measured(files, tmp_path):
     given = {"held_out": 0.3, "tokens": str(tmp_path / "t"), "prompts": 2}
     result = runs.train(settings(tmp_path / "run", files / "train", **given))

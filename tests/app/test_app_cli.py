@@ -19,6 +19,7 @@ def lines(path, *records):
     return path
 
 
+@pytest.mark.slow
 def test_help_and_version_answer_without_tensorflow():
     code = (
         "import sys; from dpo_keras.app.cli import main; code = main(sys.argv[1:]);"

@@ -120,6 +120,7 @@ def text_of(node):
     return node if isinstance(node, str) else "".join(text_of(child) for child in node[2])
 
 
+@pytest.mark.slow
 def test_candidates_to_page_to_pairs_to_a_trained_policy(tmp_path, capsys):
     """The whole way: candidates, two people on the page, report, export, training."""
     write_candidates(tmp_path / "candidates.jsonl")
@@ -176,6 +177,7 @@ def test_candidates_to_page_to_pairs_to_a_trained_policy(tmp_path, capsys):
     assert result["steps"] >= 5 and result["pairs"]["train"] + result["pairs"]["held_out"] == 60
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_goes_on_with_the_same_people(tmp_path):
     write_candidates(tmp_path / "candidates.jsonl", 4)
     server, started = start(tmp_path, "-a", "ann")

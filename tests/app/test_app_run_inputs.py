@@ -16,6 +16,7 @@ from dpo_keras.preferences import Preferences, support_pairs, write_preferences
 from dpo_keras.preferences.collection import earlier_split
 
 
+@pytest.mark.slow
 def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
     data = tmp_path / "pairs.jsonl"
     write_preferences(support_pairs(50), data)
@@ -38,6 +39,7 @@ def test_data_that_changed_since_the_run_began_are_refused(tmp_path):
     assert runs.train(config, resume=True).steps == 5
 
 
+@pytest.mark.slow
 def test_a_run_begun_before_memory_and_disk_had_one_split_keeps_its_sides(tmp_path, monkeypatch):
     config = settings(tmp_path / "run", warmup=None)
 
@@ -66,6 +68,7 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
+@pytest.mark.slow
 def test_conversations_run_through_a_chat_template_from_file_to_candidates(tmp_path):
     data = tmp_path / "chat.jsonl"
     records = [
@@ -111,6 +114,7 @@ def preset(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "reference"),
     [

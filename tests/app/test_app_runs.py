@@ -114,6 +114,7 @@ def interrupted(tmp_path_factory, trained):
     return output
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(trained, interrupted):
     result, config = trained
     copy = config.model_copy(update={"output": str(interrupted)})
@@ -126,6 +127,7 @@ def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(traine
     assert resumed.samples == result.samples
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_checkpoint(
     trained, tmp_path, monkeypatch, capsys
 ):
@@ -214,6 +216,7 @@ def test_generate_says_what_it_can_not_do(trained, tmp_path):
         runs.generate(trained[0].directory, tmp_path / "p.txt", temperature=0.0)
 
 
+@pytest.mark.slow
 def test_export_writes_and_asks_the_served_model(trained, tmp_path, capsys):
     result, config = trained
     run = tmp_path / "run"
@@ -230,6 +233,7 @@ def test_export_writes_and_asks_the_served_model(trained, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cached_reference_trains_exactly_as_a_frozen_copy(trained, tmp_path):
     result, _ = trained
     cached = runs.train(settings(tmp_path / "cached", reference="cached"))

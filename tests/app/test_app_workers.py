@@ -97,6 +97,7 @@ def test_the_chief_alone_writes_and_reports(undisturbed):
     assert len(others) == 2, "its process, and that it is done"
 
 
+@pytest.mark.slow
 def test_killed_then_stopped_then_resumed_ends_with_the_weights_of_an_undisturbed_run(
     undisturbed, tmp_path
 ):

@@ -229,12 +229,14 @@ def start(replicas, **environment):
     )
 
 
+@pytest.mark.slow
 def test_two_replicas_get_exactly_the_rows_of_each_global_batch():
     ((seen, whole),) = run([start(2)])
     assert [list(itertools.chain(*parts)) for parts in seen] == whole
     assert all([len(part) for part in parts] == [4, 4] for parts in seen)
 
 
+@pytest.mark.slow
 def test_two_workers_get_exactly_the_rows_of_each_global_batch():
     sockets = [socket.socket() for _ in range(2)]
     for each in sockets:

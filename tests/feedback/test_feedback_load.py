@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_when_the_server_is_killed_under_load():
     command = [
         sys.executable, str(ROOT / "scripts/bench/annotate_load.py"), "--annotators", "5",

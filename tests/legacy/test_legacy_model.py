@@ -242,6 +242,7 @@ REPLICATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLICATED)
 def test_two_replicas_take_the_steps_of_one(name, tokenized):
     optimizer, loss = REPLICATED[name]

@@ -81,6 +81,7 @@ def test_ids_are_those_of_the_tokenizers_library(settings):
         assert ids == encoding.ids, text
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_training_where_kerashubs_own_graph_path_differs(gpt2):
     tokenizer = gpt2.preprocessor.tokenizer
     given = [*texts(300, seed=1), "a 's", "No.\u00a0 Killing"]

@@ -86,6 +86,7 @@ def test_every_input_and_output_has_its_name_and_the_batch_first(signatures):
     }
 
 
+@pytest.mark.slow
 def test_score_is_the_log_prob_and_beta_times_the_log_ratio(signatures, model, gpt2):
     found = ask(signatures["score"], prompt=PROMPTS, response=FIRST)
     log_probs, lengths = response_log_probs(gpt2, PROMPTS, FIRST, max_length=48)
@@ -139,6 +140,7 @@ def test_words_served_leave_nothing_behind(report):
     assert not [op for op in operations if op.startswith("Xla") or "PyFunc" in op]
 
 
+@pytest.mark.slow
 def test_it_runs_on_another_machine(report, tmp_path):
     """Nothing outside the directory is needed: no asset, no path of the exporting machine."""
     moved = tmp_path / "elsewhere" / "7"
@@ -171,6 +173,7 @@ def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures
         assert signatures[request.model_spec.signature_name](**given)
 
 
+@pytest.mark.slow
 def test_adapters_and_a_template_are_served(tmp_path):
     policy = serving_tiny.gemma3()
     policy.backbone.enable_lora(4)
@@ -189,6 +192,7 @@ def test_adapters_and_a_template_are_served(tmp_path):
     assert min(map(abs, report.answers["score"]["reward"])) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_policy_alone_has_no_reward_and_says_so(llama, tmp_path):
     path = tmp_path / "alone" / "1"
     report = export(llama, path, max_new_tokens=4, temperature=0.8, top_p=0.9)
@@ -222,6 +226,7 @@ def test_rewards_are_served_where_they_can_be_computed_from_new_texts(
             export(model, tmp_path / "none", signatures=("prefer",), verify=False)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_own_is_served(llama, tmp_path):
     preprocessor = llama.preprocessor
     policy = serving_tiny.plain(preprocessor.tokenizer.vocabulary_size())

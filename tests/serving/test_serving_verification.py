@@ -170,6 +170,7 @@ def test_rewards_and_preferences_are_those_that_the_loss_compares(trained, loss)
     assert np.abs(answers(served, "prefer")["llr"]).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_a_wrong_number_and_a_wrong_text_are_refused(trained):
     trained.compile(optimizer="sgd", loss=DPOLoss("sigmoid"))
     served, comparison = serve(trained)

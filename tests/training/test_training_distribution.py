@@ -75,6 +75,7 @@ def test_supervised_training_is_the_same_on_two_replicas(tokenized):
     assert_same(train(strategy("mirrored"), tokenized, supervised=True), alone)
 
 
+@pytest.mark.slow
 def test_two_workers_are_one_device(one_device, tmp_path):
     """Two processes on the loopback, of which each makes and reads its own rows of a batch."""
     ports = []

@@ -76,6 +76,7 @@ def test_one_sgd_step_is_the_gradient_of_the_papers_equation(policy, tokenized):
     assert_same([v.numpy() for v in policy.trainable_variables], expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_all_names_of_the_design_are_logged(policy, dataset):
     loss = DPOLoss(penalties={"insufficient_confidence": 0.1, "nll": 0.2})
     model = compiled(policy, loss)
@@ -123,6 +124,7 @@ def test_predict_gives_probabilities_of_both_responses(policy, dataset):
     np.testing.assert_allclose(logged, found["probabilities"][:11, 0].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_count_pairs_and_soft_preferences_swap(policy):
     """Weight 2 is the pair twice; (A, B, y) is (B, A, 1 - y)."""
     first, second = pairs(2)
@@ -154,6 +156,7 @@ def test_rows_that_pad_a_batch_change_nothing(policy, tokenized):
     assert_same(weights(model), unpadded)
 
 
+@pytest.mark.slow
 def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tokenized):
     results = []
     for size, steps in ((8, None), (1, 8)):
@@ -170,6 +173,7 @@ def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tokenized):
     assert_same(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"jit_compile": True}, {"steps_per_execution": 2}, {"run_eagerly": True}]
 )
@@ -212,6 +216,7 @@ def test_mixed_bfloat16_trains_from_log_2(dataset):
     assert all(v.dtype == "float32" for v in policy.weights)
 
 
+@pytest.mark.slow
 def test_mixed_float16_scales_its_loss_and_logs_the_true_gradient_norm(dataset):
     keras.config.set_dtype_policy("mixed_float16")
     try:

@@ -85,6 +85,7 @@ def assert_same_run(model, folder, undisturbed):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [5, 9])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     stop_after, tokenized, undisturbed, tmp_path
@@ -96,6 +97,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
     assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(tokenized, undisturbed, tmp_path):
     stop = StopRequest()
 
@@ -110,6 +112,7 @@ def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(tokenized, undis
     assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_moving_reference_is_where_it_was_after_an_interruption(tokenized, tmp_path):
     options = {"sync_reference": (3, 0.5)}
     whole = run(tmp_path / "whole", tokenized, **options)
@@ -120,6 +123,7 @@ def test_a_moving_reference_is_where_it_was_after_an_interruption(tokenized, tmp
         np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_path):
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
@@ -249,6 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_run_by_name(tokenized):
         train_preferences(model, tokenized, batch_size=4)
 
 
+@pytest.mark.slow
 def test_samples_are_taken_before_and_during_training(tokenized, tmp_path):
     policy = gpt2(num_layers=1)
     model = DPOModel(policy)

@@ -101,6 +101,7 @@ def preference_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_transformer_reaches_the_optimum_of_dpo_from_file_to_fit(preference_file):
     pairs = read_preferences(preference_file)
     assert len(pairs) == len(PROMPTS) * len(RESPONSES) * (len(RESPONSES) - 1) // 2

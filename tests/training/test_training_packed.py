@@ -95,6 +95,7 @@ def test_twenty_steps_have_the_losses_of_unpacked_rows(bucketed, packed, weighed
     assert packed[1][-1]["loss"] < packed[1][0]["loss"]
 
 
+@pytest.mark.slow
 def test_xla_compiles_the_packed_step_to_the_same(packed, weighed):
     found = train(stream(weighed, packed=True), steps=4, jit_compile=True)
     np.testing.assert_allclose(
@@ -188,6 +189,7 @@ def test_no_gradient_of_a_frozen_kernels_size_is_formed(packed, weighed, monkeyp
     assert len(formed()) >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
