@@ -73,7 +73,10 @@ def main() -> None:
     """Print the counts."""
     parser = argparse.ArgumentParser(description="Count files, lines and names of dpo_keras.")
     parser.add_argument("root", nargs="?", type=Path, default=ROOT, help="root of a checkout")
-    for name, value in count(parser.parse_args().root).items():
+    root = parser.parse_args().root
+    if not (root / "dpo_keras" / "__init__.py").is_file():
+        parser.error(f"root must be a checkout that holds dpo_keras/, got {root}")
+    for name, value in count(root).items():
         shown = ", ".join(value) if isinstance(value, list) else value
         print(f"{name}: {shown}")
 
