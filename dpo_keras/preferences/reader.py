@@ -11,6 +11,7 @@ from dpo_keras.preferences.collection import Preferences
 from dpo_keras.preferences.file_formats import open_file
 from dpo_keras.preferences.pair import shown
 from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
 from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
 from dpo_keras.preferences.tfds_source import parse_name, read_tfds
@@ -72,6 +73,51 @@ def read_preferences(
     sources = _opened(source, reading, data_dir)
     stream = RecordStream(sources, reading, on_error, limit, listed=None)
     return Preferences(stream, stream.report)
+
+
+def check_first_records(
+    source: PathLike | Sequence[PathLike] | Iterable[object],
+    *,
+    first: int = 100,
+    format: str = "auto",
+    on_error: str = "report",
+    columns: Mapping[str, str] | None = None,
+    data_dir: PathLike | None = None,
+) -> ReadReport:
+    """Check the first records of each source, without reading the rest.
+
+    Of a built directory the sizes of all files are checked. Of TensorFlow Datasets only the name is
+    checked: preparing a data set can take hours.
+
+    Args:
+        source: as in `read_preferences`, as all other arguments.
+        first: number of records to read from each source.
+
+    Returns:
+        The report on these records.
+
+    Raises:
+        InputError: as `read_preferences` would for these records alone.
+
+    Example:
+        >>> pairs = [{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}] * 3
+        >>> check_first_records(pairs, first=2).kept
+        2
+    """
+    if type(first) is not int or first < 1:
+        raise InputError(InputProblem("first", "must be a whole number >= 1", first))
+    reading = Reading(format, columns)
+    unread = []
+    sources = []
+    for opened in _opened(source, reading, data_dir):
+        checked_already = opened.name.startswith("tfds:") or is_built(opened.name)
+        (unread if checked_already else sources).append(opened)
+    stream = RecordStream(sources, reading, on_error, first=first)
+    if sources:
+        for _ in stream:
+            pass
+    stream.report.sources += [opened.name for opened in unread]
+    return stream.report
 
 
 class PreferenceStream(RecordStream):

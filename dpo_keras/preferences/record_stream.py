@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 from dpo_keras.errors import InputError, InputProblem
@@ -85,7 +86,7 @@ class RecordStream(Iterable[PreferencePair]):
     """The pairs of opened sources, one after the other, never all of them in memory.
 
     The report lists `listed` problems and warnings of each kind and counts the others. None lists
-    all, and duplicates with their text.
+    all, and duplicates with their text. `first` stops in each source after so many records.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class RecordStream(Iterable[PreferencePair]):
         on_error: str = "report",
         limit: int | None = None,
         listed: int | None = LISTED,
+        first: int | None = None,
     ):
         problems = reading.check()
         if on_error not in ("report", "fail"):
@@ -105,7 +107,7 @@ class RecordStream(Iterable[PreferencePair]):
             raise InputError(problems)
         self.report = ReadReport()
         self._sources, self._reading, self._on_error = sources, reading, on_error
-        self._limit, self._listed = limit, listed
+        self._limit, self._listed, self._first = limit, listed, first
         self._repeated_prompts: list[Problem] = []
 
     def __iter__(self) -> Iterator[PreferencePair]:
@@ -147,7 +149,7 @@ class RecordStream(Iterable[PreferencePair]):
         problems: list[Problem] = []
         parsed = 0
         lacking: Counter[str] = Counter()
-        for line, record in source.records:
+        for line, record in islice(source.records, self._first):
             report.read += line is not None
             parsed += not isinstance(record, Fault)
             found = self._pair_or_faults(record, source.cells)

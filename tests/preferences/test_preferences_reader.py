@@ -13,6 +13,8 @@ from dpo_keras.preferences import (
     Message,
     PreferencePair,
     Preferences,
+    build_preferences,
+    check_first_records,
     read_preferences,
 )
 
@@ -287,3 +289,36 @@ def test_preferences_are_a_sequence_with_the_report():
     assert "1 dropped" in pairs.report.summary()
     with pytest.raises(InputError, match="item 0 is a dict"):
         Preferences([GOOD])
+
+
+# The first records
+
+
+def test_the_first_records_are_checked_without_reading_the_rest(tmp_path):
+    read = []
+
+    def endless():
+        while True:
+            read.append(len(read))
+            yield numbered(len(read))
+
+    assert check_first_records(endless(), first=7).kept == 7
+    assert len(read) == 7
+    paths = [jsonl(tmp_path / name, [GOOD | {"weight": -1}] * 3 + [GOOD]) for name in "ab"]
+    with pytest.raises(InvalidPreferences, match="all 6 records are bad"):
+        check_first_records(paths, first=3, format="jsonl")
+    with pytest.raises(InvalidPreferences, match="6 of 8"):
+        check_first_records(paths, first=4, format="jsonl", on_error="fail")
+    with pytest.raises(InputError, match="first must be"):
+        check_first_records(paths, first=0)
+
+
+def test_checking_the_first_records_opens_built_directories_but_prepares_no_data_set(tmp_path):
+    built = build_preferences([numbered(n) for n in range(3)], tmp_path / "built").path
+    names = [str(built), "tfds:no_such_data_set:train"]
+    assert check_first_records(names).sources == names
+    next(built.glob("*tfrecord*")).unlink()
+    with pytest.raises(InputError, match="is missing"):
+        check_first_records(built)
+    with pytest.raises(InputError, match="tfds:NAME"):
+        check_first_records("tfds:?")
