@@ -56,6 +56,14 @@ Overrides = Annotated[
 PairLimit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Read this many pairs at most.")
 ]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="prompt=question reads the prompt from that column; repeatable."),
+]
+AllowTruncated = Annotated[
+    bool,
+    typer.Option("--allow-truncated", help="Read what is left of files that are cut off."),
+]
 Format = Annotated[str, typer.Option(help="How to read them; auto goes by name and columns.")]
 
 
@@ -237,20 +245,28 @@ def data_inspect(
         list[str], typer.Argument(metavar="FILE...", help="Preference files, or builtin:support.")
     ],
     format: Format = "auto",
+    column: Columns = None,
     limit: PairLimit = None,
+    allow_truncated: AllowTruncated = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show counts, lengths, bad lines, duplicates, contradictions and biases of the data."""
     with reporting(as_json, debug) as terminal:
-        pairs = read_preferences(files, format=format, limit=limit)
+        pairs = read_preferences(
+            files,
+            format=format,
+            columns=_renaming(column or ()),
+            limit=limit,
+            allow_truncated=allow_truncated,
+        )
         picture = audit(pairs)
         content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
         terminal.result(content, *views.data_views(pairs, picture))
 
 
 @data.command("build")
-def data_build(
+def data_build(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     files: Annotated[
         list[str],
         typer.Argument(metavar="FILE...", help="Preference files, or tfds:NAME/CONFIG:SPLIT."),
@@ -259,10 +275,7 @@ def data_build(
         Path, typer.Option("--out", "-o", help="The directory to make; data.path of a run.")
     ],
     format: Format = "auto",
-    column: Annotated[
-        list[str] | None,
-        typer.Option(help="prompt=question reads the prompt from that column; repeatable."),
-    ] = None,
+    column: Columns = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Where TensorFlow Datasets keeps its data.")
     ] = None,
@@ -270,6 +283,7 @@ def data_build(
         str, typer.Option(help="report keeps the good records, fail builds nothing if any is bad.")
     ] = "report",
     limit: PairLimit = None,
+    allow_truncated: AllowTruncated = False,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 256,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -286,6 +300,7 @@ def data_build(
                 data_dir=data_dir,
                 on_error=on_error,
                 limit=limit,
+                allow_truncated=allow_truncated,
                 shard_bytes=shard_megabytes * 2**20,
                 on_pairs=lambda done: progress.advance(done, None),
             )

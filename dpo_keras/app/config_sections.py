@@ -144,6 +144,10 @@ class Data(Section):
     on_error: Literal["report", "fail"] = key(
         "report", "`report` keeps the good lines, `fail` stops at bad ones and names all of them"
     )
+    allow_truncated: bool = key(
+        False,
+        "whether to train on what is left of a file that is cut off; otherwise it is an error",
+    )
     held_out: Fraction | None = key(
         None, "share of the pairs kept for evaluation, by `split_by`; 0.1 without `held_out_path`"
     )

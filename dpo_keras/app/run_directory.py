@@ -62,7 +62,12 @@ class RunDirectory:
     def read(self, name: str) -> JSON:
         """Read a JSON file of the run; None where it does not exist."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: it holds no JSON ({error}).") from error
 
     def config(self) -> Config:
         """Read the resolved configuration; raise an `InputError` if this is no run directory."""

@@ -75,6 +75,9 @@ def read_pairs(
         if data.columns:
             rule = f"has no effect on {paths[0]}, whose columns were named when it was built;"
             raise InputError(InputProblem("data.columns", f"{rule} set it to null."))
+        if data.allow_truncated:
+            rule = f"has no effect on {paths[0]}: the files of a built directory must be whole."
+            raise InputError(InputProblem("data.allow_truncated", rule))
         stored = StoredPreferences.open(paths[0])
         progress.note(f"{len(stored):,} pairs in {len(stored.shards)} shards, built from:")
         progress.note(stored.report.summary())
@@ -87,6 +90,7 @@ def read_pairs(
             limit=limit,
             columns=data.columns,
             data_dir=data.data_dir,
+            allow_truncated=data.allow_truncated,
         )
     progress.note(pairs.report.summary())
     return pairs

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_keras.preferences.audit import share_text
+from dpo_keras.preferences.read_report import grouped
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import visible
 
@@ -35,12 +36,13 @@ def data_views(pairs: Preferences, picture: Audit) -> list[RenderableType]:
     report = pairs.report
     views: list[RenderableType] = [report.summary()]
     if report.problems:
-        bad = _table("Bad lines (left out)", "line", "column", "what is wrong", numbers=[0])
-        for problem in report.problems[:_BAD_LINES]:
-            line = "all" if problem.line is None else str(problem.line)
-            bad.add_row(line, escape(problem.field), escape(problem.message))
-        if len(report.problems) > _BAD_LINES:
-            bad.add_row("...", "", f"and {len(report.problems) - _BAD_LINES:,} more (--json: all)")
+        bad = _table("Bad records (left out)", "where", "column", "what is wrong")
+        groups = grouped(report.problems)
+        for group in groups[:_BAD_LINES]:
+            where = f"{group.source} {group.places}" if len(report.sources) > 1 else group.places
+            bad.add_row(*map(escape, (where or "all", group.field, group.message)))
+        if len(groups) > _BAD_LINES:
+            bad.add_row("...", "", f"and {len(groups) - _BAD_LINES:,} more (--json: all)")
         views.append(bad)
     views += [_counts(picture), _lengths(picture)]
     if picture.annotators or picture.groups:

@@ -1,7 +1,7 @@
-"""Preference files: JSONL, JSON, CSV and Parquet, read record by record, and written.
+"""Preference files: opened by their names and first bytes, and written.
 
-Text formats may be gzipped. Each reader yields `(line, record)`, or `(line, Fault)` for a line that
-cannot be read; the lines before and after it are read all the same.
+Each reader yields `(line, record)`, or `(line, Fault)` for a record that cannot be read; those
+before and after it are read all the same. A file that is cut off ends with `CutOff`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,38 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO, cast
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.pair import Fault, PreferencePair, shown
-from dpo_keras.preferences.record_stream import FORMATS, Reading, Records, Source
-from dpo_keras.preferences.records import COLUMNS, OPTIONAL, missing_columns
+from dpo_keras.preferences.pair import Fault, PreferencePair
+from dpo_keras.preferences.record_stream import FORMATS, CutOff, Reading, Records, Source
+from dpo_keras.preferences.records import OPTIONAL
+from dpo_keras.preferences.tables import import_pyarrow, read_parquet
+from dpo_keras.preferences.text_formats import BOM, CHUNK, read_csv, read_json_list, read_jsonl
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
 
 SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-BOM = b"\xef\xbb\xbf"
+READERS: dict[str, Callable[[BinaryIO, Reading], Records]] = {
+    "jsonl": read_jsonl,
+    "json": read_json_list,
+    "csv": read_csv,
+    "parquet": read_parquet,
+}
+BROKEN = (CutOff, EOFError, zlib.error, gzip.BadGzipFile)
+# Only gzip is unpacked. The others are named by their first bytes.
+ARCHIVES = {b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz", b"PK\x03\x04": "zip"}
 
 
 def open_file(path: str | os.PathLike[str], reading: Reading) -> Source:
     """Return a file as a source; it is opened at the first record."""
-    format = _format(Path(path), reading.format)
-    return Source(os.fspath(path), _read(Path(path), format, reading), format == "csv")
+    path = Path(path)
+    format = _format(path, reading.format)
+    if format == "json" and not _holds_list(path):
+        format = "jsonl"
+    unit = "line" if format in ("jsonl", "csv") else "record"
+    return Source(os.fspath(path), _read(path, format, unit, reading), format == "csv", unit)
 
 
 def _format(path: Path, format: str) -> str:
@@ -54,15 +67,25 @@ def _format(path: Path, format: str) -> str:
     return SUFFIXES[suffix]
 
 
-def _read(path: Path, format: str, reading: Reading) -> Records:
+def _holds_list(path: Path) -> bool:
+    """Return whether a JSON file is one list of records; otherwise it has a record a line."""
+    with contextlib.suppress(*BROKEN, OSError), _open(path) as stream:
+        while start := stream.read(CHUNK):
+            if start := start.removeprefix(BOM).lstrip():
+                return start.startswith(b"[")
+    return False
+
+
+def _read(path: Path, format: str, unit: str, reading: Reading) -> Records:
     last: int | None = 0
+    count = 0
     try:
         with _open(path) as stream:
             for last, record in READERS[format](stream, reading):
+                count += not isinstance(record, Fault)
                 yield last, record
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        rule = f"the file is broken or cut off after line {last}: {error}"
-        yield (last or 0) + 1, Fault("broken file", "file", str(path), rule)
+    except BROKEN as error:
+        reading.note_cut_off(str(path), unit, last or 0, count, error)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
@@ -82,119 +105,15 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raw.seek(0)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{path} is UTF-16 text; save it as UTF-8.")
+        for beginning, kind in ARCHIVES.items():
+            if start.startswith(beginning):
+                rule = f"is compressed by {kind}; unpack it first (gzip is read as it is)."
+                raise InputError(f"{path} {rule}")
         if start[:2] == b"\x1f\x8b":
             with gzip.GzipFile(fileobj=raw) as unzipped:
                 yield cast(BinaryIO, unzipped)
         else:
             yield raw
-
-
-def _read_jsonl(stream: BinaryIO, reading: Reading) -> Records:
-    # Lines end at "\n" only: JSON strings may hold other separators.
-    for number, line in enumerate(stream, 1):
-        text = line.removeprefix(BOM) if number == 1 else line
-        if text.strip():
-            yield number, reading.renamed(_parse_json(text))
-
-
-def _parse_json(line: bytes) -> JSON:
-    try:
-        return _DECODER(line.decode("utf-8").strip())
-    except UnicodeDecodeError as error:
-        rule = f"not UTF-8: byte {error.start + 1} of the line is {line[error.start]:#04x}."
-        return Fault("not UTF-8", "line", shown(line), rule)
-    except (ValueError, RecursionError) as error:
-        text = shown(line.decode("utf-8").strip())
-        return Fault("not JSON", "line", text, f"not JSON ({error}), got {text}.")
-
-
-def _read_json(stream: BinaryIO, reading: Reading) -> Records:
-    """Read one JSON list of records, or JSONL under that name."""
-    start = b""
-    while not start and (line := stream.readline()):
-        start = line.removeprefix(BOM).strip()
-    stream.seek(0)
-    if not start.startswith(b"["):
-        yield from _read_jsonl(stream, reading)
-        return
-    records = _parse_json(stream.read().removeprefix(BOM))
-    if isinstance(records, Fault):
-        yield None, records
-        return
-    yield from enumerate(map(reading.renamed, records), 1)
-
-
-def _read_csv(stream: BinaryIO, reading: Reading) -> Records:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # Cells hold whole conversations. The limit is the module's, so it is put back.
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        rows = csv.reader(text, strict=True)
-        header: list[str] | None = None
-        while True:
-            line = rows.line_num + 1
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield line, Fault("not CSV", "line", str(error), f"not CSV: {error}.")
-                continue
-            if not any(row):
-                continue
-            if header is None:
-                header = reading.our_names(name.strip() for name in row)
-                if faults := missing_columns(header):
-                    yield from ((None, fault) for fault in faults)
-                    return
-            elif len(row) != len(header):
-                rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
-                yield line, Fault("wrong number of cells", "line", len(row), rule)
-            else:
-                yield line, dict(zip(header, row, strict=True))
-    finally:
-        csv.field_size_limit(limit)
-        text.detach()  # otherwise its end would close the caller's stream
-
-
-def _read_parquet(stream: BinaryIO, reading: Reading) -> Records:
-    pyarrow = _pyarrow()
-    try:
-        table = pyarrow.parquet.ParquetFile(stream)
-        names = table.schema_arrow.names
-        header = reading.our_names(names)
-        if faults := missing_columns(header):
-            yield from ((None, fault) for fault in faults)
-            return
-        used = {name: ours for name, ours in zip(names, header, strict=True) if ours in COLUMNS}
-        reading.unused.update(f"column {name!r}" for name in names if name not in used)
-        # Few rows at a time: they may hold long conversations.
-        batches = table.iter_batches(batch_size=4096, columns=list(used))
-        rows = (
-            {used[name]: value for name, value in record.items()}
-            for batch in batches
-            for record in batch.to_pylist()
-        )
-        yield from enumerate(rows, 1)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        yield None, Fault("broken file", "file", None, f"not a Parquet file: {error}.")
-
-
-def _pyarrow() -> ModuleType:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("Parquet files need pyarrow: pip install 'dpo-keras[parquet]'.") from error
-    return pyarrow
-
-
-_DECODER = json.JSONDecoder().decode
-READERS: dict[str, Callable[[BinaryIO, Reading], Records]] = {
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
-}
 
 
 def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[str]) -> None:
@@ -260,7 +179,7 @@ def _as_csv(records: list[dict[str, JSON]]) -> str:
 
 
 def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow()
     columns = {name: [record.get(name) for record in records] for name in _columns(records)}
     for name in ("prompt", "chosen", "rejected"):
         if len({isinstance(value, str) for value in columns[name]}) > 1:

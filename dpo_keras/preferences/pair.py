@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -14,6 +13,8 @@ from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 ROLES = ("system", "user", "assistant", "tool")
+# Larger weights and margins overflow float32 in the loss, where the model would seem at fault.
+LARGEST, BOUNDED = 1e6, "must be in [0, 1e6]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,11 @@ class PreferencePair:
         rejected: the other response, in the same form.
         preference: P(chosen is better), in [0.5, 1]; 0.5 is a tie. The readers swap the responses
             of records with less; here it is an error.
-        weight: how much the pair counts in the loss, finite and >= 0.
+        weight: how much the pair counts in the loss, in [0, 1e6].
         annotator: who compared.
         group: what the pair belongs to (a topic, a language), for group-robust training.
         id: name of the pair in reports.
-        margin: strength of the preference, finite and >= 0 (arXiv 2307.09288, section 3.2.2).
+        margin: strength of the preference, in [0, 1e6] (arXiv 2307.09288, section 3.2.2).
         swapped: the source showed `rejected` first. `audit` measures position bias by it.
 
     Raises:
@@ -98,6 +99,8 @@ class PreferencePair:
     def __post_init__(self) -> None:
         faults = text_faults(self.prompt, self.chosen, self.rejected)
         faults += number_faults(self.preference, self.weight, self.margin, lowest=0.5)
+        for name in ("annotator", "group", "id"):
+            faults += name_faults(name, getattr(self, name))
         if faults:
             raise InvalidPair(faults)
 
@@ -167,7 +170,7 @@ def text_faults(
         faults += _faults_of("response", name, response) or _role_faults(name, response)
     if faults:
         return faults
-    if not type(prompt) is type(chosen) is type(rejected):
+    if len({isinstance(text, str) for text in (prompt, chosen, rejected)}) > 1:
         forms = ", ".join(
             f"{name} is {'text' if isinstance(text, str) else 'messages'}"
             for name, text in zip(names, (prompt, chosen, rejected), strict=True)
@@ -191,11 +194,10 @@ def number_faults(
     preference: object, weight: object, margin: object, *, lowest: float
 ) -> list[Fault]:
     """Check preference (in [lowest, 1]), weight and margin; return the broken rules."""
-    unbounded = "must be finite and >= 0"
     numbers = (
         ("preference", preference, lowest, 1.0, f"must be in [{lowest:g}, 1]"),
-        ("weight", weight, 0.0, sys.float_info.max, unbounded),
-        ("margin", 0.0 if margin is None else margin, 0.0, sys.float_info.max, unbounded),
+        ("weight", weight, 0.0, LARGEST, BOUNDED),
+        ("margin", 0.0 if margin is None else margin, 0.0, LARGEST, BOUNDED),
     )
     faults = []
     for name, number, low, high, must in numbers:
@@ -206,6 +208,15 @@ def number_faults(
             rule = f"{name} out of range"
             faults.append(broken(rule, name, number, f"{must}, got {shown(number)}."))
     return faults
+
+
+def name_faults(field: str, name: object) -> list[Fault]:
+    """Check the name of an annotator, a group or a pair; return the broken rules."""
+    if name is None:
+        return []
+    if not isinstance(name, str):
+        return [wrong_type(field, name, "text")]
+    return [] if name.isascii() else _unicode_faults(field, name)
 
 
 def _faults_of(kind: str, name: str, text: Text) -> list[Fault]:

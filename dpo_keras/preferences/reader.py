@@ -14,6 +14,7 @@ from dpo_keras.preferences.quickstart_data import support_pairs
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
 from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
+from dpo_keras.preferences.tables import table_records
 from dpo_keras.preferences.tfds_source import parse_name, read_tfds
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -28,6 +29,7 @@ def read_preferences(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     data_dir: PathLike | None = None,
+    allow_truncated: bool = False,
 ) -> Preferences:
     """Read preference pairs, keep the good ones, and report everything that is wrong.
 
@@ -41,8 +43,9 @@ def read_preferences(
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet, or a directory that
             `build_preferences` made), several paths, "tfds:NAME/CONFIG:SPLIT" (TensorFlow
-            Datasets), "builtin:support" (the bundled quickstart data), or an iterable of mappings,
-            such as `tfds.as_numpy(dataset)` or a Hugging Face dataset.
+            Datasets), "builtin:support" (the bundled quickstart data), a table (a data frame of
+            pandas or polars, a mapping of columns, a table of pyarrow, one split of a Hugging Face
+            data set), or any iterable of mappings, such as `tfds.as_numpy(dataset)`.
         format: format of the files: "auto" (by suffix), "jsonl", "json", "csv" or "parquet".
         on_error: "report" keeps the good records and lists the bad in `.report`; "fail" raises if
             there is any bad one.
@@ -50,6 +53,8 @@ def read_preferences(
         columns: our name of a column to the data's, for instance
             `{"prompt": "question", "chosen": "answer_a", "rejected": "answer_b"}`.
         data_dir: where TensorFlow Datasets keeps its data; None: its default.
+        allow_truncated: whether to read what is left of a file that is cut off or damaged, with a
+            warning in the report. Otherwise such a file is an error, whatever `on_error` is.
 
     Returns:
         `Preferences`; its `.report` counts and names what was dropped.
@@ -66,10 +71,10 @@ def read_preferences(
         ... ])
         >>> print(pairs.report.summary())
         records: 2 read, 1 kept, 1 dropped
-          weight out of range: 1 (line 2)
-          empty response: 1 (line 2)
+          weight out of range: 1 (record 2)
+          empty response: 1 (record 2)
     """
-    reading = Reading(format, columns)
+    reading = Reading(format, columns, allow_truncated)
     sources = _opened(source, reading, data_dir)
     stream = RecordStream(sources, reading, on_error, limit, listed=None)
     return Preferences(stream, stream.report)
@@ -83,6 +88,7 @@ def check_first_records(
     on_error: str = "report",
     columns: Mapping[str, str] | None = None,
     data_dir: PathLike | None = None,
+    allow_truncated: bool = False,
 ) -> ReadReport:
     """Check the first records of each source, without reading the rest.
 
@@ -90,8 +96,13 @@ def check_first_records(
     checked: preparing a data set can take hours.
 
     Args:
-        source: as in `read_preferences`, as all other arguments.
+        source: as in `read_preferences`.
         first: number of records to read from each source.
+        format: as in `read_preferences`.
+        on_error: "report" raises only where none of these records is good.
+        columns: as in `read_preferences`.
+        data_dir: as in `read_preferences`.
+        allow_truncated: as in `read_preferences`.
 
     Returns:
         The report on these records.
@@ -106,9 +117,9 @@ def check_first_records(
     """
     if type(first) is not int or first < 1:
         raise InputError(InputProblem("first", "must be a whole number >= 1", first))
-    reading = Reading(format, columns)
-    unread = []
-    sources = []
+    reading = Reading(format, columns, allow_truncated)
+    unread: list[Source] = []
+    sources: list[Source] = []
     for opened in _opened(source, reading, data_dir):
         checked_already = opened.name.startswith("tfds:") or is_built(opened.name)
         (unread if checked_already else sources).append(opened)
@@ -148,8 +159,9 @@ class PreferenceStream(RecordStream):
         limit: int | None = None,
         columns: Mapping[str, str] | None = None,
         data_dir: PathLike | None = None,
+        allow_truncated: bool = False,
     ):
-        reading = Reading(format, columns)
+        reading = Reading(format, columns, allow_truncated)
         sources = _opened(source, reading, data_dir)
         super().__init__(sources, reading, on_error, limit, listed=LISTED)
 
@@ -162,14 +174,20 @@ def _opened(
     """Yield each source; all wrong ones are reported together."""
     if isinstance(source, str | os.PathLike):
         source = [source]
+    elif (table := table_records(source, reading)) is not None:
+        yield Source("records", table)
+        return
     elif isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
         must = (
-            "must be a path, a list of paths or an iterable of records, "
+            "must be a path, a list of paths, a table or an iterable of records, "
             f"got {shown(source)} ({type(source).__name__})."
         )
-        raise InputError(InputProblem("source", must))
+        hint = "Put a single record into a list." if isinstance(source, Mapping) else ""
+        if hasattr(source, "collect"):  # a lazy frame of polars
+            hint = "Call its collect() first."
+        raise InputError(InputProblem("source", must, hint=hint))
     if not _are_paths(source):
-        yield Source("records", _renamed(enumerate(source, 1), reading), False)
+        yield Source("records", _renamed(enumerate(source, 1), reading))
         return
     opened: dict[str, Source] = {}
     problems: list[str] = []
@@ -200,7 +218,7 @@ def _open(path: str, reading: Reading, data_dir: PathLike | None) -> Source:
         if path not in BUILTIN:
             must = f"must be one of {', '.join(BUILTIN)}"
             raise InputError(InputProblem("source", must, path))
-        return Source(path, enumerate(BUILTIN[path](), 1), False)
+        return Source(path, enumerate(BUILTIN[path](), 1))
     if path.startswith("tfds:"):
         parse_name(path)
         records: Records = read_tfds(path, data_dir)
@@ -208,7 +226,7 @@ def _open(path: str, reading: Reading, data_dir: PathLike | None) -> Source:
         records = enumerate(StoredPreferences.open(path).read(), 1)
     else:
         return open_file(path, reading)
-    return Source(path, _renamed(records, reading), False)
+    return Source(path, _renamed(records, reading))
 
 
 def _renamed(records: Records, reading: Reading) -> Records:

@@ -35,6 +35,7 @@ def build_preferences(
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
     data_dir: PathLike | None = None,
+    allow_truncated: bool = False,
     shard_bytes: int = SHARD_BYTES,
     on_pairs: Callable[[int], None] | None = None,
 ) -> StoredPreferences:
@@ -51,6 +52,7 @@ def build_preferences(
         limit: as in `read_preferences`.
         columns: as in `read_preferences`.
         data_dir: as in `read_preferences`.
+        allow_truncated: as in `read_preferences`.
         shard_bytes: a shard that has reached this size is closed.
         on_pairs: progress listener, called now and then with the number of pairs written.
 
@@ -82,7 +84,13 @@ def build_preferences(
     if problems:
         raise InputError(problems)
     stream = PreferenceStream(
-        source, format=format, on_error=on_error, limit=limit, columns=columns, data_dir=data_dir
+        source,
+        format=format,
+        on_error=on_error,
+        limit=limit,
+        columns=columns,
+        data_dir=data_dir,
+        allow_truncated=allow_truncated,
     )
     with _unfinished(folder) as partial:
         shards = _write_records(stream, partial, shard_bytes, on_pairs)

@@ -13,31 +13,49 @@ from typing import NamedTuple, TypeAlias
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.audit import RepeatFinder
 from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
-from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
-from dpo_keras.preferences.records import COLUMNS, read_record
+from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport, place
+from dpo_keras.preferences.records import COLUMNS, LAYOUTS, read_record
 from dpo_keras.utils import JSON
 
 # (line, record), with a `Fault` in place of a record that cannot be read.
 Records: TypeAlias = Iterator[tuple[int | None, JSON]]
 FORMATS = ("jsonl", "json", "csv", "parquet")
+SMALLEST = 1.2e-38  # weights below it are 0 in float32
+# So many preferences out of range, and such a share of all, are no mistakes of single records.
+OFF_SCALE, OFF_SCALE_SHARE = 10, 0.05
 LISTED = 1000  # problems and warnings of each kind that the report of a stream lists
 
 
+class CutOff(Exception):  # noqa: N818 (it is no error where `allow_truncated` is set)
+    """A file ends in the middle of a record, or cannot be read from some place on."""
+
+
 class Source(NamedTuple):
-    """One opened source; `cells` tells whether its values are CSV cells."""
+    """One opened source.
+
+    `cells` tells whether its values are CSV cells, `unit` what its records are counted in: lines of
+    a text file, or records.
+    """
 
     name: str
     records: Records
-    cells: bool
+    cells: bool = False
+    unit: str = "record"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read; `unused` counts the columns and message keys that are ignored."""
+    """How sources are read.
+
+    `unused` counts the columns and message keys that are ignored; `cut_off` lists the files of
+    which only a part could be read.
+    """
 
     format: str = "auto"
     columns: Mapping[str, str] | None = None
+    allow_truncated: bool = False
     unused: Counter[str] = field(default_factory=Counter)
+    cut_off: list[Problem] = field(default_factory=list)
 
     def check(self) -> list[InputProblem]:
         """Return what is wrong with format and columns."""
@@ -64,10 +82,22 @@ class Reading:
 
     def our_names(self, header: Iterable[str]) -> list[str]:
         """Return a header in our names; a column in the way of a renamed one becomes unused."""
-        taken = self.renaming.values() - self.renaming.keys()
+        names = list(header)
+        taken = self.renaming.values() - self.renaming.keys() | self._other_layout(names)
         return [
-            self.renaming.get(name, f"unused {name}" if name in taken else name) for name in header
+            self.renaming.get(name, f"unused {name}" if name in taken else name) for name in names
         ]
+
+    def _other_layout(self, header: list[str]) -> set[str]:
+        """Return the columns of the layout that `columns` leaves, where it names one of the two."""
+        chosen, compared = (set(names) for names in LAYOUTS.values())
+        ours = set(self.columns or ())
+        if ours & compared and not ours & chosen:
+            return chosen
+        left = (compared & set(header)) - self.renaming.keys()
+        if left and ours & chosen and not ours & compared:
+            return left | ({"preference"} - ours)  # it compares the columns that are left
+        return set()
 
     def renamed(self, record: JSON) -> JSON:
         """Return a record with our column names; anything but a mapping as it is."""
@@ -80,6 +110,20 @@ class Reading:
         if not self.columns or not isinstance(record, Mapping):
             return record
         return dict(zip(self.our_names(record), record.values(), strict=True))
+
+    def note_cut_off(self, path: str, unit: str, last: int, count: int, error: Exception) -> None:
+        """Note that a file ends too early or is damaged; raise unless that is allowed."""
+        where = f"after {unit} {last:,}" if last else "from its beginning"
+        reason = f"is cut off or damaged {where} ({error})"
+        if not self.allow_truncated:
+            raise InputError(
+                f"{path} {reason}. Get the file again; to use only what can be read, give "
+                "allow_truncated=True (in a configuration data.allow_truncated: true, on the "
+                "command line --allow-truncated)."
+            )
+        message = f"the file {reason}: {count:,} records were read from it, the rest is lost."
+        problem = Problem(path, last or None, "broken file", "file", None, message, unit)
+        self.cut_off.append(problem)
 
 
 class RecordStream(Iterable[PreferencePair]):
@@ -109,35 +153,39 @@ class RecordStream(Iterable[PreferencePair]):
         self._sources, self._reading, self._on_error = sources, reading, on_error
         self._limit, self._listed, self._first = limit, listed, first
         self._repeated_prompts: list[Problem] = []
+        self._weighted = False
+        self._out_of_range = 0
 
     def __iter__(self) -> Iterator[PreferencePair]:
         finder = RepeatFinder()
-        names: list[str] = []
+        sources: list[Source] = []
         source, lines = array("H"), array("q")
         chosen: list[Text] = []
         for opened in self._sources:
-            names.append(opened.name)
+            sources.append(opened)
             for line, pair in self._good(opened):
                 self.report.kept += 1
+                self._weighted |= pair.weight > SMALLEST
                 finder.add(pair)
-                source.append(len(names) - 1)
+                source.append(len(sources) - 1)
                 lines.append(-1 if line is None else line)
                 if self._listed is None:
                     chosen.append(pair.chosen)
-                self._note_repeated_prompt(opened.name, line, pair)
+                self._note_repeated_prompt(opened, line, pair)
                 yield pair
             if self.report.kept == self._limit:
                 break
         self._judge()
 
-        def place(index: int) -> tuple[str, int | None]:
-            return names[source[index]], None if lines[index] < 0 else lines[index]
-
         for index, rule, earlier in self._listed_repeats(finder):
-            message = _repeat(rule, place(index), place(earlier))
+            here, before = sources[source[index]], sources[source[earlier]]
+            message = _repeat(rule, here, before, lines[earlier])
             value = chosen[index] if chosen else None
-            self.report.warnings.append(Problem(*place(index), rule, "chosen", value, message))
-        self.report.warnings += self._repeated_prompts
+            line = _known(lines[index])
+            self.report.warnings.append(
+                Problem(here.name, line, rule, "chosen", value, message, here.unit)
+            )
+        self.report.warnings += self._repeated_prompts + self._reading.cut_off
         if unused := self._reading.unused:
             counts = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
             what = ("unused", "", None, f"not used: {counts}")
@@ -148,6 +196,7 @@ class RecordStream(Iterable[PreferencePair]):
         report = self.report
         problems: list[Problem] = []
         parsed = 0
+        unreadable = False
         lacking: Counter[str] = Counter()
         for line, record in islice(source.records, self._first):
             report.read += line is not None
@@ -160,16 +209,20 @@ class RecordStream(Iterable[PreferencePair]):
                 continue
             for fault in found:
                 lacking[fault.field] += fault.rule == "missing column"
+                self._out_of_range += fault.rule == "preference out of range"
+                unreadable |= line is None
                 if self._listed is not None and len(problems) >= self._listed:
                     report.omitted[fault.rule] += 1
                     continue
                 what = (fault.rule, fault.field, fault.value, str(fault.message))
-                problems.append(Problem(source.name, line, *what))
+                problems.append(Problem(source.name, line, *what, source.unit))
         report.sources.append(source.name)
         everywhere = {field for field, count in lacking.items() if count == parsed > 1}
         if everywhere:
             report.omitted.pop("missing column", None)
         report.problems += _merged(problems, everywhere, parsed)
+        if unreadable:  # other files make up for bad lines, but not for a whole file
+            raise InvalidPreferences(f"{source.name}: no preference pair could be read:", report)
 
     def _pair_or_faults(self, record: JSON, cells: bool) -> PreferencePair | tuple[Fault, ...]:
         if isinstance(record, Fault):
@@ -181,7 +234,7 @@ class RecordStream(Iterable[PreferencePair]):
         self.report.layouts[layout] += 1
         return pair
 
-    def _note_repeated_prompt(self, source: str, line: int | None, pair: PreferencePair) -> None:
+    def _note_repeated_prompt(self, source: Source, line: int | None, pair: PreferencePair) -> None:
         prompt = pair.prompt
         # A response may well begin with the one or two words of a short prompt.
         if not isinstance(prompt, str) or len(prompt) < 20:
@@ -193,7 +246,8 @@ class RecordStream(Iterable[PreferencePair]):
             self.report.omitted[rule] += 1
             return
         message = "both responses begin with the whole prompt, which is scored with them."
-        self._repeated_prompts.append(Problem(source, line, rule, "prompt", None, message))
+        problem = Problem(source.name, line, rule, "prompt", None, message, source.unit)
+        self._repeated_prompts.append(problem)
 
     def _judge(self) -> None:
         """Raise where nothing is good, or something is bad and nothing bad is allowed."""
@@ -205,6 +259,12 @@ class RecordStream(Iterable[PreferencePair]):
             headline = f"{names}: no preference pair could be read"
             headline += f", all {report.read:,} records are bad:" if report.read > 1 else ":"
             raise InvalidPreferences(headline, report)
+        self._check_scale(names)
+        if not self._weighted and self._first is None:
+            raise InputError(
+                f"{names}: the weight of all {report.kept:,} pairs is 0, so they would train "
+                "nothing; give at least some a weight > 0, or leave the column out."
+            )
         if report.problems and self._on_error == "fail":
             count = len(report.problems) + sum(report.omitted.values())
             raise InvalidPreferences(
@@ -212,6 +272,17 @@ class RecordStream(Iterable[PreferencePair]):
                 f"{count:,} problems (on_error='report' keeps the good ones):",
                 report,
             )
+
+    def _check_scale(self, names: str) -> None:
+        """Raise where so many preferences are out of range that the others are misread too."""
+        report, count = self.report, self._out_of_range
+        if count < OFF_SCALE or count < report.read * OFF_SCALE_SHARE:
+            return
+        headline = (
+            f"{names}: {count:,} of {report.read:,} records have a preference out of range, so "
+            "the column has another scale, and the others would be misread too:"
+        )
+        raise InvalidPreferences(headline, report)
 
     def _listed_repeats(self, finder: RepeatFinder) -> list[tuple[int, str, int]]:
         """Return (index, rule, earlier index), in the order of the pairs."""
@@ -224,9 +295,13 @@ class RecordStream(Iterable[PreferencePair]):
         return sorted(repeats, key=lambda repeat: repeat[0])
 
 
-def _repeat(rule: str, place: tuple[str, int | None], earlier: tuple[str, int | None]) -> str:
+def _known(line: int) -> int | None:
+    return None if line < 0 else line
+
+
+def _repeat(rule: str, here: Source, before: Source, line: int) -> str:
     verb = "says the same as" if rule == "duplicate" else "prefers the other response than"
-    other = f"line {earlier[1]}" if place[0] == earlier[0] else f"{earlier[0]} line {earlier[1]}"
+    other = place("" if here.name == before.name else before.name, before.unit, _known(line))
     return f"{verb} {other}, to the same prompt and responses."
 
 

@@ -26,13 +26,14 @@ from dpo_keras.preferences.pair import (
     Text,
     as_number,
     broken,
+    name_faults,
     number_faults,
     shown,
     text_faults,
     wrong_type,
 )
 from dpo_keras.utils import JSON
-from dpo_keras.utils.text import nearest, shortened
+from dpo_keras.utils.text import nearest, shortened, visible
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 OPTIONAL = ("preference", "weight", "annotator", "group", "id", "margin", "swapped")
@@ -60,6 +61,8 @@ def read_record(
         wanted = "a mapping such as {'prompt': ..., 'chosen': ..., ...}"
         raise InvalidPair([wrong_type("the record", record, wanted)])
     layout = _layout(record)
+    if isinstance(layout, Fault):
+        raise InvalidPair([layout])
     fields = _Fields(record, cells, Counter() if unused is None else unused)
     texts = fields.texts(LAYOUTS[layout])
     preference = fields.number("preference", 1.0)
@@ -89,28 +92,61 @@ def read_record(
         raise InvalidPair(text_faults(*texts, columns)) from None
 
 
-def missing_columns(columns: Iterable[str]) -> list[Fault]:
-    """Return the faults of a table's header: the columns that every record would lack."""
-    header = dict.fromkeys(columns)
-    layout = _layout(header)
+def header_faults(columns: Iterable[str]) -> list[Fault]:
+    """Return the faults of a table's header: columns that occur twice, or that every row lacks."""
+    header = Counter(columns)
+    repeated = [name for name, count in header.items() if count > 1 and name]
+    if repeated:
+        rule = "occurs more than once, so it is not clear which one is meant; keep one."
+        return [Fault("repeated column", n, None, f"column {n!r} {rule}") for n in repeated]
     # 'prompt' is not required: whole conversations may hold it.
-    more = ("preference",) if layout == "response_a/response_b" else ()
-    return [_missing(header, name) for name in (*LAYOUTS[layout], *more) if name not in header]
+    needed = (("chosen", "rejected"), ("response_a", "response_b", "preference"))
+    one, other = ([name for name in names if name not in header] for names in needed)
+    if not one or not other:
+        return []
+    compared = len(one) == 2 and len(other) < 3
+    return [_missing(header, name) for name in (other if compared else one)]
 
 
-def _layout(record: Mapping[str, object]) -> str:
-    if record.keys() & {"response_a", "response_b"} and not record.keys() & {"chosen", "rejected"}:
-        return "response_a/response_b"
-    return "chosen/rejected"
+def _layout(record: Mapping[str, object]) -> str | Fault:
+    """Return the layout whose columns hold values; a fault where both do."""
+    one, other = LAYOUTS
+    if not record.keys() & LAYOUTS[other]:
+        return one
+    if not record.keys() & LAYOUTS[one]:
+        return other
+    # Both have columns, as in a table of files of both layouts: the values decide.
+    held = {layout: [n for n in names if _is_given(record, n)] for layout, names in LAYOUTS.items()}
+    if held[one] and held[other]:
+        more = ["preference"] if _is_given(record, "preference") else []
+        rule = (
+            f"the record has {', '.join(held[one])} and also {', '.join(held[other] + more)}: two "
+            "formats, which may contradict each other. Keep the columns of one, or choose it by "
+            f"columns, as in columns={{'{held[one][0]}': '{held[one][0]}'}}."
+        )
+        return Fault("two formats", held[one][0], None, rule)
+    return other if held[other] else one
+
+
+def _is_given(record: Mapping[str, object], name: str) -> bool:
+    value = record.get(name)
+    return value is not None and not (isinstance(value, str) and not value)
 
 
 def _missing(record: Mapping[str, object], name: str) -> Fault:
     if name in record:
         return broken("missing value", name, record[name], "has no value.")
-    columns = shortened(", ".join(map(str, record)) or "none", 200)
+    columns = shortened(", ".join(visible(str(key)) for key in record) or "none", 200)
     near = nearest(name, [str(key) for key in record if key not in COLUMNS])
-    hint = f"; did you mean {near!r} by it?" if near else "."
-    rule = f"column {name!r} is missing, the columns are: {columns}{hint}"
+    if near:
+        hint = f"; did you mean {near!r} by it? Then"
+    else:
+        hint, near = ". If the data call it otherwise,", "..."
+    rule = (
+        f"column {name!r} is missing, the columns are: {columns}{hint} give "
+        f"columns={{{name!r}: {near!r}}} (in a configuration data.columns, on the command line "
+        f"--column {name}={near})."
+    )
     return Fault("missing column", name, None, rule)
 
 
@@ -196,6 +232,7 @@ class _Fields:
         if value is None or value == "":
             return None
         if isinstance(value, str):
+            self.faults += name_faults(key, value)
             return value
         number = as_number(value)
         if number is not None and math.isnan(number):  # a missing value in pandas

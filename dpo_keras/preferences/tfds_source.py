@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.stored_preferences import FEATURES, from_features
+from dpo_keras.preferences.tables import cell
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
@@ -61,16 +62,7 @@ def _plain_record(record: JSON) -> JSON:
         return record
     if record.keys() == FEATURES:
         return from_features(record)
-    return {name: _plain(value) for name, value in record.items()}
-
-
-def _plain(value: JSON) -> JSON:
-    if isinstance(value, Mapping) and value.keys() >= {"role", "content"}:
-        # A sequence of messages comes as a mapping of columns.
-        names = list(value)
-        columns = zip(*(value[name] for name in names), strict=True)
-        return [dict(zip(names, turn, strict=True)) for turn in columns]
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    return {name: cell(value) for name, value in record.items()}
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Files of preferences: JSON Lines, JSON, CSV and Parquet, whole and broken."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from dpo_keras.preferences import (
     PreferencePair,
     read_preferences,
     support_pairs,
+    text_formats,
     write_preferences,
 )
+from dpo_keras.preferences.read_report import ReadReport
 
 
 def test_jsonl_with_bom_blank_lines_and_crlf_keeps_its_line_numbers(tmp_path):
@@ -66,15 +71,185 @@ def test_gzip_is_seen_from_the_content(tmp_path, name):
     assert list(read_preferences(path)) == [PreferencePair(**GOOD)]
 
 
-def test_a_gzip_file_cut_off_keeps_the_lines_before(tmp_path):
+def random_lines(count):
     rng = np.random.default_rng(0)
-    lines = [json.dumps(numbered(int(n))) + "\n" for n in rng.integers(0, 10**9, 20000)]
-    whole = gzip.compress("".join(lines).encode())
+    return [json.dumps(numbered(int(n))) + "\n" for n in rng.integers(0, 10**9, count)]
+
+
+def flipped(content, place):
+    changed = bytearray(content)
+    changed[place] ^= 255
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("how", ["cut off", "damaged", "wrong checksum", "text behind it"])
+def test_a_broken_gzip_file_is_an_error_unless_that_is_allowed(tmp_path, how):
+    whole = gzip.compress("".join(random_lines(5000)).encode())
+    content = {
+        "cut off": whole[: len(whole) // 2],
+        "damaged": flipped(whole, len(whole) // 2),
+        "wrong checksum": flipped(whole, -6),
+        "text behind it": whole + b"more",
+    }[how]
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(content)
+    other = jsonl(tmp_path / "other.jsonl", [GOOD])
+    for source in (path, [other, path]):
+        with pytest.raises(
+            InputError, match=r"x.jsonl.gz is cut off or damaged after line"
+        ) as error:
+            read_preferences(source, on_error="report")
+    assert "allow_truncated=True" in str(error.value)
+    pairs = read_preferences(path, allow_truncated=True, on_error="fail")
+    assert 1000 < len(pairs) <= 5000
+    warning = pairs.report.warnings[-1]
+    assert (warning.rule, warning.source) == ("broken file", str(path))
+    assert f"{len(pairs):,} records were read from it, the rest is lost" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.jsonl", '{good}\n{good}\n{good}\n{"prompt": "p", "cho', "line 4 ends in the middle"),
+        ("x.json", '[{good}, {good}, {good}, {"prompt": "p"', "not JSON"),
+        ("x.json", "[{good}, {good}, {good}", "after record 3"),
+        ("x.json", "[{good}, {good}, {good},", "the list has no end"),
+        ("x.json", "[{good}, {good}, {good} {good}]", "followed by a comma"),
+        ("x.json", "[{good}, {good}, {good}] [{good}]", "more text after the list"),
+        ("x.csv", 'prompt,chosen,rejected\n{row}{row}{row}p,"a\n{row}', "the quotes that open in line 5"),
+        ("x.csv", "prompt,chosen,rejected\n{row}{row}{row}p,a", "line 5 ends in the middle"),
+    ],
+)  # fmt: skip
+def test_a_text_file_that_is_cut_off_is_an_error_unless_that_is_allowed(
+    tmp_path, name, content, reason
+):
+    path = tmp_path / name
+    path.write_text(content.replace("{good}", json.dumps(GOOD)).replace("{row}", "p,a,b\n"))
+    with pytest.raises(InputError, match=reason):
+        read_preferences(path)
+    pairs = read_preferences(path, allow_truncated=True)
+    assert len(pairs) == 3 and "broken file" in {w.rule for w in pairs.report.warnings}
+
+
+@pytest.mark.parametrize("content", ["", "[]", " [ ] ", "\ufeff"])
+def test_an_empty_json_file_holds_no_records(tmp_path, content):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"data\.json: there are no records in it"):
+        read_preferences(path)
+
+
+def test_files_that_are_packed_otherwise_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for content, kind in ((bz2.compress(b"{}"), "bzip2"), (lzma.compress(b"{}"), "xz"),
+                          (b"\x28\xb5\x2f\xfd..", "zstd"), (b"PK\x03\x04..", "zip")):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"is compressed by {kind}; unpack it first"):
+            read_preferences(path)
+
+
+def test_a_line_of_gigabytes_costs_that_line_only_and_little_memory(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    good = json.dumps(GOOD).encode()
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(good + b'\n{"prompt": "')
+        for _ in range(200):
+            stream.write(b"a" * 10**6)
+        stream.write(b'"}\n' + good + b"\n")
+    tracemalloc.start()
     pairs = read_preferences(path)
-    assert 1000 < len(pairs) < 20000
-    assert "broken file" in {problem.rule for problem in pairs.report.problems}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6
+    assert len(pairs) == 2
+    (problem,) = pairs.report.problems
+    assert (problem.line, problem.message) == (2, "the record is longer than 10,000,000 bytes.")
+
+
+def test_the_limit_of_a_record_holds_for_every_text_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_formats, "LONGEST", 100)
+    long = GOOD | {"chosen": "a" * 101}
+    lines = jsonl(tmp_path / "x.jsonl", [GOOD, long, GOOD])
+    assert [problem.line for problem in read_preferences(lines).report.problems] == [2]
+    rows = [
+        ["prompt", "chosen", "rejected"],
+        ["p", "a", "b"],
+        ["p", "a\n" * 51, "b"],
+        ["p", "c", "d"],
+    ]
+    table = read_preferences(write_csv(tmp_path / "x.csv", rows))
+    assert table[-1].chosen == "d" and table.report.problems[0].line == 3
+    array = tmp_path / "x.json"
+    array.write_text(json.dumps([GOOD, long, GOOD]))
+    monkeypatch.setattr(text_formats, "CHUNK", 16)
+    with pytest.raises(
+        InputError, match="after record 1 .the next record is longer than 100 bytes"
+    ):
+        read_preferences(array)
+
+
+def test_a_json_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch):
+    records = [numbered(n) | {"group": "é🙂\n"} for n in range(20)]
+    path = tmp_path / "x.json"
+    path.write_text("\ufeff \n[" + " ,\n".join(json.dumps(r, indent=1) for r in records) + "\n]\n")
+    whole = read_preferences(path)
+    assert [pair.prompt for pair in whole] == [record["prompt"] for record in records]
+    for size in (1, 7, 100):
+        monkeypatch.setattr(text_formats, "CHUNK", size)
+        assert read_preferences(path) == whole
+
+
+def test_keys_that_occur_twice_are_an_error_of_the_record(tmp_path):
+    good = json.dumps(GOOD)
+    twice = good[:-1] + ', "chosen": " 6"}'
+    inside = '{"prompt": "p", "chosen": [{"role": "assistant", "content": "a", "content": "b"}]}'
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([good, twice, inside, good]))
+    array = tmp_path / "x.json"
+    array.write_text("[" + ",".join([good, twice, inside, good]) + "]")
+    for source, unit in ((path, "line"), (array, "record")):
+        pairs = read_preferences(source)
+        assert len(pairs) == 2
+        assert [(p.line, p.unit, p.rule) for p in pairs.report.problems] == [
+            (2, unit, "repeated key"), (3, unit, "repeated key")
+        ]  # fmt: skip
+        assert "the key 'chosen' more than once" in pairs.report.problems[0].message
+
+
+def test_a_csv_header_with_a_name_twice_or_other_separators_is_an_error(tmp_path):
+    twice = write_csv(
+        tmp_path / "x.csv", [["prompt", "chosen", "rejected", "chosen"], list("pabc")]
+    )
+    with pytest.raises(InputError, match="column 'chosen' occurs more than once"):
+        read_preferences(twice)
+    unnamed = [["prompt", "chosen", "rejected", "", ""], ["p", "a", "b", "", ""]]
+    assert len(read_preferences(write_csv(tmp_path / "y.csv", unnamed))) == 1
+    path = tmp_path / "z.csv"
+    for separator in (";", "\t", "|"):
+        path.write_text(f"prompt{separator}chosen{separator}rejected\np{separator}a{separator}b\n")
+        with pytest.raises(InputError, match="separated by .*save the file with commas"):
+            read_preferences(path)
+
+
+def test_a_file_without_a_column_is_an_error_beside_good_files(tmp_path):
+    good = write_csv(tmp_path / "x.csv", [["prompt", "chosen", "rejected"], ["p", "a", "b"]])
+    bad = write_csv(tmp_path / "y.csv", [["prompt", "chosen", "worse"], ["p", "a", "b"]])
+    with pytest.raises(InvalidPreferences, match=r"y\.csv: column 'rejected' is missing"):
+        read_preferences([good, bad])
+
+
+def test_problems_of_lists_and_tables_name_records_and_those_of_text_files_lines(tmp_path):
+    array = tmp_path / "x.json"
+    array.write_text(json.dumps([GOOD, GOOD, {"prompt": "p"}], indent=1))
+    report = read_preferences(array).report
+    assert [str(problem).split(":")[0] for problem in report.problems] == [f"{array} record 3"] * 2
+    assert "says the same as record 1" in report.warnings[0].message
+    assert "missing column: 2 (records 3, 3)" in report.summary()
+    assert (
+        ReadReport.from_dict(json.loads(json.dumps(report.as_dict()))).problems[0].unit == "record"
+    )
+    lines = jsonl(tmp_path / "lines.json", [GOOD, {"prompt": "p"}])
+    assert read_preferences(lines).report.problems[0].unit == "line"
 
 
 def test_json_holds_a_list_of_records_or_lines(tmp_path):
@@ -130,8 +305,9 @@ def test_a_csv_without_a_column_is_one_message(tmp_path):
         read_preferences(path)
     (problem,) = caught.value.report.problems
     assert problem.message == (
-        "column 'rejected' is missing, the columns are: prompt, chosen, reject; "
-        "did you mean 'reject' by it?"
+        "column 'rejected' is missing, the columns are: prompt, chosen, reject; did you mean "
+        "'reject' by it? Then give columns={'rejected': 'reject'} (in a configuration "
+        "data.columns, on the command line --column rejected=reject)."
     )
 
 
@@ -141,14 +317,6 @@ def test_csv_cells_may_be_longer_than_the_modules_limit(tmp_path):
     path = write_csv(tmp_path / "x.csv", [["prompt", "chosen", "rejected"], ["p", long, "b"]])
     assert read_preferences(path)[0].chosen == long
     assert csv.field_size_limit() == limit
-
-
-def test_csv_that_is_cut_off_in_quotes_keeps_the_rows_before(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text('prompt,chosen,rejected\np,a,b\np,"a')
-    pairs = read_preferences(path)
-    assert len(pairs) == 1
-    assert [(p.line, p.rule) for p in pairs.report.problems] == [(3, "not CSV")]
 
 
 def test_parquet_reads_strings_structs_and_nulls(tmp_path):
@@ -172,6 +340,47 @@ def test_parquet_reads_strings_structs_and_nulls(tmp_path):
     assert pairs[0].prompt == pairs[1].prompt == (Message("user", "2 + 2?"),)
     assert [(p.line, p.rule) for p in pairs.report.problems] == [(3, "missing value")]
     assert [w.message for w in pairs.report.warnings] == ["not used: column 'extra' (1)"]
+
+
+def test_text_that_is_not_utf8_costs_that_record_of_a_table_only(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def strings(*values):
+        binary = pyarrow.array([value.encode("latin-1") for value in values], pyarrow.binary())
+        return pyarrow.Array.from_buffers(pyarrow.string(), len(values), binary.buffers())
+
+    rejected = strings("5", "5", "\xe9", "5")
+    messages = pyarrow.StructArray.from_arrays(
+        [strings(*["assistant"] * 4), strings("4", "\xe9", "4", "4")], ["role", "content"]
+    )
+    chosen = pyarrow.ListArray.from_arrays(list(range(5)), messages)
+    prompts = pyarrow.array([USER] * 4)
+    table = pyarrow.table({"prompt": prompts, "chosen": chosen, "rejected": rejected})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    for source in (table, tmp_path / "x.parquet"):
+        pairs = read_preferences(source)
+        assert len(pairs) == 2
+        assert [(p.line, p.rule, p.field) for p in pairs.report.problems] == [
+            (2, "not UTF-8", "chosen"), (3, "not UTF-8", "rejected")
+        ]  # fmt: skip
+        assert "byte 1 is 0xe9" in pairs.report.problems[0].message
+
+
+def test_a_parquet_file_with_damaged_pages_is_an_error_unless_that_is_allowed(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "x.parquet"
+    rows = [json.loads(line) for line in random_lines(12000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4096)
+    content = path.read_bytes()
+    place = len(content) // 2
+    path.write_bytes(content[:place] + bytes(8000) + content[place + 8000 :])
+    with pytest.raises(InputError, match="is cut off or damaged after record 4,096"):
+        read_preferences([path])
+    pairs = read_preferences(path, allow_truncated=True)
+    assert len(pairs) == 4096 and pairs.report.warnings[-1].rule == "broken file"
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):

@@ -50,6 +50,13 @@ def test_a_pair_has_the_defaults_of_a_certain_unweighted_comparison():
         ({"weight": math.inf}, "weight out of range"),
         ({"margin": math.nan}, "margin out of range"),
         ({"margin": -0.5}, "margin out of range"),
+        ({"weight": 1e308}, "weight out of range"),
+        ({"weight": 1_000_001}, "weight out of range"),
+        ({"margin": 1e300}, "margin out of range"),
+        ({"annotator": "\ud83d"}, "not UTF-8"),
+        ({"group": "a\udcff"}, "not UTF-8"),
+        ({"id": "\udfff"}, "not UTF-8"),
+        ({"annotator": 7}, "wrong type"),
         ({"chosen": (Message("assistant", "a"),)}, "mixed forms"),
         ({"prompt": (Message("human", "a"),)}, "unknown role"),
     ],
@@ -65,8 +72,8 @@ def test_all_broken_rules_of_a_pair_are_told_at_once_with_the_values():
         "prompt must hold text, got ''.",
         "chosen must hold text, got ' '.",
         "preference must be in [0.5, 1], got 1.7.",
-        "weight must be finite and >= 0, got nan.",
-        "margin must be finite and >= 0, got -2.0.",
+        "weight must be in [0, 1e6], got nan.",
+        "margin must be in [0, 1e6], got -2.0.",
     ]
 
 

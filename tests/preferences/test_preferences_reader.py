@@ -17,6 +17,7 @@ from dpo_keras.preferences import (
     check_first_records,
     read_preferences,
 )
+from dpo_keras.preferences.read_report import grouped
 
 
 def problems_of(records):
@@ -48,6 +49,35 @@ def test_a_preference_below_a_half_swaps_the_responses(preference, chosen, kept,
     assert (pair.chosen, pair.preference, pair.swapped) == (chosen, kept, swapped)
     assert {pair.chosen, pair.rejected} == {"A", "B"}
     assert pairs.report.layouts == {"response_a/response_b": 1}
+
+
+BOTH = GOOD | {"response_a": "A", "response_b": "B", "preference": 0.2}
+
+
+def test_a_record_of_both_formats_is_an_error_that_names_the_keys(tmp_path):
+    pairs = read_preferences(jsonl(tmp_path / "x.jsonl", [GOOD, BOTH]))
+    assert str(pairs.report.problems[0]) == (
+        f"{tmp_path / 'x.jsonl'} line 2: the record has chosen, rejected and also response_a, "
+        "response_b, preference: two formats, which may contradict each other. Keep the columns of "
+        "one, or choose it by columns, as in columns={'chosen': 'chosen'}."
+    )
+
+
+def test_columns_choose_one_of_two_formats():
+    (pair,) = read_preferences([BOTH], columns={"chosen": "chosen", "rejected": "rejected"})
+    # The preference compares the columns that are left out.
+    assert (pair.chosen, pair.preference, pair.swapped) == (" 4", 1.0, False)
+    pairs = read_preferences([BOTH], columns={"response_a": "response_a"})
+    assert (pairs[0].chosen, pairs[0].preference, pairs[0].swapped) == ("B", 0.8, True)
+    assert "unused chosen" in pairs.report.warnings[0].message
+
+
+def test_a_table_of_files_of_both_formats_is_read_row_by_row():
+    compared = {"prompt": "p", "response_a": "A", "response_b": "B", "preference": 0}
+    names = dict.fromkeys([*GOOD, *compared])
+    pairs = read_preferences([{**names, **GOOD}, {**names, **compared}])
+    assert [pair.chosen for pair in pairs] == [" 4", "B"]
+    assert pairs.report.layouts == {"chosen/rejected": 1, "response_a/response_b": 1}
 
 
 def test_messages_become_tuples_of_message():
@@ -114,6 +144,16 @@ def test_pairs_are_records_too():
         (GOOD | {"preference": True}, "wrong type", "preference"),
         (GOOD | {"weight": -1}, "weight out of range", "weight"),
         (GOOD | {"margin": math.inf}, "margin out of range", "margin"),
+        (GOOD | {"weight": 1e308}, "weight out of range", "weight"),
+        (GOOD | {"margin": 10**300}, "margin out of range", "margin"),
+        (GOOD | {"annotator": "\ud83d"}, "not UTF-8", "annotator"),
+        (GOOD | {"group": b"\xff"}, "not UTF-8", "group"),
+        (GOOD | {"response_a": "A"}, "two formats", "chosen"),
+        (
+            GOOD | {"response_a": "A", "response_b": "B", "preference": 1},
+            "two formats",
+            "chosen",
+        ),
         (GOOD | {"annotator": ["a"]}, "wrong type", "annotator"),
         (GOOD | {"id": 1.5}, "wrong type", "id"),
         (GOOD | {"swapped": "yes"}, "wrong type", "swapped"),
@@ -156,18 +196,17 @@ def test_problems_carry_the_value():
     pairs = read_preferences([GOOD, GOOD | {"preference": 1.7}])
     (problem,) = pairs.report.problems
     assert (problem.source, problem.line, problem.value) == ("records", 2, 1.7)
-    assert str(problem) == "records line 2: preference must be in [0, 1], got 1.7."
+    assert str(problem) == "record 2: preference must be in [0, 1], got 1.7."
     assert json.loads(json.dumps(pairs.report.as_dict()))["problems"][0]["value"] == "1.7"
 
 
-def test_on_error_fail_raises_all_problems_and_prints_the_first_twenty():
+def test_on_error_fail_raises_all_problems_and_groups_those_that_are_alike():
     records = [numbered(n) for n in range(5)] + [GOOD | {"chosen": ""}] * 30
     with pytest.raises(InvalidPreferences) as caught:
         read_preferences(records, on_error="fail")
-    message = str(caught.value)
-    assert message.count("chosen must hold text") == 20
-    assert message.endswith("... and 10 more.")
-    assert "30 of 35 records are bad" in message
+    headline, *groups = str(caught.value).splitlines()
+    assert "30 of 35 records are bad" in headline
+    assert groups == ["records 6, 7, 8 and 27 more: chosen must hold text, got ''."]
     assert [problem.line for problem in caught.value.report.problems] == list(range(6, 36))
 
 
@@ -199,6 +238,65 @@ def test_a_column_missing_in_some_lines_is_told_for_each():
     assert found == {(2, "missing column", "rejected"), (3, "missing column", "rejected")}
 
 
+def labelled(label, number):
+    return {"prompt": f"{number}", "response_a": "a", "response_b": "b", "preference": label}
+
+
+def test_bad_records_are_grouped_with_the_range_of_their_values(tmp_path):
+    labels = [1.5, 0.25, *[0.5 + n / 10 for n in range(4)], 1.25, 1.2]
+    path = jsonl(tmp_path / "x.jsonl", [labelled(label, n) for n, label in enumerate(labels)])
+    with pytest.raises(InvalidPreferences) as caught:
+        read_preferences(path, on_error="fail")
+    assert str(caught.value).splitlines()[1] == (
+        f"{path} lines 1, 7, 8: preference must be in [0, 1], got 1.2 … 1.5. "
+        "For labels 1 (the first is better) and 2, give 2 - label."
+    )
+    groups = grouped(caught.value.report.problems)
+    assert [(group.places, group.field) for group in groups] == [("lines 1, 7, 8", "preference")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "hint"),
+    [
+        ([1, 2], "give 2 - label"),
+        ([1, -1], r"give \(label \+ 1\) / 2"),
+        ([0, 70], "divided by 100"),
+    ],
+)
+def test_labels_on_another_scale_are_refused_as_a_whole(labels, hint):
+    records = [labelled(labels[n % 2], n) for n in range(40)]
+    with pytest.raises(InvalidPreferences, match=hint) as caught:
+        read_preferences(records)
+    assert "20 of 40 records have a preference out of range" in str(caught.value)
+
+
+def test_a_few_preferences_out_of_range_are_left_out():
+    records = [labelled(2 if n < 9 else 1, n) for n in range(40)]
+    assert read_preferences(records).report.dropped == 9
+
+
+def test_values_of_other_types_and_messages_of_other_kinds_are_grouped_too():
+    bad = [GOOD | {"weight": value} for value in ("x", "y", None, "z", "x", "w", "v")]
+    (group,) = grouped(read_preferences([GOOD, *bad]).report.problems)
+    assert str(group) == (
+        "records 2, 3, 5 and 3 more: weight must be a number, "
+        "got 'x', 'y', 'z' and 2 other values (str)."
+    )
+    bad = [GOOD | {"chosen": 4}, GOOD | {"chosen": 5.5}]
+    (group,) = grouped(read_preferences([GOOD, *bad]).report.problems)
+    assert group.message.endswith("got 4 (int). (that is record 2; the others are alike)")
+
+
+def test_pairs_that_all_weigh_nothing_are_refused():
+    records = [numbered(n) | {"weight": 0} for n in range(3)]
+    with pytest.raises(InputError, match="the weight of all 3 pairs is 0"):
+        read_preferences(records)
+    with pytest.raises(InputError, match="the weight of all 3 pairs is 0"):
+        read_preferences([record | {"weight": 1e-50} for record in records])
+    assert len(read_preferences([*records, GOOD])) == 4
+    assert check_first_records([*records, GOOD], first=3).kept == 3
+
+
 # Warnings
 
 
@@ -212,7 +310,7 @@ def test_duplicates_and_contradictions_are_kept_and_named():
         (4, "duplicate"),
         (4, "contradiction"),
     ]
-    assert "line 1" in pairs.report.warnings[0].message
+    assert "record 1" in pairs.report.warnings[0].message
 
 
 def test_unused_columns_and_message_keys_are_named():
