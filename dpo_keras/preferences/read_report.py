@@ -44,14 +44,20 @@ class Problem:
     def as_dict(self) -> dict[str, JSON]:
         """Return the problem for JSON; of a long or strange value, its beginning."""
         plain = self.value is None or isinstance(self.value, bool | int | str)
-        value = self.value if plain and len(str(self.value)) <= 200 else shown(self.value, 200)
-        return asdict(replace(self, value=value))
+        plain = plain and len(str(self.value)) <= 200 and _utf8(str(self.value)) == str(self.value)
+        value = self.value if plain else shown(self.value, 200)
+        return asdict(replace(self, value=value, source=_utf8(self.source)))
 
 
 def place(source: str, unit: str, line: int | None) -> str:
     """Return where something is: "pairs.csv line 3"; of a Python iterable, "record 3"."""
     names = "" if source in ("", "records") and line is not None else source
     return names if line is None else f"{names} {unit} {line:,}".strip()
+
+
+def _utf8(text: str) -> str:
+    """Return a text, such as the name of a file, without what UTF-8 cannot hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +195,7 @@ class ReadReport:
     def as_dict(self) -> dict[str, JSON]:
         """Return the whole report, for JSON."""
         return {
-            "sources": list(self.sources),
+            "sources": list(map(_utf8, self.sources)),
             "read": self.read,
             "kept": self.kept,
             "dropped": self.dropped,

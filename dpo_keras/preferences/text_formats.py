@@ -188,16 +188,21 @@ def read_csv(stream: BinaryIO, reading: Reading) -> Records:
                 if faults := _separator_faults(row) or header_faults(header):
                     yield from ((None, fault) for fault in faults)
                     return
-            elif len(row) != len(header):
-                if len(row) < len(header) and not lines.last.endswith(("\n", "\r")):
-                    raise CutOff(f"line {line:,} ends in the middle of a row")
-                rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
-                yield line, Fault("wrong number of cells", "line", len(row), rule)
             else:
-                yield line, dict(zip(header, row, strict=True))
+                ended = lines.last.endswith(("\n", "\r"))
+                if len(row) < len(header) and not ended:
+                    raise CutOff(f"line {line:,} ends in the middle of a row")
+                yield line, _csv_record(header, row)
     finally:
         csv.field_size_limit(limit)
         text.detach()  # otherwise its end would close the caller's stream
+
+
+def _csv_record(header: list[str], row: list[str]) -> JSON:
+    if len(row) == len(header):
+        return dict(zip(header, row, strict=True))
+    rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
+    return Fault("wrong number of cells", "line", len(row), rule)
 
 
 class _LineTooLong(Exception):  # noqa: N818 (it costs one record)

@@ -100,11 +100,13 @@ def test_a_broken_gzip_file_is_an_error_unless_that_is_allowed(tmp_path, how):
         ) as error:
             read_preferences(source, on_error="report")
     assert "allow_truncated=True" in str(error.value)
-    pairs = read_preferences(path, allow_truncated=True, on_error="fail")
+    # Damage is noticed some lines later, and those are bad.
+    on_error = "report" if how == "damaged" else "fail"
+    pairs = read_preferences(path, allow_truncated=True, on_error=on_error)
     assert 1000 < len(pairs) <= 5000
     warning = pairs.report.warnings[-1]
     assert (warning.rule, warning.source) == ("broken file", str(path))
-    assert f"{len(pairs):,} records were read from it, the rest is lost" in warning.message
+    assert "records were read from it, the rest is lost" in warning.message
 
 
 @pytest.mark.parametrize(
@@ -112,11 +114,11 @@ def test_a_broken_gzip_file_is_an_error_unless_that_is_allowed(tmp_path, how):
     [
         ("x.jsonl", '{good}\n{good}\n{good}\n{"prompt": "p", "cho', "line 4 ends in the middle"),
         ("x.json", '[{good}, {good}, {good}, {"prompt": "p"', "not JSON"),
-        ("x.json", "[{good}, {good}, {good}", "after record 3"),
+        ("x.json", "[{good}, {good}, {good}", "after record 3 .* got ''"),
         ("x.json", "[{good}, {good}, {good},", "the list has no end"),
         ("x.json", "[{good}, {good}, {good} {good}]", "followed by a comma"),
         ("x.json", "[{good}, {good}, {good}] [{good}]", "more text after the list"),
-        ("x.csv", 'prompt,chosen,rejected\n{row}{row}{row}p,"a\n{row}', "the quotes that open in line 5"),
+        ("x.csv", 'prompt,chosen,rejected\n{row}{row}{row}p,"a\n{row}', "that open in line 5"),
         ("x.csv", "prompt,chosen,rejected\n{row}{row}{row}p,a", "line 5 ends in the middle"),
     ],
 )  # fmt: skip
@@ -171,14 +173,12 @@ def test_the_limit_of_a_record_holds_for_every_text_format(tmp_path, monkeypatch
     long = GOOD | {"chosen": "a" * 101}
     lines = jsonl(tmp_path / "x.jsonl", [GOOD, long, GOOD])
     assert [problem.line for problem in read_preferences(lines).report.problems] == [2]
-    rows = [
-        ["prompt", "chosen", "rejected"],
-        ["p", "a", "b"],
-        ["p", "a\n" * 51, "b"],
-        ["p", "c", "d"],
-    ]
-    table = read_preferences(write_csv(tmp_path / "x.csv", rows))
-    assert table[-1].chosen == "d" and table.report.problems[0].line == 3
+    head, one, last = ["prompt", "chosen", "rejected"], ["p", "a", "b"], ["p", "c", "d"]
+    for text in ('"' * 60, 'a"\n' * 40, "a" * 101):
+        path = write_csv(tmp_path / "x.csv", [head, one, ["p", text, "b"], last])
+        table = read_preferences(path)
+        assert [pair.chosen for pair in table] == ["a", "c"]
+        assert [(p.line, p.rule) for p in table.report.problems] == [(3, "too long")]
     array = tmp_path / "x.json"
     array.write_text(json.dumps([GOOD, long, GOOD]))
     monkeypatch.setattr(text_formats, "CHUNK", 16)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -285,6 +286,19 @@ def test_values_of_other_types_and_messages_of_other_kinds_are_grouped_too():
     bad = [GOOD | {"chosen": 4}, GOOD | {"chosen": 5.5}]
     (group,) = grouped(read_preferences([GOOD, *bad]).report.problems)
     assert group.message.endswith("got 4 (int). (that is record 2; the others are alike)")
+
+
+def test_reports_of_text_and_files_that_are_not_utf8_can_be_written(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    jsonl(path, [GOOD, GOOD | {"annotator": "\ud83d", "\ud83d": 1}])
+    report = read_preferences(path).report
+    for text in (
+        json.dumps(report.as_dict(), ensure_ascii=False),
+        *map(str, grouped(report.problems)),
+    ):
+        assert "\ud83d" not in text
+    json.dumps(report.as_dict(), ensure_ascii=False).encode()
+    assert [problem.rule for problem in report.problems] == ["not UTF-8"]
 
 
 def test_pairs_that_all_weigh_nothing_are_refused():
