@@ -44,9 +44,11 @@ class Problem:
     def as_dict(self) -> dict[str, JSON]:
         """Return the problem for JSON; of a long or strange value, its beginning."""
         plain = self.value is None or isinstance(self.value, bool | int | str)
-        plain = plain and len(str(self.value)) <= 200 and _utf8(str(self.value)) == str(self.value)
+        plain = (
+            plain and len(str(self.value)) <= 200 and encodable(str(self.value)) == str(self.value)
+        )
         value = self.value if plain else shown(self.value, 200)
-        return asdict(replace(self, value=value, source=_utf8(self.source)))
+        return asdict(replace(self, value=value, source=encodable(self.source)))
 
 
 def place(source: str, unit: str, line: int | None) -> str:
@@ -55,7 +57,7 @@ def place(source: str, unit: str, line: int | None) -> str:
     return names if line is None else f"{names} {unit} {line:,}".strip()
 
 
-def _utf8(text: str) -> str:
+def encodable(text: str) -> str:
     """Return a text, such as the name of a file, without what UTF-8 cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -195,7 +197,7 @@ class ReadReport:
     def as_dict(self) -> dict[str, JSON]:
         """Return the whole report, for JSON."""
         return {
-            "sources": list(map(_utf8, self.sources)),
+            "sources": list(map(encodable, self.sources)),
             "read": self.read,
             "kept": self.kept,
             "dropped": self.dropped,

@@ -13,7 +13,13 @@ from typing import NamedTuple, TypeAlias
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.audit import RepeatFinder
 from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
-from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport, place
+from dpo_keras.preferences.read_report import (
+    InvalidPreferences,
+    Problem,
+    ReadReport,
+    encodable,
+    place,
+)
 from dpo_keras.preferences.records import COLUMNS, LAYOUTS, read_record
 from dpo_keras.utils import JSON
 
@@ -214,7 +220,7 @@ class RecordStream(Iterable[PreferencePair]):
                 if self._listed is not None and len(problems) >= self._listed:
                     report.omitted[fault.rule] += 1
                     continue
-                what = (fault.rule, fault.field, fault.value, str(fault.message))
+                what = (fault.rule, fault.field, fault.value, encodable(fault.message))
                 problems.append(Problem(source.name, line, *what, source.unit))
         report.sources.append(source.name)
         everywhere = {field for field, count in lacking.items() if count == parsed > 1}
@@ -254,7 +260,8 @@ class RecordStream(Iterable[PreferencePair]):
         report = self.report
         names = ", ".join(report.sources)
         if not report.kept and not report.problems:
-            raise InputError(f"{names}: there are no records in it.")
+            lost = map(str, self._reading.cut_off)
+            raise InputError([f"{names}: there are no records in it.", *lost])
         if not report.kept:
             headline = f"{names}: no preference pair could be read"
             headline += f", all {report.read:,} records are bad:" if report.read > 1 else ":"

@@ -32,7 +32,7 @@ def read_parquet(stream: BinaryIO, reading: Reading) -> Records:
         rows = (row for batch in batches for row in arrow_rows(batch))
         for number, row in enumerate(rows, 1):
             yield number, _record(row, names)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CutOff(f"not a Parquet file, or a part of one: {error}") from error
 
 

@@ -151,7 +151,8 @@ class _Characters:
 
     def _more(self) -> bool:
         # Twice as much each time, so that long values are not decoded too often.
-        chunk = self.text.read(max(CHUNK, len(self.buffer) - self.place))
+        held = len(self.buffer) - self.place
+        chunk = self.text.read(max(CHUNK, min(held, LONGEST - held)))
         self.buffer, self.place = self.buffer[self.place :] + chunk, 0
         return bool(chunk)
 

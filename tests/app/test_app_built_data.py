@@ -1,5 +1,6 @@
 """Records from the command line, and runs that train on what stays on disk."""
 
+import gzip
 import json
 
 import pytest
@@ -53,6 +54,49 @@ def test_build_prints_what_it_made_and_inspect_reads_it(run, files, tmp_path):
     assert code == 2 and "--column must be ours=theirs" in err
     code, _, err = run("data", "build", path, "-o", tmp_path / "out")
     assert code == 2 and err.count("error:") == 1 and "must be a new or an empty directory" in err
+
+
+def test_inspect_takes_columns_and_tells_bad_records_in_groups(run, tmp_path):
+    path = tmp_path / "x.jsonl"
+    good = [{"question": f"{n}", "best": "a", "worst": "b"} for n in range(50)]
+    bad = [{**good[0], "weight": 2.0e6 + n} for n in range(7)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in good + bad))
+    names = ["prompt=question", "chosen=best", "rejected=worst"]
+    columns = [word for name in names for word in ("--column", name)]
+    code, out, _ = run("data", "inspect", path, *columns)
+    assert code == 0 and "57 read, 50 kept" in out
+    told = " ".join(out.replace("│", " ").split())
+    assert "lines 51, 52, 53 weight" in told and "and 4 more" in told
+    assert "must be in [0, 1e6], got 2000000.0 … 2000006.0" in told
+    code, _, err = run("data", "inspect", path)
+    assert code == 2 and "--column chosen=" in err
+
+
+def test_a_file_that_is_cut_off_exits_with_2_unless_that_is_allowed(run, files, tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    lines = (files / "train.jsonl").read_text()
+    path.write_bytes(gzip.compress(lines.encode())[:-30])
+    out = tmp_path / "out"
+    for command in (["inspect", path], ["build", path, "-o", out]):
+        code, _, err = run("data", *command)
+        assert code == 2 and "is cut off or damaged after line" in err
+        assert "--allow-truncated" in err and not out.exists()
+        code, out_text, _ = run("data", *command, "--allow-truncated", "--json")
+        (warning,) = json.loads(out_text)["report"]["warnings"]
+        assert code == 0 and warning["rule"] == "broken file"
+
+
+def test_a_run_ends_at_a_file_that_is_cut_off_unless_that_is_allowed(files, tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress((files / "train.jsonl").read_bytes())[:-30])
+    with pytest.raises(InputError, match="data.allow_truncated: true"):
+        read_sides(settings(tmp_path / "run", path), Silent())
+    train, held_out, _ = read_sides(
+        settings(tmp_path / "run", path, allow_truncated=True), Silent()
+    )
+    assert 0 < len(train) + len(held_out) < 40
+    with pytest.raises(InputError, match=r"data.allow_truncated has no effect on .*must be whole"):
+        read_sides(settings(tmp_path / "run", files / "train", allow_truncated=True), Silent())
 
 
 @pytest.mark.slow

@@ -89,3 +89,9 @@ def test_what_is_no_run_can_not_be_opened(tmp_path):
     start_run(config_at(tmp_path / "run"), False, None, True)
     with pytest.raises(InputError, match="no trained policy yet"):
         open_run(tmp_path / "run")
+
+
+def test_a_file_of_a_run_that_holds_no_json_is_named(tmp_path):
+    (tmp_path / "data.json").write_text("")
+    with pytest.raises(InputError, match=r"data\.json is damaged: it holds no JSON"):
+        RunDirectory(tmp_path).read("data.json")
