@@ -66,8 +66,8 @@ def test_inspect_takes_columns_and_tells_bad_records_in_groups(run, tmp_path):
     code, out, _ = run("data", "inspect", path, *columns)
     assert code == 0 and "57 read, 50 kept" in out
     told = " ".join(out.replace("│", " ").split())
-    assert "lines 51, 52, 53 weight" in told and "and 4 more" in told
-    assert "must be in [0, 1e6], got 2000000.0 … 2000006.0" in told
+    assert "lines 51, 52, 53 and 4 more" in told
+    assert "weight must be in [0, 1e6], got" in told and "2000000.0 … 2000006.0" in told
     code, _, err = run("data", "inspect", path)
     assert code == 2 and "--column chosen=" in err
 

@@ -292,6 +292,9 @@ def test_reports_of_text_and_files_that_are_not_utf8_can_be_written(tmp_path):
     path = tmp_path / os.fsdecode(b"\xff.jsonl")
     jsonl(path, [GOOD, GOOD | {"annotator": "\ud83d", "\ud83d": 1}])
     report = read_preferences(path).report
+    with pytest.raises(InputError) as caught:
+        read_preferences([{"prompt": "p", "chos\ud83den": "a", "rejected": "b"}])
+    str(caught.value).encode()
     for text in (
         json.dumps(report.as_dict(), ensure_ascii=False),
         *map(str, grouped(report.problems)),
