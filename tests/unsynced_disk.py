@@ -36,7 +36,7 @@ class UnsyncedDisk:
     def _keep(self, handle):
         self._held.append(handle)
         number = os.fstat(handle).st_ino
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        path = Path(f"/proc/self/fd/{handle}").readlink()
         if not path.is_dir():
             self.contents[number] = path.read_bytes()
             return

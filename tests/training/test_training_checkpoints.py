@@ -7,7 +7,6 @@ import resource
 import shutil
 
 import h5py
-import keras
 import numpy as np
 import pytest
 from damage import overwrite

@@ -163,4 +163,9 @@ def test_every_file_and_folder_of_a_directory_is_flushed(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr(atomic_files, "_flush", flushed.append)
     flush_to_disk(tmp_path)
-    assert {path.relative_to(tmp_path).as_posix() for path in flushed} == {"a", "deep", "deep/b", "."}
+    assert {path.relative_to(tmp_path).as_posix() for path in flushed} == {
+        "a",
+        "deep",
+        "deep/b",
+        ".",
+    }
