@@ -84,10 +84,10 @@ def train(
     """Run the main job: warm-up, preference training, evaluation before and after, export.
 
     `given` is the configuration as it was given, for the record. A run that is finished returns its
-    result with `resume`; one that never began, begins, and says so: whoever restarts a run that was
-    lost may always give `resume`. The directory is this process's own meanwhile. A requested `stop` ends the run after the
-    step in progress (`RunStopped`). `end` is how this process of a cluster ends when another worker
-    was lost (see `Watchdog`).
+    result with `resume`; one that never began, begins, and says so. Until the end no other process
+    may train in the run's directory. A requested `stop` ends the run after the step in progress
+    (`RunStopped`). `end` is how this process of a cluster ends when another worker was lost (see
+    `Watchdog`).
     """
     progress, stop = progress or Silent(), stop or StopRequest()
     cluster = cluster_of(config)

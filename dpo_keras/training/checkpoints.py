@@ -189,24 +189,23 @@ def _step(path: pathlib.Path) -> int:
 
 def _damage(path: pathlib.Path) -> str | None:
     """Say what is wrong with a checkpoint; None where it is as it was written."""
+    name = _META
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         step, size, checksum = int(meta["step"]), int(meta["bytes"]), meta.get("sha256")
-    except OSError as error:
-        return f"{_META} cannot be read: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{_META} is not as it was written"
-    weights = path / _WEIGHTS
-    try:
         if step != _step(path):
             return f"{_META} is of step {step}"
-        if weights.stat().st_size != size:
-            return f"{_WEIGHTS} has {weights.stat().st_size:,} bytes instead of {size:,}"
+        name = _WEIGHTS
+        found = (path / _WEIGHTS).stat().st_size
+        if found != size:
+            return f"{_WEIGHTS} has {found:,} bytes instead of {size:,}"
         # Checkpoints of earlier versions carry no checksum.
-        if checksum is not None and _checksum(weights) != checksum:
+        if checksum is not None and _checksum(path / _WEIGHTS) != checksum:
             return f"the SHA-256 checksum of {_WEIGHTS} is another"
     except OSError as error:
-        return f"{_WEIGHTS} cannot be read: {error.strerror}"
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{_META} is not as it was written"
     return None
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -262,7 +263,7 @@ def raise_failed_writes() -> Iterator[None]:
     def open_file(name: Any, mode: str = "r", **options: Any) -> h5py.File:
         if mode not in ("w", "a") or not isinstance(name, str | os.PathLike):
             return original(name, mode, **options)
-        there = mode == "a" and os.path.exists(name)
+        there = mode == "a" and Path(name).exists()
         file = _ClosableFile(os.fspath(name), "r+" if there else "w+")
         opened.append((original(file, mode, **options), file))
         return opened[-1][0]
