@@ -152,7 +152,7 @@ def load_checkpoint(
     Raises:
         InputError: the checkpoint does not fit the model, or all checkpoints are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(_checkpoints(pathlib.Path(directory))):
         try:
             damage = _damage(path)

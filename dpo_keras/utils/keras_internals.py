@@ -227,7 +227,7 @@ class _ClosableFile(io.FileIO):
 
     def __repr__(self) -> str:
         """Return the path: h5py takes it for the file's name, and Keras names shards by it."""
-        return os.fspath(self.name)
+        return str(self.name)
 
     def write(self, content: Any) -> int:
         """Write all of `content`, or drop it."""
