@@ -3,10 +3,11 @@
 
     python scripts/interruptions.py [--kinds SIGKILL SIGTERM SIGINT disk]
 
-One run per kind of interruption is interrupted once in every phase, at half the time that the phase
-took undisturbed, and resumed each time with the same command and `--resume`. `disk` fills the disk
-until the process has ended. The runs lie on a small tmpfs for it, which only root may mount. Exits
-with 1 if a process crashed or was refused, or if the weights at the end are other ones.
+One run per kind of interruption is interrupted once in every phase, a moment after its beginning or
+after some of its steps, and resumed each time with the same command and `--resume`. `disk` fills the
+disk until the process has ended; the run lies on a small tmpfs, which only root may mount. Exits with
+1 if a process crashed or was refused, if an interruption missed its phase, or if the end is another
+one than the undisturbed run's.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ PHASES = (
     *("Responses after preference training", "Report", "Export"),
     "One request to the exported model",
 )
-# Exit codes that an interruption may have, by its kind; 0 where it came too late.
-EXITS = {"SIGKILL": (-9, 0), "SIGTERM": (75, 0), "SIGINT": (75, 0), "disk": (1, 0)}
+MOMENT = 0.3  # seconds after the beginning of a phase
+STEPS = 5  # after which phases that log steps are interrupted
+LOGS = {"Supervised warm-up": "metrics.warmup.jsonl", "Preference training": "metrics.jsonl"}
+EXITS = {"SIGKILL": -9, "SIGTERM": 75, "SIGINT": 75, "disk": 1}  # codes, by interruption
 CONFIG = """
 seed: 5
 model:
@@ -52,13 +55,15 @@ export: {signatures: [score], max_new_tokens: 8}
 """
 
 
+Act = Callable[["subprocess.Popen[str]"], None]
+
+
 @dataclass
 class Process:
     """One process of a run: how it ended, and what it had said."""
 
-    exit: int
+    exit: int = 0
     lines: list[str] = field(default_factory=list)
-    times: dict[str, float] = field(default_factory=dict)  # when phases began, and the end
 
     @property
     def phase(self) -> str:
@@ -77,36 +82,45 @@ class Process:
         return " and ".join(found) or "-"
 
 
-def train(
-    folder: pathlib.Path, at: tuple[str, float, Callable[[subprocess.Popen[str]], None]] | None
-) -> Process:
-    """Train or resume in `folder`; `at` is a phase, seconds into it, and what happens then."""
+def train(folder: pathlib.Path, phase: str | None = None, act: Act | None = None) -> Process:
+    """Train or resume in `folder`; `act` is what happens to the process in `phase`."""
     config = folder / "interrupted.yaml"
     if not config.exists():
         config.write_text(CONFIG, encoding="utf-8")
     places = [f"output={folder / 'run'}", f"export.path={folder / 'exported' / '1'}"]
     command = [sys.executable, "-m", "dpo_keras.app", "train", str(config), *places]
     resume = ["--resume"] if (folder / "run").exists() else []
-    found, timer = Process(0), threading.Timer(0, lambda: None)
+    found = Process()
     with subprocess.Popen(
         [*command, *resume], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
+        acting = None
         for line in map(str.strip, process.stderr):
             found.lines.append(line)
-            if line in PHASES:
-                found.times[line] = time.monotonic()
-            if at is not None and line == at[0]:
-                timer = threading.Timer(at[1], at[2], [process])
-                timer.start()
-    timer.cancel()
-    if timer.ident is not None:
-        timer.join()
-    found.exit, found.times["end"] = process.returncode, time.monotonic()
+            if act is not None and line == phase:
+                log = folder / "run" / LOGS.get(phase, "none")
+                acting = threading.Thread(target=wait_and_act, args=(process, phase, log, act))
+                acting.start()
+    if acting is not None:
+        acting.join()
+    found.exit = process.returncode
     return found
 
 
-def act_of(kind: str, folder: pathlib.Path) -> Callable[[subprocess.Popen[str]], None]:
+def wait_and_act(process: subprocess.Popen[str], phase: str, log: pathlib.Path, act: Act) -> None:
+    """Wait until a phase has come to where it is interrupted."""
+    if phase in LOGS:
+        while process.poll() is None and not (
+            log.exists() and len(log.read_bytes().splitlines()) >= STEPS
+        ):
+            time.sleep(0.001)
+    else:
+        time.sleep(MOMENT)
+    act(process)
+
+
+def act_of(kind: str, folder: pathlib.Path) -> Act:
     """Return what happens to a process: a signal, or a disk that stays full until it has ended."""
     if kind != "disk":
         return lambda process: process.send_signal(signal.Signals[kind])
@@ -138,15 +152,18 @@ def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def end_of(folder: pathlib.Path, undisturbed: pathlib.Path) -> tuple[float, bool]:
-    """Return the largest difference of weights, and whether each step was logged once."""
+    """Return the largest difference of weights, and whether the logs have the same records."""
     ours, theirs = weights_of(folder), weights_of(undisturbed)
     assert ours.keys() == theirs.keys() and theirs
     difference = max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs)
-    steps = [
-        [json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").open()]
+    records = [
+        [
+            (record["step"], record.get("epoch"))
+            for record in map(json.loads, (place / "run" / "metrics.jsonl").open())
+        ]
         for place in (folder, undisturbed)
     ]
-    return difference, steps[0] == steps[1]
+    return difference, records[0] == records[1]
 
 
 @contextmanager
@@ -163,22 +180,23 @@ def small_disk(kind: str) -> Iterator[pathlib.Path]:
             subprocess.run(["umount", name], check=True)
 
 
-def interrupt(kind: str, seconds: dict[str, float], undisturbed: pathlib.Path) -> bool:
+def interrupt(kind: str, undisturbed: pathlib.Path) -> bool:
     """Interrupt a run once in each phase; print a row for each, and return whether all held."""
     held = True
     with small_disk(kind) as folder:
         for phase in PHASES:
-            process = train(folder, (phase, seconds[phase] / 2, act_of(kind, folder)))
-            good = process.exit in EXITS[kind]
+            process = train(folder, phase, act_of(kind, folder))
+            good = process.exit == EXITS[kind] and process.phase == phase
             held &= good
             said = process.error.replace(str(folder), "DIR")[:100]
-            cells = (kind, phase, process.phase, process.exit, process.resumed, said)
-            print("|", " | ".join(map(str, cells)), "" if good else "**bad**", "|", flush=True)
-        last = train(folder, None)
+            cells = (kind, phase, process.exit, process.resumed, said)
+            wrong = "" if good else f"**ended in {process.phase}**"
+            print("|", " | ".join(map(str, cells)), wrong, "|", flush=True)
+        last = train(folder)
         difference, same_steps = end_of(folder, undisturbed)
         good = last.exit == 0 and difference <= 1e-6 and same_steps
-        end = f"largest difference of a weight {difference:.1e}; steps logged once: {same_steps}"
-        print("|", kind, "| none |", last.phase, "|", last.exit, "|", last.resumed, "|", end, "|")
+        end = f"largest difference of a weight {difference:.1e}; same records: {same_steps}"
+        print(f"| {kind} | none | {last.exit} | {last.resumed} | {end} |", flush=True)
     return held and good
 
 
@@ -192,20 +210,13 @@ def main() -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with tempfile.TemporaryDirectory(prefix="undisturbed-") as name:
         undisturbed = pathlib.Path(name)
-        process = train(undisturbed, None)
+        process = train(undisturbed)
         if process.exit:
             print(*process.lines, sep="\n", file=sys.stderr)
             return 1
-        order = [*process.times]
-        seconds = {
-            phase: process.times[after] - process.times[phase]
-            for phase, after in zip(order, order[1:], strict=False)
-        }
-        print("| interruption | aimed at | ended in | exit | resumed after step | said |")
-        print("|---|---|---|---|---|---|", flush=True)
-        held = [
-            interrupt(kind, seconds, undisturbed) for kind in kinds
-        ]  # all, also after a bad one
+        print("| interruption | in | exit | resumed after step | said |")
+        print("|---|---|---|---|---|", flush=True)
+        held = [interrupt(kind, undisturbed) for kind in kinds]  # all, also after a bad one
         return int(not all(held))
 
 

@@ -55,10 +55,19 @@ class RunCheckpoint(keras.callbacks.Callback):
         self.every, self.keep, self.step, self.save = every, keep, start_step, save
         self.saved: int | None = None
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Count the steps of the epoch."""
+        self._end_of_epoch = self.step + (self.params.get("steps") or 0)
+
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
-        """Save after every `every` steps."""
+        """Save after every `every` steps.
+
+        The last step of an epoch waits for the epoch's end. A run that is killed in between would
+        else go on behind an evaluation that nobody has recorded.
+        """
         before, self.step = self.step, self.step + self.model.steps_per_execution
-        if self.every is not None and before // self.every != self.step // self.every:
+        due = self.every is not None and before // self.every != self.step // self.every
+        if due and self.step != self._end_of_epoch:
             self.save_now()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:

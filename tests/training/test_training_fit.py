@@ -32,7 +32,16 @@ from dpo_keras.training import (
 STEPS = 12  # four epochs of three batches
 
 
-def run(folder, tokenized, resume=False, stop_after=None, slow=False, callback=None, **options):
+def run(  # noqa: PLR0913, PLR0917 (ways to disturb it)
+    folder,
+    tokenized,
+    resume=False,
+    stop_after=None,
+    stop_in_evaluation_after=None,
+    slow=False,
+    callback=None,
+    **options,
+):
     """The run whose end must not depend on what happened in its middle.
 
     The model keeps what the run said of itself: `taken`, the steps that it took, and `notes`.
@@ -48,6 +57,10 @@ def run(folder, tokenized, resume=False, stop_after=None, slow=False, callback=N
             if slow:
                 time.sleep(0.3)
             if stop_after is not None and int(self.model.optimizer.iterations) == stop_after:
+                raise KeyboardInterrupt
+
+        def on_test_begin(self, logs=None):
+            if int(self.model.optimizer.iterations) == stop_in_evaluation_after:
                 raise KeyboardInterrupt
 
     folder = pathlib.Path(folder)
@@ -95,15 +108,22 @@ def assert_same_run(model, folder, undisturbed, resumed_after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [5, 9])
+@pytest.mark.parametrize(
+    "interrupted",
+    [{"stop_after": 5}, {"stop_in_evaluation_after": 6}],
+    ids=["in the middle of an epoch", "in the evaluation at its end"],
+)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    stop_after, tokenized, undisturbed, tmp_path
+    interrupted, tokenized, undisturbed, tmp_path
 ):
-    """Step 5 is in the middle of an epoch, one step behind a checkpoint; step 9 ends an epoch."""
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, tokenized, stop_after=stop_after)
-    assert latest_checkpoint(tmp_path / "checkpoints")[0] == stop_after - 1
-    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, stop_after - 1)
+        run(tmp_path, tokenized, **interrupted)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 4
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, 4)
+    epochs = [records(folder, "epoch") for folder in (tmp_path, undisturbed[1])]
+    assert [record["step"] for record in epochs[0]] == [3, 6, 9, 12]
+    for ours, theirs in zip(*epochs, strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
 
 
 @pytest.mark.slow
