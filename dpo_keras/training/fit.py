@@ -289,7 +289,11 @@ def _fit(
     stop, checkpoint = options.stop or StopRequest(), None
     callbacks: list[keras.callbacks.Callback] = [StopOnNonFinite()]
     if options.log is not None and options.save:
-        callbacks.append(RunLog(options.log, start_step=start))
+        log = RunLog(options.log, start_step=start)
+        callbacks.append(log)
+        # Workers of a cluster do not see the log, and could not take part.
+        if options.validation_data is not None and options.watchdog is None and not start % every:
+            log.evaluate_again(model, start // every, options.validation_data)
     if options.progress is not None:
         callbacks.append(Progress(options.progress, start_step=start, steps=steps))
     if options.sync_reference is not None:

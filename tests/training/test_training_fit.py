@@ -107,6 +107,14 @@ def assert_same_run(model, folder, undisturbed, resumed_after):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-6)
 
 
+def assert_same_epochs(folder, undisturbed_folder):
+    epochs = [records(place, "epoch") for place in (folder, undisturbed_folder)]
+    assert [record["step"] for record in epochs[0]] == [3, 6, 9, 12]
+    for ours, theirs in zip(*epochs, strict=True):
+        assert ours["epoch"] == theirs["epoch"]
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "interrupted",
@@ -120,25 +128,30 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         run(tmp_path, tokenized, **interrupted)
     assert latest_checkpoint(tmp_path / "checkpoints")[0] == 4
     assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, 4)
-    epochs = [records(folder, "epoch") for folder in (tmp_path, undisturbed[1])]
-    assert [record["step"] for record in epochs[0]] == [3, 6, 9, 12]
-    for ours, theirs in zip(*epochs, strict=True):
-        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
+    assert_same_epochs(tmp_path, undisturbed[1])
 
 
 @pytest.mark.slow
-def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(tokenized, undisturbed, tmp_path):
+@pytest.mark.parametrize("step", [7, 6], ids=["in an epoch", "in the evaluation at its end"])
+def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(
+    step, tokenized, undisturbed, tmp_path
+):
     stop = StopRequest()
 
     class Ask(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            if int(self.model.optimizer.iterations) == 6:  # no checkpoint is due behind step 7
+            if int(self.model.optimizer.iterations) == step - 1 == 6:  # no checkpoint is due
                 stop.request("SIGTERM")
 
-    with pytest.raises(RunStopped, match="stopped by SIGTERM after step 7, which is saved"):
+        def on_test_begin(self, logs=None):
+            if int(self.model.optimizer.iterations) == step:
+                stop.request("SIGTERM")
+
+    with pytest.raises(RunStopped, match=f"by SIGTERM after step {step}, which is saved"):
         run(tmp_path, tokenized, callback=Ask(), stop=stop)
-    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 7
-    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, 7)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == step
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, step)
+    assert_same_epochs(tmp_path, undisturbed[1])
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
