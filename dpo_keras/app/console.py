@@ -197,6 +197,8 @@ def failure(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what = f"{error.filename or 'a file'} could not be written"
         return f"the disk is full: {what}. Make room, then go on with --resume."
+    if type(error).__name__ == "ResourceExhaustedError" and os.strerror(errno.ENOSPC) in str(error):
+        return "the disk is full: TensorFlow could not write. Make room, then go on with --resume."
     first = (str(error).strip() or "no reason given").splitlines()[0]
     return f"{type(error).__name__}: {shortened(first, 400)} (--debug shows the traceback.)"
 

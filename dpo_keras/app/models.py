@@ -187,7 +187,9 @@ def check_length(policy: keras.Model, max_length: int) -> None:
 
 def save_policy(policy: keras.Model, directory: Path) -> None:
     """Write a policy as a KerasHub preset directory, whole, with LoRA merged into the weights."""
-    with replaced(directory) as partial:
+    from dpo_keras.utils.keras_internals import raise_failed_writes
+
+    with replaced(directory) as partial, raise_failed_writes():
         save_preset(policy, partial)
 
 

@@ -5,16 +5,20 @@ README.md lists its files. `result.json` is written last, and marks the run done
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dpo_keras.app.config import Config, parse_config, read_text
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.atomic_files import write_text
+from dpo_keras.utils.atomic_files import make_directory, write_text
+from dpo_keras.utils.file_lock import FileLock, LockedError
 
 _PACKAGES = [
     *("dpo-keras", "tensorflow", "tensorflow-text", "keras", "keras-hub", "numpy", "tokenizers"),
@@ -23,8 +27,12 @@ _PACKAGES = [
 _BEFORE_TRAINING = (
     *("config.yaml", "config.given.yaml", "versions.json", "data.json", "metrics.jsonl"),
     *("metrics.warmup.jsonl", "reference", "reference_cache", "before", "checkpoints"),
-    "tensorboard",
+    *("tensorboard", "trained_prompts.npy"),
 )
+
+
+_LOCK = "run.lock"
+_HALF_WRITTEN = (".*.partial*", ".*.old")
 
 
 class RunDirectory:
@@ -78,26 +86,77 @@ class RunDirectory:
         return parse_config(read_text(path), source=str(path))
 
 
+@contextmanager
+def locked_run(config: Config, resume: bool, writes: bool) -> Iterator[None]:
+    """Keep the directory of a run that may begin or go on to this process, in a block of code.
+
+    Raises:
+        InputError: the directory is something else, cannot be written to, or is in use by another
+            process.
+    """
+    run, _ = check_run(config, resume)
+    if not writes:
+        yield
+        return
+    new = not run.path.exists()
+    with writable("output", run.path):
+        make_directory(run.path)
+        lock = FileLock(run.path / _LOCK)
+        try:
+            lock.acquire()
+        except LockedError as error:
+            why = f": {run.path} is in use by {error}; wait until it ends, or give another"
+            why += " directory with output=DIRECTORY."
+            raise InputError(InputProblem("output", why, hint=error.hint)) from error
+    try:
+        yield
+    finally:
+        if not (run.path / "config.yaml").is_file():
+            _remove(run, "versions.json", "config.given.yaml")  # it did not begin
+        lock.release()
+        if new:
+            with suppress(OSError):  # it has content
+                run.path.rmdir()
+
+
+@contextmanager
+def writable(argument: str, path: str | Path) -> Iterator[None]:
+    """Turn errors of writing to a place that the user named into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # the place is right, the disk is not
+        rule = f": {path} cannot be written to ({error.strerror or error})"
+        raise InputError(InputProblem(argument, rule, hint="Give another place.")) from error
+
+
 def start_run(config: Config, resume: bool, given: str | None, writes: bool) -> RunDirectory:
     """Open the directory of a run that begins or goes on, and record its configuration in it."""
     if not writes:
         return RunDirectory(str(config.output), writes)
     run, goes_on = check_run(config, resume)
     if goes_on:
+        _remove(run)
         return run
     # Input that was found wrong before any training must not be in the way of its correction.
-    _clear(run)
-    run.write("versions.json", versions())
-    run.write("config.given.yaml", given or config.resolved())
-    run.write("config.yaml", config.resolved())
+    _remove(run, *_BEFORE_TRAINING)
+    with writable("output", run.path):
+        run.write("versions.json", versions())
+        run.write("config.given.yaml", given or config.resolved())
+        run.write("config.yaml", config.resolved())
     return run
 
 
 def check_run(config: Config, resume: bool) -> tuple[RunDirectory, bool]:
     """Return the directory of a run that may begin or go on, and whether it goes on."""
     run = RunDirectory(str(config.output))
-    # Somebody's own config.yaml makes no run of a directory.
-    there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))
+    with writable("output", run.path):
+        # Somebody's own config.yaml makes no run of a directory.
+        there = all((run.path / name).is_file() for name in ("config.yaml", "versions.json"))
+        other = run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()))
+    # A run that was killed before it wrote its configuration left its lock.
+    other = other and not (there or (run.path / _LOCK).is_file())
     differences = config.differences(run.config()) if there and resume else []
     if there and not run.begun and (differences or not resume):
         return run, False
@@ -109,15 +168,16 @@ def check_run(config: Config, resume: bool) -> tuple[RunDirectory, bool]:
             [f"--resume needs the configuration that {run.path} was started with."]
             + [f"{difference} there." for difference in differences]
         )
-    if not there and (run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()))):
+    if other:
         why = f": {run.path} exists and is not the directory of a run; give another one"
         raise InputError(InputProblem("output", f"{why} with output=DIRECTORY."))
     return run, there
 
 
-def _clear(run: RunDirectory) -> None:
-    """Remove what a run leaves before it trains, and nothing else."""
-    for path in (*(run.path / name for name in _BEFORE_TRAINING), *run.path.glob(".*.partial*")):
+def _remove(run: RunDirectory, *names: str) -> None:
+    """Remove files of a run, and what killed processes left half-written in it."""
+    half_written = [path for pattern in _HALF_WRITTEN for path in run.path.glob(pattern)]
+    for path in (*(run.path / name for name in names), *half_written):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -14,13 +14,13 @@ from dpo_keras.app.config_rules import build_loss
 from dpo_keras.app.config_sections import REFERENCES
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_model, load_reference
-from dpo_keras.app.run_directory import RunDirectory, open_run, versions
-from dpo_keras.app.run_inputs import Pairs, read_pairs, tokenize
+from dpo_keras.app.run_directory import RunDirectory, open_run, versions, writable
+from dpo_keras.app.run_inputs import Pairs, count_trained_on, read_pairs, tokenize
 from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
 from dpo_keras.utils import JSON
-from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.atomic_files import make_directory, replaced
 
 if TYPE_CHECKING:
     import keras
@@ -218,16 +218,22 @@ def evaluate(
 ) -> dict[str, JSON]:
     """Measure a run's policy on preference pairs (as `data.path`), and write a report into the run.
 
-    Return `{"run", "file", "pairs", "dropped", "metrics", "figures", "report", "findings"}`.
+    Return `{"run", "file", "pairs", "dropped", "trained_on", "metrics", "figures", "report",
+    "findings"}`; `trained_on` counts the pairs whose prompts the run trained on.
     """
     from dpo_keras.evaluation import evaluate_preferences, write_report
 
     progress = progress or Silent()
     directory = open_run(run)
     config = directory.config()
+    name = Path(str(file).removeprefix("builtin:")).name.split(".")[0]
+    folder = directory.path / "evaluations" / name
     progress.stage("Data")
     any_format = config.data.model_copy(update={"format": "auto"})
     pairs = read_pairs([str(file)], any_format, progress, limit)
+    trained_on = count_trained_on(directory, pairs)
+    with writable("run", folder):
+        make_directory(folder)
     progress.stage("Policy and reference")
     model = load_trained(directory)
     check_length(model.policy, config.data.max_length)
@@ -241,20 +247,21 @@ def evaluate(
         batching=layout_of(config, model.policy, reference, progress).batching,
         on_batch=progress.advance,
     )
-    name = Path(str(file).removeprefix("builtin:")).name.split(".")[0]
     report = write_report(
-        directory.path / "evaluations" / name,
+        folder,
         held_out,
         config_text=config.resolved(),
         pairs=pairs,
         title=f"{config.name} on {name}",
         details={"run": str(directory.path), "data": str(file), **versions()},
+        trained_on=trained_on,
     )
     return {
         "run": str(directory.path),
         "file": str(file),
         "pairs": len(tokenized),
         "dropped": pairs.report.dropped + tokenized.report.pairs - tokenized.report.kept,
+        "trained_on": trained_on,
         **Measured(held_out, None).as_dict(),
         **_said(report),
     }

@@ -18,6 +18,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Preferences, StoredPreferences, is_built, read_preferences
 from dpo_keras.preferences.collection import earlier_split
 from dpo_keras.preferences.pair import plain_text
+from dpo_keras.utils.atomic_files import replaced
 
 if TYPE_CHECKING:
     import keras
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_keras.batching import TokenizedPairs
 
 Pairs: TypeAlias = Preferences | StoredPreferences
+_PROMPTS = "trained_prompts.npy"
 TOKENIZER_PAIRS = 20_000  # of a built directory, which a tokenizer from scratch learns from
 
 
@@ -94,6 +96,20 @@ def read_pairs(
         )
     progress.note(pairs.report.summary())
     return pairs
+
+
+def record_prompts(run: RunDirectory, pairs: Pairs) -> None:
+    """Record which prompts a run trains on, by their hashes."""
+    if run.writes and not (run.path / _PROMPTS).is_file():
+        with replaced(run.path / _PROMPTS) as partial:
+            np.save(partial, np.unique(pairs.prompt_hashes))
+
+
+def count_trained_on(run: RunDirectory, pairs: Pairs) -> int:
+    """Count the pairs whose prompts a run trained on; runs of earlier versions know of none."""
+    if not (run.path / _PROMPTS).is_file():
+        return 0
+    return int(np.isin(pairs.prompt_hashes, np.load(run.path / _PROMPTS)).sum())
 
 
 def texts_of(pairs: Pairs) -> Iterator[str]:

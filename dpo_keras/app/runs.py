@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +13,20 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.app.candidate_generation import generate
 from dpo_keras.app.config import Config
+from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_policy, save_policy
-from dpo_keras.app.run_directory import check_run, open_run, start_run
+from dpo_keras.app.run_directory import (
+    RunDirectory,
+    check_run,
+    locked_run,
+    open_run,
+    start_run,
+    writable,
+)
 from dpo_keras.app.run_evaluation import Examiner, evaluate, load_trained, report_training
-from dpo_keras.app.run_inputs import read_sides, texts_of, tokenize
+from dpo_keras.app.run_inputs import read_sides, record_prompts, texts_of, tokenize
 from dpo_keras.app.training_stages import (
     Context,
     build_model,
@@ -40,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
 
 End = Callable[[str, int], None]
+_EXPORTED = "export.json"  # of a run: what it has exported
 
 
 @dataclass
@@ -74,9 +84,10 @@ def train(
     """Run the main job: warm-up, preference training, evaluation before and after, export.
 
     `given` is the configuration as it was given, for the record. A run that is finished returns its
-    result with `resume`; one that never began, begins. A requested `stop` ends the run after the
-    step in progress (`RunStopped`). `end` is how this process of a cluster ends when another worker
-    was lost (see `Watchdog`).
+    result with `resume`; one that never began, begins, and says so. Until the end no other process
+    may train in the run's directory. A requested `stop` ends the run after the step in progress
+    (`RunStopped`). `end` is how this process of a cluster ends when another worker was lost (see
+    `Watchdog`).
     """
     progress, stop = progress or Silent(), stop or StopRequest()
     cluster = cluster_of(config)
@@ -84,24 +95,28 @@ def train(
     if resume and run.finished:
         progress.note(f"{run.path} is done already.")
         return RunResult(**run.read("result.json"))
-    if cluster is not None:
-        progress.stage("Waiting for all workers that TF_CONFIG names")
-    with meet_workers(cluster, config, resume, stop, end) as watchdog:
-        import keras
+    writes = cluster is None or cluster.is_chief
+    with locked_run(config, resume, writes):
+        if resume and not run.begun:
+            progress.note(f"{run.path} has no checkpoint to resume: it starts from the beginning.")
+        if cluster is not None:
+            progress.stage("Waiting for all workers that TF_CONFIG names")
+        with meet_workers(cluster, config, resume, stop, end) as watchdog:
+            import keras
 
-        from dpo_keras.training import strategy
+            from dpo_keras.training import strategy
 
-        started = time.monotonic()
-        # First of all: a strategy must be made before TensorFlow has set up its devices.
-        replicas = strategy(config.training.strategy, watchdog=watchdog)
-        run = start_run(config, resume, given, writes=cluster is None or cluster.is_chief)
-        keras.utils.set_random_seed(config.seed)
-        context = Context(config, run, resume, progress, replicas, stop, watchdog)
-        result = _run_stages(context)
-        result.seconds = time.monotonic() - started
-        run.write("result.json", result.as_dict())
-        _leave_together(replicas)
-        return result
+            started = time.monotonic()
+            # First of all: a strategy must be made before TensorFlow has set up its devices.
+            replicas = strategy(config.training.strategy, watchdog=watchdog)
+            run = start_run(config, resume, given, writes)
+            keras.utils.set_random_seed(config.seed)
+            context = Context(config, run, resume, progress, replicas, stop, watchdog)
+            result = _run_stages(context)
+            result.seconds = time.monotonic() - started
+            run.write("result.json", result.as_dict())
+            _leave_together(replicas)
+            return result
 
 
 def cluster_of(config: Config) -> Cluster | None:
@@ -129,6 +144,8 @@ def meet_workers(
 
 def _run_stages(context: Context) -> RunResult:
     config, run, progress = context.config, context.run, context.progress
+    if run.writes:
+        _check_export(config, run)
     progress.stage("Data")
     sides = read_sides(config, progress, run)
     progress.stage("Policy")
@@ -141,6 +158,7 @@ def _run_stages(context: Context) -> RunResult:
     if sides.held_out is not None:
         held_out = tokenize(config.data, sides.held_out, policy, "held-out", progress, run)
     _check_same_data(context, pairs, held_out)
+    record_prompts(run, sides.train)
     reports = [side.report for side in (pairs, held_out) if side is not None]
     counts = {
         "train": len(pairs),
@@ -170,7 +188,7 @@ def _run_stages(context: Context) -> RunResult:
         # The served model meets new texts, for which nothing is cached.
         cached = model.reference.mode == "cached"
         served = load_trained(run, policy) if cached else model
-        result.export = _export(config, config.export, served, examiner.chosen, progress)
+        result.export = _export(config, config.export, served, examiner.chosen, progress, run)
     return result
 
 
@@ -232,35 +250,57 @@ def export_run(
     return _export(config, export, load_trained(directory), (), progress)
 
 
+def _check_export(config: Config, run: RunDirectory) -> None:
+    """Refuse a place for the export that is taken or cannot be written to, before any training."""
+    if config.export is None or run.read(_EXPORTED) is not None:
+        return
+    from dpo_keras.serving.model_versions import version_path
+
+    with keys_for_arguments(paths="export.path"):
+        place = version_path(config.export.path or f"saved_models/{config.name}")
+    parent = next(parent for parent in place.parents if parent.exists())
+    with writable("export.path", place), tempfile.TemporaryDirectory(dir=parent):
+        pass
+
+
 def _export(
     config: Config,
     settings: Export,
     model: DPOModel,
     pairs: Sequence[PreferencePair],
     progress: Progress,
+    run: RunDirectory | None = None,
 ) -> dict[str, JSON]:
-    """Export a model, and put one request, of the first plain-text pair, to each signature."""
+    """Export a model, and put one request, of the first plain-text pair, to each signature.
+
+    A `run` that goes on after this uses what it has exported before.
+    """
     from dpo_keras.serving import EXAMPLES, export, run_standalone
     from dpo_keras.serving.verification import calls
 
     progress.stage("Export")
-    report = export(
-        model,
-        settings.path or f"saved_models/{config.name}",
-        max_length=config.data.max_length,
-        template=config.data.template,
-        on_stage=progress.note,
-        **settings.model_dump(exclude={"path"}),
-    )
-    progress.note(report.summary())
+    exported = None if run is None else run.read(_EXPORTED)
+    if exported is None or not Path(exported["path"]).is_dir():
+        report = export(
+            model,
+            settings.path or f"saved_models/{config.name}",
+            max_length=config.data.max_length,
+            template=config.data.template,
+            on_stage=progress.note,
+            **settings.model_dump(exclude={"path"}),
+        )
+        progress.note(report.summary())
+        exported = report.as_dict()
+        if run is not None:
+            run.write(_EXPORTED, exported)
     progress.stage("One request to the exported model")
     texts = [
         (prompt, chosen, rejected)
         for prompt, chosen, rejected in ((p.prompt, p.chosen, p.rejected) for p in pairs)
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
     ]
-    requests = calls(list(report.signatures), texts[:1] or EXAMPLES[:1])
-    outputs = run_standalone(report.path, requests)["outputs"]
+    requests = calls(list(exported["signatures"]), texts[:1] or EXAMPLES[:1])
+    outputs = run_standalone(exported["path"], requests)["outputs"]
     answer = {
         name: {
             "request": {key: value[0] for key, value in inputs.items()},
@@ -268,4 +308,4 @@ def _export(
         }
         for (name, inputs), found in zip(requests, outputs, strict=True)
     }
-    return {**report.as_dict(), "answer": answer}
+    return {**exported, "answer": answer}

@@ -64,6 +64,7 @@ class Context:
             "stop": self.stop,
             "watchdog": self.watchdog,
             "progress": self._show_step,
+            "note": self.progress.note,
         }
 
     def _show_step(self, report: dict[str, JSON]) -> None:

@@ -55,6 +55,7 @@ class Measured:
     samples_before: Samples | None = None
     samples_after: Samples | None = None
     log: TrainingLog | None = None
+    trained_on: int = 0  # of the pairs after training, how many have a prompt that was trained on
 
 
 def above(figure: Estimate, bound: float) -> bool:
@@ -286,9 +287,22 @@ def _change(before: Measurement | None, after: Measurement | None, name: str) ->
     return change(before, after, name)
 
 
+def prompts_trained_on(measured: Measured) -> str | None:
+    """Check that the pairs are new to the policy."""
+    count, pairs = measured.trained_on, len(measured.after)
+    if not count:
+        return None
+    return (
+        f"The policy was trained on the prompts of {count:,} of these {pairs:,} pairs. Figures on "
+        "them tell how well it remembers, not how well it does on new prompts. Measure on pairs "
+        "that were held out."
+    )
+
+
 Check = Callable[[Measured], str | None]
 CHECKS: dict[str, tuple[str, Check]] = {
     "training_broke": ("warning", training_broke),
+    "prompts_trained_on": ("warning", prompts_trained_on),
     "accuracy_at_chance": ("warning", accuracy_at_chance),
     "accuracy_fell": ("warning", accuracy_fell),
     "preferred_fell": ("warning", preferred_fell),

@@ -71,6 +71,7 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
     details: Mapping[str, object] | None = None,
     samples_shown: int = 8,
     plots: bool | None = None,
+    trained_on: int = 0,
 ) -> Report:
     """Write report.md, report.html (one file that loads nothing) and report.json.
 
@@ -89,6 +90,7 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
         details: names and values to print: data, versions, seeds.
         samples_shown: number of responses to print side by side, from the first on.
         plots: True draws them, False does not, None draws them if matplotlib is installed.
+        trained_on: number of the pairs whose prompts the policy was trained on.
 
     Returns:
         The files, the findings, and what could not be done.
@@ -110,7 +112,7 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
         ['underconfident']
     """
     log = None if metrics_jsonl is None else read_training_log(metrics_jsonl)
-    measured = Measured(after, before, samples_before, samples_after, log)
+    measured = Measured(after, before, samples_before, samples_after, log, trained_on)
     found, notices = findings(measured), _notices(measured)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

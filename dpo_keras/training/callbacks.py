@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
@@ -100,6 +101,13 @@ class RunLog(keras.callbacks.Callback):
         self.path, self.step, self.every = Path(path), start_step, every
         if self.path.exists():
             _keep_until(self.path, start_step)
+
+    def evaluate_again(self, model: keras.Model, epoch: int, data: tf.data.Dataset) -> None:
+        """Evaluate at the end of an epoch, from 1 on, if the run was stopped while it did so."""
+        written = read_training_log(self.path).epochs if self.path.exists() else []
+        if epoch and all(record["epoch"] != epoch for record in written):
+            found = model.evaluate(data, return_dict=True, verbose=0)
+            self.on_epoch_end(epoch - 1, {f"val_{name}": value for name, value in found.items()})
 
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
         """Write the values of the step."""

@@ -1,21 +1,26 @@
-"""Checkpoints that are complete or absent."""
+"""Checkpoints that are whole or absent: complete, on the disk, and unchanged since."""
 
 import errno
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.atomic_files import make_directory, replaced
+from dpo_keras.utils.keras_internals import raise_failed_writes
 
 _WEIGHTS = "state.weights.h5"
 _META = "checkpoint.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MARGIN = 2**20  # bytes for what else a run writes meanwhile: logs, events
 
 
 class RunCheckpoint(keras.callbacks.Callback):
@@ -50,10 +55,19 @@ class RunCheckpoint(keras.callbacks.Callback):
         self.every, self.keep, self.step, self.save = every, keep, start_step, save
         self.saved: int | None = None
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Count the steps of the epoch."""
+        self._end_of_epoch = self.step + (self.params.get("steps") or 0)
+
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
-        """Save after every `every` steps."""
+        """Save after every `every` steps.
+
+        The last step of an epoch waits for the epoch's end. A run that is killed in between would
+        else go on behind an evaluation that nobody has recorded.
+        """
         before, self.step = self.step, self.step + self.model.steps_per_execution
-        if self.every is not None and before // self.every != self.step // self.every:
+        due = self.every is not None and before // self.every != self.step // self.every
+        if due and self.step != self._end_of_epoch:
             self.save_now()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
@@ -85,85 +99,132 @@ def save_checkpoint(
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
-    for left_behind in directory.glob(".step-*"):  # by a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
     try:
+        make_directory(directory)
+        for left_behind in directory.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
         _check_room(model, directory)
         with replaced(final) as partial:
             partial.mkdir()
-            model.save_weights(partial / _WEIGHTS)
-            size = (partial / _WEIGHTS).stat().st_size
-            meta = json.dumps({"step": step, "bytes": size})
+            with raise_failed_writes():
+                model.save_weights(partial / _WEIGHTS)
+            size, checksum = (partial / _WEIGHTS).stat().st_size, _checksum(partial / _WEIGHTS)
+            meta = json.dumps({"step": step, "bytes": size, "sha256": checksum})
             (partial / _META).write_text(meta, encoding="utf-8")
     except Exception as error:
         kept = latest_checkpoint(directory)
         last = "there is no earlier one" if kept is None else f"the last good one is {kept[1].name}"
-        full = getattr(error, "errno", None) == errno.ENOSPC
+        full = getattr(error, "errno", None) in _FULL
         reason = os.strerror(errno.ENOSPC) if full else str(error)
         remedy = "Free some space and continue" if full else "Fix that and continue"
         raise OSError(
             f"checkpoint at step {step} could not be written to {directory} ({reason}); {last}. "
             f"{remedy} with --resume."
         ) from error
-    for _, old in _checkpoints(directory)[:-keep]:
+    # Later ones were found damaged when this run went on from before them: they count for nothing.
+    for old in [path for path in _checkpoints(directory) if _step(path) <= step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> tuple[int, pathlib.Path] | None:
-    """Return the step and the path of the newest complete checkpoint; None where there is none.
+    """Return the step and the path of the newest whole checkpoint; None where there is none.
+
+    Its weights are read, and compared with their checksum.
 
     Example:
         >>> latest_checkpoint("no/such/directory") is None
         True
     """
-    found = _checkpoints(pathlib.Path(directory))
-    return found[-1] if found else None
+    for path in reversed(_checkpoints(pathlib.Path(directory))):
+        if _damage(path) is None:
+            return _step(path), path
+    return None
 
 
-def load_checkpoint(model: keras.Model, directory: str | os.PathLike[str]) -> int:
-    """Restore a model from its newest checkpoint.
+def load_checkpoint(
+    model: keras.Model,
+    directory: str | os.PathLike[str],
+    note: Callable[[str], object] = print,
+) -> int:
+    """Restore a model from its newest whole checkpoint.
 
     Args:
         model: built and compiled as the saved one was.
         directory: where checkpoints are.
+        note: called with a line for each newer checkpoint that is damaged.
 
     Returns:
         The step it was taken at; 0 where there is none (the model stays as it is).
 
     Raises:
-        InputError: the checkpoint does not fit the model.
+        InputError: the checkpoint does not fit the model, or all checkpoints are damaged.
     """
-    found = latest_checkpoint(directory)
-    if found is None:
-        return 0
-    step, path = found
-    try:
-        model.load_weights(path / _WEIGHTS)
-    except (ValueError, KeyError) as error:
-        raise InputError(
-            f"checkpoint {path} does not fit this model ({error}). Was the configuration changed?"
-        ) from error
-    return step
-
-
-def _checkpoints(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
-    found = []
-    for path in directory.glob("step-*"):
+    damaged: list[str] = []
+    for path in reversed(_checkpoints(pathlib.Path(directory))):
         try:
-            meta = json.loads((path / _META).read_text(encoding="utf-8"))
-            if (path / _WEIGHTS).stat().st_size == meta["bytes"]:
-                found.append((int(meta["step"]), path))
-        except (OSError, ValueError, KeyError):
-            continue
-    return sorted(found)
+            damage = _damage(path)
+            if damage is None:
+                model.load_weights(path / _WEIGHTS)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"checkpoint {path} does not fit this model ({error}). Was the configuration "
+                "changed?"
+            ) from error
+        except OSError as error:  # HDF5 cannot read it; no checksum has told so before
+            damage = str(error)
+        if damage is None:
+            for line in damaged:
+                note(f"warning: checkpoint {line}; the run goes on from {path.name}.")
+            return _step(path)
+        damaged.append(f"{path.name} is damaged ({damage})")
+    if damaged:
+        raise InputError(
+            f"no checkpoint in {directory} can be used: {'; '.join(damaged)}. Restore one from a "
+            "copy, or remove the directory to train from the beginning."
+        )
+    return 0
+
+
+def _checkpoints(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the checkpoints of a directory, by their steps; some may be damaged."""
+    return sorted(path for path in directory.glob("step-*") if path.name[5:].isdecimal())
+
+
+def _step(path: pathlib.Path) -> int:
+    return int(path.name[5:])
+
+
+def _damage(path: pathlib.Path) -> str | None:
+    """Say what is wrong with a checkpoint; None where it is as it was written."""
+    name = _META
+    try:
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        step, size, checksum = int(meta["step"]), int(meta["bytes"]), meta.get("sha256")
+        if step != _step(path):
+            return f"{_META} is of step {step}"
+        name = _WEIGHTS
+        found = (path / _WEIGHTS).stat().st_size
+        if found != size:
+            return f"{_WEIGHTS} has {found:,} bytes instead of {size:,}"
+        # Checkpoints of earlier versions carry no checksum.
+        if checksum is not None and _checksum(path / _WEIGHTS) != checksum:
+            return f"the SHA-256 checksum of {_WEIGHTS} is another"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{_META} is not as it was written"
+    return None
+
+
+def _checksum(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_room(model: keras.Model, directory: pathlib.Path) -> None:
-    # HDF5 cannot close a file on a full disk: it fails now, and again as a crash when Python ends.
     variables = [*model.variables, *model.optimizer.variables]
     needed = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + 4096 for v in variables)
-    if shutil.disk_usage(directory).free < needed:
+    if shutil.disk_usage(directory).free < needed + _MARGIN:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -220,6 +220,7 @@ class RunOptions:
     watchdog: Watchdog | None = None  # of a cluster's run
     callbacks: Sequence[keras.callbacks.Callback] = ()
     verbose: int = 0
+    note: Callable[[str], object] = print  # called with the step that a run goes on from
 
 
 def _layout(
@@ -283,10 +284,16 @@ def _fit(
             f"{every} steps between evaluations."
         )
     start = _first_step(model, options)
+    if start:
+        options.note(f"resumed after step {start} of {steps}.")
     stop, checkpoint = options.stop or StopRequest(), None
     callbacks: list[keras.callbacks.Callback] = [StopOnNonFinite()]
     if options.log is not None and options.save:
-        callbacks.append(RunLog(options.log, start_step=start))
+        log = RunLog(options.log, start_step=start)
+        callbacks.append(log)
+        # Workers of a cluster do not see the log, and could not take part.
+        if options.validation_data is not None and options.watchdog is None and not start % every:
+            log.evaluate_again(model, start // every, options.validation_data)
     if options.progress is not None:
         callbacks.append(Progress(options.progress, start_step=start, steps=steps))
     if options.sync_reference is not None:
@@ -325,7 +332,7 @@ def _first_step(model: PolicyTrainer, options: RunOptions) -> int:
     """Return the step to continue at, with the model as it was there."""
     start = 0
     if options.checkpoints is not None and options.resume:
-        start = load_checkpoint(model, options.checkpoints)
+        start = load_checkpoint(model, options.checkpoints, options.note)
     elif options.checkpoints is not None and any(pathlib.Path(options.checkpoints).glob("step-*")):
         rule = f"directory {options.checkpoints} holds those of another run"
         hint = "Resume it, or give another directory."

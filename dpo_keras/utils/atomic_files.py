@@ -18,7 +18,7 @@ def replaced(path: str | os.PathLike[str], *, replace_directory: bool = True) ->
     appeared in the meantime, stays and raises OSError in the end.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     # The suffix stays last: Keras and pandas choose the format by it.
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     _remove(partial)
@@ -51,13 +51,27 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory with its parents, where they are missing, and wait until they are on disk.
+
+    A directory whose own name is not on the disk is lost with all that was flushed into it.
+    """
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _flush_names(folder.parent)
+
+
 def flush_to_disk(path: str | os.PathLike[str]) -> None:
-    """Wait until a file, or a directory with the files in it, is on the disk."""
+    """Wait until a file, or a directory with all that is in it, is on the disk."""
     path = Path(path)
     if path.is_dir():
         for inner in path.rglob("*"):
             if inner.is_file():
                 _flush(inner)
+            elif inner.is_dir():
+                _flush_names(inner)
         _flush_names(path)
     else:
         _flush(path)

@@ -7,8 +7,13 @@ begins with an underscore. A release without such a name is reported by `private
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import h5py
 import keras
 import tensorflow as tf
 
@@ -210,3 +215,67 @@ def native_slice_update() -> Iterator[None]:
         yield
     finally:
         keras.ops.slice_update = original
+
+
+# -- files of weights (written for Keras 3.15 and h5py 3.14) ---------------------------------
+
+
+class _ClosableFile(io.FileIO):
+    """A file that keeps the first error of writing to itself."""
+
+    error: OSError | None = None
+
+    def __repr__(self) -> str:
+        """Return the path: h5py takes it for the file's name, and Keras names shards by it."""
+        return str(self.name)
+
+    def write(self, content: Any) -> int:
+        """Write all of `content`, or drop it."""
+        left = memoryview(content).cast("B")
+        size = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Resize the file, or leave it as it is."""
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell()
+
+
+@contextlib.contextmanager
+def raise_failed_writes() -> Iterator[None]:
+    """Make weights that cannot be written raise OSError, and nothing worse, after a block of code.
+
+    HDF5 cannot close a file whose disk is full. It tries again when Python ends, and crashes. Here
+    it writes to a Python file, which takes everything and reports the error once HDF5 has closed.
+    Keras looks `h5py.File` up in the public module.
+    """
+    original = h5py.File
+    opened: list[tuple[h5py.File, _ClosableFile]] = []
+
+    def open_file(name: Any, mode: str = "r", **options: Any) -> h5py.File:
+        if mode not in ("w", "a") or not isinstance(name, str | os.PathLike):
+            return original(name, mode, **options)
+        there = mode == "a" and Path(name).exists()
+        file = _ClosableFile(os.fspath(name), "r+" if there else "w+")
+        opened.append((original(file, mode, **options), file))
+        return opened[-1][0]
+
+    h5py.File = open_file
+    try:
+        yield
+    finally:
+        h5py.File = original
+        for hdf5, file in opened:
+            hdf5.close()
+            file.close()
+        for _, file in opened:
+            if file.error is not None:
+                raise OSError(file.error.errno, file.error.strerror, file.name)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dpo_keras.app import run_directory
 from dpo_keras.app.config import parse_config
-from dpo_keras.app.run_directory import RunDirectory, open_run, start_run
+from dpo_keras.app.run_directory import RunDirectory, locked_run, open_run, start_run
 from dpo_keras.errors import InputError
 
 TEXT = "model: {path: some_preset}\ndata: {path: pairs.jsonl}\n"
@@ -68,6 +69,84 @@ def test_workers_that_are_not_chief_write_nothing(tmp_path):
     run = start_run(config_at(tmp_path / "run"), False, None, False)
     run.write("result.json", {})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_use_is_refused_to_a_second_process_resumed_or_not(tmp_path):
+    config = config_at(tmp_path / "run")
+    with locked_run(config, False, True):
+        train_a_little(start_run(config, False, None, True))
+        with (
+            pytest.raises(InputError, match=r"is in use by process \d+ on .*output=DIRECTORY"),
+            locked_run(config, True, True),
+        ):
+            pass
+        assert (tmp_path / "run" / "run.lock").is_file(), "the first one keeps it"
+    with locked_run(config, True, True):
+        pass
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_workers_that_are_not_chief_take_no_lock(tmp_path):
+    config = config_at(tmp_path / "run")
+    with locked_run(config, False, True), locked_run(config, True, False):
+        assert (tmp_path / "run" / "run.lock").is_file()
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["versions.json", "config.given.yaml", "config.yaml"])
+def test_a_run_that_ends_before_its_configuration_is_written_leaves_nothing(
+    tmp_path, monkeypatch, name
+):
+    def write_text(path, text):
+        if path.name == name:
+            raise KilledError
+        path.write_text(text)
+
+    monkeypatch.setattr(run_directory, "write_text", write_text)
+    with (
+        pytest.raises(KilledError),
+        locked_run(config_at(tmp_path / "run"), False, True),
+    ):
+        start_run(config_at(tmp_path / "run"), False, None, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_killed_before_its_configuration_is_written_does_not_block_the_next(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("run.lock", "versions.json", ".config.given.99.partial.yaml"):
+        (folder / name).write_text("{}")
+    with locked_run(config_at(folder), False, True):
+        start_run(config_at(folder), False, None, True)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.given.yaml", "config.yaml", "versions.json")
+    ]
+
+
+def test_what_a_killed_process_left_half_written_is_removed_when_the_run_goes_on(tmp_path):
+    config = config_at(tmp_path / "run")
+    run = start_run(config, False, None, True)
+    train_a_little(run)
+    (run.path / ".policy.99.partial").mkdir()
+    start_run(config, True, None, True)
+    assert not list(run.path.glob(".*")) and run.begun
+
+
+def test_an_output_that_cannot_be_written_to_is_an_error_of_the_input(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with (
+        pytest.raises(InputError, match=r"^output: .*file/run cannot be written to \(Not a dir"),
+        locked_run(config_at(tmp_path / "file" / "run"), False, True),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match=r"^output: /proc/run cannot be written to"),
+        locked_run(config_at("/proc/run"), False, True),
+    ):
+        pass
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):

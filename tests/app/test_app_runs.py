@@ -1,6 +1,7 @@
 """Runs from Python and from the command line: what they write, and that they can be repeated."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 from app_runs import HELD_OUT, SEED, settings, steps_of
 
+from dpo_keras import serving
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import parse_config
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.models import load_model
-from dpo_keras.app.run_directory import RunDirectory
+from dpo_keras.app.run_directory import RunDirectory, locked_run
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import read_preferences, write_preferences
+from dpo_keras.training import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +31,29 @@ ROOT = Path(__file__).parents[2]
 def same_weights(one, other, tolerance=1e-6):
     for a, b in zip(one.weights, other.weights, strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance)
+
+
+class Heard(runs.Silent):
+    """Keeps what a run said; ends it at the stage `until`."""
+
+    def __init__(self, until=None):
+        self.until, self.notes, self.steps = until, [], {}
+
+    def stage(self, title):
+        self.now = title
+        self.steps[title] = []
+        if title == self.until:
+            raise StoppedError
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def advance(self, done, total, **values):
+        self.steps[self.now].append(done)
+
+
+class StoppedError(Exception):
+    pass
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +94,54 @@ def test_a_run_is_never_overwritten_and_a_finished_one_is_not_run_again(trained,
     result, config = trained
     with pytest.raises(InputError, match="holds a run already; go on with --resume"):
         runs.train(config)
+    assert not Path(result.directory, "run.lock").exists()
     monkeypatch.setattr(runs, "read_sides", None)
     assert runs.train(config, resume=True).as_dict() == json.loads(json.dumps(result.as_dict()))
+
+
+def test_resuming_a_run_that_never_was_says_that_it_starts(tmp_path):
+    heard = Heard(until="Data")
+    with pytest.raises(StoppedError):
+        runs.train(settings(tmp_path / "run"), resume=True, progress=heard)
+    line = f"{tmp_path / 'run'} has no checkpoint to resume: it starts from the beginning."
+    assert heard.notes == [line]
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_second_process_in_the_directory_of_a_run_exits_with_2(tmp_path, capsys, flags):
+    config = settings(tmp_path / "run")
+    path = tmp_path / "a.yaml"
+    path.write_text(config.resolved())
+    with locked_run(config, False, True):
+        assert main(["train", str(path), *flags]) == 2
+    errors = capsys.readouterr().err
+    assert f"output: {tmp_path / 'run'} is in use by process {os.getpid()} on " in errors
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_for_the_export_that_is_taken_is_refused_before_any_training(tmp_path):
+    (tmp_path / "served" / "1").mkdir(parents=True)
+    export = Export(path=str(tmp_path / "served" / "1"))
+    with pytest.raises(InputError, match=r"^export\.path .*/served/1 exists already"):
+        runs.train(settings(tmp_path / "run", export=export), progress=Heard(until="Data"))
+    export = Export(path="/proc/served")
+    with pytest.raises(InputError, match=r"^export\.path: /proc/.* cannot be written to"):
+        runs.train(settings(tmp_path / "run", export=export), progress=Heard(until="Data"))
+
+
+def test_a_run_that_was_stopped_after_its_export_does_not_export_again(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "run")
+    run.write("export.json", {"path": str(tmp_path), "signatures": {"score": {}}})
+    config = settings(run.path, export=Export(path=str(tmp_path / "1")))
+    monkeypatch.setattr(
+        serving,
+        "run_standalone",
+        lambda path, calls: {"outputs": [{"reward": [path]}] * len(calls)},
+    )
+    monkeypatch.setattr(serving, "export", None)
+    runs._check_export(config, run)
+    exported = runs._export(config, config.export, None, (), Heard(), run)
+    assert exported["answer"]["score"]["response"] == {"reward": str(tmp_path)}
 
 
 def test_resuming_with_another_configuration_names_the_keys_that_differ(trained):
@@ -118,7 +190,16 @@ def interrupted(tmp_path_factory, trained):
 def test_a_killed_run_resumes_to_the_very_weights_of_an_uninterrupted_one(trained, interrupted):
     result, config = trained
     copy = config.model_copy(update={"output": str(interrupted)})
-    resumed = runs.train(copy, resume=True)
+    killed_at, _ = latest_checkpoint(interrupted / "checkpoints" / "training")
+    heard = Heard()
+    resumed = runs.train(copy, resume=True, progress=heard)
+    assert 2 <= killed_at < 5
+    assert [note for note in heard.notes if "resume" in note] == [
+        "resumed after step 5 of 5.",  # the warm-up is not repeated
+        f"resumed after step {killed_at} of 5.",
+    ]
+    assert heard.steps["Supervised warm-up"] == []
+    assert heard.steps["Preference training"] == list(range(killed_at + 1, 6))
     same_weights(load_model(result.directory + "/policy"), load_model(str(interrupted / "policy")))
     for one, other in zip(steps_of(result.directory), steps_of(interrupted), strict=True):
         assert one.keys() == other.keys()
@@ -164,6 +245,8 @@ def test_evaluate_measures_against_the_reference_of_the_training(trained, tmp_pa
     for name, value in result.after["metrics"].items():
         assert measured["metrics"][name] == pytest.approx(value, abs=1e-4), name
     assert measured["pairs"] == 10 and Path(measured["report"]["html"]).is_file()
+    assert measured["trained_on"] == 0
+    assert not any("trained on" in finding for finding in measured["findings"])
 
 
 def test_evaluate_from_the_command_line(trained, capsys):
@@ -171,8 +254,24 @@ def test_evaluate_from_the_command_line(trained, capsys):
     assert main(["evaluate", result.directory, "builtin:support", "--limit", "8", "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["pairs"] == 8 and 0 <= out["metrics"]["reward_accuracy"] <= 1
+    seen = out["trained_on"]
+    train = read_preferences("builtin:support", limit=50).split(HELD_OUT, seed=SEED)[0]
+    first, known = read_preferences("builtin:support", limit=8), {pair.prompt for pair in train}
+    assert seen == sum(pair.prompt in known for pair in first) > 4
+    said = f"warning: The policy was trained on the prompts of {seen} of these 8 pairs."
+    assert any(finding.startswith(said) for finding in out["findings"])
+    assert "The policy was trained on the prompts" in Path(out["report"]["markdown"]).read_text()
     assert main(["evaluate", result.directory, "builtin:support", "--limit", "8"]) == 0
     assert "reward_accuracy" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_cannot_be_written_ends_before_it_measures(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0].directory, run)
+    shutil.rmtree(run / "evaluations", ignore_errors=True)
+    (run / "evaluations").write_text("in the way")
+    assert main(["evaluate", str(run), "builtin:support", "--limit", "8"]) == 2
+    assert f"run: {run}/evaluations/support cannot be written to (Not a" in capsys.readouterr().err
 
 
 def test_generate_writes_several_candidates_and_repeats_them(trained, tmp_path, capsys):

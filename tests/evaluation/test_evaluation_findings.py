@@ -31,6 +31,13 @@ def test_a_training_that_went_well_has_no_warnings():
     assert [finding for finding in found if finding.severity == "warning"] == []
 
 
+def test_prompts_that_were_trained_on_are_counted():
+    (found,) = (f for f in findings(Measured(held_out(GOOD), trained_on=3)) if f.severity != "note")
+    assert found.code == "prompts_trained_on" and found.severity == "warning"
+    assert found.text.startswith("The policy was trained on the prompts of 3 of these 200 pairs.")
+    assert "prompts_trained_on" not in codes(held_out(GOOD))
+
+
 def fallen(**others):
     before = held_out(0 * GOOD, chosen_logps=NOISE - 20)
     return before, held_out(GOOD, chosen_logps=NOISE - 25, **others)

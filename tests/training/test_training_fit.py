@@ -1,6 +1,5 @@
 """Recipes: what stops goes on exactly, and what is saved is whole."""
 
-import errno
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import time
 import keras
 import numpy as np
 import pytest
+from damage import overwrite
 from tiny import Letters, gpt2, pairs
 
 from dpo_keras.batching import tokenize_pairs
@@ -25,7 +25,6 @@ from dpo_keras.training import (
     callbacks,
     latest_checkpoint,
     make_optimizer,
-    save_checkpoint,
     train_preferences,
     warm_up,
 )
@@ -33,17 +32,35 @@ from dpo_keras.training import (
 STEPS = 12  # four epochs of three batches
 
 
-def run(folder, tokenized, resume=False, stop_after=None, slow=False, callback=None, **options):
-    """The run whose end must not depend on what happened in its middle."""
+def run(  # noqa: PLR0913, PLR0917 (ways to disturb it)
+    folder,
+    tokenized,
+    resume=False,
+    stop_after=None,
+    stop_in_evaluation_after=None,
+    slow=False,
+    callback=None,
+    **options,
+):
+    """The run whose end must not depend on what happened in its middle.
+
+    The model keeps what the run said of itself: `taken`, the steps that it took, and `notes`.
+    """
     model = DPOModel(gpt2(num_layers=1))
     optimizer = make_optimizer(STEPS, learning_rate=1e-2, schedule="cosine", warmup_fraction=0.2)
     model.compile(optimizer, loss=DPOLoss(penalties={"nll": 0.1}))
+
+    model.taken, model.notes = [], []
 
     class Interrupt(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if slow:
                 time.sleep(0.3)
             if stop_after is not None and int(self.model.optimizer.iterations) == stop_after:
+                raise KeyboardInterrupt
+
+        def on_test_begin(self, logs=None):
+            if int(self.model.optimizer.iterations) == stop_in_evaluation_after:
                 raise KeyboardInterrupt
 
     folder = pathlib.Path(folder)
@@ -59,6 +76,8 @@ def run(folder, tokenized, resume=False, stop_after=None, slow=False, callback=N
         resume=resume,
         log=folder / "metrics.jsonl",
         callbacks=[callback or Interrupt()],
+        progress=lambda report: model.taken.append(report["step"]),
+        note=model.notes.append,
         **options,
     )
     return model
@@ -76,7 +95,10 @@ def undisturbed(tokenized, tmp_path_factory):
     return run(folder, tokenized), folder
 
 
-def assert_same_run(model, folder, undisturbed):
+def assert_same_run(model, folder, undisturbed, resumed_after):
+    """The end is the undisturbed run's, and no step up to `resumed_after` was taken again."""
+    assert model.taken == list(range(resumed_after + 1, STEPS + 1))
+    assert model.notes == [f"resumed after step {resumed_after} of {STEPS}."]
     expected, its_folder = undisturbed
     for one, other in zip(model.policy.weights, expected.policy.weights, strict=True):
         np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
@@ -85,31 +107,65 @@ def assert_same_run(model, folder, undisturbed):
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], atol=1e-6)
 
 
+def assert_same_epochs(folder, undisturbed_folder):
+    epochs = [records(place, "epoch") for place in (folder, undisturbed_folder)]
+    assert [record["step"] for record in epochs[0]] == [3, 6, 9, 12]
+    for ours, theirs in zip(*epochs, strict=True):
+        assert ours["epoch"] == theirs["epoch"]
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [5, 9])
+@pytest.mark.parametrize(
+    "interrupted",
+    [{"stop_after": 5}, {"stop_in_evaluation_after": 6}],
+    ids=["in the middle of an epoch", "in the evaluation at its end"],
+)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
-    stop_after, tokenized, undisturbed, tmp_path
+    interrupted, tokenized, undisturbed, tmp_path
 ):
-    """Step 5 is in the middle of an epoch, one step behind a checkpoint; step 9 ends an epoch."""
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, tokenized, stop_after=stop_after)
-    assert latest_checkpoint(tmp_path / "checkpoints")[0] == stop_after - 1
-    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
+        run(tmp_path, tokenized, **interrupted)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 4
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, 4)
+    assert_same_epochs(tmp_path, undisturbed[1])
 
 
 @pytest.mark.slow
-def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(tokenized, undisturbed, tmp_path):
+@pytest.mark.parametrize("step", [7, 6], ids=["in an epoch", "in the evaluation at its end"])
+def test_a_run_asked_to_stop_ends_its_step_saves_it_and_goes_on(
+    step, tokenized, undisturbed, tmp_path
+):
     stop = StopRequest()
 
     class Ask(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
-            if int(self.model.optimizer.iterations) == 6:  # no checkpoint is due behind step 7
+            if int(self.model.optimizer.iterations) == step - 1 == 6:  # no checkpoint is due
                 stop.request("SIGTERM")
 
-    with pytest.raises(RunStopped, match="stopped by SIGTERM after step 7, which is saved"):
+        def on_test_begin(self, logs=None):
+            if int(self.model.optimizer.iterations) == step:
+                stop.request("SIGTERM")
+
+    with pytest.raises(RunStopped, match=f"by SIGTERM after step {step}, which is saved"):
         run(tmp_path, tokenized, callback=Ask(), stop=stop)
-    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 7
-    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == step
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, step)
+    assert_same_epochs(tmp_path, undisturbed[1])
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    tokenized, undisturbed, tmp_path
+):
+    shutil.copytree(undisturbed[1], tmp_path, dirs_exist_ok=True)
+    overwrite(tmp_path / "checkpoints" / "step-00000012")
+    model = run(tmp_path, tokenized, resume=True)
+    warning, resumed = model.notes
+    assert "step-00000012 is damaged (the SHA-256 checksum" in warning
+    assert "goes on from step-00000010" in warning
+    model.notes = [resumed]
+    assert_same_run(model, tmp_path, undisturbed, 10)
+    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 12, "written again, and whole"
 
 
 @pytest.mark.slow
@@ -149,14 +205,21 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tokenized, undisturbed, tmp_
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert 4 <= latest_checkpoint(tmp_path / "checkpoints")[0] < STEPS
-    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed)
+    killed_at = latest_checkpoint(tmp_path / "checkpoints")[0]
+    assert 4 <= killed_at < STEPS
+    assert_same_run(run(tmp_path, tokenized, resume=True), tmp_path, undisturbed, killed_at)
 
 
-def test_a_finished_run_resumed_takes_no_step(tokenized, undisturbed, tmp_path):
-    model, folder = undisturbed
+def test_a_finished_run_resumed_takes_no_step(tokenized, undisturbed):
+    _, folder = undisturbed
     again = run(folder, tokenized, resume=True)
-    assert_same_run(again, folder, undisturbed)
+    assert again.taken == []
+    assert_same_run(again, folder, undisturbed, STEPS)
+
+
+def test_a_run_without_a_checkpoint_takes_every_step_and_says_nothing(undisturbed):
+    model, _ = undisturbed
+    assert model.taken == list(range(1, STEPS + 1)) and model.notes == []
 
 
 def test_epochs_are_logged_with_validation(undisturbed):
@@ -170,56 +233,9 @@ def test_checkpoints_are_pruned_to_the_newest(undisturbed):
     assert found == ["step-00000010", "step-00000012"]
 
 
-def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(policy, tmp_path, monkeypatch):
-    model = DPOModel(policy)
-    model.compile("adam")
-    save_checkpoint(model, tmp_path, 4)
-
-    def full(path, *args, **kwargs):
-        pathlib.Path(path).write_bytes(b"half a file")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(model, "save_weights", full)
-    with pytest.raises(OSError, match=r"No space left.*last good one is step-00000004.*--resume"):
-        save_checkpoint(model, tmp_path, 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-
-
-def test_a_disk_without_room_is_noticed_before_anything_is_written(policy, tmp_path, monkeypatch):
-    """HDF5 takes the whole process down when it cannot close a file."""
-    model = DPOModel(policy)
-    model.compile("adam")
-    size = (save_checkpoint(model, tmp_path, 4) / "state.weights.h5").stat().st_size
-    usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(model, "save_weights", lambda path: pytest.fail("tried to write"))
-    with pytest.raises(OSError, match=r"No space left on device\); the last good one is step-0*4"):
-        save_checkpoint(model, tmp_path, 8)
-
-
-def test_a_half_written_checkpoint_is_never_loaded(policy, tmp_path):
-    model = DPOModel(policy)
-    model.compile("adam")
-    save_checkpoint(model, tmp_path, 4)
-    newer = save_checkpoint(model, tmp_path, 8)
-    weights = newer / "state.weights.h5"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert latest_checkpoint(tmp_path)[0] == 4
-
-
 def test_a_new_run_does_not_write_over_another_ones_checkpoints(tokenized, undisturbed):
     with pytest.raises(InputError, match="holds those of another run"):
         run(undisturbed[1], tokenized)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, policy, tokenized):
-    model = DPOModel(policy)
-    model.compile("adam")
-    save_checkpoint(model, tmp_path, 4)
-    other = DPOModel(gpt2(num_layers=2))
-    other.compile("adam")
-    with pytest.raises(InputError, match="does not fit this model"):
-        train_preferences(other, tokenized, checkpoints=tmp_path, resume=True)
 
 
 def test_warm_up_teaches_the_chosen_responses(tokenized):

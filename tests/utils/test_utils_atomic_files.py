@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from unsynced_disk import UnsyncedDisk
 
 from dpo_keras.utils import atomic_files
 from dpo_keras.utils.atomic_files import flush_to_disk, replaced, write_text
@@ -89,19 +90,33 @@ def test_what_a_killed_process_left_does_not_get_into_the_new_directory(tmp_path
     assert names(tmp_path / "store") == ["whole"]
 
 
-def test_the_content_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
-    (tmp_path / "other.bin").write_text("another file of the folder, not to be flushed")
-    events = []
-    replace = Path.replace
+def test_a_power_failure_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+    disk = UnsyncedDisk(tmp_path, monkeypatch)
+    write_text(tmp_path / "a.txt", "new")
+    assert {moment["a.txt"] for moment in disk.moments} == {b"old", b"new"}
+    assert disk.after_power_failure() == {"a.txt": b"new"}
 
-    def moved(source, target):
-        events.append("replace")
-        replace(source, target)
 
-    monkeypatch.setattr(atomic_files, "_flush", lambda path: events.append(path.suffix or "folder"))
-    monkeypatch.setattr(Path, "replace", moved)
+def test_a_directory_survives_a_power_failure_with_all_folders_in_it_and_above(
+    tmp_path, monkeypatch
+):
+    disk = UnsyncedDisk(tmp_path, monkeypatch)
+    with replaced(tmp_path / "new" / "run" / "policy") as partial:
+        (partial / "assets").mkdir(parents=True)
+        (partial / "assets" / "vocabulary").write_text("words")
+        (partial / "weights").write_text("numbers")
+    left = disk.after_power_failure()
+    assert left["new/run/policy/assets/vocabulary"] == b"words"
+    assert left["new/run/policy/weights"] == b"numbers"
+
+
+def test_another_file_of_the_folder_is_not_flushed(tmp_path, monkeypatch):
+    """It may be large, or vanish meanwhile."""
+    disk = UnsyncedDisk(tmp_path, monkeypatch)
+    (tmp_path / "other.bin").write_text("large")
     write_text(tmp_path / "a.txt", "text")
-    assert events == [".txt", "replace", "folder"]
+    assert disk.after_power_failure() == {"a.txt": b"text", "other.bin": b""}
 
 
 def test_a_disk_that_is_full_at_the_end_keeps_the_old_file(tmp_path, monkeypatch):
@@ -141,11 +156,16 @@ def test_text_is_utf_8(tmp_path):
     assert (tmp_path / "a.txt").read_bytes() == "größe ½".encode()
 
 
-def test_every_file_of_a_directory_is_flushed(tmp_path, monkeypatch):
+def test_every_file_and_folder_of_a_directory_is_flushed(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("a", "deep/b"):
         (tmp_path / name).write_text("")
     flushed = []
     monkeypatch.setattr(atomic_files, "_flush", flushed.append)
     flush_to_disk(tmp_path)
-    assert {path.relative_to(tmp_path).as_posix() for path in flushed} == {"a", "deep/b", "."}
+    assert {path.relative_to(tmp_path).as_posix() for path in flushed} == {
+        "a",
+        "deep",
+        "deep/b",
+        ".",
+    }

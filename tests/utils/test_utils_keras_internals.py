@@ -1,8 +1,11 @@
 """Private names of Keras: they are there, and a release without them is named clearly."""
 
+import contextlib
 import re
+import resource
 from types import SimpleNamespace
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import tensorflow as tf
 
 from dpo_keras.utils import keras_internals
 from dpo_keras.utils.keras_hub_internals import KERAS, KERAS_HUB, private
+from dpo_keras.utils.keras_internals import raise_failed_writes
 
 WRITTEN_FOR = "which dpo_keras was written for"
 
@@ -183,3 +187,53 @@ def test_a_barrier_gives_back_its_values():
         lambda x: keras_internals.optimization_barrier([x, x + 1.0]), jit_compile=True
     )
     assert [float(value) for value in function(tf.constant(1.0))] == [1.0, 2.0]
+
+
+@pytest.fixture
+def dense():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(64)])
+    for weight in model.weights:
+        weight.assign(tf.random.normal(weight.shape))
+    return model
+
+
+@contextlib.contextmanager
+def room(size):
+    """A disk on which no file can be larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 0.00002}], ids=["one file", "shards"])
+def test_weights_are_written_as_without_the_guard(dense, tmp_path, options):
+    name = "a.weights.json" if options else "a.weights.h5"
+    with raise_failed_writes():
+        dense.save_weights(tmp_path / name, **options)
+    copy = keras.models.clone_model(dense)
+    copy.load_weights(tmp_path / name)
+    for one, other in zip(copy.weights, dense.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not options or len(list(tmp_path.glob("*.h5"))) > 1
+
+
+@pytest.mark.parametrize("size", [0, 100, 3_000, 20_000])
+def test_weights_that_cannot_be_written_raise_and_leave_no_file_open(dense, tmp_path, size):
+    """HDF5 crashes the process at its end over a file that it could not close."""
+    with room(size), pytest.raises(OSError, match=r"File too large.*a\.weights\.h5"):  # noqa: SIM117
+        with raise_failed_writes():
+            dense.save_weights(tmp_path / "a.weights.h5")
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
+
+
+def test_other_errors_and_other_files_pass_the_guard_by(dense, tmp_path):
+    original = h5py.File
+    with pytest.raises(ZeroDivisionError), raise_failed_writes():
+        1 / 0  # noqa: B018
+    dense.save_weights(tmp_path / "a.weights.h5")
+    with raise_failed_writes():
+        dense.load_weights(tmp_path / "a.weights.h5")
+    assert h5py.File is original
