@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from dpo_keras.app.config_dependencies import unread_options
 from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules
 from dpo_keras.app.config_sections import (
     Data,
@@ -27,6 +35,8 @@ from dpo_keras.app.yaml_document import Document, dotted, read_document
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import did_you_mean, nearest, shortened
+
+_FROM_DOCUMENT = {"from": "document"}
 
 
 class Config(Section):
@@ -66,6 +76,14 @@ class Config(Section):
 
     def _broken_rules(self) -> Iterator[InputProblem]:
         return broken_rules(self.sections())
+
+    @model_validator(mode="after")
+    def _check_that_all_is_read(self, info: ValidationInfo) -> Self:
+        # `build_config` asks by itself, beside the problems of sections that are not valid.
+        problems = [] if info.context == _FROM_DOCUMENT else list(unread_options(self.sections()))
+        if problems:
+            raise InputError(problems)
+        return self
 
     def sections(self) -> dict[str, JSON]:
         """Return the values of the top-level keys: models for sections, not dicts."""
@@ -110,23 +128,30 @@ def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document
     return document
 
 
-def build_config(document: Document, *, outside: bool = False) -> Config:
-    """Report all that is wrong with a document at once; `outside` adds `OUTSIDE_RULES` (Keras)."""
+def build_config(document: Document, *, outside: bool = False, stored: bool = False) -> Config:
+    """Report all that is wrong with a document at once.
+
+    `outside` adds `OUTSIDE_RULES`. A `stored` configuration was checked by the version that wrote
+    it, which may have accepted an option without effect.
+    """
     if not document.readable:
         raise InputError(document.problems)
     found: list[InputProblem] = []
     config = None
     try:
-        config = Config.model_validate(document.tree)
+        config = Config.model_validate(document.tree, context=_FROM_DOCUMENT)
         sections = config.sections()
     except ValidationError as error:
         found += _explained(error)
         failed = {item["loc"][0] for item in error.errors() if item["loc"]}
+        sections = _valid_sections(document.tree, failed)
         # Rules over several sections are among pydantic's errors only where each section is valid.
-        sections = _valid_sections(document.tree, failed) if failed else {}
-        found += broken_rules(sections)
+        found += broken_rules(sections) if failed else ()
+    if not stored:
+        found += unread_options(sections)
     if outside:
         found += broken_rules(sections, OUTSIDE_RULES)
+        found += unread_options(sections, outside=True)
     if document.problems or found or config is None:
         raise InputError([*document.problems, *_placed(found, document)])
     return config
@@ -147,12 +172,13 @@ def parse_config(
     *,
     source: str = "<configuration>",
     outside: bool = False,
+    stored: bool = False,
 ) -> Config:
-    """Read a configuration from YAML text, as `load_config` from a file."""
+    """Read a configuration from YAML text, as `load_config` from a file; see `build_config`."""
     document = read_document(text, source)
     for override in overrides:
         document.override(override)
-    return build_config(document, outside=outside)
+    return build_config(document, outside=outside, stored=stored)
 
 
 # Paths are relative to the current directory: a file and the command line mean the same by them.

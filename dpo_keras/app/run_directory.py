@@ -70,7 +70,7 @@ class RunDirectory:
         if not path.is_file():
             what = "it has no config.yaml" if self.path.exists() else "it does not exist"
             raise InputError(f"{self.path} is not the directory of a run: {what}.")
-        return parse_config(read_text(path), source=str(path))
+        return parse_config(read_text(path), source=str(path), stored=True)
 
 
 def start_run(config: Config, resume: bool, given: str | None, writes: bool) -> RunDirectory:
