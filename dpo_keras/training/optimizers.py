@@ -108,7 +108,7 @@ def _rate(
 
 def _keras_classes(module: ModuleType, base: str) -> dict[str, type]:
     """Return the public classes of a module of Keras that can be used by name."""
-    abstract = {base, "LossScaleOptimizer"}
+    abstract = {base, "LossScaleOptimizer", "MultiOptimizer"}  # the two wrap others
     return {
         name: value
         for name, value in sorted(vars(module).items())
@@ -139,32 +139,46 @@ def _made(
     options: Mapping[str, JSON],
     ours: Mapping[str, tuple[str, JSON]],
 ) -> Any:
-    """Call a class of Keras with `options` and with `ours`: (our name of it, its value)."""
-    taken = [
-        name
+    """Call a class of Keras with `options`, and with `ours`: (our name of it, its value)."""
+    parameters = {
+        name: parameter
         for name, parameter in inspect.signature(kind).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    taken = [name for name in parameters if name not in ours]
     problems = []
     for name, value in options.items():
+        place = f"{argument}.{name}"
         if name in ours:
             hint = f"Give {ours[name][0]} instead."
-            problems.append(InputProblem(f"{argument}.{name}", "is set already", hint=hint))
-        elif name not in taken:
-            listed = ", ".join(other for other in taken if other not in ours)
+            problems.append(InputProblem(place, "is set already", hint=hint))
+        elif name not in parameters:
             near = did_you_mean(name, taken)
-            hint = f"{near[:1].upper()}{near[1:]} It takes: {listed}.".strip()
+            hint = f"{near[:1].upper()}{near[1:]} It takes: {', '.join(taken)}.".strip()
             rule = f"is not an argument of {kind.__name__}"
-            problems.append(InputProblem(f"{argument}.{name}", rule, value, hint))
+            problems.append(InputProblem(place, rule, value, hint))
+        elif rule := _type_rule(parameters[name].default, value):
+            problems.append(InputProblem(place, rule, value))
+    for name in taken:
+        if parameters[name].default is inspect.Parameter.empty and name not in options:
+            problems.append(InputProblem(f"{argument}.{name}", f"is needed by {kind.__name__}"))
     if problems:
         raise InputError(problems)
-    given = {name: value for name, (_, value) in ours.items() if name in taken}
+    given = {name: value for name, (_, value) in ours.items() if name in parameters}
     try:
         return kind(**given, **options)
     except (TypeError, ValueError) as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         rule = f": {kind.__name__} refuses {dict(options)}: {reason}"
         raise InputError(InputProblem(argument, rule)) from error
+
+
+def _type_rule(default: object, value: JSON) -> str:
+    """Say what a value must be to be of its default's type; Keras would fail on it much later."""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "must be true or false"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "must be a number" if isinstance(default, int | float) and not number else ""
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
