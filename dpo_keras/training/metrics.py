@@ -81,7 +81,7 @@ def step_counts(batch: Batch) -> MetricSums:
     return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
 
 
-def means_of(sums: Tensor) -> list[Tensor]:
+def means(sums: Tensor) -> list[Tensor]:
     """Return the means of rows of (sum, weight); 0 where the weight is."""
     return list(ops.unstack(ops.divide_no_nan(sums[:, 0], sums[:, 1])))
 

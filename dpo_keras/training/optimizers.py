@@ -177,8 +177,8 @@ def _type_rule(default: object, value: JSON) -> str:
     """Say what a value must be to be of its default's type; Keras would fail on it much later."""
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "must be true or false"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return "must be a number" if isinstance(default, int | float) and not number else ""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return "must be a finite number" if isinstance(default, int | float) and not number else ""
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

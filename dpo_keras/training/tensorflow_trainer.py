@@ -17,14 +17,7 @@ from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
-from dpo_keras.training.metrics import (
-    COUNTS,
-    STOP,
-    MetricSums,
-    means_by_name,
-    means_of,
-    step_counts,
-)
+from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
@@ -170,7 +163,7 @@ class TensorflowTrainer(keras.Model):
     def get_metrics_result(self) -> dict[str, Tensor]:
         """Return the means since the last reset, by name."""
         sums = self._totals
-        return {} if sums is None else means_by_name(self._total_names, means_of(sums))
+        return {} if sums is None else means_by_name(self._total_names, means(sums))
 
     def counts(self) -> dict[str, float]:
         """Return the number of tokens and of pairs since the last reset."""
@@ -231,9 +224,9 @@ class TensorflowTrainer(keras.Model):
                 totals = tf.cast(last, "float64")
             self._total_names = names
             self._totals = totals if self._totals is None else self._totals + totals
-            self.first_step_logs = self.step_logs = dict(zip(names, means_of(first), strict=True))
+            self.first_step_logs = self.step_logs = dict(zip(names, means(first), strict=True))
             if last is not first:
-                self.step_logs = dict(zip(names, means_of(last), strict=True))
+                self.step_logs = dict(zip(names, means(last), strict=True))
             return self.get_metrics_result()
 
         return function

@@ -218,10 +218,7 @@ def test_every_problem_carries_the_name_of_its_argument():
 def test_an_option_of_any_objective_of_a_list_is_taken():
     loss = DPOLoss(["sigmoid", "simpo"], gamma=1.0, label_smoothing=0.1)
     assert loss.options == {"gamma": 1.0}
-    assert (
-        "has no effect with sigmoid + hinge"
-        in problems(["sigmoid", "hinge"], gamma=1.0)[0]
-    )
+    assert "has no effect with sigmoid + hinge" in problems(["sigmoid", "hinge"], gamma=1.0)[0]
 
 
 def test_all_faults_are_told_together():
