@@ -30,9 +30,13 @@ The method is that of Rafailov et al. (arXiv 2305.18290). Subpackages are import
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.version import __version__
+
+# TensorFlow's C++ side prints its start-up notices unless this is set before it is imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 _HOME = {
     "InputError": "dpo_keras.errors",

@@ -99,7 +99,7 @@ def _responses_fit(
 ) -> Iterator[InputProblem]:
     for name, sampling in (("evaluation", evaluation), ("export", export)):
         if sampling is not None and sampling.max_new_tokens >= data.max_length:
-            rule = f"must be < data.max_length ({data.max_length}), for the prompt needs room too"
+            rule = f"must be < data.max_length ({data.max_length}): the prompt needs room too"
             yield InputProblem(f"{name}.max_new_tokens", rule, sampling.max_new_tokens)
 
 

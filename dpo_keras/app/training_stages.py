@@ -40,6 +40,8 @@ class Context:
 
     def __post_init__(self) -> None:
         """Make the objective, and check that replicas can share batches evenly."""
+        for warning in self.config.warnings():
+            self.progress.note(f"warning: {warning}")
         self.loss = build_loss(self.config.loss)
         replicas = self.strategy.num_replicas_in_sync
         for name in ("training", "evaluation", "warmup"):
@@ -129,11 +131,12 @@ def make_optimizer(
     """Make the optimizer of a section; its schedule is as long as the training."""
     from dpo_keras import training
 
-    return training.make_optimizer(
-        steps_in_all(context, settings, pairs),
-        gradient_accumulation=accumulation,
-        **settings.optimizer_arguments(),
-    )
+    steps = steps_in_all(context, settings, pairs)
+    section = "warmup" if settings is context.config.warmup else "training"
+    with keys_for_arguments(section=section):
+        return training.make_optimizer(
+            steps, gradient_accumulation=accumulation, **settings.optimizer_arguments()
+        )
 
 
 def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs) -> None:
