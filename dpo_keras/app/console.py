@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -26,6 +25,7 @@ from rich.text import Text
 from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
+from dpo_keras.utils.deferred_imports import quiet_tensorflow
 from dpo_keras.utils.text import shortened, visible
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -262,36 +262,8 @@ def prepare_keras() -> None:
     """Import Keras on TensorFlow, without TensorFlow's start-up notices."""
     check_backend()
     os.environ["KERAS_BACKEND"] = "tensorflow"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with _quiet_start():
-        import tensorflow as tf
-
-        tf.config.list_physical_devices()
+    with quiet_tensorflow():
         import keras  # noqa: F401 (so that its own notices are held back too)
-
-
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Hold back what TensorFlow's C++ side prints before its log level is in force.
-
-    If the import fails, what it printed is the best explanation there is, and is shown.
-    """
-    if "tensorflow" in sys.modules or os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1"):
-        yield
-        return
-    sys.stderr.flush()
-    original = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(original, held.read())
-            raise
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
 
 
 _TYPES = {bool: "", int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}

@@ -121,8 +121,9 @@ def test_the_beginning_of_the_data_is_read_and_what_is_wrong_is_named_by_its_key
     messages.write_text(
         f'{{"prompt": {turns}, "chosen": {answer % "Hi"}, "rejected": {answer % "No"}}}\n'
     )
-    (problem,) = problems(gpt2_preset, "", f"data.path={columns}")
-    assert "data.path" in problem and "columns.jsonl" in problem
+    found = problems(gpt2_preset, "", f"data.path={columns}")
+    assert all("data.path" in problem and "columns.jsonl" in problem for problem in found)
+    assert any("column 'chosen' is missing" in problem for problem in found)
     (problem,) = problems(gpt2_preset, "", f"data.path={messages}")
     assert "data.template is needed" in problem and "messages.jsonl holds messages" in problem
     text = f"model: {{path: {gpt2_preset}}}\ndata: {{path: {messages}, template: chatml}}\n"

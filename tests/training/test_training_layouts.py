@@ -29,8 +29,9 @@ def test_auto_packs_where_every_model_can_and_says_once_why_not():
     for models in ([plain_model()], [policy, plain_model()]):
         fallen = choose_layout(models, buckets=3, row_length=64, note=heard.append)
         assert fallen == Layout("buckets", 3)
-    assert len(heard) == 2
+    assert len(heard) == 4
     assert heard[0].startswith("batching: buckets instead of packed rows, because Functional is no")
+    assert heard[1].startswith("warning: row_length has no effect with batching='buckets', got 64")
 
 
 def test_packed_is_refused_by_name_where_it_cannot_be():
@@ -38,6 +39,8 @@ def test_packed_is_refused_by_name_where_it_cannot_be():
         choose_layout([plain_model()], "packed")
     with pytest.raises(InputError, match="row_length has no effect with batching='buckets'"):
         choose_layout([plain_model()], "buckets", row_length=64)
+    with pytest.raises(InputError, match="buckets has no effect with batching='packed', got 2"):
+        choose_layout([gpt2(num_layers=1)], "packed", buckets=2)
     with pytest.raises(InputError, match="batching must be one of 'auto', 'packed', 'buckets'"):
         choose_layout([plain_model()], "pack")
 
