@@ -31,10 +31,15 @@ ALWAYS_READ = {
     "evaluation": {"max_new_tokens", "temperature", "batch_size"},  # dpo-keras generate, too
     "export": {"path", "signatures"},
 }
+DROPOUT = {"dropout": 0.1, "max_sequence_length": 1024}
 
 
 def config(**sections):
-    text = {"model": {"path": "some_preset"}, "data": {"path": "pairs.jsonl"}, **sections}
+    text = {
+        "model": {"path": "some_preset", "lora_rank": 4},
+        "data": {"path": "pairs.jsonl"},
+        **sections,
+    }
     return Config.model_validate(text, context={"from": "document"})
 
 
@@ -115,10 +120,10 @@ def test_every_other_choice_decides_alone(section):
         ({"data": {"path": "x", "held_out_path": "h", "split_by": "group"}}, "data.split_by"),
         ({"data": {"path": "x", "held_out_path": "h"}, "evaluation": {"prompts": 5}}, None),
         ({"evaluation": {"prompts": 0, "samples_shown": 2}}, "evaluation.samples_shown"),
-        ({"model": {"scratch": {"dropout": 0.1}}}, "model.scratch.dropout"),
-        ({"model": {"scratch": {"dropout": 0.1}}, "warmup": {}}, None),
+        ({"model": {"scratch": DROPOUT}}, "model.scratch.dropout"),
+        ({"model": {"scratch": DROPOUT}, "warmup": {}}, None),
         (
-            {"model": {"scratch": {"dropout": 0.1}}, "warmup": {}, "training": {"remat": True}},
+            {"model": {"scratch": DROPOUT}, "warmup": {}, "training": {"remat": True}},
             "model.scratch.dropout",
         ),
         ({"model": {"path": "m.keras", "dtype": "bfloat16"}}, "model.dtype"),

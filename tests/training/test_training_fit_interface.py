@@ -1,5 +1,7 @@
 """`fit` from Python: raw pairs are answered with how to make batches, and figures fit a line."""
 
+import re
+
 import numpy as np
 import pytest
 from tiny import pairs
@@ -44,10 +46,8 @@ def test_the_figures_of_an_epoch_fit_a_line(model, dataset, capsys, monkeypatch,
     monkeypatch.setenv("COLUMNS", str(columns))
     history = model.fit(dataset, validation_data=dataset, epochs=1, verbose=verbose).history
     printed = capsys.readouterr().out
-    plain = "".join(
-        part.partition("m")[2] if "m" in part else part for part in printed.split("\x1b")
-    )
-    lines = [line.replace("\b", "") for line in plain.replace("\r", "\n").splitlines()]
+    plain = re.sub("\x1b\\[[0-9;]*m|\b", "", printed)  # without colours and steps back
+    lines = [line for line in re.split("[\r\n]+", plain) if line.strip()]
     assert lines and max(map(len, lines)) <= columns
     assert "loss" in lines[-1] and {"chosen_logps", "val_loss", "kl"} <= history.keys()
     if verbose == 2:
