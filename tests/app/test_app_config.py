@@ -77,7 +77,7 @@ def test_all_problems_come_together_each_with_its_line_in_order():
         "  epoch: 3\n"
         "  batch_size: many\n"
         "  learning_rate: -1e-4\n"
-        "  strategy: mirored\n"
+        "  strategy: miror\n"
         "loss: {penalties: [nll]}\n"
         "export: yes\n"
     )
@@ -88,7 +88,7 @@ def test_all_problems_come_together_each_with_its_line_in_order():
         "c.yaml, line 8: training.batch_size must be a whole number, got many.",
         "c.yaml, line 9: training.learning_rate must be > 0, got -1e-4.",
         "c.yaml, line 10: training.strategy must be one of auto, one_device, mirrored, "
-        "multi_worker or tpu, got mirored; did you mean 'mirrored'?",
+        "multi_worker or tpu, got miror; did you mean 'mirrored'?",
         "c.yaml, line 11: loss.penalties must be a mapping, such as {name: 0.1}, got ['nll'].",
         "c.yaml, line 12: export must be a section: keys with values, got yes.",
         "override 'seed=-1': seed must be >= 0, got -1.",
