@@ -29,7 +29,7 @@ def test_help_losses_and_validate_answer_without_tensorflow(tmp_path):
         "heavy = [m for m in ('tensorflow', 'keras', 'keras_hub') if m in sys.modules];"
         "sys.exit(code or len(heavy))"
     )
-    checked = ["validate", "configs/hh_harmless.yaml", f"data.path={path}", "data.template=chatml"]
+    checked = ["validate", "configs/gpt2_lora.yaml", f"data.path={path}", "data.template=chatml"]
     for arguments in (["--help"], ["train", "--help"], ["--version"], ["losses"], checked):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
