@@ -112,7 +112,7 @@ def test_steps_records_optimizer_and_loggers_are_those_of_the_configuration(tmp_
     monkeypatch.setattr("dpo_keras.training.experiment_loggers.experiment_loggers", loggers)
     heard = Heard()
     context = Context(
-        config(**settings, clip_norm=1e-12, batching="packed"),
+        config(**settings, clip_norm=1e-12, batching="buckets", buckets=1),
         RunDirectory(tmp_path),
         False,
         heard,
