@@ -106,12 +106,6 @@ WARMUP = "a warmup section; preference training runs without dropout"
 DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("model.scratch.dropout", "warmup", lambda warmup: warmup is not None, WARMUP),
     Dependency("model.scratch.dropout", "training.remat", _one_of(False), "training.remat: false"),
-    Dependency(
-        "model.dtype",
-        "model.path",
-        lambda path: path is None or not path.endswith(".keras"),
-        "another model.path; a .keras file keeps the dtype that it was saved with",
-    ),
     Dependency("data.format", "data", _are_files, "a file in data.path", outside=True),
     Dependency("data.columns", "data", _have_records, RECORDS, outside=True),
     Dependency("data.on_error", "data", _have_records, RECORDS, outside=True),

@@ -25,6 +25,7 @@ from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
+from dpo_keras.training.fit_interface import check_counts
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON
@@ -87,8 +88,7 @@ def choose_layout(
         note: called with the reason for falling back, and with an option that has no effect then.
 
     Raises:
-        InputError: an unknown name; "packed" where it is not possible; a row length for buckets, or
-            buckets for packed rows.
+        InputError: an unknown name; "packed" where it is impossible; an option of the other layout.
 
     Example:
         >>> plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
@@ -229,10 +229,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        counts = {name: getattr(self, name) for name in ("max_steps", "log_every")}
-        wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
-        if wrong:
-            raise InputError([InputProblem(name, "must be >= 1", wrong[name]) for name in wrong])
+        check_counts(max_steps=self.max_steps, log_every=self.log_every)
 
 
 def _layout(

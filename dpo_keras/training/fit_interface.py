@@ -52,6 +52,15 @@ def check_batches(given: object, argument: str = "x") -> None:
     raise InputError(InputProblem(argument, rule, hint=hint))
 
 
+def check_counts(**counts: int | None) -> None:
+    """Refuse counts of steps below 1; None asks for nothing."""
+    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise InputError(
+            [InputProblem(name, "must be >= 1", count) for name, count in wrong.items()]
+        )
+
+
 def _is_record(value: object) -> bool:
     return isinstance(value, Mapping) and "chosen" in value
 

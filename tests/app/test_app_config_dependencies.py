@@ -16,7 +16,7 @@ from dpo_keras.training import choose_layout, make_optimizer
 ALWAYS_READ = {
     "": {"name", "output", "seed", "model", "data", "warmup", "loss", "training", "evaluation"}
     | {"export"},
-    "model": {"path", "scratch", "lora_rank"},
+    "model": {"path", "scratch", "dtype", "lora_rank"},
     "model.scratch": {"family", "vocabulary_size", "num_layers", "num_heads", "hidden_dim"}
     | {"intermediate_dim", "max_sequence_length"},
     "data": {"path", "held_out", "held_out_path", "template", "max_length", "overlength", "limit"},
@@ -126,7 +126,6 @@ def test_every_other_choice_decides_alone(section):
             {"model": {"scratch": DROPOUT}, "warmup": {}, "training": {"remat": True}},
             "model.scratch.dropout",
         ),
-        ({"model": {"path": "m.keras", "dtype": "bfloat16"}}, "model.dtype"),
         ({"data": {"path": "x", "data_dir": "d"}}, "data.data_dir"),
         ({"data": {"path": "tfds:a:train", "data_dir": "d"}}, None),
         ({"export": {"top_p": 0.5}}, "export.top_p"),

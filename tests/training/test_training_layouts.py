@@ -19,6 +19,7 @@ from dpo_keras.training import (
     train_preferences,
     warm_up,
 )
+from dpo_keras.training.fit import RunOptions
 from dpo_keras.training.supervised_model import chosen_alone
 
 
@@ -52,6 +53,8 @@ def test_packed_is_refused_by_name_where_it_cannot_be():
         ("batching", lambda: choose_layout([plain_model()], "pack")),
         ("row_length", lambda: choose_layout([plain_model()], "buckets", row_length=64)),
         ("every", lambda: callbacks.SyncReference(every=0)),
+        ("max_steps", lambda: RunOptions(max_steps=0)),
+        ("log_every", lambda: RunOptions(log_every=0)),
         ("keep", lambda: callbacks.RunCheckpoint("checkpoints", keep=0)),
         ("schedule", lambda: make_optimizer(5, schedule="cosin")),
         ("strategy", lambda: strategy("miror")),
