@@ -157,7 +157,9 @@ def _loss_is_accepted(loss: Loss) -> Iterator[InputProblem]:
         yield InputProblem(f"loss.{name}", f"is not a known key; {hint}")
     arguments = loss.arguments()
     for problem in check_arguments(
-        *(arguments[name] for name in ("loss_type", "beta", "label_smoothing")),
+        arguments["loss_type"],
+        loss.beta,
+        loss.label_smoothing,
         penalties=list(loss.penalties.items()),
         loss_weights=loss.weights,
         reduction=None,

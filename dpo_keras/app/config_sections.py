@@ -241,8 +241,8 @@ class Optimization(Section):
 
     def optimizer_arguments(self) -> dict[str, JSON]:
         """Return the keyword arguments of `dpo_keras.training.make_optimizer`."""
-        names = ("optimizer", "optimizer_options", "learning_rate", "schedule", "schedule_options")
-        names += ("warmup_fraction", "weight_decay", "clip_norm")
+        names = ["optimizer", "optimizer_options", "learning_rate", "schedule", "schedule_options"]
+        names += ["warmup_fraction", "weight_decay", "clip_norm"]
         return {name: getattr(self, name) for name in names}
 
 

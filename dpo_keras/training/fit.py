@@ -98,7 +98,7 @@ def choose_layout(
     if batching not in get_args(BatchingChoice):
         names = ", ".join(map(repr, get_args(BatchingChoice)))
         raise InputError(InputProblem("batching", f"must be one of {names}", batching))
-    given = {"buckets": buckets, "row_length": row_length}
+    given: dict[str, Any] = {"buckets": buckets, "row_length": row_length}
     given = {name: value for name, value in given.items() if value is not None}
     obstacles = [] if batching == "buckets" else map(packing_obstacle, models)
     reason = next((why for why in obstacles if why is not None), None)

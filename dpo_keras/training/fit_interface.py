@@ -35,7 +35,8 @@ def check_batches(given: object, argument: str = "x") -> None:
         InputError: preference pairs, records, a path, or batches without the tensors of `Batch`.
     """
     first = given[0] if isinstance(given, list | tuple) and given else given
-    raw = Preferences | StoredPreferences | PreferencePair | TokenizedPairs | str | os.PathLike
+    raw: tuple[type, ...] = (Preferences, StoredPreferences, PreferencePair, TokenizedPairs)
+    raw += (str, os.PathLike)
     is_frame = type(given).__name__ in ("DataFrame", "Dataset") and hasattr(given, "columns")
     columns = getattr(given, "element_spec", None)
     if isinstance(first, raw) or is_frame or _is_record(first):

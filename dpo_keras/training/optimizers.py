@@ -69,7 +69,8 @@ def make_optimizer(  # noqa: PLR0913 (keyword options, one for each of the confi
     rising = int(round(steps * warmup_fraction))
     rate = _rate(learning_rate, schedule, schedule_options or {}, max(steps - rising, 1))
     if rising:
-        peak = learning_rate if schedule in SCHEDULES else float(rate(0))
+        begins = schedule not in SCHEDULES and callable(rate)
+        peak = float(rate(0)) if begins else learning_rate
         rate = _Rise(rate, peak, rising)
     accumulation = gradient_accumulation if gradient_accumulation > 1 else None
     ours = {
