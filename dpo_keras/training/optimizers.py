@@ -69,8 +69,9 @@ def make_optimizer(  # noqa: PLR0913 (keyword options, one for each of the confi
     rising = int(round(steps * warmup_fraction))
     rate = _rate(learning_rate, schedule, schedule_options or {}, max(steps - rising, 1))
     if rising:
-        begins = schedule not in SCHEDULES and callable(rate)
-        peak = float(rate(0)) if begins else learning_rate
+        peak = learning_rate
+        if isinstance(rate, Schedule) and schedule not in SCHEDULES:
+            peak = float(rate(0))  # Keras' own may begin elsewhere
         rate = _Rise(rate, peak, rising)
     accumulation = gradient_accumulation if gradient_accumulation > 1 else None
     ours = {
