@@ -67,11 +67,10 @@ def make_optimizer(  # noqa: PLR0913 (keyword options, one for each of the confi
     """
     kind = _named("optimizer", optimizer, _keras_classes(keras.optimizers, "Optimizer"))
     rising = int(round(steps * warmup_fraction))
-    rate = _rate(learning_rate, schedule, schedule_options or {}, max(steps - rising, 1))
+    rate: Any = _rate(learning_rate, schedule, schedule_options or {}, max(steps - rising, 1))
     if rising:
-        peak = learning_rate
-        if isinstance(rate, Schedule) and schedule not in SCHEDULES:
-            peak = float(rate(0))  # Keras' own may begin elsewhere
+        # Keras' own schedules may begin elsewhere than at the learning rate.
+        peak = learning_rate if schedule in SCHEDULES else float(rate(0))
         rate = _Rise(rate, peak, rising)
     accumulation = gradient_accumulation if gradient_accumulation > 1 else None
     ours = {
