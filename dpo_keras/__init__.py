@@ -29,9 +29,12 @@ The method is that of Rafailov et al. (arXiv 2305.18290). Subpackages are import
 `cluster` is no stage: it holds together the processes that train one model.
 """
 
+import contextlib
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
+from dpo_keras.utils.deferred_imports import quiet_tensorflow
 from dpo_keras.version import __version__
 
 _HOME = {
@@ -67,6 +70,8 @@ _STAGES = {
     "serving",
     "training",
 }
+
+_TENSORFLOW_STAGES = {"scoring", "training", "evaluation", "serving"}
 
 if TYPE_CHECKING:
     from dpo_keras.batching import preference_dataset, tokenize_pairs
@@ -115,13 +120,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that reading preferences never waits for TensorFlow and losses run on any backend.
-    if name == "callbacks":
-        return importlib.import_module("dpo_keras.training.callbacks")
-    if name in _STAGES:
-        return importlib.import_module(f"dpo_keras.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'dpo_keras' has no attribute {name!r}")
+    home = "dpo_keras.training.callbacks" if name == "callbacks" else _HOME.get(name)
+    home = f"dpo_keras.{name}" if name in _STAGES else home
+    if home is None:
+        raise AttributeError(f"module 'dpo_keras' has no attribute {name!r}")
+    on_tensorflow = os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow"
+    quiet = on_tensorflow and home.split(".")[1] in _TENSORFLOW_STAGES
+    with quiet_tensorflow() if quiet else contextlib.nullcontext():
+        module = importlib.import_module(home)
+    return getattr(module, name) if name in _HOME else module
 
 
 def __dir__() -> list[str]:

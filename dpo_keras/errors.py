@@ -46,7 +46,7 @@ class InputProblem(str):
         text = f"{argument}{'' if rule.startswith(':') else ' '}{rule}" if argument else rule
         if value is not _NO_VALUE:
             text += f", got {value!r}"
-        if argument and not text.endswith((".", "?")):
+        if argument and not text.endswith((".", "?", ":")):
             text += "."
         problem = super().__new__(cls, f"{text} {hint}" if hint else text)
         problem.argument, problem.rule, problem.value, problem.hint = argument, rule, value, hint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from dpo_keras.app.config import Config, load_config, read_text
-from dpo_keras.app.console import Progress, Silent
+from dpo_keras.app.console import Progress, Silent, check_output
 from dpo_keras.app.models import load_model
 from dpo_keras.app.run_directory import open_run
 from dpo_keras.errors import InputError, InputProblem
@@ -72,6 +72,7 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
     seed: int | None = None,
     limit: int | None = None,
     output: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, JSON]]:
     """Sample several responses to each prompt: `{"prompt", "responses", "makers"}` of each.
@@ -79,8 +80,10 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
     A maker is the policy (a run or a configuration), the settings and the seed of its response;
     candidate n is sampled with seed + n. All policies and temperatures take turns. Empty responses,
     and those that equal another one of their prompt, are drawn again three times, then left out, as
-    are prompts left without two responses. None stands for what the configuration says.
+    are prompts left without two responses. None stands for what the configuration says. An `output`
+    that exists is an error, unless it may be overwritten.
     """
+    check_output(output, overwrite)
     progress = progress or Silent()
     records = read_prompts(Path(prompts), limit)
     makers = list(_makers([config, *compare], overrides, max_new_tokens, temperature, top_p))

@@ -15,9 +15,13 @@ from dpo_keras.app.config import build_config, config_document, given_text
 from dpo_keras.app.console import (
     AsJson,
     Debug,
+    Force,
     Progress,
     Silent,
     TerminalProgress,
+    check_backend,
+    check_output,
+    plain_types,
     prepare_keras,
     reporting,
     working,
@@ -110,8 +114,8 @@ def train(
         read_tf_config()  # a wrong one is refused before anybody waits for TensorFlow
         document = config_document(config, overrides or ())
         given = given_text(config, overrides or ())
-        prepare_keras()
         settings = build_config(document, outside=True)
+        prepare_keras()
         cluster, stop = runs.cluster_of(settings), StopRequest()
         chief = cluster is None or cluster.is_chief
         with stop.signals(), TerminalProgress(terminal.log) as shown:
@@ -134,10 +138,11 @@ def validate(
 ) -> None:
     """Check a configuration: every error at once, or the resolved configuration."""
     with reporting(as_json, debug) as terminal:
-        document = config_document(config, overrides or ())
-        prepare_keras()
-        settings = build_config(document, outside=True)
+        check_backend()
+        settings = build_config(config_document(config, overrides or ()), outside=True)
         terminal.result(settings.model_dump(mode="json"), settings.resolved().rstrip())
+        for warning in settings.warnings():
+            terminal.say(f"warning: {warning}")
         terminal.say(f"{config} is valid.")
 
 
@@ -188,11 +193,13 @@ def generate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use this many prompts at most.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write candidate responses for people to compare: two or more for each prompt."""
     with reporting(as_json, debug) as terminal:
+        check_output(output, force, "--output")  # before anybody waits for TensorFlow
         with working(terminal) as progress:
             candidates = runs.generate(
                 config,
@@ -206,6 +213,7 @@ def generate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
                 seed=seed,
                 limit=limit,
                 output=output,
+                overwrite=force,
                 progress=progress,
             )
         terminal.result({"candidates": candidates}, *views.candidate_views(candidates))
@@ -234,7 +242,6 @@ def export(
 def losses(as_json: AsJson = False, debug: Debug = False) -> None:
     """List the objectives that loss.type takes."""
     with reporting(as_json, debug) as terminal:
-        prepare_keras()
         rows = views.loss_rows()
         terminal.result({"losses": rows}, *views.loss_views(rows))
 
@@ -325,8 +332,9 @@ def _renaming(columns: Sequence[str]) -> Mapping[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on the words after `dpo-keras`, and return the exit code."""
+    command = plain_types(typer.main.get_command(app))
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="dpo-keras")
+        command(args=None if arguments is None else list(arguments), prog_name="dpo-keras")
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(bool(done.code))
     return 0

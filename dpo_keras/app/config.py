@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules
+from dpo_keras.app.config_dependencies import unread_options
+from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules, config_warnings
 from dpo_keras.app.config_sections import (
     Data,
     Evaluation,
@@ -28,11 +36,14 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import did_you_mean, nearest, shortened
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_FROM_DOCUMENT = {"from": "document"}
+
 
 class Config(Section):
     """All that `dpo-keras train` needs to know."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = key(
+    name: Annotated[str, Field(pattern=NAME)] = key(
         "run", "of the run: letters, digits, `.`, `_` and `-`; a file's default is its stem"
     )
     output: str | None = key(None, "the run's directory; null: `runs/<name>`")
@@ -67,6 +78,14 @@ class Config(Section):
     def _broken_rules(self) -> Iterator[InputProblem]:
         return broken_rules(self.sections())
 
+    @model_validator(mode="after")
+    def _check_that_all_is_read(self, info: ValidationInfo) -> Self:
+        # `build_config` asks by itself, beside the problems of sections that are not valid.
+        problems = [] if info.context == _FROM_DOCUMENT else list(unread_options(self.sections()))
+        if problems:
+            raise InputError(problems)
+        return self
+
     def sections(self) -> dict[str, JSON]:
         """Return the values of the top-level keys: models for sections, not dicts."""
         return {name: getattr(self, name) for name in type(self).model_fields}
@@ -76,6 +95,10 @@ class Config(Section):
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
         )
+
+    def warnings(self) -> list[str]:
+        """Name what is allowed and most likely a mistake."""
+        return list(config_warnings(self.warmup, self.training))
 
     def differences(self, other: Config) -> list[str]:
         """Name the keys in which two configurations differ, `output` aside: `key is A, was B`."""
@@ -110,23 +133,30 @@ def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document
     return document
 
 
-def build_config(document: Document, *, outside: bool = False) -> Config:
-    """Report all that is wrong with a document at once; `outside` adds `OUTSIDE_RULES` (Keras)."""
+def build_config(document: Document, *, outside: bool = False, stored: bool = False) -> Config:
+    """Report all that is wrong with a document at once.
+
+    `outside` adds `OUTSIDE_RULES`. A `stored` configuration was checked by the version that wrote
+    it, which may have accepted an option without effect.
+    """
     if not document.readable:
         raise InputError(document.problems)
     found: list[InputProblem] = []
     config = None
     try:
-        config = Config.model_validate(document.tree)
+        config = Config.model_validate(document.tree, context=_FROM_DOCUMENT)
         sections = config.sections()
     except ValidationError as error:
         found += _explained(error)
         failed = {item["loc"][0] for item in error.errors() if item["loc"]}
+        sections = _valid_sections(document.tree, failed)
         # Rules over several sections are among pydantic's errors only where each section is valid.
-        sections = _valid_sections(document.tree, failed) if failed else {}
-        found += broken_rules(sections)
+        found += broken_rules(sections) if failed else ()
+    if not stored:
+        found += unread_options(sections)
     if outside:
         found += broken_rules(sections, OUTSIDE_RULES)
+        found += unread_options(sections, outside=True)
     if document.problems or found or config is None:
         raise InputError([*document.problems, *_placed(found, document)])
     return config
@@ -147,12 +177,13 @@ def parse_config(
     *,
     source: str = "<configuration>",
     outside: bool = False,
+    stored: bool = False,
 ) -> Config:
-    """Read a configuration from YAML text, as `load_config` from a file."""
+    """Read a configuration from YAML text, as `load_config` from a file; see `build_config`."""
     document = read_document(text, source)
     for override in overrides:
         document.override(override)
-    return build_config(document, outside=outside)
+    return build_config(document, outside=outside, stored=stored)
 
 
 # Paths are relative to the current directory: a file and the command line mean the same by them.
@@ -189,12 +220,43 @@ _RULES: Mapping[str, str] = {
     "string_too_short": "must not be empty",
     "list_type": "must be a list, such as [a, b]",
     "dict_type": "must be a mapping, such as {{name: 0.1}}",
-    "greater_than": "must be > {gt:g}",
-    "greater_than_equal": "must be >= {ge:g}",
-    "less_than": "must be < {lt:g}",
-    "less_than_equal": "must be <= {le:g}",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
     "literal_error": "must be one of {expected}",
     "too_short": "must have at least {min_length} item(s)",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "string_unicode": "must be text of Unicode characters",
+    "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-', the first a letter or a "
+    "digit",  # NAME, the only pattern
+}
+# What other trainers call a key.
+_OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("lr", "learning_rates", "max_learning_rate"), "learning_rate"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("per_device_train_batch_size", "train_batch_size", "bs"), "batch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum"), "gradient_accumulation"),
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "clipnorm", "global_clipnorm"), "clip_norm"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup_fraction"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "lr_schedule"), "schedule"),
+    **dict.fromkeys(("lr_scheduler_kwargs", "schedule_args"), "schedule_options"),
+    **dict.fromkeys(("optim", "optimizer_name"), "optimizer"),
+    **dict.fromkeys(("optim_args", "optimizer_args"), "optimizer_options"),
+    **dict.fromkeys(("logging_steps", "log_freq"), "log_every"),
+    **dict.fromkeys(("eval_steps", "validation_freq"), "evaluate_every"),
+    **dict.fromkeys(("save_steps", "save_freq"), "checkpoint_every"),
+    **dict.fromkeys(("report_to", "trackers"), "loggers"),
+    **dict.fromkeys(("save_total_limit", "max_to_keep"), "keep_checkpoints"),
+    **dict.fromkeys(("max_seq_length", "max_sequence_len"), "max_length"),
+    **dict.fromkeys(("gradient_checkpointing", "rematerialization"), "remat"),
+    **dict.fromkeys(("output_dir", "run_dir"), "output"),
+    **dict.fromkeys(("loss_type", "objective"), "type"),
+    **dict.fromkeys(("ref_model", "reference_model"), "reference"),
+    **dict.fromkeys(("lora_r", "lora"), "lora_rank"),
+    **dict.fromkeys(("packing", "padding_free"), "batching"),
+    "truncation_mode": "overlength",
+    "chat_template": "template",
 }
 
 
@@ -228,6 +290,8 @@ def _broken_rule(item: ErrorDetails) -> str:
     context = {
         name: value.replace("'", "").replace("True", "true").replace("False", "false")
         if isinstance(value, str)
+        else f"{value:g}"
+        if isinstance(value, float)
         else value
         for name, value in item.get("ctx", {}).items()
     }
@@ -254,7 +318,8 @@ def keys_of(model: type[BaseModel], section: str = "") -> dict[str, list[str]]:
 
 def _known_key(location: tuple[str | int, ...]) -> str:
     """Suggest the right key for an unknown one: here, then in other sections."""
-    *parents, key = location
+    *parents, given = location
+    key = _OTHER_NAMES.get(str(given), given)
     section, sections = dotted(parents), keys_of(Config)
     everywhere = [
         (name, dotted(filter(None, (where, name))))
@@ -263,6 +328,8 @@ def _known_key(location: tuple[str | int, ...]) -> str:
     ]
     here = {name: dotted(filter(None, (section, name))) for name in sections.get(section, [])}
     same = [full for name, full in everywhere if name == key]
+    if key in here:
+        return f"did you mean {here[key]}?"
     if near := nearest(key, here, 0.75):
         return f"did you mean {here[near]}?"
     if same:

@@ -11,17 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_keras.app.config_dependencies import OUR_SCHEDULES, reads_reference
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
 from dpo_keras.app.models import source_problem
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences import Preferences, read_preferences
 from dpo_keras.preferences.record_stream import Reading
 from dpo_keras.preferences.stored_preferences import MANIFEST, is_built
 from dpo_keras.preferences.tfds_source import parse_name
 from dpo_keras.utils import JSON
+from dpo_keras.utils.deferred_imports import missing_package
 from dpo_keras.utils.text import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from dpo_keras.losses import DPOLoss
+
+FIRST_RECORDS = 20
 
 # Rules yield problems, or raise an `InputError` of them.
 Rule = Callable[..., Iterable[InputProblem]]
@@ -94,7 +99,7 @@ def _responses_fit(
 ) -> Iterator[InputProblem]:
     for name, sampling in (("evaluation", evaluation), ("export", export)):
         if sampling is not None and sampling.max_new_tokens >= data.max_length:
-            rule = f"must be < data.max_length ({data.max_length}), for the prompt needs room too"
+            rule = f"must be < data.max_length ({data.max_length}): the prompt needs room too"
             yield InputProblem(f"{name}.max_new_tokens", rule, sampling.max_new_tokens)
 
 
@@ -142,8 +147,7 @@ def build_loss(loss: Loss) -> DPOLoss:
 
 
 def _loss_is_accepted(loss: Loss) -> Iterator[InputProblem]:
-    from dpo_keras.losses import DPOLoss
-    from dpo_keras.losses.options import OPTIONS
+    from dpo_keras.losses.options import OPTIONS, check_arguments
 
     known = [*type(loss).model_fields, *OPTIONS]
     unknown = [name for name in loss.model_extra or {} if name not in OPTIONS]
@@ -151,18 +155,21 @@ def _loss_is_accepted(loss: Loss) -> Iterator[InputProblem]:
         near = nearest(name, known)
         hint = f"did you mean loss.{near}?" if near else f"known are {', '.join(known)}."
         yield InputProblem(f"loss.{name}", f"is not a known key; {hint}")
-    with keys_for_arguments(section="loss", key="loss"):
-        DPOLoss(**{name: v for name, v in loss.arguments().items() if name not in unknown})
+    arguments = loss.arguments()
+    for problem in check_arguments(
+        arguments["loss_type"],
+        loss.beta,
+        loss.label_smoothing,
+        penalties=list(loss.penalties.items()),
+        loss_weights=loss.weights,
+        reduction=None,
+        options={name: v for name, v in (loss.model_extra or {}).items() if name not in unknown},
+    ):
+        yield with_key(problem, section="loss", key="loss")
 
 
 def _loss_has_its_reference(loss: Loss, reference: str) -> Iterator[InputProblem]:
-    if reference != "none":
-        return
-    try:
-        needed = build_loss(loss).needs_reference
-    except InputError:
-        return
-    if needed:
+    if reference == "none" and reads_reference(loss):
         rule = f"must not be none, for loss.type {'+'.join(loss.type)} needs a reference; choose"
         rule += " auto, or a loss without one (dpo-keras losses lists them)."
         yield InputProblem("reference", rule)
@@ -190,6 +197,29 @@ def _file_problems(name: str, key: str) -> Iterator[InputProblem]:
         yield InputProblem(key, f"names {name}, which does not exist; give a file.")
 
 
+def _first_records_are_pairs(data: Data) -> Iterator[InputProblem]:
+    """Read the beginning of each file: wrong columns and formats are found before a run begins."""
+    for key in ("path", "held_out_path"):
+        for name in getattr(data, key) or ():
+            if Path(name).is_file():
+                with keys_for_arguments(key=f"data.{key}", paths=f"data.{key}"):
+                    pairs = read_preferences(
+                        name,
+                        limit=FIRST_RECORDS,
+                        format=data.format,
+                        on_error=data.on_error,
+                        columns=data.columns,
+                    )
+                yield from _messages_have_a_template(data, name, pairs)
+
+
+def _messages_have_a_template(data: Data, name: str, pairs: Preferences) -> Iterator[InputProblem]:
+    texts = (text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
+    if data.template is None and not all(isinstance(text, str) for text in texts):
+        rule = f"is needed: {name} holds messages, which a chat template makes text of. Give the"
+        yield InputProblem("data.template", f"{rule} model's own directory, or a template's name.")
+
+
 def _model_exists(model: Model) -> Iterator[InputProblem]:
     if model.path is not None and (problem := source_problem(model.path)):
         yield InputProblem("model.path", problem)
@@ -210,11 +240,48 @@ def _template_exists(data: Data) -> Iterable[InputProblem]:
     return ()
 
 
+def _optimizer_is_accepted(section: Warmup | Training | None, name: str) -> Iterator[InputProblem]:
+    if section is None or (
+        section.optimizer == "adamw"
+        and not section.optimizer_options
+        and section.schedule in OUR_SCHEDULES
+    ):
+        return  # Keras, which knows all others, takes seconds to import
+    from dpo_keras.training.optimizers import make_optimizer
+
+    with keys_for_arguments(section=name):
+        make_optimizer(100, **section.optimizer_arguments())
+    yield from ()
+
+
+def _loggers_are_installed(training: Training) -> Iterator[InputProblem]:
+    for name in training.loggers:
+        if problem := missing_package(name, extra=name):
+            yield InputProblem("training.loggers", problem)
+
+
 OUTSIDE_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data",), _files_exist),
+    (("data",), _first_records_are_pairs),
     (("data",), _template_exists),
     (("model",), _model_exists),
     (("reference",), _reference_exists),
     (("loss",), _loss_is_accepted),
     (("loss", "reference"), _loss_has_its_reference),
+    (("warmup",), lambda section: _optimizer_is_accepted(section, "warmup")),
+    (("training",), lambda section: _optimizer_is_accepted(section, "training")),
+    (("training",), _loggers_are_installed),
 )
+
+HIGHEST_RATE = 0.1
+
+
+def config_warnings(warmup: Warmup | None, training: Training) -> Iterator[str]:
+    """Yield what is allowed and most likely a mistake."""
+    for name, section in (("warmup", warmup), ("training", training)):
+        if section is not None and section.learning_rate > HIGHEST_RATE:
+            yield (
+                f"{name}.learning_rate is {section.learning_rate:g}; above {HIGHEST_RATE} a policy "
+                "loses what it has learnt. Usual are 1e-7 to 1e-4, with adapters or from scratch "
+                "up to 1e-3."
+            )

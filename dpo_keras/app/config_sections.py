@@ -46,12 +46,15 @@ Strategy = Annotated[
     Literal["auto", "one_device", "mirrored", "multi_worker", "tpu"],
     BeforeValidator(_strategy_of_keras_3),
 ]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Arguments = Annotated[dict[str, JSON], BeforeValidator(guess_types)]
+Logger = Literal["mlflow", "wandb"]
+Loggers = Annotated[list[Logger], BeforeValidator(_as_list)]
 
 
 def key(default: JSON, meaning: str) -> JSON:
@@ -82,17 +85,17 @@ class Scratch(Section):
     """A policy with random weights, and a byte-level BPE tokenizer made of the training pairs."""
 
     family: Literal["gpt2", "llama"] = key("gpt2", "architecture; each has its KerasHub classes")
-    vocabulary_size: Annotated[int, Field(ge=300)] = key(
+    vocabulary_size: Annotated[int, Field(ge=300, lt=2**31)] = key(
         4096, "the most tokens, the 256 bytes and the special tokens among them"
     )
     num_layers: Count = key(4, "transformer blocks")
     num_heads: Count = key(4, "attention heads of a block")
     hidden_dim: Count = key(256, "width of the hidden states")
     intermediate_dim: Count = key(1024, "width of the feed-forward layers")
-    max_sequence_length: Annotated[int, Field(ge=8)] = key(
+    max_sequence_length: Annotated[int, Field(ge=8, lt=2**31)] = key(
         512, "the longest text (prompt and response) in tokens"
     )
-    dropout: Fraction = key(0.0, "share of values dropped in training")
+    dropout: Fraction = key(0.0, "share of values dropped in the warm-up")
 
     def _broken_rules(self) -> Iterator[InputProblem]:
         width, left = divmod(self.hidden_dim, self.num_heads)
@@ -160,7 +163,9 @@ class Data(Section):
         "chat template: a name, a Jinja file, or a Hugging Face checkpoint directory. null "
         "takes prompts and responses as they are, and refuses messages",
     )
-    max_length: Annotated[int, Field(ge=4)] = key(1024, "the longest prompt + response in tokens")
+    max_length: Annotated[int, Field(ge=4, lt=2**31)] = key(
+        1024, "the longest prompt + response in tokens"
+    )
     overlength: Literal["truncate", "drop", "error"] = key(
         "truncate", "what happens to longer pairs"
     )
@@ -223,21 +228,33 @@ class Optimization(Section):
     """What any training needs."""
 
     epochs: Count = key(1, "passes over the training pairs")
+    max_steps: Count | None = key(None, "end after this many steps; null: after the epochs")
     batch_size: Count = key(8, "pairs per step, over all replicas")
-    learning_rate: Positive = key(5e-6, "of AdamW, at its highest")
-    schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "of the rate after its rise"
+    optimizer: str = key("adamw", "any of Keras' optimizers by its name")
+    optimizer_options: Arguments = key({}, "its further arguments, such as `{beta_2: 0.98}`")
+    learning_rate: Positive = key(5e-6, "of the optimizer, at its highest")
+    schedule: str = key(
+        "constant", "of the rate after its rise: constant, linear, cosine, or one of Keras' by name"
+    )
+    schedule_options: Arguments = key(
+        {}, "arguments of one of Keras' schedules, such as `{decay_rate: 0.9}`"
     )
     warmup_fraction: Fraction = key(0.0, "share of the steps in which the rate rises from 0")
-    weight_decay: NotNegative = key(0.0, "of AdamW")
+    weight_decay: NotNegative = key(0.0, "of the optimizer")
     clip_norm: Positive | None = key(1.0, "bound on the norm of the whole gradient; null for none")
+
+    def optimizer_arguments(self) -> dict[str, JSON]:
+        """Return the keyword arguments of `dpo_keras.training.make_optimizer`."""
+        names = ["optimizer", "optimizer_options", "learning_rate", "schedule", "schedule_options"]
+        names += ["warmup_fraction", "weight_decay", "clip_norm"]
+        return {name: getattr(self, name) for name in names}
 
 
 class Warmup(Optimization):
     """Supervised warm-up on the chosen responses, before preference training."""
 
     batch_size: Count = key(16, "texts per step, over all replicas")
-    learning_rate: Positive = key(2e-5, "of AdamW, at its highest")
+    learning_rate: Positive = key(2e-5, "of the optimizer, at its highest")
 
 
 class ReferenceSync(Section):
@@ -257,6 +274,8 @@ class Training(Optimization):
     worker_timeout: Positive = key(300.0, "seconds to wait at the start for workers of TF_CONFIG")
     evaluate_every: Count | None = key(None, "steps between evaluations; null: once per epoch")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; null: once per epoch")
+    log_every: Count = key(1, "steps between records in `metrics.jsonl` and in `loggers`")
+    loggers: Loggers = key([], "`mlflow`, `wandb`: report the training there too")
     keep_checkpoints: Count = key(2, "how many of the newest are kept")
     batching: Literal["auto", "packed", "buckets"] = key(
         "auto",
@@ -272,13 +291,6 @@ class Training(Optimization):
     )
     sync_reference: ReferenceSync | None = key(None, "how the reference moves; null: it does not")
 
-    def _broken_rules(self) -> Iterator[InputProblem]:
-        if self.batching == "buckets" and self.row_length is not None:
-            rule = (
-                f"has no effect with batching: buckets, got {self.row_length}; set it to null, or"
-            )
-            yield InputProblem("row_length", f"{rule} choose batching: auto or packed.")
-
 
 class Sampling(Section):
     """How responses are sampled."""
@@ -286,11 +298,6 @@ class Sampling(Section):
     max_new_tokens: Count = key(64, "the longest response in tokens")
     temperature: NotNegative = key(1.0, "0 takes the likeliest token")
     top_p: TopP = key(1.0, "share of the probability that is sampled from")
-
-    def _broken_rules(self) -> Iterator[InputProblem]:
-        if self.top_p < 1 and self.temperature == 0:
-            rule = "has no effect at temperature 0, which takes the likeliest token, got"
-            yield InputProblem("top_p", f"{rule} {self.top_p}; give a temperature, or leave top_p.")
 
 
 class Evaluation(Sampling):

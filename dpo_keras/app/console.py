@@ -6,26 +6,31 @@ import errno
 import json
 import os
 import sys
-import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Protocol, Self
+from pathlib import Path
+from typing import Annotated, Any, Protocol, Self, get_args, get_type_hints
 
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from dpo_keras.cluster import ClusterError, RunStopped
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.text import shortened
+from dpo_keras.utils.deferred_imports import quiet_tensorflow
+from dpo_keras.utils.text import shortened, visible
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
 
 # 75 is EX_TEMPFAIL of sysexits.h: try again.
 DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -99,7 +104,7 @@ class TerminalProgress:
     def note(self, text: str) -> None:
         """Print text, indented under the stage."""
         for line in text.splitlines():
-            self.console.print(f"  {line}", markup=False)
+            print_wrapped(self.console, Text(line), indent=2)
 
     def advance(self, done: int, total: int | None, **values: float) -> None:
         """Move the bar, or print a line if the last one is long ago."""
@@ -116,6 +121,14 @@ class TerminalProgress:
             self._said = now
             of = f" of {total}" if total else ""
             self.console.print(f"  {done}{of}  {figures}".rstrip(), markup=False)
+
+
+def print_wrapped(console: Console, text: Text, indent: int = 0) -> None:
+    """Print a line: on a terminal between its margins, elsewhere unbroken."""
+    if console.is_terminal:
+        console.print(Padding(text, (0, 0, 0, indent)))
+    else:
+        console.print(Text(" " * indent) + text)
 
 
 class Terminal:
@@ -137,12 +150,13 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a message for people, as it is, on stderr."""
-        self.log.print(text, markup=False)
+        print_wrapped(self.log, Text(text))
 
     def fail(self, code: int, problems: list[str]) -> None:
         """Print what went wrong: for people on stderr, with `--json` also on stdout."""
+        problems = [visible(problem) for problem in problems]  # as a terminal can show it
         for problem in problems:
-            self.log.print(f"[bold red]error:[/bold red] {escape(problem)}", soft_wrap=True)
+            print_wrapped(self.log, Text.assemble(("error:", "bold red"), " ", problem))
         if self.as_json:
             self.result({"error": {"kind": _KINDS.get(code, "failed"), "problems": problems}})
 
@@ -161,7 +175,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
     terminal = Terminal(as_json)
     problems: list[str]
     try:
-        yield terminal
+        with _plain_warnings(terminal):
+            yield terminal
         return
     except (typer.Exit, typer.Abort):
         raise
@@ -179,6 +194,38 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Terminal]:
         traceback.print_exc()
     terminal.fail(code, problems)
     raise typer.Exit(code)
+
+
+@contextmanager
+def _plain_warnings(terminal: Terminal) -> Iterator[None]:
+    """Print Python's warnings as messages, without the line of code that gave them."""
+    original = warnings.showwarning
+    warnings.showwarning = lambda message, *place: terminal.say(f"warning: {message}")
+    try:
+        yield
+    finally:
+        warnings.showwarning = original
+
+
+def check_output(path: str | Path | None, overwrite: bool, argument: str = "output") -> None:
+    """Refuse to replace a file unasked, and a place that no file can be made at, before any work.
+
+    Raises:
+        InputError: there is a file or a directory, or no file can be made there.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        problem, hint = f"{path} is a directory", "Give a file."
+    elif path.exists() and not overwrite:
+        problem, hint = f"{path} exists", "Give another path, or --force to replace it."
+    elif not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem, hint = f"{path} cannot be written: {parent} takes no files", "Give another path."
+    else:
+        return
+    raise InputError(InputProblem(argument, f": {problem}", hint=hint))
 
 
 @contextmanager
@@ -203,41 +250,50 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {shortened(first, 400)} (--debug shows the traceback.)"
 
 
-def prepare_keras() -> None:
-    """Import Keras on TensorFlow, without TensorFlow's start-up notices."""
-    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+def check_backend() -> None:
+    """Refuse another Keras backend than TensorFlow, which training and serving run on."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         raise InputError(
             f"KERAS_BACKEND is {backend!r}; training and serving run on TensorFlow only. Unset it "
             "or set it to tensorflow."
         )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with _quiet_start():
-        import tensorflow as tf
 
-        tf.config.list_physical_devices()
+
+def prepare_keras() -> None:
+    """Import Keras on TensorFlow, without TensorFlow's start-up notices."""
+    check_backend()
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    with quiet_tensorflow():
         import keras  # noqa: F401 (so that its own notices are held back too)
 
 
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Hold back what TensorFlow's C++ side prints before its log level is in force.
+_TYPES = {bool: "", int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}
 
-    If the import fails, what it printed is the best explanation there is, and is shown.
-    """
-    if "tensorflow" in sys.modules or os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1"):
-        yield
-        return
-    sys.stderr.flush()
-    original = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(original, held.read())
-            raise
-        finally:
-            os.dup2(original, 2)
-            os.close(original)
+
+def plain_types(command: Any) -> Any:
+    """Change the `--help` of a command of typer to name types in words, not as Python does."""
+    for inner in getattr(command, "commands", {}).values():
+        plain_types(inner)
+    kinds = {} if command.callback is None else get_type_hints(command.callback)
+    parameters_of = command.get_params
+
+    def parameters(context: Any) -> list[Any]:
+        found = parameters_of(context)
+        for parameter in found:
+            if parameter.param_type_name == "argument":
+                # Its name says what it is. Typer has no public way to leave the type out.
+                parameter.display_type = lambda ctx: ""
+            elif parameter.metavar is None:  # --help itself is a switch
+                parameter.metavar = _type_in_words(kinds.get(parameter.name, bool))
+        return list(found)
+
+    command.get_params = parameters
+    return command
+
+
+def _type_in_words(kind: Any) -> str | None:
+    """Return the word for a type, or for the items of a list; None for other types."""
+    if kind in _TYPES:
+        return _TYPES[kind]
+    return next((words for inner in get_args(kind) if (words := _type_in_words(inner))), None)

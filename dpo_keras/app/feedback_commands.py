@@ -11,7 +11,7 @@ import typer
 
 from dpo_keras.app.config import read_text
 from dpo_keras.app.config_rules import keys_for_arguments
-from dpo_keras.app.console import AsJson, Debug, reporting
+from dpo_keras.app.console import AsJson, Debug, Force, check_output, reporting
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
 
@@ -119,12 +119,14 @@ def feedback_report(
     resamples: Annotated[
         int, typer.Option(min=20, help="Bootstrap samples for the intervals.")
     ] = 500,
+    force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure how good the answers are: agreement, annotators, policies."""
     with reporting(as_json, debug) as terminal:
         needs_extra()
+        check_output(output, force, "--output")
         from dpo_keras.feedback import assess, open_store
         from dpo_keras.feedback.quality_report import text, write
 
@@ -154,12 +156,14 @@ def feedback_export(
     ties: Annotated[str, typer.Option(help="half: preference 0.5; drop: left out.")] = "half",
     both_bad: Annotated[str, typer.Option(help="drop: left out; half: as a tie.")] = "drop",
     weights: Annotated[str, typer.Option(help="none, or quality: by annotator.")] = "none",
+    force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write judgements as preference pairs for `dpo-keras train`."""
     with reporting(as_json, debug) as terminal:
         needs_extra()
+        check_output(pairs, force, "PAIRS")
         from dpo_keras.feedback import open_store, to_pairs
         from dpo_keras.preferences import write_preferences
 

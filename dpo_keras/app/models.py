@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpo_keras.app.config_sections import Model, Scratch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, save_preset
+from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets, save_preset
 from dpo_keras.utils.text import nearest, shortened
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def source_problem(path: str) -> str | None:
 
 
 def _preset_problem(name: str) -> str | None:
+    if name in listed_presets():
+        return None
     import keras_hub
 
     presets = keras_hub.models.CausalLM.presets

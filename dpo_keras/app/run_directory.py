@@ -83,7 +83,7 @@ class RunDirectory:
         if not path.is_file():
             what = "it has no config.yaml" if self.path.exists() else "it does not exist"
             raise InputError(f"{self.path} is not the directory of a run: {what}.")
-        return parse_config(read_text(path), source=str(path))
+        return parse_config(read_text(path), source=str(path), stored=True)
 
 
 @contextmanager

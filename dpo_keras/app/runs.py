@@ -236,16 +236,17 @@ def export_run(
 ) -> dict[str, JSON]:
     """Write a run's policy as a SavedModel, verified by loading it without Keras.
 
-    `path` is `<name>/<version>`, or `<name>` for its next version. Return what was written, how it
-    compared with the model in Python, and what it answered.
+    `path` is `<name>/<version>`, or `<name>` for its next version. `max_new_tokens` is by default
+    the configuration's; what does not fit its `data.max_length` is cut, which is noted. Return what
+    was written, how it compared with the model in Python, and what it answered.
     """
     directory = open_run(run)
     config = directory.config()
-    settings: dict[str, JSON] = {"path": str(path)}
-    if max_new_tokens is not None:
-        settings["max_new_tokens"] = max_new_tokens
-    export = (config.export or Export()).model_copy(update=settings)
     progress = progress or Silent()
+    if max_new_tokens is None:
+        max_new_tokens = _tokens_to_export(config, progress)
+    settings = {"path": str(path), "max_new_tokens": max_new_tokens}
+    export = (config.export or Export()).model_copy(update=settings)
     progress.stage("Policy and reference")
     return _export(config, export, load_trained(directory), (), progress)
 
@@ -261,6 +262,19 @@ def _check_export(config: Config, run: RunDirectory) -> None:
     parent = next(parent for parent in place.parents if parent.exists())
     with writable("export.path", place), tempfile.TemporaryDirectory(dir=parent):
         pass
+
+
+def _tokens_to_export(config: Config, progress: Progress) -> int:
+    """Return how long a response of an export may be: as configured, if that leaves a prompt."""
+    wanted = (config.export or config.evaluation).max_new_tokens
+    longest = config.data.max_length
+    if wanted <= longest - 2:  # a prompt has two tokens at least
+        return wanted
+    progress.note(
+        f"max_new_tokens is {longest // 2}: the configuration's {wanted} leave no room for a "
+        f"prompt in data.max_length ({longest}), half of which is for each."
+    )
+    return longest // 2
 
 
 def _export(

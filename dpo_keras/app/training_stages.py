@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import build_loss, keys_for_arguments
-from dpo_keras.app.config_sections import REFERENCES, Optimization
+from dpo_keras.app.config_sections import REFERENCES, Optimization, Training
 from dpo_keras.app.console import Progress
 from dpo_keras.app.models import load_reference, save_policy
 from dpo_keras.app.run_directory import RunDirectory
@@ -40,6 +40,8 @@ class Context:
 
     def __post_init__(self) -> None:
         """Make the objective, and check that replicas can share batches evenly."""
+        for warning in self.config.warnings():
+            self.progress.note(f"warning: {warning}")
         self.loss = build_loss(self.config.loss)
         replicas = self.strategy.num_replicas_in_sync
         for name in ("training", "evaluation", "warmup"):
@@ -59,6 +61,7 @@ class Context:
             "seed": self.config.seed,
             "batching": self.layout,
             "checkpoint_every": self.config.training.checkpoint_every,
+            "log_every": self.config.training.log_every,
             "resume": self.resume,
             "save": self.run.writes,
             "stop": self.stop,
@@ -87,7 +90,8 @@ def layout_of(
         return choose_layout(
             [policy] if isinstance(reference, str) else [policy, reference],
             settings.batching,
-            buckets=settings.buckets,
+            # The default asks for nothing, so packed rows do not refuse it.
+            buckets=None if settings.buckets == Training().buckets else settings.buckets,
             row_length=settings.row_length,
             replicas=replicas,
             note=progress.note,
@@ -100,11 +104,16 @@ def steps_per_epoch(context: Context, settings: Optimization, pairs: TokenizedPa
         return context.layout.steps(pairs, settings.batch_size, context.config.seed)
 
 
+def steps_in_all(context: Context, settings: Optimization, pairs: TokenizedPairs) -> int:
+    """Count the steps of a section: `max_steps`, or its epochs."""
+    return settings.max_steps or settings.epochs * steps_per_epoch(context, settings, pairs)
+
+
 def check_steps(context: Context, pairs: TokenizedPairs) -> None:
     """Refuse step counts that do not divide, and pairs that no row holds, before any training."""
     settings = context.config.training
     per_epoch = steps_per_epoch(context, settings, pairs)
-    steps, at_once = settings.epochs * per_epoch, settings.steps_per_execution
+    steps, at_once = steps_in_all(context, settings, pairs), settings.steps_per_execution
     every = settings.evaluate_every or per_epoch
     if steps % at_once or every % at_once:
         rule = f"must divide the {steps} steps of the run and the {every} between evaluations"
@@ -120,18 +129,15 @@ def check_steps(context: Context, pairs: TokenizedPairs) -> None:
 def make_optimizer(
     context: Context, settings: Optimization, pairs: TokenizedPairs, accumulation: int = 1
 ) -> keras.optimizers.Optimizer:
-    """Make the optimizer of a section; its schedule is as long as the epochs over the pairs."""
+    """Make the optimizer of a section; its schedule is as long as the training."""
     from dpo_keras import training
 
-    return training.make_optimizer(
-        settings.epochs * steps_per_epoch(context, settings, pairs),
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        warmup_fraction=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        gradient_accumulation=accumulation,
-    )
+    steps = steps_in_all(context, settings, pairs)
+    section = "warmup" if settings is context.config.warmup else "training"
+    with keys_for_arguments(section=section):
+        return training.make_optimizer(
+            steps, gradient_accumulation=accumulation, **settings.optimizer_arguments()
+        )
 
 
 def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs) -> None:
@@ -155,6 +161,7 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
         model,
         pairs,
         epochs=settings.epochs,
+        max_steps=settings.max_steps,
         batch_size=settings.batch_size,
         checkpoints=run.checkpoints / "warmup",
         keep=1,
@@ -233,22 +240,30 @@ def train_policy(
     import keras
 
     from dpo_keras.training import train_preferences
+    from dpo_keras.training.experiment_loggers import experiment_loggers
 
     config, run, sync = context.config, context.run, context.config.training.sync_reference
     context.progress.stage("Preference training")
     board = keras.callbacks.TensorBoard(run.path / "tensorboard", write_graph=False)
-    return train_preferences(
-        model,
-        pairs,
-        epochs=config.training.epochs,
-        batch_size=config.training.batch_size,
-        held_out=held_out,
-        evaluation_batch_size=config.evaluation.batch_size,
-        every=config.training.evaluate_every,
-        checkpoints=run.checkpoints / "training",
-        keep=config.training.keep_checkpoints,
-        log=run.path / "metrics.jsonl",
-        callbacks=[board] if run.writes else [],
-        sync_reference=None if sync is None else (sync.every, sync.alpha),
-        **context.fit_options(),
-    )
+    with experiment_loggers(
+        config.training.loggers if run.writes else [],
+        run=config.name,
+        settings=config.model_dump(mode="json"),
+        every=config.training.log_every,
+    ) as loggers:
+        return train_preferences(
+            model,
+            pairs,
+            epochs=config.training.epochs,
+            max_steps=config.training.max_steps,
+            batch_size=config.training.batch_size,
+            held_out=held_out,
+            evaluation_batch_size=config.evaluation.batch_size,
+            every=config.training.evaluate_every,
+            checkpoints=run.checkpoints / "training",
+            keep=config.training.keep_checkpoints,
+            log=run.path / "metrics.jsonl",
+            callbacks=[board, *loggers] if run.writes else [],
+            sync_reference=None if sync is None else (sync.every, sync.alpha),
+            **context.fit_options(),
+        )

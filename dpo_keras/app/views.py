@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dpo_keras.preferences.audit import share_text
 from dpo_keras.preferences.read_report import grouped
@@ -119,12 +120,16 @@ def loss_rows() -> list[dict[str, JSON]]:
 
 
 def loss_views(rows: Sequence[Mapping[str, JSON]]) -> list[RenderableType]:
-    """Draw the table of objectives, from `loss_rows`."""
-    table = _table(None, "loss.type", "loss of a pair", "what it does", "reference", "arXiv")
+    """Draw the objectives, from `loss_rows`: lines of any width, for formulas fill one."""
+    table = Table.grid(padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column()
     for row in rows:
-        needed = "yes" if row["needs_reference"] else "no"
-        formula, summary = escape(row["formula"]), escape(row["summary"])
-        table.add_row(row["name"], formula, summary, needed, row["arxiv"])
+        reference = "compares with a reference" if row["needs_reference"] else "no reference"
+        about = [row["summary"], f"loss of a pair: {row['formula']}"]
+        about += [f"{reference}; arXiv {row['arxiv']}"]
+        about += [f"options: {', '.join(row['options'])}"]
+        table.add_row(row["name"], Text("\n".join(about)))
     return [
         table,
         "c, r: log-ratios to the reference of chosen and rejected; c̄, r̄: per token; Δ = c - r; "

@@ -19,6 +19,11 @@ _NULLS = {"", "~", "null", "Null", "NULL"}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _STANDARD_TAG = re.compile(r"tag:yaml\.org,2002:[a-z]+")
+MOST_DIGITS = 400  # a longer number becomes infinite, which no option takes
+DEEPEST = 20  # levels; Python's own limit on recursion is far beyond
+HALF = "holds half of a character (a surrogate), which no file can hold."
+TOO_DEEP = "is nested too deeply; a configuration has at most four levels."
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LAST_PART = re.compile(r"(\.?[^.\[\]]+|\[\d+\])$")
 
 
@@ -70,6 +75,9 @@ class Document:
         A faulty one is added to `problems` and changes nothing.
         """
         place = Place(f"override {text!r}")
+        if _SURROGATE.search(text):
+            self.problems.append(f"{place}: it {HALF}")
+            return
         name, equals, value_text = text.partition("=")
         name = name.strip()
         *sections, last = name.split(".")
@@ -80,6 +88,9 @@ class Document:
             return
         try:
             node = yaml.compose(value_text, Loader=yaml.SafeLoader)
+        except RecursionError:
+            self.problems.append(f"{place}: {TOO_DEEP}")
+            return
         except yaml.YAMLError:
             self.problems.append(
                 f"{place}: the value {value_text!r} is not YAML; quote it within the argument: "
@@ -123,10 +134,8 @@ class _Reader:
         return Place(self.source, node.start_mark.line + 1 if self.with_lines else None)
 
     def value(self, node: yaml.Node, key: str) -> JSON:
-        if not _STANDARD_TAG.fullmatch(node.tag):
-            return self._refuse(node, f"the tag {node.tag!r} is not supported.")
-        if node in self._open:
-            return self._refuse(node, "this alias contains itself.")
+        if obstacle := self._obstacle(node, key):
+            return self._refuse(node, obstacle)
         self._open.append(node)
         try:
             if isinstance(node, yaml.ScalarNode):
@@ -137,6 +146,17 @@ class _Reader:
             return self._mapping(node, key)
         finally:
             self._open.pop()
+
+    def _obstacle(self, node: yaml.Node, key: str) -> str:
+        if not _STANDARD_TAG.fullmatch(node.tag):
+            return f"the tag {node.tag!r} is not supported."
+        if node in self._open:
+            return "this alias contains itself."
+        if len(self._open) > DEEPEST:
+            return TOO_DEEP
+        if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
+            return f"{key} {HALF}"
+        return ""
 
     def _refuse(self, node: yaml.Node, why: str) -> None:
         self.problems.append(f"{self.at(node)}: {why}")
@@ -151,6 +171,9 @@ class _Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._refuse(key_node, "a key must be a plain word.")
+                continue
+            if _SURROGATE.search(key_node.value):
+                self._refuse(key_node, f"a key {HALF}")
                 continue
             name = str(key_node.value)
             key = f"{section}.{name}" if section else name
@@ -188,6 +211,10 @@ def read_document(text: str, source: str) -> Document:
     reader = _Reader(source)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        document.problems.append(f"{source}: {TOO_DEEP}")
+        document.readable = False
+        return document
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = Place(source, mark.line + 1 if mark is not None else None)
@@ -209,7 +236,7 @@ def guess_types(value: JSON) -> JSON:
     if isinstance(value, Plain):
         if value in ("true", "True", "TRUE", "false", "False", "FALSE"):
             return value.lower() == "true"
-        if _INTEGER.fullmatch(value):
+        if _INTEGER.fullmatch(value) and len(value) < MOST_DIGITS:
             return int(value)
         return float(value) if _FLOAT.fullmatch(value) else str(value)
     if isinstance(value, Mapping):

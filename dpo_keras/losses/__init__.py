@@ -10,12 +10,13 @@
 `DPOLoss` (dpo_loss.py) is the Keras loss that goes this way; options.py has the names it takes.
 """
 
+from typing import TYPE_CHECKING
+
 from dpo_keras.losses.bradley_terry import (
     binary_cross_entropy,
     log_likelihood_ratio,
     preference_probabilities,
 )
-from dpo_keras.losses.dpo_loss import DPOLoss
 from dpo_keras.losses.objectives import Objective
 from dpo_keras.losses.options import OBJECTIVES, available
 from dpo_keras.losses.penalties import (
@@ -26,6 +27,10 @@ from dpo_keras.losses.penalties import (
     overconfidence,
 )
 from dpo_keras.losses.scores import Outputs
+from dpo_keras.utils.deferred_imports import deferred_names
+
+if TYPE_CHECKING:
+    from dpo_keras.losses.dpo_loss import DPOLoss
 
 __all__ = [
     "OBJECTIVES",
@@ -42,3 +47,6 @@ __all__ = [
     "overconfidence",
     "preference_probabilities",
 ]
+
+# The names of objectives and options are known without Keras; `DPOLoss` is a Keras loss.
+__getattr__ = deferred_names(__name__, {"DPOLoss": "dpo_loss"})

@@ -7,9 +7,8 @@ A pair of scores S₀ (chosen) and S₁ (rejected) states a Bradley-Terry model 
 
 from __future__ import annotations
 
-from keras import backend, ops
-
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.deferred_imports import ops
 
 
 def preference_probabilities(scores: Tensor) -> Tensor:
@@ -82,5 +81,5 @@ def as_floating(value: Tensor, dtype: str | None = None) -> Tensor:
     # A number becomes a tensor of its dtype at once: 0.9 by way of float32 is not 0.9 in float64.
     value = ops.convert_to_tensor(value, dtype if isinstance(value, float) else None)
     if dtype is None:
-        dtype = "float64" if backend.standardize_dtype(value.dtype) == "float64" else "float32"
+        dtype = "float64" if ops.dtype(value) == "float64" else "float32"
     return ops.cast(value, dtype)

@@ -16,7 +16,7 @@ from dpo_keras.losses.bradley_terry import (
     preference_probabilities,
 )
 from dpo_keras.losses.objectives import Objective
-from dpo_keras.losses.options import OBJECTIVES, check_arguments, penalty_name
+from dpo_keras.losses.options import OBJECTIVES, check_arguments, outputs_read, penalty_name
 from dpo_keras.losses.penalties import PENALTIES
 from dpo_keras.losses.scores import Outputs
 from dpo_keras.losses.step_loss import StepLoss, total
@@ -152,14 +152,8 @@ class DPOLoss(StepLoss):
         each response's first min(n⁺, n⁻) tokens) for `ld_alpha`; `wpo_log_weight` `[N, 2]` (mean
         over response tokens of log p_t - log Σ p²) for `wpo`; `margin` and `group` `[N]`.
         """
-        needs = {name for objective in self.objectives for name in objective.reads}
-        for penalty, _ in self.penalties:
-            own = getattr(penalty, "needs", ())
-            needs |= PENALTIES[penalty].reads if isinstance(penalty, str) else set(own)
-        for option, names in READ_BY_OPTION.items():
-            if self.options.get(option) not in (None, False):
-                needs |= names
-        return frozenset(needs)
+        penalties = (penalty for penalty, _ in self.penalties)
+        return outputs_read(self.objectives, penalties, self.options)
 
     @property
     def needs_reference(self) -> bool:
@@ -210,13 +204,6 @@ def _by_name(penalty: Any) -> Any:
 
 
 # -- inputs ------------------------------------------------------------------------------------
-
-READ_BY_OPTION = {
-    "ld_alpha": {"policy_shared", "reference_shared"},
-    "wpo": {"wpo_log_weight"},
-    "margin": {"margin"},
-    "group_robust": {"group"},
-}
 
 PER_PAIR = ("margin", "weight")
 """Outputs with one value for each pair, `[N]`."""

@@ -20,8 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from keras import ops
-
 from dpo_keras.losses.bradley_terry import (
     binary_cross_entropy,
     log_likelihood_ratio,
@@ -29,6 +27,7 @@ from dpo_keras.losses.bradley_terry import (
 )
 from dpo_keras.losses.scores import Outputs, log_ratio, mean_log_ratio
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.deferred_imports import ops
 
 objective = dataclass(frozen=True, kw_only=True)
 """Decorator of every objective: its fields, and those of all its bases, are its options."""

@@ -6,7 +6,7 @@ A new objective is a class (`objectives.py`, `other_objectives.py`) and a line i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,35 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sft": other_objectives.SFT,
 }
 
+# What papers and other libraries call an objective: its name here, and the option that makes it.
+PAPER_NAMES: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("dpo", "logistic", "bradleyterry"), ("sigmoid", "")),
+    **dict.fromkeys(("cdpo", "conservativedpo"), ("sigmoid", "label_smoothing")),
+    **dict.fromkeys(("rdpo", "robustdpo"), ("robust", "")),
+    **dict.fromkeys(("dpop", "dpopositive", "smaug"), ("sigmoid", "dpo_positive")),
+    **dict.fromkeys(("odpo", "dpowithoffset"), ("sigmoid", "margin")),
+    **dict.fromkeys(("grdpo", "groupdpo"), ("sigmoid", "group_robust")),
+    "fdpo": ("sigmoid", "divergence"),
+    "lddpo": ("sigmoid", "ld_alpha"),
+    "wpo": ("sigmoid", "wpo"),
+    "rpo": ("sigmoid", "the penalty nll"),
+    "lndpo": ("sigmoid_norm", ""),
+    "rso": ("hinge", ""),
+    "slichf": ("slic", ""),
+    "exo": ("exo_pair", "label_smoothing"),
+    "nca": ("nca_pair", ""),
+    "bco": ("bco_pair", ""),
+    "sppo": ("sppo_hard", ""),
+    "apo": ("apo_zero", ""),
+}
+# Outputs of the scorer that an option reads.
+READ_BY_OPTION: dict[str, frozenset[str]] = {
+    "ld_alpha": frozenset({"policy_shared", "reference_shared"}),
+    "wpo": frozenset({"wpo_log_weight"}),
+    "margin": frozenset({"margin"}),
+    "group_robust": frozenset({"group"}),
+}
+
 
 def available() -> dict[str, str]:
     """List the names that `DPOLoss(loss_type=…)` takes, each with one line on what it does.
@@ -67,7 +96,10 @@ def is_number(value: object, holds: Callable[[float], bool] = lambda number: Tru
     """Tell whether a value is a finite number that keeps a rule (booleans are not numbers)."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         return False
-    return math.isfinite(value) and holds(float(value))
+    try:
+        return math.isfinite(value) and holds(float(value))
+    except OverflowError:  # a whole number of 400 digits
+        return False
 
 
 def _flag(summary: str) -> Option:
@@ -88,7 +120,7 @@ def _is_group_robust(value: object) -> bool:
         isinstance(value, dict)
         and value.keys() <= {"groups", "eta"}
         and isinstance(value.get("groups"), int)
-        and is_number(value["groups"], lambda groups: groups >= 2)
+        and is_number(value["groups"], lambda groups: 2 <= groups < 2**31)
         and is_number(value.get("eta", 0.01), lambda eta: eta > 0)
     )
 
@@ -151,6 +183,22 @@ def takers_of(penalty: str) -> list[str]:
     return [name for name, objective in OBJECTIVES.items() if anywhere or objective.probabilistic]
 
 
+def outputs_read(
+    objectives: Iterable[type[Objective] | Objective],
+    penalties: Iterable[object] = (),
+    options: Mapping[str, object] | None = None,
+) -> frozenset[str]:
+    """Return the names of the scorer's outputs that objectives with their options read."""
+    names = {name for objective in objectives for name in objective.reads}
+    for penalty in penalties:
+        own = getattr(penalty, "needs", ())
+        names |= PENALTIES[penalty].reads if isinstance(penalty, str) else set(own)
+    for option, value in (options or {}).items():
+        if value is not None and value is not False:  # 0.0 is a value of ld_alpha
+            names |= READ_BY_OPTION.get(option, frozenset())
+    return frozenset(names)
+
+
 def check_arguments(
     loss_type: str | Sequence[object],
     beta: object,
@@ -182,10 +230,18 @@ def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
         return [InputProblem("loss_type", rule)]
     names = f"must be one of {', '.join(OBJECTIVES)}"
     return [
-        InputProblem("loss_type", names, name, _suggestion(name, OBJECTIVES))
+        InputProblem("loss_type", names, name, _objective_meant(name))
         for name in loss_types
         if not (isinstance(name, str) and name in OBJECTIVES)
     ]
+
+
+def _objective_meant(name: object) -> str:
+    paper = "".join(character for character in str(name).lower() if character.isalnum())
+    if paper in PAPER_NAMES:
+        objective, option = PAPER_NAMES[paper]
+        return f"Did you mean {objective!r}{f' with {option}' if option else ''}?"
+    return _suggestion(name, OBJECTIVES)
 
 
 def _label_smoothing_problems(known: Sequence[str], value: object) -> list[InputProblem]:
@@ -206,7 +262,7 @@ def _option_problems(known: Sequence[str], options: dict[str, object]) -> list[I
     for name, value in options.items():
         if name not in OPTIONS:
             choice = ", ".join(option for option in OPTIONS if option in used) or "none"
-            listed = f"Options of {' + '.join(known) or 'this loss_type'}: {choice}."
+            listed = f"Options of {' + '.join(known) or 'this objective'}: {choice}."
             hint = f"{_suggestion(name, OPTIONS)} {listed}".strip()
             problems.append(InputProblem(name, "is not an option", hint=hint))
             continue
@@ -222,7 +278,7 @@ def _option_problems(known: Sequence[str], options: dict[str, object]) -> list[I
 
 
 def _no_effect(option: str, value: object, loss_types: Sequence[str]) -> InputProblem:
-    rule = f"has no effect with loss_type {' + '.join(loss_types)}"
+    rule = f"has no effect with {' + '.join(loss_types)}"
     return InputProblem(option, rule, value, f"It acts with: {', '.join(users_of(option))}.")
 
 
@@ -243,7 +299,7 @@ def _penalty_problems(
         if isinstance(penalty, str) and penalty in PENALTIES:
             takers = takers_of(penalty)
             if known and not set(known) & set(takers):
-                rule = f"does not apply to loss_type {' + '.join(known)}"
+                rule = f"does not apply to {' + '.join(known)}"
                 hint = f"It applies to: {', '.join(takers)}."
                 problems.append(InputProblem(argument, rule, hint=hint))
         elif not callable(penalty):
@@ -266,9 +322,9 @@ def _loss_weight_problems(
     if loss_weights is None:
         return []
     if isinstance(loss_type, str):
-        return [InputProblem("loss_weights", "goes with a list of loss_type", loss_weights)]
+        return [InputProblem("loss_weights", "goes with a list of objectives", loss_weights)]
     if not isinstance(loss_weights, Sequence) or len(loss_weights) != len(loss_type):
-        rule = f"must have one weight for each of the {len(loss_type)} loss_type names"
+        rule = f"must have one weight for each of the {len(loss_type)} objectives"
         return [InputProblem("loss_weights", rule, loss_weights)]
     if not all(is_number(weight, lambda number: number >= 0) for weight in loss_weights):
         return [InputProblem("loss_weights", "must all be >= 0", loss_weights)]

@@ -5,8 +5,6 @@ The bases and the symbols are those of `objectives.py`.
 
 from __future__ import annotations
 
-from keras import ops
-
 from dpo_keras.losses.bradley_terry import binary_cross_entropy, log_likelihood_ratio
 from dpo_keras.losses.objectives import (
     GapObjective,
@@ -26,6 +24,7 @@ from dpo_keras.losses.scores import (
     mean_log_prob,
 )
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.deferred_imports import ops
 
 
 @objective

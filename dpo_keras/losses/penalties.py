@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from keras import ops
-
 from dpo_keras.losses.bradley_terry import (
     as_floating,
     log_likelihood_ratio,
@@ -20,6 +18,7 @@ from dpo_keras.losses.bradley_terry import (
 )
 from dpo_keras.losses.scores import Outputs, per_token
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.deferred_imports import ops
 
 
 def insufficient_confidence(preference: Tensor, scores: Tensor) -> Tensor:

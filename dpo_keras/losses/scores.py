@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from typing import TypedDict
 
-from keras import ops
-
 from dpo_keras.losses.bradley_terry import as_floating
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.deferred_imports import ops
 
 
 class Outputs(TypedDict, total=False):

@@ -111,8 +111,8 @@ class RunLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
         """Write the values of the step."""
-        self.step += self.model.steps_per_execution
-        if self.step % self.every == 0:
+        before, self.step = self.step, self.step + self.model.steps_per_execution
+        if before // self.every != self.step // self.every:
             values = {k: float(v) for k, v in self.model.step_logs.items() if k not in HIDDEN}
             _append(self.path, {"step": self.step, **values})
 

@@ -25,11 +25,13 @@ from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
+from dpo_keras.training.fit_interface import check_counts
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON
 
 BatchingChoice = Literal["auto", "packed", "buckets"]
+READ_BY = {"packed": {"row_length"}, "buckets": {"buckets"}}  # options of each layout
 Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on
 
 
@@ -70,7 +72,7 @@ def choose_layout(
     models: Sequence[keras.Model],
     batching: BatchingChoice = "auto",
     *,
-    buckets: int = 4,
+    buckets: int | None = None,
     row_length: int | None = None,
     replicas: int = 1,
     note: Callable[[str], object] = print,
@@ -80,38 +82,40 @@ def choose_layout(
     Args:
         models: the policy, and the reference where it is a model of its own.
         batching: "auto" falls back to buckets and says why; "packed" insists.
-        buckets: as `Layout` takes.
+        buckets: as `Layout` takes; None for its default.
         row_length: as `Layout` takes.
         replicas: as `Layout` takes.
-        note: called with the reason for falling back.
+        note: called with the reason for falling back, and with an option that has no effect then.
 
     Raises:
-        InputError: an unknown name; "packed" where it is not possible; a row length for buckets.
+        InputError: an unknown name; "packed" where it is impossible; an option of the other layout.
 
     Example:
         >>> plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
         >>> choose_layout([plain], "auto", note=lambda line: None).batching
         'buckets'
     """
-    problems = []
     if batching not in get_args(BatchingChoice):
         names = ", ".join(map(repr, get_args(BatchingChoice)))
-        problems.append(InputProblem("batching", f"must be one of {names}", batching))
-    if batching == "buckets" and row_length is not None:
-        rule = "has no effect with batching='buckets'"
-        problems.append(InputProblem("row_length", rule, row_length, "Leave it out."))
-    if problems:
-        raise InputError(problems)
-    if batching == "buckets":
-        return Layout("buckets", buckets, replicas=replicas)
-    reason = next((why for model in models if (why := packing_obstacle(model)) is not None), None)
-    if reason is None:
-        return Layout("packed", buckets, row_length, replicas)
-    if batching == "packed":
+        raise InputError(InputProblem("batching", f"must be one of {names}", batching))
+    given: dict[str, Any] = {"buckets": buckets, "row_length": row_length}
+    given = {name: value for name, value in given.items() if value is not None}
+    obstacles = [] if batching == "buckets" else map(packing_obstacle, models)
+    reason = next((why for why in obstacles if why is not None), None)
+    if batching == "packed" and reason is not None:
         hint = "Choose 'auto' or 'buckets', which run with every model."
         raise InputError(InputProblem("batching", f"cannot be 'packed': {reason}", hint=hint))
-    note(f"batching: buckets instead of packed rows, because {reason}.")
-    return Layout("buckets", buckets, replicas=replicas)
+    chosen: Batching = "packed" if batching != "buckets" and reason is None else "buckets"
+    if chosen == "buckets" and batching == "auto":
+        note(f"batching: buckets instead of packed rows, because {reason}.")
+    unread = given.keys() - READ_BY[chosen]
+    rule = f"has no effect with batching={chosen!r}"
+    problems = [InputProblem(name, rule, given.pop(name), "Leave it out.") for name in unread]
+    if problems and batching != "auto":
+        raise InputError(problems)
+    for problem in problems:  # it is for the layout that "auto" might have chosen
+        note(f"warning: {problem}")
+    return Layout(chosen, replicas=replicas, **given)
 
 
 def warm_up(
@@ -121,7 +125,7 @@ def warm_up(
     epochs: int = 1,
     batch_size: int = 16,
     seed: int = 0,
-    buckets: int = 4,
+    buckets: int | None = None,
     batching: BatchingChoice | Layout = "auto",
     row_length: int | None = None,
     **options: Any,
@@ -157,7 +161,7 @@ def train_preferences(
     epochs: int = 1,
     batch_size: int = 8,
     seed: int = 0,
-    buckets: int = 4,
+    buckets: int | None = None,
     batching: BatchingChoice | Layout = "auto",
     row_length: int | None = None,
     held_out: TokenizedPairs | None = None,
@@ -206,6 +210,7 @@ class RunOptions:
     An epoch of Keras, `every` steps, ends with evaluation, a log record and a checkpoint.
     """
 
+    max_steps: int | None = None  # end after this many steps, instead of after the epochs
     every: int | None = None  # by default one pass over the data
     checkpoints: str | os.PathLike[str] | None = None  # directory; None saves none
     checkpoint_every: int | None = None  # steps between further checkpoints
@@ -213,6 +218,7 @@ class RunOptions:
     resume: bool = False  # from the newest checkpoint
     save: bool = True  # False on workers other than the chief
     log: str | os.PathLike[str] | None = None  # of `callbacks.RunLog`
+    log_every: int = 1  # steps between its records
     progress: Callable[[dict[str, JSON]], object] | None = None  # see `callbacks.Progress`
     sync_reference: tuple[int, float] | None = None  # (every, alpha) of `callbacks.SyncReference`
     validation_data: tf.data.Dataset | None = None
@@ -222,12 +228,16 @@ class RunOptions:
     verbose: int = 0
     note: Callable[[str], object] = print  # called with the step that a run goes on from
 
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        check_counts(max_steps=self.max_steps, log_every=self.log_every)
+
 
 def _layout(
     model: PolicyTrainer,
     models: Sequence[keras.Model],
     batching: BatchingChoice | Layout,
-    buckets: int,
+    buckets: int | None,
     row_length: int | None,
 ) -> Layout:
     if isinstance(batching, Layout):
@@ -277,6 +287,7 @@ def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
 def _fit(
     model: PolicyTrainer, stream: Stream, steps: int, per_epoch: int, options: RunOptions
 ) -> int:
+    steps = options.max_steps or steps
     every, at_once = options.every or per_epoch, model.steps_per_execution
     if every % at_once or steps % at_once:
         raise InputError(
@@ -289,7 +300,7 @@ def _fit(
     stop, checkpoint = options.stop or StopRequest(), None
     callbacks: list[keras.callbacks.Callback] = [StopOnNonFinite()]
     if options.log is not None and options.save:
-        log = RunLog(options.log, start_step=start)
+        log = RunLog(options.log, start_step=start, every=options.log_every)
         callbacks.append(log)
         # Workers of a cluster do not see the log, and could not take part.
         if options.validation_data is not None and options.watchdog is None and not start % every:

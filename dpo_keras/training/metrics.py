@@ -81,6 +81,11 @@ def step_counts(batch: Batch) -> MetricSums:
     return {"tokens": (tokens, 1.0), "pairs": (pairs, 1.0)}
 
 
+def means(sums: Tensor) -> list[Tensor]:
+    """Return the means of rows of (sum, weight); 0 where the weight is."""
+    return list(ops.unstack(ops.divide_no_nan(sums[:, 0], sums[:, 1])))
+
+
 def means_by_name(names: Sequence[str], means: Sequence[Tensor]) -> dict[str, Tensor]:
     """Name the means that are logged, `worst_group_loss` included where groups have losses."""
     logged = {n: mean for n, mean in zip(names, means, strict=True) if n not in HIDDEN}

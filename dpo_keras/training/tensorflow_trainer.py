@@ -16,7 +16,8 @@ from dpo_keras.scoring.lora import serialized_policy
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
-from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means_by_name, step_counts
+from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
+from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
@@ -147,13 +148,11 @@ class TensorflowTrainer(keras.Model):
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Return the callbacks that every `fit` has, in front of the user's."""
-        return [ReleasesTracing(), Throughput()]
+        return [ReleasesTracing(), Throughput(), ShortProgress()]
 
     def fit(self, *args: object, callbacks: object = None, **kwargs: object) -> Any:
         """Train as `keras.Model.fit` does, on dict batches; tokens per second are logged, too."""
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-            callbacks = [*self.default_callbacks(), *(c for c in given if c is not None)]
+        callbacks = with_defaults(callbacks, self.default_callbacks())
         # Keras warns that it cannot shuffle a tf.data dataset, unless it is told not to.
         return super().fit(*args, callbacks=callbacks, **{"shuffle": False, **kwargs})
 
@@ -163,16 +162,14 @@ class TensorflowTrainer(keras.Model):
 
     def get_metrics_result(self) -> dict[str, Tensor]:
         """Return the means since the last reset, by name."""
-        if self._totals is None:
-            return {}
-        return means_by_name(self._total_names, _means(self._totals))
+        sums = self._totals
+        return {} if sums is None else means_by_name(self._total_names, means(sums))
 
     def counts(self) -> dict[str, float]:
         """Return the number of tokens and of pairs since the last reset."""
-        if self._totals is None:
-            return dict.fromkeys(COUNTS, 0.0)
-        totals = dict(zip(self._total_names, self._totals[:, 0].numpy(), strict=True))
-        return {name: float(totals[name]) for name in COUNTS}
+        sums = [] if self._totals is None else self._totals[:, 0].numpy()
+        totals = dict(zip(self._total_names, sums, strict=False))
+        return {name: float(totals.get(name, 0.0)) for name in COUNTS}
 
     def steps_taken(self) -> int:
         """Return the number of steps since the optimizer was made, micro-batches included."""
@@ -227,9 +224,9 @@ class TensorflowTrainer(keras.Model):
                 totals = tf.cast(last, "float64")
             self._total_names = names
             self._totals = totals if self._totals is None else self._totals + totals
-            self.first_step_logs = self.step_logs = dict(zip(names, _means(first), strict=True))
+            self.first_step_logs = self.step_logs = dict(zip(names, means(first), strict=True))
             if last is not first:
-                self.step_logs = dict(zip(names, _means(last), strict=True))
+                self.step_logs = dict(zip(names, means(last), strict=True))
             return self.get_metrics_result()
 
         return function
@@ -292,15 +289,22 @@ class PolicyTrainer(TensorflowTrainer):
         tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
         self.scorer.static = bool(self.jit_compile) or tpu
 
-    def fit(self, *args: object, **kwargs: object) -> Any:
+    def fit(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Train, see `TensorflowTrainer.fit`."""
-        self._check_packing(args[0] if args else kwargs.get("x"))
-        return super().fit(*args, **kwargs)
+        self._check_batches(x)
+        self._check_batches(kwargs.get("validation_data"), "validation_data")
+        return super().fit(x, *args, **kwargs)
 
-    def evaluate(self, *args: object, **kwargs: object) -> Any:
+    def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Evaluate as `keras.Model.evaluate` does, on a dataset of dict batches."""
-        self._check_packing(args[0] if args else kwargs.get("x"))
-        return super().evaluate(*args, **kwargs)
+        self._check_batches(x)
+        callbacks = with_defaults(kwargs.pop("callbacks", None), [ShortProgress()])
+        return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
+
+    def predict(self, x: object, *args: object, **kwargs: object) -> Any:
+        """Score as `keras.Model.predict` does, a dataset of dict batches."""
+        check_batches(x)
+        return super().predict(x, *args, **kwargs)
 
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
@@ -314,7 +318,8 @@ class PolicyTrainer(TensorflowTrainer):
         policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
         return cls(policy, **config)
 
-    def _check_packing(self, dataset: object) -> None:
+    def _check_batches(self, dataset: object, argument: str = "x") -> None:
+        check_batches(dataset, argument)
         # Once, before the first packed batch: whether this model scores packed rows alike.
         if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
             check_packing(self.scorer)
@@ -342,7 +347,3 @@ def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple
         return first, sums, totals, count
 
     return next_steps
-
-
-def _means(sums: Tensor) -> list[Tensor]:
-    return list(tf.unstack(tf.math.divide_no_nan(sums[:, 0], sums[:, 1])))

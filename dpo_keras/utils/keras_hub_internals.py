@@ -6,7 +6,9 @@ Nothing here imports Keras or TensorFlow at the top: checks of a configuration r
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,6 +283,22 @@ TOKENIZER_FILES = {
     **dict.fromkeys(("qwen2", "qwen3", "smollm3", "gpt_oss"), ("tokenizer.json",)),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "mixtral"), ("tokenizer.model",)),
 }
+
+
+def listed_presets() -> frozenset[str]:
+    """Return preset names of causal language models from KerasHub's sources, without importing it.
+
+    The import takes seconds. Models that also have an encoder are left out, and a release that
+    keeps its presets elsewhere has none: only a name that is found here says something.
+    """
+    spec = importlib.util.find_spec("keras_hub")
+    folder = Path((spec and spec.submodule_search_locations or [""])[0]) / "src" / "models"
+    found: set[str] = set()
+    for file in folder.glob("*/*_presets.py"):
+        if any(file.parent.glob("*_causal_lm.py")):
+            text = file.read_text(encoding="utf-8")
+            found.update(re.findall(r'^    "([^"]+)": \{', text, re.MULTILINE))
+    return frozenset(found)
 
 
 def save_preset(model: Any, directory: Path) -> None:

@@ -119,3 +119,14 @@ def test_the_same_seed_gives_the_same_candidates(scripted, prompts):
     first = json.dumps(generate(config("m"), prompts, seed=3))
     assert json.dumps(generate(config("m"), prompts, seed=3)) == first
     assert json.dumps(generate(config("m"), prompts, seed=4)) != first
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_sampled(scripted, prompts, tmp_path):
+    calls, _ = scripted
+    output = tmp_path / "c.jsonl"
+    output.write_text("precious")
+    with pytest.raises(InputError, match="output: .*c.jsonl exists"):
+        generate(config("m"), prompts, output=output)
+    assert calls == [] and output.read_text() == "precious"
+    found = generate(config("m"), prompts, output=output, overwrite=True)
+    assert [json.loads(line) for line in output.read_text().splitlines()] == found

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from dpo_keras.app.console import FAILED
+from dpo_keras.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 GOOD = {"prompt": "How are you?", "chosen": "Fine, thanks.", "rejected": "No."}
@@ -20,13 +22,15 @@ def lines(path, *records):
 
 
 @pytest.mark.slow
-def test_help_and_version_answer_without_tensorflow():
+def test_help_losses_and_validate_answer_without_tensorflow(tmp_path):
+    path = lines(tmp_path / "p.jsonl", GOOD)
     code = (
         "import sys; from dpo_keras.app.cli import main; code = main(sys.argv[1:]);"
         "heavy = [m for m in ('tensorflow', 'keras', 'keras_hub') if m in sys.modules];"
         "sys.exit(code or len(heavy))"
     )
-    for arguments in (["--help"], ["train", "--help"], ["--version"]):
+    checked = ["validate", "configs/gpt2_lora.yaml", f"data.path={path}", "data.template=chatml"]
+    for arguments in (["--help"], ["train", "--help"], ["--version"], ["losses"], checked):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             cwd=ROOT,
@@ -35,7 +39,7 @@ def test_help_and_version_answer_without_tensorflow():
             check=False,
         )
         assert done.returncode == 0, done
-        assert "dpo-keras" in done.stdout
+        assert done.stdout and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -94,9 +98,88 @@ def test_a_missing_configuration_is_said_at_once(run):
     assert code == 2 and "nowhere.yaml: can not be read: No such file" in err
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "generate", "annotate", "export", "data build", "feedback report", "losses"],
+)
+def test_help_names_types_in_words(run, command):
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0 and "<" not in out and "list[" not in out
+    if command == "generate":
+        assert "NUMBER" in out and "PATH" in out and "--force" in out
+
+
+def test_losses_fit_80_columns_and_lose_nothing(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run("losses")
+    first, *_, last = out.splitlines()
+    assert first.startswith("sigmoid  ")
+    assert max(len(line.rstrip()) for line in out.splitlines()[:-1]) <= 80
+    for words in ("-log σ(βΔ)", "arXiv 2305.18290", "label_smoothing", "no reference"):
+        assert words in out
+    assert len(out.splitlines()) < 130 and last.startswith("c, r: log-ratios")
+
+
+def test_validate_warns_of_a_rate_that_destroys_the_policy(run, gpt2_preset, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"model: {{path: {gpt2_preset}}}\ndata: {{path: 'builtin:support'}}\n")
+    code, _, err = run("validate", path, "training.learning_rate=1e10")
+    assert code == 0 and "warning: training.learning_rate is 1e+10; above 0.1" in err
+
+
+def test_what_exists_is_not_overwritten_unasked(run, tmp_path):
+    pytest.importorskip("choix")
+    output, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.txt"
+    output.write_text("precious")
+    prompts.write_text("Hi\n")
+    for arguments in (
+        ["generate", "nowhere.yaml", prompts, "-o", output],
+        ["feedback", "export", tmp_path / "x.sqlite", output],
+        ["feedback", "report", tmp_path / "x.sqlite", "-o", output],
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2 and f"{output} exists. Give another path, or --force to" in err
+        code, _, err = run(*arguments, "--force")
+        assert code == 2 and "exists." not in err, "the next thing that is wrong"
+    assert output.read_text() == "precious"
+
+
+def test_an_output_that_no_file_can_be_made_at_is_said_before_any_work(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, words in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "file" / "x", "takes no files"),
+    ):
+        code, _, err = run("generate", "nowhere.yaml", "nowhere.txt", "-o", output)
+        assert code == 2 and f"--output: {output}" in err and words in err
+
+
+def test_a_python_warning_is_one_line_without_code(run, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("the data are old", UserWarning, stacklevel=1)
+        raise InputError("x")
+
+    monkeypatch.setattr("dpo_keras.app.cli.read_preferences", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        _, _, err = run("data", "inspect", "x.jsonl")
+    assert err.splitlines() == ["warning: the data are old", "error: x"]
+
+
+def test_bytes_of_the_command_line_that_are_no_text_exit_with_2(run, tmp_path):
+    (tmp_path / "a.yaml").write_text("name: x")
+    for arguments in (
+        ["validate", tmp_path / "a.yaml", "name=\udc80"],
+        ["validate", "\udc80.yaml"],
+    ):
+        for extra in ([], ["--json"]):
+            code, _, err = run(*arguments, *extra)
+            assert code == 2 and "\\udc80" in err
+
+
 def test_another_backend_is_refused(run, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    code, _, err = run("losses")
+    code, _, err = run("validate", "x.yaml")
     assert code == 2 and "KERAS_BACKEND is 'jax'" in err
 
 

@@ -77,7 +77,7 @@ def test_all_problems_come_together_each_with_its_line_in_order():
         "  epoch: 3\n"
         "  batch_size: many\n"
         "  learning_rate: -1e-4\n"
-        "  schedule: cosin\n"
+        "  strategy: miror\n"
         "loss: {penalties: [nll]}\n"
         "export: yes\n"
     )
@@ -87,8 +87,8 @@ def test_all_problems_come_together_each_with_its_line_in_order():
         "c.yaml, line 7: training.epoch is not a known key; did you mean training.epochs?",
         "c.yaml, line 8: training.batch_size must be a whole number, got many.",
         "c.yaml, line 9: training.learning_rate must be > 0, got -1e-4.",
-        "c.yaml, line 10: training.schedule must be one of constant, linear or cosine, got cosin; "
-        "did you mean 'cosine'?",
+        "c.yaml, line 10: training.strategy must be one of auto, one_device, mirrored, "
+        "multi_worker or tpu, got miror; did you mean 'mirrored'?",
         "c.yaml, line 11: loss.penalties must be a mapping, such as {name: 0.1}, got ['nll'].",
         "c.yaml, line 12: export must be a section: keys with values, got yes.",
         "override 'seed=-1': seed must be >= 0, got -1.",
@@ -102,7 +102,17 @@ def test_all_problems_come_together_each_with_its_line_in_order():
         ("trainning: {}", "trainning is not a known key; did you mean training?"),
         ("beta: 0.2", "beta is not a known key; did you mean loss.beta?"),
         ("training: {beta: 0.2}", "training.beta is not a known key; did you mean loss.beta?"),
-        ("training: {lr: 1}", "training.lr is not a known key; the keys here are epochs,"),
+        (
+            "training: {lr: 1}",
+            "training.lr is not a known key; did you mean training.learning_rate?",
+        ),
+        (
+            "lr: 1",
+            "lr is not a known key; did you mean warmup.learning_rate or training.learning_rate?",
+        ),
+        ("num_train_epochs: 3", "did you mean warmup.epochs or training.epochs?"),
+        ("training: {max_grad_norm: 1}", "did you mean training.clip_norm?"),
+        ("training: {zzz: 1}", "training.zzz is not a known key; the keys here are epochs,"),
         ("evaluation: {promts: 1}", "did you mean evaluation.prompts?"),
         ("model: {scratch: {layers: 2}}", "did you mean model.scratch.num_layers?"),
     ],
@@ -199,9 +209,54 @@ def test_only_a_frozen_copy_can_follow_the_policy():
     assert config.training.sync_reference.alpha == 0.6
 
 
-def test_a_row_length_is_for_packed_rows_only():
-    (problem,) = problems(MINIMAL + "training: {batching: buckets, row_length: 1024}\n")
-    assert "training.row_length has no effect with batching: buckets, got 1024" in problem
-    for batching in ("auto", "packed"):
-        text = MINIMAL + f"training: {{batching: {batching}, row_length: 1024}}\n"
-        assert parse_config(text).training.row_length == 1024
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("loss: {type: orpo}\nreference: cached", "reference has no effect without a loss that"),
+        ("training: {batching: packed, buckets: 2}", "training.buckets has no effect without "),
+        ("training: {batching: buckets, row_length: 64}", "training.row_length has no effect"),
+        ("training: {max_steps: 9, epochs: 2}", "training.epochs has no effect without training."),
+        ("training: {strategy: mirrored, worker_timeout: 9}", "without training.strategy: auto or"),
+        (
+            "evaluation: {temperature: 0, top_p: 0.9}",
+            "evaluation.top_p has no effect without",
+        ),
+        ("export: {signatures: [score], max_new_tokens: 9}", "without generate among export.sign"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_an_error_that_says_what_would_read_it(line, words):
+    (problem,) = problems(MINIMAL + line)
+    assert words in problem and "Leave it out, or set it to " in problem
+    with pytest.raises(ValueError, match="has no effect"):  # from Python as well
+        Config(**parse_config(MINIMAL + line, stored=True).model_dump(mode="json"))
+
+
+def test_a_name_that_cannot_be_one_is_explained_in_words():
+    (problem,) = problems(MINIMAL + "name: 'my run!'")
+    assert problem == (
+        "c.yaml, line 3: name must be letters, digits, '.', '_' and '-', the first a letter or a "
+        "digit, got my run!."
+    )
+
+
+def test_numbers_that_no_computer_holds_are_refused():
+    huge = "1" * 400
+    for line, words in (
+        (f"training: {{epochs: {huge}}}", "training.epochs must be < 2147483648, got 1111"),
+        (f"training: {{learning_rate: {huge}}}", "training.learning_rate must be a finite number"),
+        (f"seed: {'1' * 5000}", "seed must be a whole number"),
+    ):
+        (problem,) = problems(MINIMAL + line)
+        assert words in problem and len(problem) < 200
+
+
+def test_a_stored_configuration_of_an_earlier_version_still_reads():
+    text = MINIMAL + "loss: {type: orpo}\nreference: cached\n"
+    assert parse_config(text, stored=True).reference == "cached"
+
+
+def test_a_rate_that_destroys_the_policy_is_warned_about():
+    config = parse_config(MINIMAL, ["training.learning_rate=1e10"])
+    (warning,) = config.warnings()
+    assert "training.learning_rate is 1e+10" in warning and "Usual are" in warning
+    assert parse_config(MINIMAL, ["training.learning_rate=1e-2"]).warnings() == []

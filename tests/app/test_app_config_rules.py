@@ -78,16 +78,14 @@ def test_all_problems_of_a_block_are_renamed_and_told_apart():
 
 
 def test_problems_of_the_objective_are_placed_by_their_arguments(gpt2_preset, monkeypatch):
-    def refuse(**arguments):
-        raise InputError(
-            [
-                InputProblem("penalties.nll", "does not apply", hint="See beta and loss_type."),
-                InputProblem("loss_weights", "must have one weight", 2),
-                "These do not go together.",
-            ]
-        )
+    def refuse(*arguments, **options):
+        return [
+            InputProblem("penalties.nll", "does not apply", hint="See beta and loss_type."),
+            InputProblem("loss_weights", "must have one weight", 2),
+            InputProblem("", "These do not go together."),
+        ]
 
-    monkeypatch.setattr("dpo_keras.losses.DPOLoss", refuse)
+    monkeypatch.setattr("dpo_keras.losses.options.check_arguments", refuse)
     text = "loss:\n  penalties:\n    nll: 1\n  weights: [1, 2]\n  beta: 3\n"
     assert problems(gpt2_preset, text, "loss.beta=4") == [
         "c.yaml, line 3: loss: These do not go together.",
@@ -99,6 +97,52 @@ def test_problems_of_the_objective_are_placed_by_their_arguments(gpt2_preset, mo
 def test_an_unknown_objective_is_answered_with_the_nearest(gpt2_preset):
     (problem,) = problems(gpt2_preset, "loss: {type: sigmiod}")
     assert problem.startswith("c.yaml, line 3: loss.type ") and "'sigmoid'?" in problem
+
+
+def test_an_objective_by_its_name_in_a_paper_is_answered_with_the_name_here(gpt2_preset):
+    for given, words in (("dpo", "Did you mean 'sigmoid'?"), ("cDPO", "'sigmoid' with label_smo")):
+        (problem,) = problems(gpt2_preset, f"loss: {{type: {given}}}")
+        assert problem.startswith("c.yaml, line 3: loss.type must be one of") and words in problem
+
+
+def test_no_message_about_the_objective_names_an_argument_that_is_no_key(gpt2_preset):
+    text = "loss: {type: [sigmoid, ipo], weights: [1], gamma: 1, penalties: {nl: 1}, length: 2}"
+    found = problems(gpt2_preset, text) + problems(gpt2_preset, "loss: {type: sft, weights: [1]}")
+    assert len(found) == 5 and not any("loss_" in problem for problem in found)
+
+
+def test_the_beginning_of_the_data_is_read_and_what_is_wrong_is_named_by_its_key(
+    gpt2_preset, tmp_path
+):
+    columns, messages = tmp_path / "columns.jsonl", tmp_path / "messages.jsonl"
+    columns.write_text('{"question": "Hello", "best": "Hi!", "worst": "No."}\n' * 3)
+    turns = '[{"role": "user", "content": "Hello"}]'
+    answer = '[{"role": "assistant", "content": "%s"}]'
+    messages.write_text(
+        f'{{"prompt": {turns}, "chosen": {answer % "Hi"}, "rejected": {answer % "No"}}}\n'
+    )
+    found = problems(gpt2_preset, "", f"data.path={columns}")
+    assert all("data.path" in problem and "columns.jsonl" in problem for problem in found)
+    assert any("column 'chosen' is missing" in problem for problem in found)
+    (problem,) = problems(gpt2_preset, "", f"data.path={messages}")
+    assert "data.template is needed" in problem and "messages.jsonl holds messages" in problem
+    text = f"model: {{path: {gpt2_preset}}}\ndata: {{path: {messages}, template: chatml}}\n"
+    assert parse_config(text, outside=True).data.template == "chatml"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("optimizer: sgdd", "training.optimizer must be one of Adadelta, "),
+        ("optimizer_options: {beta2: 0.9}", "training.optimizer_options.beta2 is not an argument"),
+        ("schedule: cosin", "Did you mean 'cosine'?"),
+        ("schedule: ExponentialDecay", "training.schedule_options.decay_rate is needed by Expon"),
+        ("loggers: [mlflow]", "pip install 'dpo-keras[mlflow]'"),
+    ],
+)
+def test_optimizers_schedules_and_loggers_are_checked_before_a_run(gpt2_preset, line, words):
+    (problem,) = problems(gpt2_preset, f"training: {{{line}}}")
+    assert words in problem and problem.startswith("c.yaml, line 3: training.")
 
 
 def test_a_loss_that_compares_needs_a_reference_and_others_do_not(gpt2_preset):
@@ -140,7 +184,7 @@ def test_the_objective_has_the_options_of_the_section():
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_configuration_that_is_shipped_is_valid(name, tmp_path):
     data = tmp_path / "pairs.jsonl"
-    data.write_text("")
+    data.write_text('{"prompt": "Hello", "chosen": "Hi!", "rejected": "No."}\n')
     overrides = [f"data.path={data}"] if name == "hh_harmless.yaml" else []
     config = load_config(CONFIGS / name, overrides, outside=True)
     assert config.name == Path(name).stem

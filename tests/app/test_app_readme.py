@@ -14,6 +14,7 @@ from dpo_keras.app.config import Config
 README = Path(__file__).parents[2] / "dpo_keras" / "app" / "README.md"
 HEAD = "| key | default | values | meaning |\n|---|---|---|---|\n"
 SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+ANY_COUNT = 2**31  # the guide says once that whole numbers are below it
 KINDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true, false"}
 
 
@@ -35,6 +36,8 @@ def keys(schema, definitions, section=""):
 def shown(value):
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if value == []:
+        return "[]"
     if isinstance(value, list):
         return value[0] if len(value) == 1 else f"[{', '.join(value)}]"
     return str(value)
@@ -44,10 +47,15 @@ def values(kind):
     if "enum" in kind:
         return ", ".join(shown(one) for one in kind["enum"])
     if kind["type"] == "array":
-        return "list of numbers" if kind["items"]["type"] == "number" else "list, or one of it"
+        items = kind["items"]
+        words = (
+            ", ".join(items["enum"]) + ": " if "enum" in items and not kind.get("minItems") else ""
+        )
+        return "list of numbers" if items["type"] == "number" else f"{words}list, or one of it"
     if kind["type"] == "object":
         return "mapping"
-    limits = [f"{sign} {round(kind[rule])}" for rule, sign in SIGNS.items() if rule in kind]
+    bounds = {rule: kind[rule] for rule in SIGNS if kind.get(rule, ANY_COUNT) != ANY_COUNT}
+    limits = [f"{SIGNS[rule]} {round(bound)}" for rule, bound in bounds.items()]
     return " ".join([KINDS[kind["type"]], ", ".join(limits)]).strip()
 
 

@@ -1,6 +1,7 @@
 """What people see: progress on a terminal and in a log, tables that nothing can break."""
 
 import io
+import re
 
 from rich.console import Console
 
@@ -81,3 +82,19 @@ def test_json_goes_to_stdout_and_messages_to_stderr(capsys):
     terminal.result({"é": 1}, "for people")
     out, err = capsys.readouterr()
     assert out == '{\n  "é": 1\n}\n' and err == "[bold]working\n"
+
+
+def test_on_a_terminal_messages_break_between_words_and_keep_their_indent(monkeypatch):
+    terminal = Terminal(as_json=False)
+    terminal.log = Console(file=io.StringIO(), force_terminal=True, width=30, highlight=False)
+    terminal.fail(2, ["the directory of the run exists already; give another"])
+    progress = TerminalProgress(terminal.log)
+    progress.note("warning: prompts of many pairs were cut")
+    text = re.sub("\x1b\\[[0-9;]*m", "", terminal.log.file.getvalue())
+    assert [line.rstrip() for line in text.splitlines()] == [
+        "error: the directory of the",
+        "run exists already; give",
+        "another",
+        "  warning: prompts of many",
+        "  pairs were cut",
+    ]

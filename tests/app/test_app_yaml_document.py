@@ -57,6 +57,9 @@ def test_anchors_and_merges_work_and_own_keys_win():
         ("a: &x [*x]", 1, "contains itself"),
         ("a: 1\n---\nb: 2", 2, "not YAML"),
         ("a: 1\nb: {c:2, d: 3}", 2, "'c:2' must have a space after its colon"),
+        ("a: 1\nb: " + "{c: " * 30 + "1" + "}" * 30, 2, "nested too deeply"),
+        ('a: 1\nb: "x\\ud800"', 2, "b holds half of a character (a surrogate)"),
+        ('a: 1\n"\\ud800": 1', 2, "a key holds half of a character"),
     ],
 )
 def test_what_can_not_be_read_is_said_with_its_line(text, line, words):
@@ -90,6 +93,8 @@ def test_an_override_replaces_whole_values_and_makes_sections():
         ("a=[1", "not YAML"),
         ("a.b.c=1", "not a section"),
         ("x={k: 1, k: 2}", "given twice"),
+        ("x=" + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("x=" + "[" * 3000, "nested too deeply"),
     ],
 )
 def test_a_faulty_override_is_named_and_changes_nothing(override, words):
@@ -98,6 +103,22 @@ def test_a_faulty_override_is_named_and_changes_nothing(override, words):
     (problem,) = document.problems
     assert words in problem and override in problem
     assert document.tree == {"a": {"b": "1"}}
+
+
+def test_yaml_that_is_nested_beyond_what_can_be_read_is_one_sentence():
+    for text in ("[" * 3000, "a: " + "[" * 3000 + "]" * 3000):
+        document = read_document(text, "x.yaml")
+        assert document.problems == [
+            "x.yaml: is nested too deeply; a configuration has at most four levels."
+        ]
+        assert not document.readable
+
+
+def test_bytes_of_the_command_line_that_are_no_text_are_refused():
+    document = read_document("a: 1", "x.yaml")
+    document.override("a=\udc80")
+    (problem,) = document.problems
+    assert "half of a character" in problem and document.tree == {"a": "1"}
 
 
 def test_values_without_a_type_are_guessed_by_the_rules_of_yaml_1_2():

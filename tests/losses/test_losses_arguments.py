@@ -53,7 +53,7 @@ def test_an_option_is_taken_by_the_objectives_that_use_it_and_refused_by_all_oth
     smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
     found = [p for p in problems(name, **smoothing, **options) if p.argument == option]
     assert len(found) == 1
-    assert f"has no effect with loss_type {name}, got " in found[0]
+    assert f"has no effect with {name}, got " in found[0]
     users = found[0].split("It acts with: ")[1].rstrip(".").split(", ")
     assert users == [n for n in OBJECTIVES if option in OBJECTIVES[n].option_names()]
 
@@ -88,7 +88,7 @@ def test_label_smoothing_is_taken_where_it_acts_and_refused_elsewhere(name):
         DPOLoss(name, label_smoothing=0.1)
     else:
         (found,) = problems(name, label_smoothing=0.1)
-        assert found.startswith(f"label_smoothing has no effect with loss_type {name}, got 0.1.")
+        assert found.startswith(f"label_smoothing has no effect with {name}, got 0.1.")
         assert "sigmoid" in found and "robust" in found
 
 
@@ -128,7 +128,7 @@ def test_an_unknown_name_that_is_near_nothing_lists_what_there_is():
 @pytest.mark.parametrize("penalty", ["insufficient_confidence", "overconfidence"])
 def test_ipo_with_a_penalty_that_does_not_apply_names_the_losses_that_take_it(penalty):
     (found,) = problems("ipo", penalties={penalty: 0.1})
-    assert found.startswith(f"penalties.{penalty} does not apply to loss_type ipo.")
+    assert found.startswith(f"penalties.{penalty} does not apply to ipo.")
     assert "sigmoid" in found
 
 
@@ -176,7 +176,7 @@ def test_options_that_hang_on_another_need_it():
 
 def test_weights_of_a_list_fit_it():
     assert problems(["sigmoid", "sft"], loss_weights=[1.0]) == [
-        "loss_weights must have one weight for each of the 2 loss_type names, got [1.0]."
+        "loss_weights must have one weight for each of the 2 objectives, got [1.0]."
     ]
     assert problems("sigmoid", loss_weights=[1.0])[0].startswith("loss_weights goes with a list")
     assert "must all be >= 0, got [1, -1]" in problems(["sigmoid", "sft"], loss_weights=[1, -1])[0]
@@ -218,10 +218,7 @@ def test_every_problem_carries_the_name_of_its_argument():
 def test_an_option_of_any_objective_of_a_list_is_taken():
     loss = DPOLoss(["sigmoid", "simpo"], gamma=1.0, label_smoothing=0.1)
     assert loss.options == {"gamma": 1.0}
-    assert (
-        "has no effect with loss_type sigmoid + hinge"
-        in problems(["sigmoid", "hinge"], gamma=1.0)[0]
-    )
+    assert "has no effect with sigmoid + hinge" in problems(["sigmoid", "hinge"], gamma=1.0)[0]
 
 
 def test_all_faults_are_told_together():

@@ -19,6 +19,7 @@ from dpo_keras.training import (
     train_preferences,
     warm_up,
 )
+from dpo_keras.training.fit import RunOptions
 from dpo_keras.training.supervised_model import chosen_alone
 
 
@@ -29,8 +30,9 @@ def test_auto_packs_where_every_model_can_and_says_once_why_not():
     for models in ([plain_model()], [policy, plain_model()]):
         fallen = choose_layout(models, buckets=3, row_length=64, note=heard.append)
         assert fallen == Layout("buckets", 3)
-    assert len(heard) == 2
+    assert len(heard) == 4
     assert heard[0].startswith("batching: buckets instead of packed rows, because Functional is no")
+    assert heard[1].startswith("warning: row_length has no effect with batching='buckets', got 64")
 
 
 def test_packed_is_refused_by_name_where_it_cannot_be():
@@ -38,6 +40,8 @@ def test_packed_is_refused_by_name_where_it_cannot_be():
         choose_layout([plain_model()], "packed")
     with pytest.raises(InputError, match="row_length has no effect with batching='buckets'"):
         choose_layout([plain_model()], "buckets", row_length=64)
+    with pytest.raises(InputError, match="buckets has no effect with batching='packed', got 2"):
+        choose_layout([gpt2(num_layers=1)], "packed", buckets=2)
     with pytest.raises(InputError, match="batching must be one of 'auto', 'packed', 'buckets'"):
         choose_layout([plain_model()], "pack")
 
@@ -49,6 +53,8 @@ def test_packed_is_refused_by_name_where_it_cannot_be():
         ("batching", lambda: choose_layout([plain_model()], "pack")),
         ("row_length", lambda: choose_layout([plain_model()], "buckets", row_length=64)),
         ("every", lambda: callbacks.SyncReference(every=0)),
+        ("max_steps", lambda: RunOptions(max_steps=0)),
+        ("log_every", lambda: RunOptions(log_every=0)),
         ("keep", lambda: callbacks.RunCheckpoint("checkpoints", keep=0)),
         ("schedule", lambda: make_optimizer(5, schedule="cosin")),
         ("strategy", lambda: strategy("miror")),

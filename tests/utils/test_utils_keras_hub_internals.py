@@ -102,3 +102,9 @@ def test_tied_embeddings_are_told():
     assert internals.ties_embeddings(FAMILIES["gpt2"]().backbone) is True
     assert internals.ties_embeddings(FAMILIES["llama"]().backbone) is False
     assert internals.ties_embeddings(None) is None
+
+
+def test_presets_are_known_without_importing_keras_hub():
+    listed = internals.listed_presets()
+    assert {"gpt2_base_en", "gemma3_1b", "qwen3_0.6b_en"} <= listed
+    assert listed <= set(keras_hub.models.CausalLM.presets)
