@@ -9,7 +9,8 @@ from feedback_http import Person
 from feedback_rounds import check_books, count
 
 from dpo_keras.errors import InputError
-from dpo_keras.feedback.annotation_server import allowed_hosts, bind, run
+from dpo_keras.feedback.annotation_server import bind, run
+from dpo_keras.feedback.request_guard import Address, address_of
 
 
 def test_a_person_judges_all_pairs_and_sees_the_progress(store, ann):
@@ -169,12 +170,14 @@ def test_a_taken_port_is_said(store):
 
 
 def test_addresses_and_the_names_they_answer_to():
-    assert allowed_hosts("127.0.0.1", None) == (frozenset({"127.0.0.1"}), False)
-    assert allowed_hosts("0.0.0.0", "https://a.example/x") == (frozenset({"a.example"}), True)
+    assert address_of("127.0.0.1", None) == Address(frozenset({"127.0.0.1"}))
+    proxied = Address(frozenset({"a.example"}), "https://a.example:8443", "/x")
+    assert address_of("0.0.0.0", "https://A.example:8443/x/") == proxied and proxied.secure
     with pytest.raises(InputError, match="--url"):
-        allowed_hosts("0.0.0.0", None)
-    with pytest.raises(InputError, match="url must be"):
-        allowed_hosts("127.0.0.1", "a.example")
+        address_of("0.0.0.0", None)
+    for wrong in ("a.example", "ftp://a.example", "https://", "https://a@b", "https://a?b", "https://a/#b"):
+        with pytest.raises(InputError, match="url must be"):
+            address_of("127.0.0.1", wrong)
 
 
 async def nobody(scope, receive, send):

@@ -102,7 +102,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
     store.submit(ann, shown.id, "left", key="kept")
     second = store.next(ann)[0]
     pages = store.database.rows("PRAGMA page_count")[0][0]
-    store.database.rows(f"PRAGMA max_page_count = {pages}")
+    with store.database.writing() as connection:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
     reason = "x" * 2000
     with pytest.raises(StoreError, match="disk is full"):
         # A few pages may still be free.
@@ -110,7 +111,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
             store.submit(ann, second.id, "left", key=f"k{turn}", reason=reason)
             store.undo(ann, second.id, key=f"u{turn}")
     check_books(store)
-    store.database.rows("PRAGMA max_page_count = 1000000")
+    with store.database.writing() as connection:
+        connection.execute("PRAGMA max_page_count = 1000000")
     kept = store.database.rows("SELECT count(*) FROM judgements")[0][0]
     store.submit(ann, store.next(ann)[0].id, "left", key="after", reason=reason)
     assert store.database.rows("SELECT count(*) FROM judgements")[0][0] == kept + 1
@@ -224,8 +226,9 @@ def test_a_store_that_another_process_holds_is_said_to_be_in_use(make_store, peo
     store = make_store(2)
     (ann,) = people(store, "ann")
     other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
+    with store.database.writing() as connection:
+        connection.execute("PRAGMA busy_timeout = 100")
     other.execute("BEGIN IMMEDIATE")
-    store.database.rows("PRAGMA busy_timeout = 100")
     with pytest.raises(StoreError, match="in use by another process"):
         store.next(ann)
     other.execute("ROLLBACK")

@@ -6,7 +6,9 @@ import pytest
 from feedback_http import Person, client_of
 from feedback_rounds import count
 
-from dpo_keras.feedback.request_guard import RateLimit
+from dpo_keras.feedback.request_guard import RateLimit, address_of
+
+HTTPS = address_of("127.0.0.1", "https://a.example")
 
 
 @pytest.mark.parametrize("path", ["/api/me", "/api/next", "/api/admin"])
@@ -44,7 +46,7 @@ def test_the_cookie_is_kept_from_scripts_and_other_sites(store):
     cookie = Person(store, "bob").cookie.lower()
     assert "httponly" in cookie and "samesite=strict" in cookie and "secure" not in cookie
     _, token = store.add_annotator("eve")
-    safe = client_of(store, secure=True).post("/api/session", json={"token": token})
+    safe = client_of(store, address=HTTPS).post("/api/session", json={"token": token})
     assert "; secure" in safe.headers["set-cookie"].lower()
 
 
