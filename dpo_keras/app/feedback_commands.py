@@ -84,6 +84,7 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         try:
             round = open_store(store, settings, create=True)
             added = round.add(given)
+            del given  # it may be large, and the server runs for weeks
             base = (url or f"http://{_in_url(host)}:{listening.getsockname()[1]}").rstrip("/")
             links = make_links(round, annotator or [], renew, base)
             terminal.say(f"{store}: {added.summary()}.")

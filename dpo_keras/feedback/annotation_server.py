@@ -1,11 +1,13 @@
 """The server of the annotation page: Starlette answers requests, uvicorn listens."""
 
 import asyncio
+import gc
 import json
 import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TypeAlias
 
 import anyio.to_thread
@@ -42,6 +44,7 @@ from dpo_keras.utils import JSON
 SESSION_DAYS = 30
 BODY_SECONDS = 20.0
 QUIET_SECONDS = 5.0  # without a request, after which the log moves into the store's file
+BUSY_SECONDS = 5.0  # after which it does so while requests come
 
 Work: TypeAlias = Callable[[Annotator, JSON], dict[str, JSON]]
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
@@ -88,20 +91,21 @@ class _Together:
         self.database = database
         self._waiting: list[tuple[Job, asyncio.Future[None]]] = []
         self._quiet: asyncio.TimerHandle | None = None
+        self._moved = 0.0
 
-    async def run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T], *, durable: bool) -> T:
         """Run work with everything that other requests of this moment want."""
         loop = asyncio.get_running_loop()
         if not self._waiting:
-            loop.call_soon(self._run_waiting)
-        job, done = Job(lambda _: work()), loop.create_future()
+            loop.call_soon(self._run_waiting, loop)
+        job, done = Job(lambda _: work(), durable=durable), loop.create_future()
         self._waiting.append((job, done))
         await done
         if job.error is not None:
             raise job.error
         return job.result
 
-    def _run_waiting(self) -> None:
+    def _run_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
         waiting, self._waiting = self._waiting, []
         self.database.run_together([job for job, _ in waiting])
         for _, done in waiting:
@@ -109,10 +113,13 @@ class _Together:
                 done.set_result(None)
         if self._quiet is not None:
             self._quiet.cancel()
-        loop = asyncio.get_running_loop()
-        self._quiet = loop.call_later(
-            QUIET_SECONDS, loop.run_in_executor, None, self.database.checkpoint
-        )
+        self._quiet = loop.call_later(QUIET_SECONDS, self._move_log, loop, True)
+        if loop.time() > self._moved + BUSY_SECONDS:
+            self._move_log(loop, False)
+
+    def _move_log(self, loop: asyncio.AbstractEventLoop, quiet: bool) -> None:
+        self._moved = loop.time()
+        loop.run_in_executor(None, partial(self.database.checkpoint, truncate=quiet))
 
 
 class _Sessions:
@@ -139,7 +146,9 @@ class _Sessions:
         async def endpoint(request: Request) -> Response:
             posted = request.method == "POST"
             body = await _json_body(request) if posted else dict(request.query_params)
-            content = await self.together.run(lambda: self._answer(request, work, body))
+            answer = partial(self._answer, request, work, body)
+            # A lease that is lost in a power failure is given again.
+            content = await self.together.run(answer, durable=posted)
             if finish is not None:
                 await finish(content)
             return JSONResponse(content)
@@ -184,7 +193,9 @@ class _Sessions:
             raise Refused(400, "token must be text of 1 to 200 characters.")
         if not self.sign_ins.allows(sha256(token)):
             raise Refused(429, "this link was opened too often; wait a minute.", retry_after=60)
-        session = await self.together.run(lambda: self.store.start_session(token, SESSION_DAYS))
+        session = await self.together.run(
+            lambda: self.store.start_session(token, SESSION_DAYS), durable=True
+        )
         if session is None:
             self._count_failure(request)
             raise Refused(401, "this link is not valid, or has expired; ask for a new one.")
@@ -195,8 +206,8 @@ class _Sessions:
 
     async def log_out(self, request: Request) -> Response:
         """End the session of this browser."""
-        secret, _ = await self.together.run(lambda: self._signed_in(request))
-        await self.together.run(lambda: self.store.end_session(secret))
+        secret, _ = await self.together.run(lambda: self._signed_in(request), durable=False)
+        await self.together.run(lambda: self.store.end_session(secret), durable=True)
         response = JSONResponse({})
         self._set_cookie(response, "", 0)
         return response
@@ -317,7 +328,11 @@ def run(
         # From here on connections wait rather than fail, so that printed links work at once.
         listening.listen(512)
         announce()
+        # What was made until now stays; looking through it again and again would stop requests.
+        gc.collect()
+        gc.freeze()
         server.run(sockets=[listening])
     finally:
+        gc.unfreeze()
         for number, handler in before.items():
             signal.signal(number, handler)

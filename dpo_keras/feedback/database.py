@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 VERSION = 1
 APPLICATION = 0x44504F46  # "DPOF" tells a feedback store apart from another program's database
+BUSY_SECONDS = 10  # to wait for other processes
 READERS = 4  # connections that read; each holds up to three files open
 
 _ADVICE = {
@@ -40,10 +41,14 @@ class StoreError(InputError):
 
 
 class Job:
-    """A write that may share its transaction with others, and its outcome."""
+    """Work that may share its transaction with others, and its outcome.
 
-    def __init__(self, work: Callable[[sqlite3.Connection], Any]):
-        self.work = work
+    Where no job of a transaction is `durable`, nobody waits for the disk, and a power failure (not
+    a killed process) may take the transaction back.
+    """
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], *, durable: bool = True):
+        self.work, self.durable = work, durable
         self.result: Any = None
         self.error: BaseException | None = None
 
@@ -128,8 +133,8 @@ class Database:
         connection = self._connect("mode=rw")
         try:
             connection.execute("PRAGMA journal_mode=WAL")
-            # A commit waits until the disk has the log. SQLite may have been built with less.
-            connection.execute("PRAGMA synchronous=FULL")
+            # In pages, 80 MB. The server moves the log earlier, while nobody waits for it.
+            connection.execute("PRAGMA wal_autocheckpoint=20000")
         except sqlite3.OperationalError as error:
             connection.close()
             # A round on read-only media can still be reported on. SQLite reads a WAL database
@@ -144,7 +149,7 @@ class Database:
         address = f"{self.path.absolute().as_uri()}?{options}"
         # Connections go from thread to thread, one at a time.
         connection = sqlite3.connect(
-            address, timeout=10, isolation_level=None, check_same_thread=False, uri=True
+            address, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
         )
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys=ON")
@@ -173,12 +178,12 @@ class Database:
             return connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Run a block as one transaction: all of it is on the disk afterwards, or none of it."""
         with explained_errors(self.path), self._lock:
             if self._writer is None:
                 self._writer = self._open()
-            with _transaction(self._writer):
+            with _transaction(self._writer, durable):
                 self._inside.connection = self._writer
                 try:
                     yield self._writer
@@ -199,7 +204,7 @@ class Database:
         A job that fails is rolled back alone. An error of the disk is that of every job.
         """
         try:
-            with self.writing() as connection:
+            with self.writing(durable=any(job.durable for job in jobs)) as connection:
                 for job in jobs:
                     connection.execute("SAVEPOINT job")
                     try:
@@ -214,17 +219,17 @@ class Database:
             for job in jobs:
                 job.error = error
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, *, truncate: bool = True) -> None:
         """Move the log into the file, so that a copy of the file alone holds all of it.
 
-        Where others are reading, the log stays for a later time.
+        Where others are reading, the rest stays for a later time. Without `truncate` the log's file
+        is kept to be written over, which is faster than to let a new one grow.
         """
+        with self._reader() as connection:  # most of it, while others write
+            _move_log(connection, "PASSIVE")
         with self._lock:
             if self._writer is not None:
-                with contextlib.suppress(sqlite3.OperationalError):  # others are reading
-                    self._writer.execute("PRAGMA busy_timeout=100")
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                self._writer.execute("PRAGMA busy_timeout=10000")
+                _move_log(self._writer, "TRUNCATE" if truncate else "PASSIVE")
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy a database that may be in use, as it is at one moment, to a file of its own.
@@ -275,7 +280,9 @@ def explained_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, durable: bool) -> Iterator[None]:
+    # FULL: the commit waits until the disk has the log.
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -284,6 +291,13 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _move_log(connection: sqlite3.Connection, how: str) -> None:
+    connection.execute("PRAGMA busy_timeout=100")  # others read for seconds; writers must not wait
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
+    connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
 
 
 def _create(connection: sqlite3.Connection) -> None:

@@ -26,6 +26,7 @@ MAX_CONNECTIONS_OF_ADDRESS = 100  # a proxy is one address, too
 HEADER_SECONDS = 10.0  # from connecting to the end of the first request's headers
 KEEP_ALIVE_SECONDS = 30.0  # from an answer to the end of the next request's headers
 ANSWER_SECONDS = 120.0  # from there to the end of the answer
+CHECK_SECONDS = 2.0  # between two looks at these
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 logger = logging.getLogger(__name__)
@@ -99,9 +100,9 @@ class GuardedProtocol(H11Protocol):
         """Count a new connection and start its deadline."""
         super().connection_made(transport)
         self._address = _network(self.client[0] if self.client else "")
-        self._deadline: asyncio.TimerHandle | None = None
         self._started = False  # a request has begun
         self._wait(HEADER_SECONDS)
+        self._check_deadline()
         same = [one for one in self.connections if getattr(one, "_address", None) == self._address]
         if len(same) > MAX_CONNECTIONS_OF_ADDRESS:
             _make_room(same)
@@ -125,16 +126,19 @@ class GuardedProtocol(H11Protocol):
             self._wait(ANSWER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the deadline."""
+        """End the checks."""
         super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._check.cancel()
 
     def _wait(self, seconds: float) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
         self.since = self.loop.time()
-        self._deadline = self.loop.call_later(seconds, self.drop)
+        self._deadline = self.since + seconds
+
+    def _check_deadline(self) -> None:
+        # One timer that looks again costs less than one timer a request.
+        if self.loop.time() >= self._deadline:
+            self.drop()
+        self._check = self.loop.call_later(CHECK_SECONDS, self._check_deadline)
 
     def waits_for_client(self) -> bool:
         """Return whether a request, or the rest of one, is still to come."""
@@ -142,7 +146,7 @@ class GuardedProtocol(H11Protocol):
 
     def drop(self) -> None:
         """End the connection at once."""
-        self.connections.discard(self)
+        self.connections.discard(self)  # `connection_lost` comes later
         self.transport.abort()
 
 
