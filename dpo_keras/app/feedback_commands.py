@@ -39,7 +39,8 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         ),
     ] = None,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Give known annotators new links; old ones end and sign out.")
+        bool,
+        typer.Option("--renew", help="Give new links to known annotators and end old ones."),
     ] = False,
     overlap: Annotated[int, typer.Option(min=1, help="How many people judge each pair.")] = 1,
     guidelines: Annotated[

@@ -299,22 +299,28 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Make the server that `run` runs."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+            timeout_graceful_shutdown=5,
+        )
+    )
+
+
 def run(
     app: ASGIApp, listening: socket.socket, announce: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until interrupted; `announce` is called once connections are accepted."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        http=GuardedProtocol,
-        ws="none",
-        timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app)
 
     def end(*_: object) -> None:
         server.should_exit = True

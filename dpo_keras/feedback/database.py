@@ -70,12 +70,16 @@ class Database:
         for _ in range(READERS):
             self._readers.put(None)  # opened when it is needed
         self._check_path(create)
-        if create:
-            # Both pragmas and the schema in one transaction: a killed start leaves nothing.
-            with self.writing() as connection:
-                if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    _create(connection)
-        self._check_version()
+        try:
+            if create:
+                # Both pragmas and the schema in one transaction: a killed start leaves nothing.
+                with self.writing() as connection:
+                    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                        _create(connection)
+            self._check_version()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_path(self, create: bool) -> None:
         if self.path.exists() and not self.path.is_file():

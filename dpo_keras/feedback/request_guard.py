@@ -103,11 +103,12 @@ class GuardedProtocol(H11Protocol):
         self._started = False  # a request has begun
         self._wait(HEADER_SECONDS)
         self._check_deadline()
-        same = [one for one in self.connections if getattr(one, "_address", None) == self._address]
+        ours = [one for one in self.connections if isinstance(one, GuardedProtocol)]
+        same = [one for one in ours if one._address == self._address]
         if len(same) > MAX_CONNECTIONS_OF_ADDRESS:
             _make_room(same)
         if len(self.connections) > MAX_CONNECTIONS:
-            _make_room(list(self.connections))
+            _make_room(ours)
 
     def data_received(self, data: bytes) -> None:
         """Pass data on; headers that are complete end the wait for them."""

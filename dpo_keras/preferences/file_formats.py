@@ -24,6 +24,7 @@ from dpo_keras.preferences.record_stream import FORMATS, Reading, Records, Sourc
 from dpo_keras.preferences.records import COLUMNS, OPTIONAL, missing_columns
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.text import QUOTED, with_formulas, without_formulas
 
 SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
@@ -151,7 +152,7 @@ def _read_csv(stream: BinaryIO, reading: Reading) -> Records:
                 rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
                 yield line, Fault("wrong number of cells", "line", len(row), rule)
             else:
-                yield line, dict(zip(header, row, strict=True))
+                yield line, with_formulas(dict(zip(header, row, strict=True)))
     finally:
         csv.field_size_limit(limit)
         text.detach()  # otherwise its end would close the caller's stream
@@ -251,11 +252,14 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
 
 def _as_csv(records: list[dict[str, JSON]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _columns(records), restval="")
-    writer.writeheader()
+    rows = []
     for record in records:
         texts = {n: json.dumps(v, ensure_ascii=False) for n, v in record.items() if type(v) is list}
-        writer.writerow({**record, **texts})
+        rows.append(without_formulas({**record, **texts}))
+    marked = [QUOTED] if any(QUOTED in row for row in rows) else []
+    writer = csv.DictWriter(text, [*_columns(records), *marked], restval="")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 

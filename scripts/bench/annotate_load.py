@@ -26,6 +26,7 @@ import uuid
 from array import array
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,11 +152,9 @@ class Log:
         """Note the server's descriptors, memory, threads and processor time."""
         proc = Path("/proc", str(process))
         try:
-            status = dict(
-                line.split(":", 1) for line in (proc / "status").read_text().splitlines()
-            )
+            status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
             ticks = (proc / "stat").read_text().rpartition(")")[2].split()[11:13]
-            files = len(os.listdir(proc / "fd"))
+            files = len(list((proc / "fd").iterdir()))
         except OSError:
             return  # it was killed at this moment
         self.samples.append({
@@ -199,7 +198,8 @@ class Server:
     def start(self) -> list[dict]:
         """Start it, wait until it serves, and return the links that it printed."""
         command = [
-            sys.executable, "-m", "dpo_keras.app", "annotate", str(self.folder / "candidates.jsonl"),
+            sys.executable, "-m", "dpo_keras.app", "annotate",
+            str(self.folder / "candidates.jsonl"),
             "--store", str(self.folder / "feedback.sqlite"), "--port", str(self.port), "--json",
             "--overlap", str(self.options.overlap), "--repeat-share", "0",
         ]  # fmt: skip
@@ -245,7 +245,7 @@ def write_candidates(path: Path, pairs: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def check(folder: Path, people: list[Annotator], overlap: int) -> dict[str, object]:
+def check(folder: Path, people: list[Annotator], overlap: int) -> dict[str, Any]:
     """Compare the store with what was confirmed."""
     confirmed = [entry for person in people for entry in person.confirmed]
     store = open_store(folder / "feedback.sqlite")
@@ -295,7 +295,7 @@ async def simulate(server: Server, people: list[Annotator], log: Log, kills: int
 
 
 def main() -> int:
-    """Run the benchmark and print its figures as JSON; return 1 if something was lost or doubled."""
+    """Run the benchmark and print its figures as JSON; return 1 if something was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--annotators", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=5000)
