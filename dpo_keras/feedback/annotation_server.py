@@ -335,7 +335,6 @@ def run(
         listening.listen(512)
         announce()
         # What was made until now stays; looking through it again and again would stop requests.
-        gc.collect()
         gc.freeze()
         server.run(sockets=[listening])
     finally:

@@ -248,6 +248,7 @@ def write_candidates(path: Path, pairs: int) -> None:
 def check(folder: Path, people: list[Annotator], overlap: int) -> dict[str, Any]:
     """Compare the store with what was confirmed."""
     confirmed = [entry for person in people for entry in person.confirmed]
+    log_left = (folder / "feedback.sqlite-wal").exists()
     store = open_store(folder / "feedback.sqlite")
     rows = store.database.rows
     there = {row[0] for row in rows("SELECT id FROM judgements")}
@@ -267,7 +268,7 @@ def check(folder: Path, people: list[Annotator], overlap: int) -> dict[str, Any]
         "pairs_with_more": sum(count > overlap for count in per_pair),
         "judged_twice_by_one_person": len(twice),
         "integrity": rows("PRAGMA integrity_check")[0][0],
-        "log_left_beside_the_store": Path(f"{store.database.path}-wal").exists(),
+        "log_left_beside_the_store": log_left,
     }
     store.close()
     return found

@@ -35,6 +35,7 @@ needs_browser = pytest.mark.skipif(
 def served(store, **options):
     """The address of a server of this store."""
     listening = bind("127.0.0.1", 0)
+    listening.listen(512)  # as `run` does: who connects now waits
     server = make_server(make_app(store, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
