@@ -121,32 +121,42 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
     check_books(store)
 
 
-def test_work_that_fails_is_taken_back_alone(make_store, people):
-    """Many threads write at once; every third one fails after it has written something."""
+def test_work_that_fails_is_taken_back_alone(make_store):
+    """Many write in one transaction; every third one fails after it has written something."""
     store = make_store(1)
-    people(store, "ann")
-    ended = {}
 
-    def work(number):
+    def job(number):
         def write(connection):
             connection.execute("INSERT INTO meta VALUES (?, 'x')", (f"test {number}",))
+            assert store.database.rows("SELECT 1 FROM meta WHERE key = ?", (f"test {number}",))
             if number % 3 == 0:
                 raise KeyError(number)
-            return number
+            return store.database.batched(lambda inner: number if inner is connection else None)
 
-        try:
-            ended[number] = store.database.batched(write)
-        except KeyError as error:
-            ended[number] = error.args[0], "failed"
+        return database.Job(write)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert ended == {n: n if n % 3 else (n, "failed") for n in range(30)}
+    jobs = [job(number) for number in range(30)]
+    store.database.run_together(jobs)
+    assert [job.result for job in jobs] == [n if n % 3 else None for n in range(30)]
+    assert [job.error is None for job in jobs] == [n % 3 > 0 for n in range(30)]
     there = {row[0] for row in store.database.rows("SELECT key FROM meta WHERE value = 'x'")}
     assert there == {f"test {n}" for n in range(30) if n % 3}
+
+
+def test_an_error_of_the_disk_is_that_of_everybody_who_shared_the_transaction(make_store):
+    store = make_store(1)
+
+    def full(connection):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def write(connection):
+        connection.execute("INSERT INTO meta VALUES ('test', 'x')")
+
+    jobs = [database.Job(write), database.Job(full)]
+    store.database.run_together(jobs)
+    assert all(isinstance(job.error, StoreError) and "is full" in str(job.error) for job in jobs)
+    assert store.database.rows("SELECT 1 FROM meta WHERE key = 'test'") == []
+    assert store.add(candidates(2)).pairs == 1, "it goes on"
 
 
 READ_ONLY = """
