@@ -57,24 +57,30 @@ class Address:
 def address_of(host: str, url: str | None) -> Address:
     """Return how a server that listens on `host`, perhaps behind a proxy at `url`, is reached."""
     if url is not None:
-        parts = urlsplit(url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or "@" in parts.netloc
-            or parts.query
-            or parts.fragment
-        ):
-            rule = "must be like https://feedback.example.org or https://example.org/feedback"
-            raise InputError(InputProblem("url", rule, url))
-        origin = f"{parts.scheme}://{parts.netloc}".lower()
-        return Address(frozenset({parts.hostname}), origin, parts.path.rstrip("/"))
+        return _address_at(url)
     if host in ("0.0.0.0", "::"):
         raise InputError(
             f"host {host} listens on every address; say with --url how annotators reach it, for "
             "instance --url https://feedback.example.org."
         )
     return Address(frozenset({host.lower()}))
+
+
+def _address_at(url: str) -> Address:
+    rule = "must be like https://feedback.example.org or https://example.org/feedback"
+    problem = InputError(InputProblem("url", rule, url))
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise problem from error
+    known = parts.scheme in ("http", "https") and host
+    if not known or "@" in parts.netloc or parts.query or parts.fragment:
+        raise problem
+    origin = f"{parts.scheme}://{parts.netloc}".lower()
+    if port == {"http": 80, "https": 443}[parts.scheme]:  # browsers leave it out
+        origin = origin.removesuffix(f":{port}")
+    return Address(frozenset({host or ""}), origin, parts.path.rstrip("/"))
 
 
 class Refused(Exception):  # noqa: N818  # an answer to a request rather than a fault
@@ -153,7 +159,7 @@ class GuardedProtocol(H11Protocol):
 
 def _network(host: str) -> str:
     """Return whose connections are counted together: an IPv6 user has a whole /64."""
-    if ":" not in host:
+    if ":" not in host or host.startswith("::ffff:"):  # the latter is an IPv4 address
         return host
     return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
 

@@ -239,6 +239,7 @@ def test_addresses_and_the_names_they_answer_to():
     assert address_of("127.0.0.1", None) == Address(frozenset({"127.0.0.1"}))
     proxied = Address(frozenset({"a.example"}), "https://a.example:8443", "/x")
     assert address_of("0.0.0.0", "https://A.example:8443/x/") == proxied and proxied.secure
+    assert address_of("127.0.0.1", "https://a.example:443").origin == "https://a.example"
     with pytest.raises(InputError, match="--url"):
         address_of("0.0.0.0", None)
     for wrong in (
@@ -248,6 +249,8 @@ def test_addresses_and_the_names_they_answer_to():
         "https://a@b",
         "https://a?b",
         "https://a/#b",
+        "https://[",
+        "https://a:99999",
     ):
         with pytest.raises(InputError, match="url must be"):
             address_of("127.0.0.1", wrong)

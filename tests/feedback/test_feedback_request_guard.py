@@ -337,3 +337,11 @@ def test_a_slow_answer_is_not_cut_off(store, monkeypatch):
         client.request("GET", "/api/admin", headers={"Cookie": boss.cookie.partition(";")[0]})
         assert json.loads(client.getresponse().read())["agreement"] == {"figures": []}
         client.close()
+
+
+def test_connections_are_counted_by_whom_they_come_from():
+    network = request_guard._network
+    assert network("10.0.0.1") != network("10.0.0.2")
+    assert network("2001:db8::1") == network("2001:db8::2:3") != network("2001:db8:0:1::1")
+    assert network("::ffff:10.0.0.1") != network("::ffff:10.0.0.2"), "IPv4 on an IPv6 socket"
+    assert network("fe80::1%eth0") == network("fe80::2%eth0")
