@@ -11,7 +11,7 @@ import typer
 
 from dpo_keras.app.config import read_text
 from dpo_keras.app.config_rules import keys_for_arguments
-from dpo_keras.app.console import AsJson, Debug, Force, check_output, reporting
+from dpo_keras.app.console import AsJson, Debug, Force, Terminal, check_output, reporting
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
 
@@ -39,7 +39,8 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         ),
     ] = None,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Give known annotators new links; old ones end.")
+        bool,
+        typer.Option("--renew", help="Give new links to known annotators and end old ones."),
     ] = False,
     overlap: Annotated[int, typer.Option(min=1, help="How many people judge each pair.")] = 1,
     guidelines: Annotated[
@@ -66,10 +67,11 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     with reporting(as_json, debug) as terminal:
         needs_extra()
         from dpo_keras.feedback import Settings, open_store, read_candidates
-        from dpo_keras.feedback.annotation_server import allowed_hosts, bind, make_app, run
+        from dpo_keras.feedback.annotation_server import bind, make_app, run
         from dpo_keras.feedback.quality import overview
+        from dpo_keras.feedback.request_guard import LOOPBACK, address_of
 
-        hosts, secure = allowed_hosts(host, url)
+        address = address_of(host, url)
         with keys_for_arguments("guidelines:"):
             shown = "" if guidelines is None else read_text(guidelines)
         given = read_candidates(candidates)
@@ -83,17 +85,19 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         try:
             round = open_store(store, settings, create=True)
             added = round.add(given)
+            del given  # it may be large, and the server runs for weeks
             base = (url or f"http://{_in_url(host)}:{listening.getsockname()[1]}").rstrip("/")
             links = make_links(round, annotator or [], renew, base)
             terminal.say(f"{store}: {added.summary()}.")
             if overlap == 1:
                 terminal.say("Each pair is judged once; --overlap 2 lets agreement be measured.")
-            if host not in ("127.0.0.1", "localhost", "::1") and not secure:
+            if host not in LOOPBACK and not address.secure:
                 terminal.say(
                     "warning: links and answers go over the network unencrypted; put a server with "
                     "https in front, and give its --url."
                 )
-            page = make_app(round, guidelines=shown, assess=overview, hosts=hosts, secure=secure)
+            _tell_of_others(terminal, store, round, links)
+            page = make_app(round, guidelines=shown, assess=overview, address=address)
 
             def announce() -> None:
                 terminal.result({"url": base, "links": links}, *_link_views(links))
@@ -178,6 +182,50 @@ def feedback_export(
         )
 
 
+@feedback.command("backup")
+def feedback_backup(
+    store: StoreFile,
+    copy: Annotated[Path, typer.Argument(metavar="COPY", help="The file that holds the copy.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace COPY where it exists.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a round, which people may be judging, to one file."""
+    with reporting(as_json, debug) as terminal:
+        from dpo_keras.feedback import open_store
+
+        if copy.exists() and not force:
+            raise InputError(f"{copy} exists; give another path, or --force to replace it.")
+        round = open_store(store)
+        round.backup(copy)
+        judgements = round.database.rows("SELECT count(*) FROM judgements")[0][0]
+        round.close()
+        terminal.result(
+            {"path": str(copy)}, f"{copy} holds all of {store}, {judgements:,} entries of the log."
+        )
+
+
+@feedback.command("remove")
+def feedback_remove(
+    store: StoreFile,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Annotators.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """End annotators' links and sign them out, also while the page is served.
+
+    Their judgements stay. `annotate -a NAME` lets a person in again.
+    """
+    with reporting(as_json, debug) as terminal:
+        from dpo_keras.feedback import open_store
+
+        round = open_store(store)
+        for name in names:
+            round.remove_annotator(name)
+        round.close()
+        terminal.result({"removed": names}, f"Removed: {', '.join(names)}. Judgements stay.")
+
+
 def needs_extra() -> None:
     """Check that the libraries of the page and of the report are installed."""
     names = ("choix", "krippendorff", "markdown_it", "scipy", "starlette", "statsmodels", "uvicorn")
@@ -189,23 +237,45 @@ def needs_extra() -> None:
 
 
 def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[dict[str, JSON]]:
-    """Add annotators and an administrator; only `renew` makes new links for those known."""
-    known = {person.name for person in store.annotators() if not person.admin}
+    """Add annotators and an administrator; only `renew` makes new links for those known.
+
+    A new link ends the old one, and signs out whoever used it.
+    """
+    known = store.names_with_links()
     if not people and not known:
         people = ["annotator"]
-    if "admin" in (name.partition(":")[0].strip() for name in people):
+    asked = [tuple(part.strip() for part in words.partition(":")[::2]) for words in people]
+    names = [name for name, _ in asked]
+    if "admin" in names:
         raise InputError("the name admin is the administrator's; give another to --annotator.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"--annotator must name each person once; {', '.join(map(repr, twice))} is there twice."
+        )
     links: list[dict[str, JSON]] = []
-    for words in people:
-        name, _, group = (part.strip() for part in words.partition(":"))
+    for name, group in asked:
         link = None
         if renew or name not in known:
             _, token = store.add_annotator(name, group or None)
             link = f"{base}/#{token}"
         links.append({"name": name, "group": group or None, "admin": False, "link": link})
-    _, token = store.add_annotator("admin", admin=True)
+    # The administrator's link is new at each start; who is signed in by an older one stays so.
+    _, token = store.add_annotator("admin", admin=True, end_sessions=renew)
     links.append({"name": "admin", "group": None, "admin": True, "link": f"{base}/admin#{token}"})
     return links
+
+
+def _tell_of_others(
+    terminal: Terminal, path: Path, store: Store, links: list[dict[str, JSON]]
+) -> None:
+    """Say whose links still work though they are not named this time."""
+    named = {one["name"] for one in links}
+    others = [name for name in store.names_with_links() if name not in named]
+    if others and len(named) > 1:
+        terminal.say(
+            f"{', '.join(others)} can still sign in; `dpo-keras feedback remove {path} NAME` ends "
+            "that."
+        )
 
 
 def _link_views(links: list[dict[str, JSON]]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import cache, lru_cache
 from typing import NamedTuple, TypeAlias
 
+import anyio.to_thread
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode
@@ -19,6 +20,7 @@ from dpo_keras.feedback.request_guard import Refused
 from dpo_keras.feedback.store import Annotator, Store
 from dpo_keras.utils import JSON
 
+MAX_AT_ONCE = 8_000  # characters that are rendered while others wait
 MAX_HELD = 3  # presentations that a page may hold at once
 _ROLES = {"system": "Instructions", "user": "Person", "assistant": "Assistant", "tool": "Tool"}
 
@@ -43,7 +45,10 @@ class Api:
         return {"name": annotator.name, "admin": annotator.admin, "guidelines": guidelines}
 
     def next(self, annotator: Annotator, query: Mapping[str, str]) -> dict[str, JSON]:
-        """Return presentations; those that the page knows come without their texts."""
+        """Return presentations; those that the page knows come without their texts.
+
+        `with_texts` makes the texts of the others ready for the page.
+        """
         numbers = [query.get("count", "1"), *query.get("known", "").split(",")]
         if any(len(n) > 18 or not (n.isascii() and n.isdigit() or n == "") for n in numbers):
             raise Refused(400, "count and known must be whole numbers.")
@@ -51,11 +56,19 @@ class Api:
         known = {int(number) for number in numbers[1:11] if number}
         shown = self.store.next(annotator.id, count)
         return {
-            "presentations": [{"id": p.id} if p.id in known else _shown(p) for p in shown],
+            "presentations": [{"id": p.id} if p.id in known else p for p in shown],
             "waiting": not shown and self.store.may_return(annotator.id),
             "own": self.store.done_by(annotator.id),
             **self._state(annotator),
         }
+
+    async def with_texts(self, content: dict[str, JSON]) -> None:
+        """Put rendered texts in place of presentations. Long ones take a while, so in a thread."""
+        for place, shown in enumerate(content["presentations"]):
+            if isinstance(shown, Presentation):
+                long = len(shown.left) + len(shown.right) + len(str(shown.prompt)) > MAX_AT_ONCE
+                rendered = await anyio.to_thread.run_sync(_shown, shown) if long else _shown(shown)
+                content["presentations"][place] = rendered
 
     def submit(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
         """Record a judgement; the store checks the type of every value."""
@@ -151,7 +164,7 @@ _LEAVES: dict[str, Callable[[str], list[Node]]] = {
 }
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # the texts that a hundred people hold, and will hold next
 def render(text: str) -> tuple[Node, ...]:
     """Parse Markdown into texts and `[tag, attributes, children]` of known tags."""
     text = text.translate(_OVERRIDES)

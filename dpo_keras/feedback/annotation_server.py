@@ -1,13 +1,14 @@
 """The server of the annotation page: Starlette answers requests, uvicorn listens."""
 
 import asyncio
+import gc
 import json
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 import uvicorn
@@ -19,25 +20,31 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.errors import InputError
 from dpo_keras.feedback.annotation_api import Api, content_security_policy, page
-from dpo_keras.feedback.database import StoreError, sha256
+from dpo_keras.feedback.database import Database, Job, StoreError, T, sha256
 from dpo_keras.feedback.judgements import Conflict
 from dpo_keras.feedback.request_guard import (
+    KEEP_ALIVE_SECONDS,
+    LOOPBACK,
     MAX_BODY,
+    Address,
+    GuardedProtocol,
     GuardMiddleware,
     RateLimit,
     Refused,
     check_csrf_token,
     check_origin,
     csrf_token,
+    warn_once,
 )
 from dpo_keras.feedback.store import Annotator, Store
 from dpo_keras.utils import JSON
 
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 SESSION_DAYS = 30
 BODY_SECONDS = 20.0
+QUIET_SECONDS = 5.0  # without a request, after which the log moves into the store's file
+BUSY_SECONDS = 5.0  # after which it does so while requests come
 
 Work: TypeAlias = Callable[[Annotator, JSON], dict[str, JSON]]
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
@@ -48,50 +55,124 @@ def make_app(
     *,
     guidelines: str = "",
     assess: Callable[[Store], Mapping[str, JSON]] | None = None,
-    hosts: Iterable[str] = (),  # names besides the loopback's by which the server is reached
-    secure: bool = False,  # the page is reached by https, so cookies are sent by https only
+    address: Address = Address(),  # noqa: B008  # it cannot be changed
     rate: float = 30.0,  # requests per second and session
     burst: float = 60.0,  # requests at once
 ) -> Starlette:
     """Make the server's application; see `Api` for guidelines and `assess`."""
     api = Api(store, guidelines, assess)
-    sessions = _Sessions(store, secure, RateLimit(rate, burst), RateLimit(1.0, 20.0))
+    sessions = _Sessions(store, address, RateLimit(rate, burst))
     routes = [
         Route("/", _page("annotate")),
         Route("/admin", _page("admin")),
-        Route("/api/session", sessions.sign_in, methods=["POST"]),
-        Route("/api/me", sessions.endpoint(lambda annotator, _: api.me(annotator))),
-        Route("/api/next", sessions.endpoint(api.next)),
-        Route("/api/admin", sessions.endpoint(lambda annotator, _: api.overview(annotator))),
+        Route("/api/next", sessions.endpoint(api.next, finish=api.with_texts)),
         Route("/api/judgements", sessions.endpoint(api.submit), methods=["POST"]),
         Route("/api/undo", sessions.endpoint(api.undo), methods=["POST"]),
+        Route("/api/me", sessions.endpoint(lambda annotator, _: api.me(annotator))),
+        Route("/api/admin", sessions.slow_endpoint(lambda annotator, _: api.overview(annotator))),
+        Route("/api/session", sessions.sign_in, methods=["POST"]),
+        Route("/api/logout", sessions.log_out, methods=["POST"]),
     ]
-    allowed = LOOPBACK | {host.lower() for host in hosts}
-    guard = Middleware(GuardMiddleware, policy=content_security_policy(), hosts=frozenset(allowed))
+    guard = Middleware(GuardMiddleware, policy=content_security_policy(), address=address)
     handlers = dict.fromkeys((404, 405, 500, Refused, InputError), _error)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+    app.router.redirect_slashes = False  # it does not know of a path before ours
+    return app
+
+
+class _Together:
+    """Runs what waits for the store in one transaction, so that the disk confirms once for all.
+
+    All of it runs in the event loop's thread. The store answers in a fraction of a millisecond;
+    handing each request to a thread and back takes longer.
+    """
+
+    def __init__(self, database: Database):
+        self.database = database
+        self._waiting: list[tuple[Job, asyncio.Future[None]]] = []
+        self._quiet: asyncio.TimerHandle | None = None
+        self._moved = 0.0
+
+    async def run(self, work: Callable[[], T], *, durable: bool) -> T:
+        """Run work with everything that other requests of this moment want."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._run_waiting, loop)
+        job, done = Job(lambda _: work(), durable=durable), loop.create_future()
+        self._waiting.append((job, done))
+        await done
+        if job.error is not None:
+            raise job.error
+        return job.result
+
+    def _run_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting, self._waiting = self._waiting, []
+        self.database.run_together([job for job, _ in waiting])
+        for _, done in waiting:
+            if not done.done():  # its client may have gone
+                done.set_result(None)
+        if self._quiet is not None:
+            self._quiet.cancel()
+        self._quiet = loop.call_later(QUIET_SECONDS, self._move_log, loop, True)
+        if loop.time() > self._moved + BUSY_SECONDS:
+            self._move_log(loop, False)
+
+    def _move_log(self, loop: asyncio.AbstractEventLoop, quiet: bool) -> None:
+        self._moved = loop.time()
+        loop.run_in_executor(None, partial(self.database.checkpoint, truncate=quiet))
 
 
 class _Sessions:
     """Endpoints for signed-in people: who asks, may they, and what went wrong."""
 
-    def __init__(self, store: Store, secure: bool, rates: RateLimit, failures: RateLimit):
-        self.store, self.secure, self.rates, self.failures = store, secure, rates, failures
-        # Cookies do not know ports: two rounds on one machine must not sign each other out.
-        self.cookie = f"feedback_{store.id}"
+    def __init__(self, store: Store, address: Address, rates: RateLimit):
+        self.store, self.address, self.rates = store, address, rates
+        self.failures = RateLimit(1.0, 20.0)  # by address
+        self.sign_ins = RateLimit(0.1, 10.0)  # by link
+        self.together = _Together(store.database)
+        # Cookies do not know ports: two rounds on one machine must not sign each other out. The
+        # prefixes keep other hosts of a domain, and pages without https, from setting the cookie.
+        prefix = ("__Secure-" if address.path else "__Host-") if address.secure else ""
+        self.cookie = f"{prefix}feedback_{store.id}"
 
-    def endpoint(self, work: Work) -> Endpoint:
-        """Make an endpoint whose work gets the annotator, and the query or the posted body."""
+    def endpoint(
+        self, work: Work, finish: Callable[[dict[str, JSON]], Awaitable[None]] | None = None
+    ) -> Endpoint:
+        """Make an endpoint whose work gets the annotator, and the query or the posted body.
+
+        `finish` completes the answer after the transaction.
+        """
 
         async def endpoint(request: Request) -> Response:
             posted = request.method == "POST"
             body = await _json_body(request) if posted else dict(request.query_params)
-            # One hop to a thread for all that touches the store: the loop never waits for the disk.
-            return await anyio.to_thread.run_sync(self._answer, request, work, body)
+            answer = partial(self._answer, request, work, body)
+            # A lease that is lost in a power failure is given again.
+            content = await self.together.run(answer, durable=posted)
+            if finish is not None:
+                await finish(content)
+            return JSONResponse(content)
 
         return endpoint
 
-    def _answer(self, request: Request, work: Work, body: JSON) -> Response:
+    def slow_endpoint(self, work: Work) -> Endpoint:
+        """Make an endpoint whose work only reads, and may take seconds."""
+
+        async def endpoint(request: Request) -> Response:
+            query = dict(request.query_params)
+            content = await anyio.to_thread.run_sync(self._answer, request, work, query)
+            return JSONResponse(content)
+
+        return endpoint
+
+    def _answer(self, request: Request, work: Work, body: JSON) -> dict[str, JSON]:
+        secret, annotator = self._signed_in(request)
+        content = work(annotator, body)
+        if request.url.path.endswith("/api/me"):
+            content["csrf"] = csrf_token(secret)
+        return content
+
+    def _signed_in(self, request: Request) -> tuple[str, Annotator]:
         secret = request.cookies.get(self.cookie, "")
         annotator = self.store.session(secret) if secret else None
         if annotator is None:
@@ -100,37 +181,57 @@ class _Sessions:
         if not self.rates.allows(sha256(secret)):
             raise Refused(429, "too many requests; wait a second.", retry_after=1)
         if request.method == "POST":
-            check_origin(request.headers)
+            check_origin(request.headers, self.address)
             check_csrf_token(request.headers, secret)
-        content = work(annotator, body)
-        if request.url.path == "/api/me":
-            content["csrf"] = csrf_token(secret)
-        return JSONResponse(content)
+        return secret, annotator
 
     async def sign_in(self, request: Request) -> Response:
         """Exchange the token of a link for a cookie."""
-        check_origin(request.headers)
+        check_origin(request.headers, self.address)
         token = (await _json_body(request)).get("token")
         if not isinstance(token, str) or not 1 <= len(token) <= 200:
             raise Refused(400, "token must be text of 1 to 200 characters.")
-        session = await anyio.to_thread.run_sync(self.store.start_session, token, SESSION_DAYS)
+        if not self.sign_ins.allows(sha256(token)):
+            raise Refused(429, "this link was opened too often; wait a minute.", retry_after=60)
+        session = await self.together.run(
+            lambda: self.store.start_session(token, SESSION_DAYS), durable=True
+        )
         if session is None:
             self._count_failure(request)
             raise Refused(401, "this link is not valid, or has expired; ask for a new one.")
         annotator, secret = session
         response = JSONResponse({"name": annotator.name, "admin": annotator.admin})
+        self._set_cookie(response, secret, SESSION_DAYS * 86_400)
+        return response
+
+    async def log_out(self, request: Request) -> Response:
+        """End the session of this browser."""
+        secret, _ = await self.together.run(lambda: self._signed_in(request), durable=False)
+        await self.together.run(lambda: self.store.end_session(secret), durable=True)
+        response = JSONResponse({})
+        self._set_cookie(response, "", 0)
+        return response
+
+    def _set_cookie(self, response: Response, secret: str, seconds: int) -> None:
         response.set_cookie(
             self.cookie,
             secret,
-            max_age=SESSION_DAYS * 86_400,
+            max_age=seconds,
+            path=self.address.path or "/",
             httponly=True,
             samesite="strict",
-            secure=self.secure,
+            secure=self.address.secure,
         )
-        return response
 
     def _count_failure(self, request: Request) -> None:
-        if not self.failures.allows(request.client.host if request.client else ""):
+        host = request.client.host if request.client else ""
+        if self.address.origin and host in LOOPBACK:
+            warn_once(
+                "The proxy does not say whose requests it passes on, so that limits on wrong links "
+                "count for all people together. In nginx: "
+                "proxy_set_header X-Forwarded-For $remote_addr;"
+            )
+        if not self.failures.allows(host):
             raise Refused(429, "too many failed attempts; wait a minute.", retry_after=60)
 
 
@@ -181,21 +282,6 @@ async def _error(request: Request, error: Exception) -> Response:
     return Refused(500, "the server failed; nothing was saved. Try again.").response()
 
 
-def allowed_hosts(host: str, url: str | None) -> tuple[frozenset[str], bool]:
-    """Return the names by which a server on `host` is reached, and whether by https."""
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(InputProblem("url", "must be like https://feedback.example.org", url))
-        return frozenset({parts.hostname}), parts.scheme == "https"
-    if host in ("0.0.0.0", "::"):
-        raise InputError(
-            f"host {host} listens on every address; say with --url how annotators reach it, for "
-            "instance --url https://feedback.example.org."
-        )
-    return frozenset({host.lower()}), False
-
-
 def bind(host: str, port: int) -> socket.socket:
     """Take an address for the server, port 0 any free one; nobody can connect before it listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -213,21 +299,28 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """Make the server that `run` runs."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
+            timeout_graceful_shutdown=5,
+        )
+    )
+
+
 def run(
     app: ASGIApp, listening: socket.socket, announce: Callable[[], None] = lambda: None
 ) -> None:
     """Serve until interrupted; `announce` is called once connections are accepted."""
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_keep_alive=30,
-        limit_concurrency=500,
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
+    server = make_server(app)
 
     def end(*_: object) -> None:
         server.should_exit = True
@@ -241,7 +334,10 @@ def run(
         # From here on connections wait rather than fail, so that printed links work at once.
         listening.listen(512)
         announce()
+        # What was made until now stays; looking through it again and again would stop requests.
+        gc.freeze()
         server.run(sockets=[listening])
     finally:
+        gc.unfreeze()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -158,12 +158,19 @@ def take_place(connection: sqlite3.Connection, pair: int, change: int) -> None:
 
 def _release_expired(connection: sqlite3.Connection, now: float, except_of: int) -> None:
     """End expired leases so that abandoned pairs return; the present annotator keeps theirs."""
-    expired = connection.execute(
-        "SELECT id, pair, repeat FROM presentations "
-        "WHERE state = 'leased' AND expires < ? AND annotator <> ?",
-        (now, except_of),
+    _release(connection, "expires < ? AND annotator <> ?", (now, except_of))
+
+
+def release_all(connection: sqlite3.Connection, annotator: int) -> None:
+    """End the leases of a person who will not come back, in a transaction."""
+    _release(connection, "annotator = ?", (annotator,))
+
+
+def _release(connection: sqlite3.Connection, which: str, values: tuple[object, ...]) -> None:
+    released = connection.execute(
+        f"SELECT id, pair, repeat FROM presentations WHERE state = 'leased' AND {which}", values
     ).fetchall()
-    for row in expired:
+    for row in released:
         connection.execute("UPDATE presentations SET state = 'released' WHERE id = ?", (row["id"],))
         if not row["repeat"]:
             take_place(connection, row["pair"], -1)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sqlite3
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from dpo_keras.preferences import Message
 from dpo_keras.preferences.pair import ROLES
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
+
+MAX_NESTED = 50  # levels of lists and objects in a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,7 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Candidates]:
             continue
         place = f"{path} line {number}:"
         try:
-            found.append(_candidates(json.loads(line)))
+            found.append(_candidates(_record(line)))
         except InputError as error:
             problems += [p.renamed(f"{place} {p.argument}".strip()) for p in error.problems]
         except ValueError as error:
@@ -104,13 +107,42 @@ def _lines(path: Path) -> list[str]:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         # Not splitlines(), which takes more than line feeds as ends of lines.
-        return content.decode("utf-8").split("\n")
+        return content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} must be UTF-8 text; byte {error.start} is not.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is a damaged gzip file: {error}. Get it again.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except EOFError as error:
-        raise InputError(f"{path} is a damaged gzip file: {error}.") from error
+
+
+def _record(line: str) -> JSON:
+    """Parse a line that holds each key once and is not nested deep."""
+    too_deep = InputProblem("", f"must not be nested deeper than {MAX_NESTED} levels.")
+    try:
+        record = json.loads(line, object_pairs_hook=_mapping)
+    except RecursionError:
+        raise InputError(too_deep) from None
+    level = [record]
+    for _ in range(MAX_NESTED):
+        lists = [one.values() if isinstance(one, dict) else one for one in level if _holds(one)]
+        level = [inner for one in lists for inner in one]
+    if level:
+        raise InputError(too_deep)
+    return record
+
+
+def _holds(value: JSON) -> bool:
+    return isinstance(value, dict | list)
+
+
+def _mapping(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = ", ".join(shortened(repr(name), 60) for name, n in counts.items() if n > 1)
+        raise InputError(InputProblem("", f"must hold each key once; {twice} is there twice."))
+    return found
 
 
 def _candidates(record: JSON) -> Candidates:

@@ -4,21 +4,23 @@ import contextlib
 import hashlib
 import importlib.resources
 import os
+import queue
 import secrets
 import sqlite3
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.atomic_files import replaced
 
 T = TypeVar("T")
 
 VERSION = 1
 APPLICATION = 0x44504F46  # "DPOF" tells a feedback store apart from another program's database
-MAX_JOBS = 64  # jobs that share one transaction
+BUSY_SECONDS = 10  # to wait for other processes
+READERS = 4  # connections that read; each holds up to three files open
 
 _ADVICE = {
     "readonly": "is read-only: nothing was saved. Give the user who runs this the right to write "
@@ -38,54 +40,92 @@ class StoreError(InputError):
     """The feedback store cannot be read or written; the message says what to do."""
 
 
-class _Job:
-    """A write that waits for its transaction, and its outcome."""
+class Job:
+    """Work that may share its transaction with others, and its outcome.
 
-    def __init__(self, work: Callable[[sqlite3.Connection], object], durable: bool):
+    Where no job of a transaction is `durable`, nobody waits for the disk, and a power failure (not
+    a killed process) may take the transaction back.
+    """
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any], *, durable: bool = True):
         self.work, self.durable = work, durable
-        self.done = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
 
 
 class Database:
-    """A SQLite database in WAL mode, with one connection per thread.
+    """A SQLite database in WAL mode: one connection that writes, and a few that read.
 
-    Writers of this process wait on a lock, because SQLite waits by sleeping; it does so for other
-    processes, ten seconds at most.
+    However many threads use it, the number of open files stays the same. Writers of this process
+    wait on a lock, because SQLite waits by sleeping; it does so for other processes, ten seconds at
+    most.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False):
         self.path = Path(path)
-        self._local = threading.local()
+        self._inside = threading.local()  # `connection` of the transaction that a thread is in
         self._lock = threading.Lock()
-        self._jobs: deque[_Job] = deque()
-        self._opened: list[sqlite3.Connection] = []
+        self._writer: sqlite3.Connection | None = None
+        self._readers: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
+        for _ in range(READERS):
+            self._readers.put(None)  # opened when it is needed
         self._check_path(create)
-        if create:
-            # Both pragmas and the schema in one transaction: a killed start leaves nothing.
-            with self.writing() as connection:
-                if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    _create(connection)
-        self._check_version()
+        try:
+            if create:
+                # Both pragmas and the schema in one transaction: a killed start leaves nothing.
+                with self.writing() as connection:
+                    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                        _create(connection)
+            self._check_version()
+        except BaseException:
+            self.close()
+            raise
 
     def _check_path(self, create: bool) -> None:
-        if self.path.is_dir():
-            raise StoreError(InputProblem("store", f"must name a file; {self.path} is a directory"))
+        if self.path.exists() and not self.path.is_file():
+            what = "a directory" if self.path.is_dir() else "no file"
+            raise StoreError(InputProblem("store", f"must name a file; {self.path} is {what}"))
         if not self.path.exists() and not create:
             rule = f"must name an existing file; there is no {self.path}"
             raise StoreError(InputProblem("store", rule, hint="`dpo-keras annotate` makes one."))
         if not self.path.parent.is_dir():
             rule = f"must be in an existing folder; the folder of {self.path} does not exist"
             raise StoreError(InputProblem("store", rule))
+        try:
+            if not self.path.exists():
+                # What people wrote is for the owner's eyes. SQLite gives its log the same mode.
+                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+            self._check_owner()
+        except OSError as error:
+            raise StoreError(f"store: {self.path} {_ADVICE['unable to open']}") from error
+
+    def _check_owner(self) -> None:
+        """Refuse another program's file by its header, before SQLite opens and changes it."""
+        with self.path.open("rb") as file:
+            header = file.read(108)
+        if header and not header.startswith(b"SQLite format 3\0"):
+            raise StoreError(f"store: {self.path} {_ADVICE['not a database']}")
+        application, tables = int.from_bytes(header[68:72], "big"), any(header[103:105])
+        log = Path(f"{self.path}-wal")
+        if application == 0 and log.exists() and log.stat().st_size:
+            # What the log says holds.
+            with (
+                explained_errors(self.path),
+                contextlib.closing(self._connect("mode=ro")) as connection,
+            ):
+                application = connection.execute("PRAGMA application_id").fetchone()[0]
+                tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
+        if application != APPLICATION and (application or tables):
+            raise StoreError(
+                f"store: {self.path} is a database, but not a feedback store; give another path. "
+                "Nothing was changed."
+            )
 
     def _check_version(self) -> None:
         application = self.rows("PRAGMA application_id")[0][0]
         version = self.rows("PRAGMA user_version")[0][0]
         if application != APPLICATION:
-            raise StoreError(
-                f"store: {self.path} is a database, but not a feedback store; give another path."
-            )
+            raise StoreError(f"store: {self.path} holds nothing; `dpo-keras annotate` fills it.")
         if version != VERSION:
             which = "a newer" if version > VERSION else "an older"
             raise StoreError(
@@ -93,123 +133,159 @@ class Database:
                 f"{VERSION}; use {which} dpo_keras, or start a new store. Nothing was changed."
             )
 
-    def _connection(self) -> sqlite3.Connection:
-        """Return this thread's connection; open it on first use."""
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            try:
-                connection = self._connect(str(self.path))
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=FULL")
-            except sqlite3.OperationalError as error:
-                # A round on read-only media can still be reported on. SQLite reads a WAL database
-                # there only if it is told that nobody writes, which an empty log shows.
-                log = Path(f"{self.path}-wal")
-                if "readonly" not in str(error) or (log.exists() and log.stat().st_size):
-                    raise
-                address = self.path.resolve().as_uri()
-                connection = self._connect(f"{address}?mode=ro&immutable=1", uri=True)
-            self._local.connection = connection
-            self._opened.append(connection)  # atomic; the lock may be held here
+    def _open(self) -> sqlite3.Connection:
+        connection = self._connect("mode=rw")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            # In pages, 80 MB. The server moves the log earlier, while nobody waits for it.
+            connection.execute("PRAGMA wal_autocheckpoint=20000")
+        except sqlite3.OperationalError as error:
+            connection.close()
+            # A round on read-only media can still be reported on. SQLite reads a WAL database
+            # there only if it is told that nobody writes, which an empty log shows.
+            log = Path(f"{self.path}-wal")
+            if "readonly" not in str(error) or (log.exists() and log.stat().st_size):
+                raise
+            connection = self._connect("mode=ro&immutable=1")
         return connection
 
-    def _connect(self, address: str, uri: bool = False) -> sqlite3.Connection:
-        # Pool threads end without notice, so close() may run in another thread.
+    def _connect(self, options: str) -> sqlite3.Connection:
+        address = f"{self.path.absolute().as_uri()}?{options}"
+        # Connections go from thread to thread, one at a time.
         connection = sqlite3.connect(
-            address, timeout=10, isolation_level=None, check_same_thread=False, uri=uri
+            address, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
         )
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys=ON")
         return connection
 
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        connection = self._readers.get()  # waits where all are in use
+        try:
+            if connection is None:
+                connection = self._open()
+                connection.execute("PRAGMA query_only=ON")
+            yield connection
+        finally:
+            self._readers.put(connection)
+
     def rows(self, query: str, values: tuple[object, ...] = ()) -> list[sqlite3.Row]:
-        """Run a query that reads; raise a StoreError if the file cannot be read."""
-        with self._explained_errors():
-            return self._connection().execute(query, values).fetchall()
+        """Run a query that reads; raise a StoreError if the file cannot be read.
+
+        Within a transaction of this thread it sees what the transaction has written.
+        """
+        inside = getattr(self._inside, "connection", None)
+        if inside is not None:
+            return inside.execute(query, values).fetchall()
+        with explained_errors(self.path), self._reader() as connection:
+            return connection.execute(query, values).fetchall()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Run a block as one transaction: all of it is on the disk afterwards, or none of it."""
-        with self._explained_errors():
-            connection = self._connection()
-            with self._lock, _transaction(connection, durable=True):
-                yield connection
-
-    def batched(self, work: Callable[[sqlite3.Connection], T], *, durable: bool = True) -> T:
-        """Run work in a transaction that it may share with the waiting work of other threads.
-
-        A disk takes milliseconds to confirm; twenty people who judge at once wait for it together.
-        Work that fails is rolled back alone. Without `durable` nobody waits for the disk, and a
-        power failure (not a killed process) may take the whole transaction back.
-        """
-        job = _Job(work, durable)
-        self._jobs.append(job)
-        while not job.done.is_set():
-            # The thread that gets the lock writes for all that wait.
-            if self._lock.acquire(blocking=False):
+        with explained_errors(self.path), self._lock:
+            if self._writer is None:
+                self._writer = self._open()
+            with _transaction(self._writer, durable):
+                self._inside.connection = self._writer
                 try:
-                    self._run_waiting_jobs()
+                    yield self._writer
                 finally:
-                    self._lock.release()
-            else:
-                job.done.wait(0.002)
-        if job.error is not None:
-            raise job.error
-        return job.result
+                    self._inside.connection = None
 
-    def _run_waiting_jobs(self) -> None:
-        jobs: list[_Job] = []
-        while self._jobs and len(jobs) < MAX_JOBS:
-            jobs.append(self._jobs.popleft())
-        if not jobs:
-            return
+    def batched(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run work as one transaction, or as a part of the one that this thread is in."""
+        inside = getattr(self._inside, "connection", None)
+        if inside is not None:
+            return work(inside)
+        with self.writing() as connection:
+            return work(connection)
+
+    def run_together(self, jobs: Sequence[Job]) -> None:
+        """Run jobs in one transaction, which the disk confirms once for all of them.
+
+        A job that fails is rolled back alone. An error of the disk is that of every job.
+        """
         try:
-            with self._explained_errors():
-                self._run_together(jobs)
-        except BaseException as error:
+            with self.writing(durable=any(job.durable for job in jobs)) as connection:
+                for job in jobs:
+                    connection.execute("SAVEPOINT job")
+                    try:
+                        job.result = job.work(connection)
+                    except sqlite3.OperationalError:
+                        raise  # such as a full disk: the transaction is lost for all jobs
+                    except Exception as error:
+                        connection.execute("ROLLBACK TO job")
+                        job.error = error
+                    connection.execute("RELEASE job")
+        except Exception as error:
             for job in jobs:
                 job.error = error
-        for job in jobs:
-            job.done.set()
 
-    def _run_together(self, jobs: list[_Job]) -> None:
-        connection = self._connection()
-        with _transaction(connection, durable=any(job.durable for job in jobs)):
-            for job in jobs:
-                connection.execute("SAVEPOINT job")
-                try:
-                    job.result = job.work(connection)
-                except sqlite3.OperationalError:
-                    raise  # such as a full disk: the transaction is lost for all jobs
-                except Exception as error:
-                    connection.execute("ROLLBACK TO job")
-                    job.error = error
-                connection.execute("RELEASE job")
+    def checkpoint(self, *, truncate: bool = True) -> None:
+        """Move the log into the file, so that a copy of the file alone holds all of it.
+
+        Where others are reading, the rest stays for a later time. Without `truncate` the log's file
+        is kept to be written over, which is faster than to let a new one grow.
+        """
+        with self._reader() as connection:  # most of it, while others write
+            _move_log(connection, "PASSIVE")
+        with self._lock:
+            if self._writer is not None:
+                _move_log(self._writer, "TRUNCATE" if truncate else "PASSIVE")
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy a database that may be in use, as it is at one moment, to a file of its own.
+
+        The file is whole or absent. Raises StoreError if it cannot be written.
+        """
+        try:
+            with replaced(path) as partial, explained_errors(path):
+                os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+                with contextlib.closing(sqlite3.connect(partial)) as copy:
+                    with self._reader() as connection:
+                        connection.backup(copy)
+                    # A copy in one file, without a log beside it, may be moved as it is.
+                    copy.execute("PRAGMA journal_mode=DELETE")
+                    found = copy.execute("PRAGMA quick_check").fetchone()[0]
+                if found != "ok":
+                    raise StoreError(f"store: {self.path} {_ADVICE['malformed']}")
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
 
     def close(self) -> None:
-        """Close the connections of all threads."""
+        """Move the log into the file and close all connections."""
+        self.checkpoint()
         with self._lock:
-            for connection in self._opened:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = None
+        for _ in range(READERS):  # waits for those in use
+            connection = self._readers.get()
+            if connection is not None:
                 connection.close()
-            self._opened.clear()
-        self._local = threading.local()
+        for _ in range(READERS):
+            self._readers.put(None)
 
-    @contextlib.contextmanager
-    def _explained_errors(self) -> Iterator[None]:
-        """Turn SQLite's errors into StoreErrors; a broken constraint stays as it is."""
-        try:
-            yield
-        except sqlite3.IntegrityError:
-            raise
-        except sqlite3.DatabaseError as error:
-            text = str(error)
-            default = f"cannot be used: {text}."
-            advice = next((found for words, found in _ADVICE.items() if words in text), default)
-            raise StoreError(f"store: {self.path} {advice}") from error
+
+@contextlib.contextmanager
+def explained_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn SQLite's errors into StoreErrors; a broken constraint stays as it is."""
+    try:
+        yield
+    except sqlite3.IntegrityError:
+        raise
+    except sqlite3.DatabaseError as error:
+        text = str(error)
+        default = f"cannot be used: {text}."
+        advice = next((found for words, found in _ADVICE.items() if words in text), default)
+        raise StoreError(f"store: {path} {advice}") from error
 
 
 @contextlib.contextmanager
 def _transaction(connection: sqlite3.Connection, durable: bool) -> Iterator[None]:
+    # FULL: the commit waits until the disk has the log.
     connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -219,6 +295,13 @@ def _transaction(connection: sqlite3.Connection, durable: bool) -> Iterator[None
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _move_log(connection: sqlite3.Connection, how: str) -> None:
+    connection.execute("PRAGMA busy_timeout=100")  # others read for seconds; writers must not wait
+    with contextlib.suppress(sqlite3.OperationalError):
+        connection.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
+    connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
 
 
 def _create(connection: sqlite3.Connection) -> None:
@@ -235,8 +318,8 @@ def _create(connection: sqlite3.Connection) -> None:
 
 
 def sha256(text: str) -> str:
-    """Return the SHA-256 of a text in hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the SHA-256 of any text, lone surrogates included, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -88,10 +88,16 @@ _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
 def _problems(values: Mapping[str, object]) -> list[InputProblem]:
     optional = ("strength", "reason", "seconds")
     return [
-        InputProblem(name, f"{_RULES[name][1]}, got {shortened(repr(value), 60)}")
+        InputProblem(name, f"{_RULES[name][1]}, got {_shown(value)}")
         for name, value in values.items()
         if not (value is None and name in optional) and not _RULES[name][0](value)
     ]
+
+
+def _shown(value: object) -> str:
+    # The text of a list or mapping that is nested deep cannot be made.
+    nested = isinstance(value, list | dict)
+    return type(value).__name__ if nested else shortened(repr(value), 60)
 
 
 def submit(
@@ -125,7 +131,8 @@ def submit(
     winner = {"left": left, "right": right}.get(submission.choice)
     verdict = submission.choice if winner is None else "prefer"
     reason = (submission.reason or "").strip() or None
-    seconds = None if submission.seconds is None else min(float(submission.seconds), MAX_SECONDS)
+    # A whole number of hundreds of digits is no float.
+    seconds = None if submission.seconds is None else float(min(submission.seconds, MAX_SECONDS))
     entry = (submission.key, now, verdict, winner, submission.strength, reason, seconds)
     return _append(connection, row, "skipped" if skip else "judged", row["expires"], entry)
 

@@ -13,7 +13,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback import assignment, judgements
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
 from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates
-from dpo_keras.feedback.database import Database, T, sha256
+from dpo_keras.feedback.database import Database, T, has_lone_surrogate, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
 
 DAY = 86_400.0  # seconds
@@ -60,22 +60,22 @@ class Store:
 
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
         """Return up to `count` pairs to judge: those that the person holds, then new ones."""
-        # A lease lost in a power failure is given again.
-        return self._batched(assignment.hand_out, self.chance, annotator, count, durable=False)
+        return self._batched(assignment.hand_out, self.chance, annotator, count)
 
-    def _batched(self, work: Callable[..., T], *values: object, durable: bool = True) -> T:
+    def _batched(self, work: Callable[..., T], *values: object) -> T:
         return self.database.batched(
-            lambda connection: work(connection, self.settings, self.clock(), *values),
-            durable=durable,
+            lambda connection: work(connection, self.settings, self.clock(), *values)
         )
 
     def progress(self) -> Progress:
         """Return how far the round is."""
-        judged, checks = self.database.rows(
-            "SELECT count(*), count(pairs.gold) FROM presentations p "
-            "JOIN pairs ON pairs.id = p.pair WHERE p.state = 'judged' AND p.repeat = 0"
+        # Each count reads one index: the page asks again and again.
+        judged, checks, pairs = self.database.rows(
+            "SELECT (SELECT count(*) FROM presentations WHERE state = 'judged' AND repeat = 0), "
+            "(SELECT count(*) FROM pairs JOIN presentations p ON p.pair = pairs.id "
+            "WHERE pairs.gold IS NOT NULL AND p.state = 'judged' AND p.repeat = 0), "
+            "(SELECT count(*) FROM pairs WHERE gold IS NULL)"
         )[0]
-        pairs = self.database.rows("SELECT count(*) FROM pairs WHERE gold IS NULL")[0][0]
         return Progress(judged - checks, pairs * self.settings.overlap)
 
     def done_by(self, annotator: int) -> int:
@@ -135,15 +135,27 @@ class Store:
         return rows[0]["id"] if rows else None
 
     def add_annotator(
-        self, name: str, group: str | None = None, *, admin: bool = False, days: float = 30.0
+        self,
+        name: str,
+        group: str | None = None,
+        *,
+        admin: bool = False,
+        days: float = 30.0,
+        end_sessions: bool = True,
     ) -> tuple[Annotator, str]:
-        """Add a person, or give a known one a new token. The old token ends; sessions continue.
+        """Add a person, or give a known one a new token in place of the old one.
 
-        A name has 1 to 100 characters; a group of None leaves the group as it was. Only a hash of
-        the token is stored.
+        Args:
+            name: 1 to 100 characters.
+            group: None leaves the group as it was.
+            admin: the person may see the administrator's page.
+            days: how long the token can start sessions.
+            end_sessions: sign the person out wherever an older token has signed them in.
+
+        Returns:
+            The person, and the token. Only its hash is stored.
         """
-        if not name.strip() or len(name) > 100:
-            raise InputError(InputProblem("annotator names", "must have 1 to 100 characters", name))
+        _check_names(name, group)
         token = secrets.token_urlsafe(24)
         with self.database.writing() as connection:
             connection.execute(
@@ -155,40 +167,62 @@ class Store:
                 (name, group, admin, sha256(token), self.clock() + days * DAY),
             )
             row = connection.execute("SELECT * FROM annotators WHERE name = ?", (name,)).fetchone()
+            if end_sessions:
+                connection.execute("DELETE FROM sessions WHERE annotator = ?", (row["id"],))
         return _annotator(row), token
+
+    def remove_annotator(self, name: str) -> None:
+        """End a person's token and sessions, and give the pairs they hold to others.
+
+        Their judgements stay in the store. Raises InputError if there is no such person.
+        """
+        with self.database.writing() as connection:
+            row = connection.execute("SELECT id FROM annotators WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                raise InputError(InputProblem("name", "must be that of a known annotator", name))
+            connection.execute("UPDATE annotators SET expires = 0 WHERE id = ?", (row["id"],))
+            connection.execute("DELETE FROM sessions WHERE annotator = ?", (row["id"],))
+            assignment.release_all(connection, row["id"])
 
     def annotators(self) -> list[Annotator]:
         """Return all annotators in the order in which they were added."""
         return list(map(_annotator, self.database.rows("SELECT * FROM annotators ORDER BY id")))
+
+    def names_with_links(self) -> list[str]:
+        """Return the names of annotators whose link still works, the administrator's left out."""
+        query = "SELECT name FROM annotators WHERE NOT admin AND expires > ? ORDER BY id"
+        return [row["name"] for row in self.database.rows(query, (self.clock(),))]
 
     def start_session(self, token: str, days: float = 30.0) -> tuple[Annotator, str] | None:
         """Start a session with a link's token; None if the token is forged or has expired.
 
         The second value is the session's secret, of which only a hash is stored.
         """
-        now = self.clock()
-        rows = self.database.rows(
-            "SELECT * FROM annotators WHERE token_hash = ? AND expires > ?", (sha256(token), now)
-        )
-        if not rows:
-            return None
-        secret = secrets.token_urlsafe(24)
-        with self.database.writing() as connection:
-            connection.execute("DELETE FROM sessions WHERE expires < ?", (now,))
-            connection.execute(
-                "INSERT INTO sessions VALUES (?, ?, ?)",
-                (sha256(secret), rows[0]["id"], now + days * DAY),
-            )
-        return _annotator(rows[0]), secret
+        return self._batched(_start_session, token, days)
 
     def session(self, secret: str) -> Annotator | None:
-        """Return whose session a secret belongs to; None if it is forged or has expired."""
+        """Return whose session a secret belongs to; None if it is forged or has ended."""
         rows = self.database.rows(
             "SELECT a.* FROM sessions s JOIN annotators a ON a.id = s.annotator "
             "WHERE s.hash = ? AND s.expires > ?",
             (sha256(secret), self.clock()),
         )
         return _annotator(rows[0]) if rows else None
+
+    def end_session(self, secret: str) -> None:
+        """End a session: its secret is worth nothing afterwards."""
+        self.database.batched(
+            lambda connection: connection.execute(
+                "DELETE FROM sessions WHERE hash = ?", (sha256(secret),)
+            )
+        )
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy the store, which may be in use, to a file that holds all of it.
+
+        The copy shows the store at one moment. Raises StoreError if it cannot be written.
+        """
+        self.database.backup(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -197,6 +231,33 @@ class Store:
 
 def _annotator(row: sqlite3.Row) -> Annotator:
     return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]))
+
+
+def _check_names(name: str, group: str | None) -> None:
+    problems = []
+    if not name.strip() or len(name) > 100:
+        problems.append(InputProblem("annotator names", "must have 1 to 100 characters", name))
+    for what, text in (("annotator names", name), ("groups of annotators", group or "")):
+        if has_lone_surrogate(text):
+            problems.append(InputProblem(what, "must be valid text (UTF-8)", text))
+    if problems:
+        raise InputError(problems)
+
+
+def _start_session(
+    connection: sqlite3.Connection, settings: Settings, now: float, token: str, days: float
+) -> tuple[Annotator, str] | None:
+    row = connection.execute(
+        "SELECT * FROM annotators WHERE token_hash = ? AND expires > ?", (sha256(token), now)
+    ).fetchone()
+    if row is None:
+        return None
+    secret = secrets.token_urlsafe(24)
+    connection.execute("DELETE FROM sessions WHERE expires < ?", (now,))
+    connection.execute(
+        "INSERT INTO sessions VALUES (?, ?, ?)", (sha256(secret), row["id"], now + days * DAY)
+    )
+    return _annotator(row), secret
 
 
 def open_store(

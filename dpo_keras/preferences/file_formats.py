@@ -25,6 +25,7 @@ from dpo_keras.preferences.tables import import_pyarrow, read_parquet
 from dpo_keras.preferences.text_formats import BOM, CHUNK, read_csv, read_json_list, read_jsonl
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.text import QUOTED, without_formulas
 
 SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
@@ -170,11 +171,14 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
 
 def _as_csv(records: list[dict[str, JSON]]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _columns(records), restval="")
-    writer.writeheader()
+    rows = []
     for record in records:
         texts = {n: json.dumps(v, ensure_ascii=False) for n, v in record.items() if type(v) is list}
-        writer.writerow({**record, **texts})
+        rows.append(without_formulas({**record, **texts}))
+    marked = [QUOTED] if any(QUOTED in row for row in rows) else []
+    writer = csv.DictWriter(text, [*_columns(records), *marked], restval="")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 

@@ -18,6 +18,7 @@ from dpo_keras.preferences.pair import Fault, shown
 from dpo_keras.preferences.record_stream import CutOff, Reading, Records
 from dpo_keras.preferences.records import header_faults
 from dpo_keras.utils import JSON
+from dpo_keras.utils.text import with_formulas
 
 LONGEST = 10_000_000  # bytes of one record
 CHUNK = 2**16
@@ -201,7 +202,7 @@ def read_csv(stream: BinaryIO, reading: Reading) -> Records:
 
 def _csv_record(header: list[str], row: list[str]) -> JSON:
     if len(row) == len(header):
-        return dict(zip(header, row, strict=True))
+        return with_formulas(dict(zip(header, row, strict=True)))
     rule = f"the row has {len(row)} cells, the header has {len(header)} columns."
     return Fault("wrong number of cells", "line", len(row), rule)
 

@@ -14,6 +14,7 @@ import pytest
 from app_tiny import SIZES
 
 from dpo_keras.app.cli import main
+from dpo_keras.app.feedback_commands import make_links
 from dpo_keras.feedback import Settings, open_store, read_candidates
 from dpo_keras.preferences import read_preferences, support_pairs
 
@@ -230,6 +231,9 @@ def test_what_annotate_cannot_do_is_said(tmp_path, capsys):
         (["--guidelines", str(tmp_path / "none.md")], "guidelines"),
         (["-a", "admin"], "administrator"),
         (["-a", " "], "1 to 100 characters"),
+        (["-a", "ann", "-a", "bob", "-a", "ann:experts"], "'ann' is there twice"),
+        (["-a", "\udcff"], "valid text"),
+        (["--url", "https://a.example/x?y"], "url must be"),
     ):
         assert main(["annotate", path, *store, *options]) == 2
         assert words in capsys.readouterr().err
@@ -241,6 +245,44 @@ def test_report_and_export_of_what_is_no_store(tmp_path, capsys):
     (tmp_path / "x.sqlite").write_text("text")
     assert main(["feedback", "export", str(tmp_path / "x.sqlite"), "p.jsonl"]) == 2
     assert "not a feedback store" in capsys.readouterr().err
+
+
+def test_a_backup_is_made_and_replaces_nothing_unasked(tmp_path, capsys):
+    store = open_store(tmp_path / "f.sqlite", Settings(), create=True)
+    copy = tmp_path / "copy.sqlite"
+    command = ["feedback", "backup", str(tmp_path / "f.sqlite"), str(copy)]
+    assert main(command) == 0 and "holds all of" in capsys.readouterr().out
+    assert main(command) == 2 and "--force" in capsys.readouterr().err
+    store.add_annotator("ann")
+    assert main([*command, "--force"]) == 0
+    store.close()
+    copied = open_store(copy)
+    assert [person.name for person in copied.annotators()] == ["ann"]
+    copied.close()
+
+
+def test_a_removed_person_needs_a_new_link(tmp_path, capsys):
+    store = open_store(tmp_path / "f.sqlite", Settings(), create=True)
+    make_links(store, ["ann", "bob"], False, "")
+    assert [one["link"] for one in make_links(store, ["bob"], False, "")][:1] == [None]
+    assert main(["feedback", "remove", str(tmp_path / "f.sqlite"), "bob"]) == 0
+    assert "Removed: bob" in capsys.readouterr().out
+    assert store.names_with_links() == ["ann"]
+    assert make_links(store, ["bob"], False, "")[0]["link"] is not None
+    assert main(["feedback", "remove", str(tmp_path / "f.sqlite"), "nobody"]) == 2
+    assert "known annotator" in capsys.readouterr().err
+    store.close()
+
+
+def test_the_administrator_stays_signed_in_over_a_restart_but_not_a_renewal(tmp_path):
+    store = open_store(tmp_path / "f.sqlite", Settings(), create=True)
+    token = make_links(store, [], False, "")[-1]["link"].partition("#")[2]
+    _, secret = store.start_session(token)
+    make_links(store, [], False, "")
+    assert store.session(secret) and store.start_session(token) is None
+    make_links(store, [], True, "")
+    assert store.session(secret) is None
+    store.close()
 
 
 def test_bad_options_of_export_are_named_together(tmp_path, capsys):

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from dpo_keras.feedback.annotation_server import bind, make_app
+from dpo_keras.feedback.annotation_server import bind, make_app, make_server
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = [
@@ -36,8 +35,8 @@ needs_browser = pytest.mark.skipif(
 def served(store, **options):
     """The address of a server of this store."""
     listening = bind("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(store, **options), log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
+    listening.listen(512)  # as `run` does: who connects now waits
+    server = make_server(make_app(store, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

@@ -1,15 +1,24 @@
 """The server: what it does, what it refuses and how that is said, and that nothing is lost."""
 
+import asyncio
+import http.client
+import json
 import os
+import shutil
 import signal
 import socket
+from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import pytest
-from feedback_http import Person
+from feedback_browser import served, until
+from feedback_http import BASE, Person
 from feedback_rounds import check_books, count
 
 from dpo_keras.errors import InputError
-from dpo_keras.feedback.annotation_server import allowed_hosts, bind, run
+from dpo_keras.feedback import annotation_server, open_store
+from dpo_keras.feedback.annotation_server import bind, run
+from dpo_keras.feedback.request_guard import Address, address_of
 
 
 def test_a_person_judges_all_pairs_and_sees_the_progress(store, ann):
@@ -96,6 +105,64 @@ def test_a_reason_that_is_no_text_is_refused(store, ann):
     assert answer.status_code == 400 and "reason" in answer.json()["error"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"presentation": %s1%s, "choice": "left", "key": "k"}' % (b"[" * 900, b"]" * 900),
+        b'{"presentation": 1, "choice": %s1%s, "key": "k"}' % (b'{"a":' * 900, b"}" * 900),
+    ],
+)
+def test_values_that_are_nested_deep_are_refused(store, ann, body):
+    headers = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json"}
+    answer = ann.client.post("/api/judgements", content=body, headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"], answer.text
+
+
+def test_seconds_of_400_digits_are_a_day_at_most(store, ann):
+    one = ann.next()["presentations"][0]["id"]
+    assert ann.judge(one, seconds=10**399).status_code == 200
+    assert store.database.rows("SELECT seconds FROM judgements")[0][0] == 86_400.0
+
+
+def test_the_log_moves_into_the_file_when_it_is_quiet(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotation_server, "QUIET_SECONDS", 0.05)
+    _, token = store.add_annotator("bob")
+    with served(store) as address:
+        client = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+        headers = {"Content-Type": "application/json"}
+        client.request("POST", "/api/session", json.dumps({"token": token}), headers)
+        assert client.getresponse().status == 200
+        until(lambda: (tmp_path / "feedback.sqlite-wal").stat().st_size == 0)
+        client.close()
+    shutil.copy(tmp_path / "feedback.sqlite", tmp_path / "copy.sqlite")
+    copy = open_store(tmp_path / "copy.sqlite")
+    assert copy.start_session(token)[0].name == "bob"
+    copy.close()
+
+
+def test_requests_of_one_moment_share_a_transaction(store, monkeypatch):
+    people = [Person(store, f"person {number}") for number in range(4)]
+    app = people[0].client.app
+    groups = []
+    together = store.database.run_together
+    monkeypatch.setattr(
+        store.database, "run_together", lambda jobs: groups.append(len(jobs)) or together(jobs)
+    )
+
+    async def everybody():
+        clients = [
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE,
+                              headers={"Cookie": person.cookie.partition(";")[0]})
+            for person in people
+        ]  # fmt: skip
+        return await asyncio.gather(*(client.get("/api/next") for client in clients))
+
+    answers = asyncio.run(everybody())
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert groups == [4]
+    check_books(store)
+
+
 def test_a_body_in_pieces_is_limited_too(store, ann):
     headers = {"X-CSRF-Token": ann.csrf, "Content-Type": "application/json"}
     pieces = (b"x" * 1000 for _ in range(100))
@@ -169,12 +236,24 @@ def test_a_taken_port_is_said(store):
 
 
 def test_addresses_and_the_names_they_answer_to():
-    assert allowed_hosts("127.0.0.1", None) == (frozenset({"127.0.0.1"}), False)
-    assert allowed_hosts("0.0.0.0", "https://a.example/x") == (frozenset({"a.example"}), True)
+    assert address_of("127.0.0.1", None) == Address(frozenset({"127.0.0.1"}))
+    proxied = Address(frozenset({"a.example"}), "https://a.example:8443", "/x")
+    assert address_of("0.0.0.0", "https://A.example:8443/x/") == proxied and proxied.secure
+    assert address_of("127.0.0.1", "https://a.example:443").origin == "https://a.example"
     with pytest.raises(InputError, match="--url"):
-        allowed_hosts("0.0.0.0", None)
-    with pytest.raises(InputError, match="url must be"):
-        allowed_hosts("127.0.0.1", "a.example")
+        address_of("0.0.0.0", None)
+    for wrong in (
+        "a.example",
+        "ftp://a.example",
+        "https://",
+        "https://a@b",
+        "https://a?b",
+        "https://a/#b",
+        "https://[",
+        "https://a:99999",
+    ):
+        with pytest.raises(InputError, match="url must be"):
+            address_of("127.0.0.1", wrong)
 
 
 async def nobody(scope, receive, send):

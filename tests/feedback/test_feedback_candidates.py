@@ -1,5 +1,6 @@
 """Candidates are read and become pairs."""
 
+import gzip
 import json
 
 import pytest
@@ -62,3 +63,43 @@ def test_a_fault_carries_its_line_and_its_name(tmp_path):
 def test_maker_label_leaves_the_seed_out():
     setting = {"policy": "runs/a", "temperature": 0.7, "top_p": 1.0, "seed": 3}
     assert maker_label(setting) == "runs/a temperature=0.7 top_p=1"
+
+
+LINE = json.dumps({"prompt": "p", "responses": ["x", "y"]})
+
+
+def test_candidates_with_a_byte_order_mark_are_read(tmp_path):
+    path = tmp_path / "candidates.jsonl"
+    path.write_text(LINE, encoding="utf-8-sig")
+    assert read_candidates(path)[0].prompt == "p"
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed", "no gzip"])
+def test_a_damaged_gzip_of_candidates_is_said(tmp_path, damage):
+    content = bytearray(gzip.compress("\n".join([LINE] * 50).encode()))
+    if damage == "cut off":
+        del content[-10:]
+    elif damage == "changed":
+        content[12:30] = bytes(18)
+    else:
+        content = LINE.encode()
+    path = tmp_path / "candidates.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="candidates.jsonl.gz is a damaged gzip file"):
+        read_candidates(path)
+
+
+@pytest.mark.parametrize("levels", [60, 5_000])
+def test_candidates_that_are_nested_deep_are_a_fault_of_their_line(tmp_path, levels):
+    path = tmp_path / "candidates.jsonl"
+    nested = f"{'[' * levels}1{']' * levels}"
+    path.write_text(f'{LINE}\n{{"prompt": "p", "responses": ["x", "y"], "other": {nested}}}\n')
+    with pytest.raises(InputError, match=r"line 2: must not be nested deeper than 50 levels"):
+        read_candidates(path)
+
+
+def test_a_key_twice_is_a_fault_of_its_line(tmp_path):
+    path = tmp_path / "candidates.jsonl"
+    path.write_text(f'{LINE}\n{{"prompt": "p", "responses": ["x", "y"], "prompt": "q"}}\n')
+    with pytest.raises(InputError, match=r"line 2: must hold each key once; 'prompt' is there tw"):
+        read_candidates(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from feedback_rounds import candidates, check_books, judge_all, prefers
 
-from dpo_keras.feedback import Settings, StoreError, open_store
+from dpo_keras.feedback import Settings, StoreError, database, open_store
 
 WORKER = Path(__file__).with_name("feedback_worker.py")
 
@@ -102,7 +102,8 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
     store.submit(ann, shown.id, "left", key="kept")
     second = store.next(ann)[0]
     pages = store.database.rows("PRAGMA page_count")[0][0]
-    store.database.rows(f"PRAGMA max_page_count = {pages}")
+    with store.database.writing() as connection:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
     reason = "x" * 2000
     with pytest.raises(StoreError, match="disk is full"):
         # A few pages may still be free.
@@ -110,39 +111,50 @@ def test_a_full_disk_is_said_and_nothing_is_half_done(make_store, people):
             store.submit(ann, second.id, "left", key=f"k{turn}", reason=reason)
             store.undo(ann, second.id, key=f"u{turn}")
     check_books(store)
-    store.database.rows("PRAGMA max_page_count = 1000000")
+    with store.database.writing() as connection:
+        connection.execute("PRAGMA max_page_count = 1000000")
     kept = store.database.rows("SELECT count(*) FROM judgements")[0][0]
     store.submit(ann, store.next(ann)[0].id, "left", key="after", reason=reason)
     assert store.database.rows("SELECT count(*) FROM judgements")[0][0] == kept + 1
     check_books(store)
 
 
-def test_work_that_fails_is_taken_back_alone(make_store, people):
-    """Many threads write at once; every third one fails after it has written something."""
+def test_work_that_fails_is_taken_back_alone(make_store):
+    """Many write in one transaction; every third one fails after it has written something."""
     store = make_store(1)
-    people(store, "ann")
-    ended = {}
 
-    def work(number):
+    def job(number):
         def write(connection):
             connection.execute("INSERT INTO meta VALUES (?, 'x')", (f"test {number}",))
+            assert store.database.rows("SELECT 1 FROM meta WHERE key = ?", (f"test {number}",))
             if number % 3 == 0:
                 raise KeyError(number)
-            return number
+            return store.database.batched(lambda inner: number if inner is connection else None)
 
-        try:
-            ended[number] = store.database.batched(write)
-        except KeyError as error:
-            ended[number] = error.args[0], "failed"
+        return database.Job(write)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert ended == {n: n if n % 3 else (n, "failed") for n in range(30)}
+    jobs = [job(number) for number in range(30)]
+    store.database.run_together(jobs)
+    assert [job.result for job in jobs] == [n if n % 3 else None for n in range(30)]
+    assert [job.error is None for job in jobs] == [n % 3 > 0 for n in range(30)]
     there = {row[0] for row in store.database.rows("SELECT key FROM meta WHERE value = 'x'")}
     assert there == {f"test {n}" for n in range(30) if n % 3}
+
+
+def test_an_error_of_the_disk_is_that_of_everybody_who_shared_the_transaction(make_store):
+    store = make_store(1)
+
+    def full(connection):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    def write(connection):
+        connection.execute("INSERT INTO meta VALUES ('test', 'x')")
+
+    jobs = [database.Job(write), database.Job(full)]
+    store.database.run_together(jobs)
+    assert all(isinstance(job.error, StoreError) and "is full" in str(job.error) for job in jobs)
+    assert store.database.rows("SELECT 1 FROM meta WHERE key = 'test'") == []
+    assert store.add(candidates(2)).pairs == 1, "it goes on"
 
 
 READ_ONLY = """
@@ -206,6 +218,10 @@ def test_a_store_of_another_version_is_left_alone(make_store, tmp_path, change, 
 def test_paths_that_are_no_store(tmp_path):
     with pytest.raises(StoreError, match="there is no"):
         open_store(tmp_path / "missing.sqlite")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(StoreError, match="must name a file"):
+            open_store(tmp_path / "pipe")
     with pytest.raises(StoreError, match="folder of"):
         open_store(tmp_path / "no" / "feedback.sqlite", create=True)
     with pytest.raises(StoreError, match="is a directory"):
@@ -224,8 +240,9 @@ def test_a_store_that_another_process_holds_is_said_to_be_in_use(make_store, peo
     store = make_store(2)
     (ann,) = people(store, "ann")
     other = sqlite3.connect(tmp_path / "feedback.sqlite", isolation_level=None)
+    with store.database.writing() as connection:
+        connection.execute("PRAGMA busy_timeout = 100")
     other.execute("BEGIN IMMEDIATE")
-    store.database.rows("PRAGMA busy_timeout = 100")
     with pytest.raises(StoreError, match="in use by another process"):
         store.next(ann)
     other.execute("ROLLBACK")

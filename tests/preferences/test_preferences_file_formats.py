@@ -502,3 +502,23 @@ def test_writing_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"dpo-keras\[parquet\]"):
         write_preferences(TEXT, tmp_path / "x.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "'", "'="])
+def test_no_cell_of_a_written_csv_is_a_formula_and_every_text_comes_back(tmp_path, start):
+    path = tmp_path / "pairs.csv"
+    pairs = [
+        PreferencePair("Hi", f"{start}HYPERLINK(1)", "- no", annotator=f"{start}ann"),
+        PreferencePair("'=so it was", "plain", "'- quoted by its author"),
+    ]
+    write_preferences(pairs, path)
+    with path.open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert list(read_preferences(path)) == pairs
+
+
+def test_quotes_of_other_csv_files_stay(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\nHi,'=1,'-2\n")
+    assert read_preferences(path)[0].chosen == "'=1"

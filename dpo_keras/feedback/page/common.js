@@ -33,7 +33,8 @@ async function call(path, body) {
     options.body = JSON.stringify(body);
   }
   let response;
-  try { response = await fetch(path, options); } catch { throw new Failure(0, "the server cannot be reached."); }
+  // Relative to the page: the server may be reached below a path of its host.
+  try { response = await fetch(`.${path}`, options); } catch { throw new Failure(0, "the server cannot be reached."); }
   let content = {};
   try { content = await response.json(); } catch { if (response.ok) throw new Failure(0, "the answer broke off."); }
   if (!response.ok) throw new Failure(response.status, content.error || `error ${response.status}.`);
@@ -70,4 +71,8 @@ $("theme-button").addEventListener("click", () => {
   const dark = !document.documentElement.classList.contains("dark");
   remember("theme", dark ? "dark" : "light");
   setTheme(dark);
+});
+$("logout-button").addEventListener("click", async () => {
+  try { await call("/api/logout", {}); } catch (error) { if (error.status !== 401) return complain(error.message); }
+  location.reload();
 });
