@@ -88,7 +88,7 @@ def _listener(task: Task) -> socket.socket:
             listener = _bound(family, address)
             break
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise
     listener.listen(128)
     return listener

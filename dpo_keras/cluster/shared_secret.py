@@ -28,24 +28,35 @@ def chief_secret(directory: str | os.PathLike[str] | None) -> Iterator[bytes]:
         return
     path = _file(directory)
     made_directory = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
     secret = secrets.token_hex(32)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(handle, "w") as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                raise InputError(
-                    f"{path} can be read by others: its file system has no modes. Set the secret "
-                    f"on all workers instead: {_MAKE_ONE}"
-                )
-            file.write(secret)
+        _write_file(path, secret)
         yield secret.encode()
     finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            if made_directory:
+                path.parent.rmdir()  # fails if a run has begun in it
+
+
+def _write_file(path: Path, secret: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        if made_directory:
-            with suppress(OSError):  # a run has begun in it
-                path.parent.rmdir()
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            readable = os.fstat(handle).st_mode & 0o077
+            file.write("" if readable else secret)
+    except OSError as error:
+        raise InputError(
+            f"{path} can not be written ({error.strerror}), and the workers need the secret in it. "
+            f"Give another output, or set the secret on all workers: {_MAKE_ONE}"
+        ) from error
+    if readable:
+        raise InputError(
+            f"{path} can be read by others, since its file system keeps no modes. Set the secret "
+            f"on all workers instead: {_MAKE_ONE}"
+        )
 
 
 def worker_secret(directory: str | os.PathLike[str] | None) -> bytes | None:
@@ -53,8 +64,14 @@ def worker_secret(directory: str | os.PathLike[str] | None) -> bytes | None:
     given = _environment_secret()
     if given is not None:
         return given
+    path = _file(directory)
     try:
-        return _file(directory).read_bytes() or None
+        return path.read_bytes() or None
+    except PermissionError as error:
+        raise InputError(
+            f"{path} is another user's: run all workers as one user, or set the secret on all of "
+            f"them: {_MAKE_ONE}"
+        ) from error
     except OSError:
         return None
 

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from cluster_workers import Worker, clusters
@@ -188,6 +189,28 @@ def test_the_file_of_the_secret_has_mode_0600_and_is_new_each_time(tmp_path):
     file = tmp_path / ".cluster_secret"
     assert file.stat().st_mode & 0o777 == 0o600 and len(file.read_text()) == 64
     assert isinstance(chief.finish(), ClusterError) and not file.exists()
+
+
+def test_a_chief_that_can_not_write_the_file_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"\.cluster_secret can not be written \(Not a dir"):
+        Watchdog(clusters(2)[0]).meet(1.0, run_directory=tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_modes_is_no_place_for_the_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fstat", lambda handle: SimpleNamespace(st_mode=0o100777))
+    with pytest.raises(InputError, match="can be read by others"):
+        Watchdog(clusters(2)[0]).meet(1.0, run_directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_of_several_users_are_told(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(InputError, match="is another user's: run all workers as one user"):
+        Watchdog(clusters(2)[1]).meet(1.0, run_directory=tmp_path)
 
 
 def test_a_worker_without_the_secret_says_where_it_looks(tmp_path):
