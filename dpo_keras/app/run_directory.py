@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dpo_keras.app.config import Config, parse_config, read_text
-from dpo_keras.cluster import SECRET_FILE
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
@@ -105,15 +104,10 @@ def check_run(config: Config, resume: bool) -> tuple[RunDirectory, bool]:
             [f"--resume needs the configuration that {run.path} was started with."]
             + [f"{difference} there." for difference in differences]
         )
-    if not there and (run.path.is_file() or (run.path.is_dir() and _holds_files(run.path))):
+    if not there and (run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir()))):
         why = f": {run.path} exists and is not the directory of a run; give another one"
         raise InputError(InputProblem("output", f"{why} with output=DIRECTORY."))
     return run, there
-
-
-def _holds_files(path: Path) -> bool:
-    # A chief that was killed before it met its workers leaves their secret.
-    return any(inner.name != SECRET_FILE for inner in path.iterdir())
 
 
 def _clear(run: RunDirectory) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dpo_keras.errors import InputError
 
-SECRET_VARIABLE = "DPO_KERAS_CLUSTER_SECRET"
-SECRET_FILE = ".cluster_secret"
+_VARIABLE = "DPO_KERAS_CLUSTER_SECRET"
+_FILE = ".cluster_secret"
 _SHORTEST = 32  # characters: 128 bits in hexadecimal
-_MAKE_ONE = f"export {SECRET_VARIABLE}=$(openssl rand -hex 32)"
+_MAKE_ONE = f"export {_VARIABLE}=$(openssl rand -hex 32)"
 
 
 @contextmanager
@@ -78,16 +78,16 @@ def worker_secret(directory: str | os.PathLike[str] | None) -> bytes | None:
 
 def where_secret(directory: str | os.PathLike[str] | None) -> str:
     """Return where this process looks for the secret, for messages."""
-    return SECRET_VARIABLE if _environment_secret() is not None else str(_file(directory))
+    return _VARIABLE if _environment_secret() is not None else str(_file(directory))
 
 
 def _environment_secret() -> bytes | None:
-    secret = os.environ.get(SECRET_VARIABLE)
+    secret = os.environ.get(_VARIABLE)
     if secret is None:
         return None
     if len(secret.strip()) < _SHORTEST:
         raise InputError(
-            f"{SECRET_VARIABLE} must have at least {_SHORTEST} characters, the same on all "
+            f"{_VARIABLE} must have at least {_SHORTEST} characters, the same on all "
             f"workers, got {len(secret.strip())}. Make one: {_MAKE_ONE}"
         )
     return secret.strip().encode()
@@ -96,7 +96,7 @@ def _environment_secret() -> bytes | None:
 def _file(directory: str | os.PathLike[str] | None) -> Path:
     if directory is None:
         raise InputError(
-            f"the workers of TF_CONFIG need a secret that they share: set {SECRET_VARIABLE} to the "
+            f"the workers of TF_CONFIG need a secret that they share: set {_VARIABLE} to the "
             f"same value on all of them. Make one: {_MAKE_ONE}"
         )
-    return Path(directory) / SECRET_FILE
+    return Path(directory) / _FILE

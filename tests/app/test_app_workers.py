@@ -16,7 +16,6 @@ from app_tiny import SIZES
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import Config
 from dpo_keras.app.models import load_model
-from dpo_keras.app.run_directory import check_run
 from dpo_keras.training import latest_checkpoint
 
 LAUNCHER = Path(__file__).parents[2] / "scripts" / "launch_workers"
@@ -177,13 +176,6 @@ def test_a_worker_that_can_not_be_reached_ends_the_run_in_time(tmp_path, monkeyp
     assert "worker 1 (127.0.0.1:7001) could not reach worker 0 (nowhere.invalid:7000)" in errors
     assert "within 0.5 seconds" in errors and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
-
-
-def test_the_secret_of_a_chief_that_was_killed_is_in_nobodys_way(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".cluster_secret").write_text("left behind")
-    run, goes_on = check_run(settings(tmp_path / "run"), resume=False)
-    assert run.path == tmp_path / "run" and not goes_on
 
 
 def test_a_process_without_steps_has_no_part_in_such_a_run(tmp_path, monkeypatch, capsys):
