@@ -156,6 +156,40 @@ def test_silent_connections_keep_no_worker_waiting(secret):
         assert time.monotonic() - started < 4, "less than the time that one of them has"
 
 
+def test_a_silent_connection_is_closed_after_its_time(secret, monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.meeting._HELLO_SECONDS", 0.2)
+    chief = Worker(clusters(2)[0], timeout=1.0)
+    with reach(chief.cluster.this) as stranger:
+        assert len(stranger.recv(65)) == 65, "the random number"
+        assert stranger.recv(1) == b"" and chief.thread.is_alive()
+    chief.finish()
+
+
+def test_the_oldest_silent_connection_makes_room(secret, monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.meeting._MOST_STRANGERS", 1)
+    chief = Worker(clusters(2)[0], timeout=1.0)
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(reach(chief.cluster.this)) for _ in range(4)]
+        assert {len(stranger.recv(65)) for stranger in strangers} == {65}
+        assert strangers[0].recv(1) == b"", "three have room: one, and one for each worker"
+        strangers[1].settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            strangers[1].recv(1)
+    chief.finish()
+
+
+def test_a_line_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.worker_links._LONGEST_LINE", 100)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        link = Link(server.accept()[0], b"secret", is_chief=True)
+    with theirs:
+        theirs.sendall(b"0" * 102)
+        started = time.monotonic()
+        assert link.receive(5.0) is None and time.monotonic() - started < 1
+    link.close()
+
+
 def test_another_secret_is_named_by_both(monkeypatch):
     first, second = clusters(2)
     monkeypatch.setenv("DPO_KERAS_CLUSTER_SECRET", SECRET)

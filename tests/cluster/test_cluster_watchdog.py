@@ -9,6 +9,7 @@ import pytest
 from cluster_workers import Worker, clusters, workers
 
 from dpo_keras.cluster import ClusterError, RunStopped, Watchdog
+from dpo_keras.cluster.watchdog import _LAG_PAUSE, _LAG_TRIES
 from dpo_keras.errors import InputError
 
 
@@ -119,6 +120,11 @@ def test_a_file_system_that_lags_behind_is_read_again(monkeypatch):
         second.orders.put(lambda w: agreed.put(w.agree("step", 0, again=lambda: next(seen))))
         assert [agreed.get(timeout=10) for _ in range(2)] == [4, 4]
     assert list(seen) == [], "it was read twice: the first time it lagged still"
+
+
+def test_the_time_for_that_is_longer_than_nfs_takes():
+    """60 seconds: acdirmax of nfs(5)."""
+    assert _LAG_PAUSE * _LAG_TRIES == 90
 
 
 def test_storage_that_is_not_shared_is_refused_with_the_time_that_it_was_given(monkeypatch):
