@@ -139,7 +139,9 @@ def meet_workers(
     options = {} if end is None else {"end": end}
     digest = hashlib.sha256(config.resolved().encode()).hexdigest()
     greeting = {"the configuration": digest[:12], "--resume": str(resume)}
-    return Watchdog(cluster, stop, **options).meet(config.training.worker_timeout, greeting)
+    return Watchdog(cluster, stop, **options).meet(
+        config.training.worker_timeout, greeting, config.output
+    )
 
 
 def _run_stages(context: Context) -> RunResult:

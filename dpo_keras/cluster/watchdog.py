@@ -1,19 +1,17 @@
-"""Stop a cluster's workers together: on a signal, after an error, or when one of them is lost."""
+"""End a cluster's workers together: on a signal, after an error, or when one of them is lost."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Callable
 
+from dpo_keras.cluster.meeting import Directory, Greeting, meet
+from dpo_keras.cluster.stop_request import RunStopped, StopRequest
 from dpo_keras.cluster.tf_config import Cluster
-from dpo_keras.cluster.worker_links import ClusterError, Greeting, Link, Message, lost_peer, meet
+from dpo_keras.cluster.worker_links import ClusterError, Link, Message, lost_peer
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
 
@@ -21,126 +19,8 @@ FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 RESUME = "Start all workers again with --resume; the run goes on from its newest checkpoint."
 _SILENCE = 35.0  # longer than the kernel's probes of a machine that is gone
 _GRACE = 5.0
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class RunStopped(KeyboardInterrupt):
-    """A run was asked to stop, and stopped where it can be resumed.
-
-    Args:
-        reason: what asked.
-        step: the step that was saved last; None outside of training.
-
-    Example:
-        >>> str(RunStopped("SIGTERM", 7))
-        'stopped by SIGTERM after step 7, which is saved.'
-    """
-
-    def __init__(self, reason: str, step: int | None = None):
-        self.reason, self.step = reason, step
-        where = "between steps" if step is None else f"after step {step}, which is saved"
-        super().__init__(f"stopped by {reason} {where}.")
-
-
-class StopRequest:
-    """Whether a run has been asked to stop.
-
-    Within `at_step_end`, a request waits until the training loop reads `requested`. Elsewhere it
-    raises `RunStopped` in the main thread at once; that is safe, since files are written whole or
-    not at all. SIGTERM may arrive any number of times. A second Ctrl-C raises `KeyboardInterrupt`.
-
-    Attributes:
-        announce: called once, from any thread, with the name of a signal that arrived here.
-
-    Example:
-        >>> stop = StopRequest()
-        >>> with stop.at_step_end():
-        ...     stop.request("SIGTERM at worker 1")
-        ...     stop.requested, stop.reason
-        (True, 'SIGTERM at worker 1')
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.announce: Callable[[str], None] | None = None
-        self._requested = threading.Event()
-        self._announced = threading.Lock()
-        self._waiting = self._interrupts = 0
-        self._leaving = self._installed = False
-
-    @property
-    def requested(self) -> bool:
-        """Whether a stop was requested."""
-        return self._requested.is_set()
-
-    def request(self, reason: str) -> None:
-        """Request a stop, from any thread, for a reason that the message names."""
-        if self.requested:
-            return
-        self.reason = reason
-        self._requested.set()
-        # Announce only signals that arrived here, not the requests of other workers.
-        self._announced.acquire(blocking=False)
-        if self._installed:
-            # Only a signal interrupts a main thread that is busy in Python code.
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    @contextmanager
-    def at_step_end(self) -> Iterator[None]:
-        """Defer requests: within this context they wait until `requested` is read."""
-        self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
-
-    def stopped(self, step: int | None = None) -> RunStopped:
-        """Make the exception that ends the run, after a saved step or outside of training."""
-        self._leaving = True
-        return RunStopped(self.reason or "another worker", step)
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into requests; do nothing outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        # A main thread inside TensorFlow runs no handlers, but the wake-up pipe gets every signal.
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
-        wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
-        self._installed = True
-        try:
-            yield
-        finally:
-            self._installed = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            theirs.close()
-
-    def _listen(self, pipe: socket.socket) -> None:
-        with pipe:
-            while received := pipe.recv(16):
-                for number in set(received).intersection(_SIGNALS):
-                    self._announce(signal.Signals(number).name)
-
-    def _announce(self, name: str) -> None:
-        # Once in a process: the lock is never released.
-        if self.announce is not None and self._announced.acquire(blocking=False):
-            with suppress(OSError):
-                self.announce(name)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
-        self._requested.set()
-        if not self._waiting and not self._leaving:
-            raise self.stopped()
+# NFS shows a change of a directory after up to 60 seconds.
+_LAG_PAUSE, _LAG_TRIES = 5.0, 18
 
 
 def end_process(text: str, code: int) -> None:
@@ -187,23 +67,58 @@ class Watchdog:
         self._votes: dict[int, dict[int, JSON]] = {}
         self._round = 0
 
-    def meet(self, timeout: float = 300.0, greeting: Greeting | None = None) -> Watchdog:
-        """Wait for all workers, for `timeout` seconds, and watch them from then on.
+    def meet(
+        self,
+        timeout: float = 300.0,
+        greeting: Greeting | None = None,
+        run_directory: Directory = None,
+    ) -> Watchdog:
+        """Wait for all workers, and watch them from then on.
 
-        The values of `greeting` must be equal on all workers. Raises as `worker_links.meet` does.
+        Args:
+            timeout: seconds to wait.
+            greeting: values that must be equal on all workers.
+            run_directory: shared by all workers. The chief puts the secret of this meeting into it
+                where the environment variable DPO_KERAS_CLUSTER_SECRET has none.
+
+        Raises:
+            InputError: no secret, a port in use, or workers that were started differently.
+            ClusterError: not all workers came in time.
         """
-        self._links = meet(self.cluster, timeout, greeting or {})
+        self._links = meet(self.cluster, timeout, greeting or {}, run_directory)
         if self._stop is not None:
             self._stop.announce = lambda name: self._tell(stop=f"{name} at {self.cluster.this}")
         for place in self._links:
             threading.Thread(target=self._watch, args=(place,), daemon=True).start()
         return self
 
-    def agree(self, what: str, value: JSON, hint: str = "") -> None:
-        """Wait until all workers reach this call with the same value.
+    def agree(
+        self, what: str, value: JSON, hint: str = "", again: Callable[[], JSON] | None = None
+    ) -> JSON:
+        """Wait until all workers reach this call with the same value, and return it.
 
         If it differs, all of them raise an InputError that names it as `what` and ends with `hint`.
+        With `again`, which reads the value from a shared file system that may lag behind, all of
+        them first read it again every 5 seconds, for 90 seconds.
         """
+        values = self._values_of_all(value)
+        tries = 0 if again is None else _LAG_TRIES
+        while again is not None and tries and any(other != values[0] for other in values):
+            tries -= 1
+            time.sleep(_LAG_PAUSE)
+            value = again()
+            values = self._values_of_all(value)
+        if any(other != values[0] for other in values):
+            tasks = zip(self.cluster.in_step, values, strict=True)
+            each = ", ".join(f"{task} has {value}" for task, value in tasks)
+            waited = f", {_LAG_PAUSE * _LAG_TRIES:g} seconds long" if again else ""
+            raise InputError(
+                f"the workers do not have the same {what}{waited}: {each}. {hint}".rstrip()
+            )
+        return value
+
+    def _values_of_all(self, value: JSON) -> list[JSON]:
+        """Exchange a value with all workers; return theirs in the cluster's order."""
         self._round += 1
         number = self._round
         self._vote(number, self._place, value)
@@ -214,15 +129,11 @@ class Watchdog:
             while len(self._votes[number]) < len(self._links) + 1:
                 self._changed.wait(0.2)
             values = self._votes.pop(number)
-        if self.cluster.is_chief:
-            ordered = [values[place] for place in range(len(values))]
-            self._tell(votes=number, values=ordered)
-        else:
-            ordered = values[-1]
-        if any(value != ordered[0] for value in ordered):
-            tasks = zip(self.cluster.in_step, ordered, strict=True)
-            each = ", ".join(f"{task} has {value}" for task, value in tasks)
-            raise InputError(f"the workers do not have the same {what}: {each}. {hint}".rstrip())
+        if not self.cluster.is_chief:
+            return values[-1]
+        ordered = [values[place] for place in range(len(values))]
+        self._tell(votes=number, values=ordered)
+        return ordered
 
     def __enter__(self) -> Watchdog:
         return self
@@ -258,28 +169,36 @@ class Watchdog:
 
     def _watch(self, place: int) -> None:
         while (message := self._links[place].receive(None)) is not None:
-            self._react(place, message)
+            if not self._react(place, message):
+                break
         if place not in self._gone:
             self._lost(place)
         self._links[place].close()
 
-    def _react(self, place: int, message: Message) -> None:
+    def _react(self, place: int, message: Message) -> bool:
+        """Do what a message asks for; return False if it is not for this worker to get."""
+        is_chief, count = self.cluster.is_chief, len(self.cluster.in_step)
         match message:
-            case {"vote": number, "value": value}:
+            case {"vote": number, "value": value} if is_chief:
                 self._vote(number, place, value)
-            case {"votes": number, "values": values}:
+            case {"votes": number, "values": values} if not is_chief and len(values) == count:
                 self._vote(number, -1, values)
             case {"bye": _}:
                 self._gone.add(place)
-            case {"left": _}:
+            case {"left": who, "code": code} if code in (FAILED, WRONG_INPUT, STOPPED) and (
+                who == place if is_chief else who < count
+            ):
                 self._left(place, message)
-            case {"lost": lost}:
+            case {"lost": lost} if not is_chief and lost < count:
                 self._lost(lost)
             case {"stop": reason}:
-                if self.cluster.is_chief:
+                if is_chief:
                     self._tell(but=place, stop=reason)
                 if self._stop is not None:
                     self._stop.request(reason)
+            case _:
+                return False
+        return True
 
     def _left(self, place: int, message: Message) -> None:
         self._gone.add(place)

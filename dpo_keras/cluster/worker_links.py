@@ -1,23 +1,22 @@
-"""TCP connections from each worker to the chief: one line of JSON per message."""
+"""TCP connections from each worker to the chief: one sealed line of JSON per message."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
-import select
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 
-from dpo_keras.cluster.tf_config import Cluster, Task
-from dpo_keras.errors import InputError
+from dpo_keras.cluster.tf_config import Cluster
 from dpo_keras.utils import JSON
 
 Message = dict[str, JSON]
-Greeting = Mapping[str, str]
-_HELLO_SECONDS = 5.0
+_LONGEST_LINE = 1 << 20
 # Names of what TensorFlow raises when a peer is gone: this package does not import TensorFlow.
 _PEER_ERRORS = {
     *("UnavailableError", "AbortedError", "CancelledError"),
@@ -40,36 +39,169 @@ def lost_peer(cluster: Cluster, error: BaseException | None) -> str | None:
     return next(named, "a worker")
 
 
+class MessageSeal:
+    """Authenticate the messages of one direction of one connection.
+
+    HMAC-SHA256 over a counter and the message, under a key that is derived from the secret and from
+    a random number of each side. A message that is changed, sent again, left out, or taken from
+    another connection or direction does not fit.
+
+    Example:
+        >>> sender, receiver = (MessageSeal(b"secret", "chief", b"random") for _ in range(2))
+        >>> sealed = sender.seal(b"stop")
+        >>> receiver.unseal(sealed), receiver.unseal(sealed)
+        (b'stop', None)
+
+    References:
+        https://www.rfc-editor.org/rfc/rfc2104
+    """
+
+    def __init__(self, secret: bytes, sender: str, nonces: bytes):
+        label = f"dpo-keras cluster, messages of the {sender}:".encode()
+        self._key = hmac.digest(secret, label + nonces, "sha256")
+        self._count = 0
+
+    def seal(self, body: bytes) -> bytes:
+        """Return a message with its authentication code in front."""
+        return self._next_code(body) + b" " + body
+
+    def unseal(self, line: bytes) -> bytes | None:
+        """Return the message of a sealed line; None if it is not the one that is due."""
+        code, _, body = line.partition(b" ")
+        return body if hmac.compare_digest(code, self._next_code(body)) else None
+
+    def _next_code(self, body: bytes) -> bytes:
+        counter = self._count.to_bytes(8, "big")
+        self._count += 1
+        return hmac.new(self._key, counter + body, "sha256").hexdigest().encode()
+
+
+def _is_count(value: JSON) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: JSON) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: JSON) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+_FIELDS: dict[str, Callable[[JSON], bool]] = {
+    **dict.fromkeys(("place", "vote", "votes", "left", "lost", "code"), _is_count),
+    **dict.fromkeys(("missing", "why", "stop"), _is_text),
+    **dict.fromkeys(("accepted", "welcome", "bye"), lambda value: value is True),
+    **dict.fromkeys(("addresses", "refused"), _are_texts),
+    "greeting": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "value": lambda value: True,
+    "values": lambda value: isinstance(value, list),
+}
+_MESSAGES: tuple[set[str], ...] = (
+    *({"place", "addresses", "greeting"}, {"accepted"}, {"welcome"}, {"refused"}, {"missing"}),
+    *({"vote", "value"}, {"votes", "values"}),
+    *({"bye"}, {"left", "code", "why"}, {"lost"}, {"stop"}),
+)
+
+
+def parse_message(body: bytes) -> Message:
+    """Read a message; raise ValueError if it is not one of those that workers send."""
+    try:
+        message = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(message, dict) or set(message) not in _MESSAGES:
+        raise ValueError("no message of a worker")
+    if not all(_FIELDS[name](value) for name, value in message.items()):
+        raise ValueError("a field of another type")
+    return message
+
+
 class Link:
-    """A connected TCP socket that carries lines of JSON.
+    """A connected TCP socket that carries sealed lines of JSON.
+
+    Each side first sends a random number, and seals what follows under a key that is derived from
+    the shared secret and both numbers (`MessageSeal`). Only sealed lines are parsed.
 
     A process that ends in any way closes its connections, and its peer reads the end at once. A
     machine that is gone closes nothing, so the kernel probes a silent connection and gives it up
     after about 30 seconds. No Python thread takes part in that, so a busy interpreter does no harm.
+
+    Attributes:
+        forged: whether a line came that does not fit the secret.
     """
 
-    def __init__(self, connection: socket.socket):
-        self.socket = connection
-        self._lines = connection.makefile("r", encoding="utf-8", errors="replace", newline="\n")
+    def __init__(self, connection: socket.socket, secret: bytes, is_chief: bool):
+        self.socket, self.forged = connection, False
+        self._secret, self._is_chief = secret, is_chief
+        self._nonce = secrets.token_hex(32).encode()
+        self._unread = bytearray()
+        self._seals: tuple[MessageSeal, MessageSeal] | None = None  # of this side, of the peer
         self._sending = threading.Lock()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _PROBES.items():
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        with suppress(OSError):
+            connection.sendall(self._nonce + b"\n")
 
     def send(self, **message: JSON) -> None:
         """Send a message. The reading side notices a peer that is gone."""
         with self._sending, suppress(OSError):
-            self.socket.sendall((json.dumps(message) + "\n").encode())
+            if self._seals is not None:
+                self.socket.sendall(self._seals[0].seal(json.dumps(message).encode()) + b"\n")
 
     def receive(self, seconds: float | None) -> Message | None:
-        """Wait for a message; None if the connection ends, times out or carries something else."""
+        """Wait for a message; None if the connection ends, times out or carries something else.
+
+        The first message is the peer's random number; nothing can be sent before.
+        """
+        deadline = None if seconds is None else time.monotonic() + seconds
         try:
-            self.socket.settimeout(seconds)
-            message = json.loads(self._lines.readline(1 << 16))
+            while (message := self.next_message()) is None:
+                # The time is that of the whole message, or one byte now and then would extend it.
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self.socket.settimeout(left)
+                self.read()
         except (OSError, ValueError):
             return None
-        return message if isinstance(message, dict) else None
+        return message
+
+    def read(self) -> None:
+        """Read what the peer has sent; raise OSError or ValueError if it will send nothing more."""
+        received = self.socket.recv(1 << 16)
+        if not received:
+            raise ConnectionError("the connection ended")
+        self._unread += received
+
+    def next_message(self) -> Message | None:
+        """Take a message of what was read; None if it is not whole yet.
+
+        Raises ValueError if it is not sealed with the secret, or no message of a worker.
+        """
+        line, end, rest = self._unread.partition(b"\n")
+        if len(line) > _LONGEST_LINE:
+            raise ValueError("the line is too long")
+        if not end:
+            return None
+        self._unread = rest
+        if self._seals is None:
+            return self._begin(bytes(line))
+        body = self._seals[1].unseal(bytes(line))
+        if body is None:
+            self.forged = True
+            raise ValueError("the line is not sealed with the secret of this run")
+        return parse_message(body)
+
+    def _begin(self, nonce: bytes) -> Message:
+        if not re.fullmatch(rb"[0-9a-f]{64}", nonce):
+            raise ValueError("no random number of 32 bytes")
+        both = self._nonce + nonce if self._is_chief else nonce + self._nonce
+        chief, worker = (MessageSeal(self._secret, name, both) for name in ("chief", "worker"))
+        self._seals = (chief, worker) if self._is_chief else (worker, chief)
+        return {"nonce": nonce.decode()}
 
     def finish(self) -> None:
         """Close the sending side. What was sent still arrives."""
@@ -78,146 +210,4 @@ class Link:
 
     def close(self) -> None:
         """Close the connection."""
-        self._lines.close()
         self.socket.close()
-
-
-def meet(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
-    """Wait for all workers; return the links by place in `cluster.in_step`, a worker's as 0.
-
-    The workers meet on the chief's own address before TensorFlow listens there, so no further port
-    has to be open. TensorFlow itself waits for ever when the chief is up and a worker is not.
-    """
-    if len(cluster.in_step) == 1:
-        return {}
-    _check_port(cluster.this)
-    if cluster.is_chief:
-        return _welcome(cluster, timeout, greeting)
-    return {0: _join(cluster, timeout, greeting)}
-
-
-def _check_port(task: Task, patience: float = 10.0) -> None:
-    # The process that this one replaces may still be shutting down.
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            _listener(task).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"TF_CONFIG: port {task.port} of {task} can not be used on this machine "
-                    f"({error.strerror}); end the process that has it, or name another port."
-                ) from error
-        time.sleep(0.2)
-
-
-def _listener(task: Task) -> socket.socket:
-    family = socket.AF_INET6 if ":" in task.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # TensorFlow must be able to bind the port while these links are still open.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("", task.port))
-        listener.listen(64)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _welcome(cluster: Cluster, timeout: float, greeting: Greeting) -> dict[int, Link]:
-    deadline = time.monotonic() + timeout
-    links: dict[int, Link] = {}
-    problems: list[str] = []
-    with _listener(cluster.chief) as listener:
-        while len(links) < len(cluster.in_step) - 1 and not problems:
-            if time.monotonic() > deadline:
-                raise _missing(cluster, links, timeout)
-            waiting = {link.socket: place for place, link in links.items()}
-            for ready in select.select([listener, *waiting], [], [], 0.2)[0]:
-                if ready is listener:
-                    problems += _greet(listener, cluster, links, greeting)
-                else:  # workers send nothing before the welcome: this one closed its connection
-                    links.pop(waiting[ready]).close()
-    if problems:
-        _dismiss(links, refused=problems)
-        raise InputError(problems)
-    for link in links.values():
-        link.send(welcome=True)
-    return links
-
-
-def _dismiss(links: Mapping[int, Link], **message: JSON) -> None:
-    for link in links.values():
-        link.send(**message)
-        link.close()
-
-
-def _greet(
-    listener: socket.socket, cluster: Cluster, links: dict[int, Link], greeting: Greeting
-) -> list[str]:
-    """Accept one connection; return the problems with it."""
-    connection, _ = listener.accept()
-    link = Link(connection)
-    hello = link.receive(_HELLO_SECONDS) or {}
-    place = hello.get("place")
-    if not isinstance(place, int) or not 0 < place < len(cluster.in_step):
-        link.close()  # a port scanner, a health check, or a worker of an earlier cluster
-        return []
-    task = cluster.in_step[place]
-    links[place] = link
-    if hello.get("addresses") != _addresses(cluster):
-        return [f"TF_CONFIG of {task} has another cluster than that of {cluster.chief}."]
-    theirs = hello.get("greeting", {})
-    return [
-        f"{task} has {name} {theirs.get(name)}, but {cluster.chief} has {value}: start all of them "
-        "with the same."
-        for name, value in greeting.items()
-        if theirs.get(name) != value
-    ]
-
-
-def _missing(cluster: Cluster, links: Mapping[int, Link], timeout: float) -> ClusterError:
-    missing = [str(task) for n, task in enumerate(cluster.in_step) if n and n not in links]
-    text = (
-        f"{' and '.join(missing)} did not connect within {timeout:g} seconds. Start every process "
-        "that TF_CONFIG names, check that its addresses are right and reachable, or wait longer "
-        "with training.worker_timeout=SECONDS."
-    )
-    _dismiss(links, missing=text)
-    return ClusterError(text)
-
-
-def _join(cluster: Cluster, timeout: float, greeting: Greeting) -> Link:
-    deadline = time.monotonic() + timeout
-    chief, place = cluster.chief, cluster.in_step.index(cluster.this)
-    problem = "it did not answer"
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            connection = socket.create_connection((chief.host, chief.port), min(left, 5.0))
-        except OSError as error:
-            problem = error.strerror or str(error)
-            time.sleep(0.2)
-            continue
-        link = Link(connection)
-        link.send(place=place, addresses=_addresses(cluster), greeting=dict(greeting))
-        # The chief may have started to wait later than this worker.
-        answer = link.receive(timeout + 5.0) or {}
-        if "welcome" in answer:
-            return link
-        link.close()
-        if "refused" in answer:
-            raise InputError(answer["refused"])
-        if "missing" in answer:
-            raise ClusterError(answer["missing"])
-        time.sleep(0.2)
-    raise ClusterError(
-        f"{cluster.this} could not reach {chief} within {timeout:g} seconds ({problem}). Start it, "
-        "check that its address in TF_CONFIG is right and reachable, or wait longer with "
-        "training.worker_timeout=SECONDS."
-    )
-
-
-def _addresses(cluster: Cluster) -> list[str]:
-    return [str(task) for task in cluster.in_step]

@@ -38,8 +38,10 @@ def strategy(name: str = "auto", **options: object) -> tf.distribute.Strategy:
             `"parameter_server"` (on the chief in `TF_CONFIG`, for `dpo_keras.legacy`); `"auto"`
             (`multi_worker` with TF_CONFIG, `mirrored` with several GPUs, else `one_device`).
         **options: `device` for `one_device`, `devices` for `mirrored`, `address` for `tpu`; for
-            `multi_worker` `timeout` (seconds to wait for the others, 300), or `watchdog`, a
-            `dpo_keras.cluster.Watchdog` whose workers have met.
+            `multi_worker` `timeout` (seconds to wait for the others, 300) and `run_directory` (on
+            storage that all see, for the secret of their meeting; without it, set the environment
+            variable DPO_KERAS_CLUSTER_SECRET), or `watchdog`, a `dpo_keras.cluster.Watchdog` whose
+            workers have met.
 
     Returns:
         The strategy. Make it before anything else touches TensorFlow's devices.
@@ -138,7 +140,9 @@ def _mirrored(devices: list[str] | None = None, **others: object) -> tf.distribu
     return tf.distribute.MirroredStrategy(devices, cross_device_ops=operations)
 
 
-def _multi_worker(timeout: float = 300.0, **others: object) -> tf.distribute.Strategy:
+def _multi_worker(
+    timeout: float = 300.0, run_directory: str | None = None, **others: object
+) -> tf.distribute.Strategy:
     cluster = read_tf_config()
     if cluster is None:
         raise InputError(
@@ -151,7 +155,7 @@ def _multi_worker(timeout: float = 300.0, **others: object) -> tf.distribute.Str
         raise InputError(f"strategy 'multi_worker' has chief and workers only, and {fault}.")
     if "watchdog" not in others:
         # TensorFlow itself waits without end for a worker that does not connect.
-        with Watchdog(cluster).meet(timeout):
+        with Watchdog(cluster).meet(timeout, run_directory=run_directory):
             pass
     before = signal.getsignal(signal.SIGTERM)
     made = tf.distribute.MultiWorkerMirroredStrategy()

@@ -11,6 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import keras
@@ -342,13 +343,16 @@ def _fit(
 def _first_step(model: PolicyTrainer, options: RunOptions) -> int:
     """Return the step to continue at, with the model as it was there."""
     start = 0
+    load = None
     if options.checkpoints is not None and options.resume:
-        start = load_checkpoint(model, options.checkpoints, options.note)
+        load = partial(load_checkpoint, model, options.checkpoints, options.note)
+        start = load()
     elif options.checkpoints is not None and any(pathlib.Path(options.checkpoints).glob("step-*")):
         rule = f"directory {options.checkpoints} holds those of another run"
         hint = "Resume it, or give another directory."
         raise InputError(InputProblem("checkpoints", rule, hint=hint))
     if options.watchdog is not None:
         hint = "All workers must see the same run directory: put it on storage that they share."
-        options.watchdog.agree("newest checkpoint (its step)", start, hint=hint)
+        what = "newest checkpoint (its step)"
+        start = options.watchdog.agree(what, start, hint=hint, again=load)
     return start

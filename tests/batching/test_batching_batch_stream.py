@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpo_keras.batching import Part
-from dpo_keras.batching.batch_stream import PythonCalls, signature_of
+from dpo_keras.batching import Part, Ragged, TokenizedPairs
+from dpo_keras.batching.batch_stream import PythonCalls, one_pass, signature_of
 
 
 def numbers(function, prefetch=0):
@@ -102,3 +102,11 @@ def test_a_part_puts_results_at_its_pairs_and_skips_empty_slots():
     results = np.zeros(3)
     assert Part(np.array([2, 0, -1]), {}).put(np.array([5.0, 6.0, 7.0]), results) == 2
     assert results.tolist() == [6.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("batching", ["buckets", "packed"])
+def test_one_pass_reads_the_pairs_in_the_order_of_the_file(batching):
+    texts, ones = Ragged.from_lists([[5, 6]] * 20), np.ones(20, np.float32)
+    parts = one_pass(TokenizedPairs(texts, texts, texts, ones, ones), 4, batching)
+    seen = np.concatenate([part.pairs for part in parts])
+    assert seen[seen >= 0].tolist() == list(range(20))

@@ -69,11 +69,21 @@ def test_rounding_never_leads_beyond_max_length():
     assert plan_buckets(of_lengths([30, 60, 61], max_length=61), 1, 2).lengths[-1] == 61
 
 
+@pytest.mark.parametrize(
+    ("longest", "bounds"),
+    [(256, (248, 256)), (257, (256, 272)), (1024, (1008, 1024)), (1025, (1024, 1088))],
+)
+def test_lengths_are_multiples_of_8_then_of_16_then_of_64(longest, bounds):
+    shorter = {256: 248, 257: 248, 1024: 1000, 1025: 1000}[longest]
+    assert plan_buckets(of_lengths([shorter] * 5 + [longest]), 1, buckets=2).lengths == bounds
+
+
 def test_given_lengths_are_used():
     plan = plan_buckets(of_lengths([5, 20, 31]), 1, buckets=[40, 10])
     assert plan.lengths == (10, 40) and plan.bucket.tolist() == [0, 1, 1]
     with pytest.raises(InputError, match="buckets must hold the longest pair, 31 tokens"):
         plan_buckets(of_lengths([5, 31]), 1, buckets=[10, 30])
+    assert plan_buckets(of_lengths([5, 20, 31]), 1, buckets=[10, 20, 40]).lengths == (10, 20, 40)
 
 
 @pytest.mark.parametrize("buckets", [0, 17, True])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from dpo_keras.app.console import STOPPED, WRONG_INPUT
-from dpo_keras.cluster import read_tf_config
+from dpo_keras.cluster import Watchdog, read_tf_config
+from dpo_keras.errors import InputError
 
 MANIFEST = Path(__file__).parents[2] / "scripts" / "kubernetes" / "train.yaml"
 
@@ -33,7 +34,7 @@ def test_each_pod_gets_its_place_in_the_cluster(manifest, container, index, tmp_
     told = tmp_path / "dpo-keras"
     told.write_text('#!/bin/sh\nprintf "%s\\n" "$TF_CONFIG" "$@"\n')
     told.chmod(0o755)
-    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    variables = {entry["name"]: entry.get("value", "") for entry in container["env"]}
     done = subprocess.run(
         [*container["command"], *container["args"]],
         env={
@@ -78,3 +79,35 @@ def test_exit_codes_mean_in_the_manifest_what_they_mean_here(manifest):
     assert rules == {WRONG_INPUT: "FailJob", STOPPED: "Ignore"}
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def test_the_pods_share_a_secret_that_has_to_be_filled_in(manifest, container, monkeypatch):
+    (source,) = (
+        e["valueFrom"] for e in container["env"] if e["name"] == "DPO_KERAS_CLUSTER_SECRET"
+    )
+    reference, secret = source["secretKeyRef"], manifest["Secret"]
+    assert reference["name"] == secret["metadata"]["name"]
+    monkeypatch.setenv("DPO_KERAS_CLUSTER_SECRET", secret["stringData"][reference["key"]])
+    two = {"cluster": {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}}
+    cluster = read_tf_config(json.dumps({**two, "task": {"type": "worker", "index": 1}}))
+    with pytest.raises(InputError, match="DPO_KERAS_CLUSTER_SECRET must have at least 32"):
+        Watchdog(cluster).meet(timeout=1.0)
+
+
+def test_only_the_pods_of_the_job_reach_one_another(manifest):
+    pods = manifest["Job"]["spec"]["template"]["metadata"]["labels"]
+    policy = manifest["NetworkPolicy"]["spec"]
+    (ingress,) = policy["ingress"]
+    assert policy["podSelector"]["matchLabels"] == pods and "Ingress" in policy["policyTypes"]
+    assert ingress == {"from": [{"podSelector": {"matchLabels": pods}}]}
+
+
+def test_the_container_has_no_rights_that_training_does_not_need(manifest, container):
+    pod = manifest["Job"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+    rights = container["securityContext"]
+    assert rights["allowPrivilegeEscalation"] is False and rights["readOnlyRootFilesystem"]
+    assert rights["capabilities"] == {"drop": ["ALL"]}
+    writable = {mount["mountPath"] for mount in container["volumeMounts"]}
+    (home,) = (entry["value"] for entry in container["env"] if entry["name"] == "HOME")
+    assert {home, "/training"} <= writable

@@ -80,6 +80,10 @@ FAULTS = {
         text(task={"type": "worker", "index": 2}),
         ["task.index is 2, but cluster.worker has 2 addresses, numbered from 0."],
     ),
+    "out of range of one": (
+        text({"worker": ["a:1"]}, {"type": "worker", "index": 1}),
+        ["task.index is 1, but cluster.worker has 1 address, numbered from 0."],
+    ),
 }
 
 

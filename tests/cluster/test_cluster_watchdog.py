@@ -3,69 +3,19 @@
 import contextlib
 import queue
 import socket
-import threading
 import time
 
 import pytest
+from cluster_workers import Worker, clusters, workers
 
-from dpo_keras.cluster import Cluster, ClusterError, RunStopped, StopRequest, Task, Watchdog
+from dpo_keras.cluster import ClusterError, RunStopped, Watchdog
+from dpo_keras.cluster.watchdog import _LAG_PAUSE, _LAG_TRIES
 from dpo_keras.errors import InputError
 
 
-def clusters(count):
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        ports = [one.getsockname()[1] for one in free]
-    tasks = tuple(Task("worker", i, f"127.0.0.1:{port}") for i, port in enumerate(ports))
-    return [Cluster(tasks, task) for task in tasks]
-
-
-class Worker:
-    """A worker in a thread: meets, does what it is told to, and keeps how it ended."""
-
-    def __init__(self, cluster, timeout=20.0, greeting=None):
-        self.cluster, self.timeout, self.greeting = cluster, timeout, greeting or {}
-        self.ended, self.stop, self.error = queue.Queue(), StopRequest(), None
-        self.met, self.orders = threading.Event(), queue.Queue()
-        self.watchdog = Watchdog(
-            cluster, self.stop, lambda text, code: self.ended.put((text, code))
-        )
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def _work(self):
-        try:
-            with self.watchdog.meet(self.timeout, self.greeting):
-                self.met.set()
-                while (order := self.orders.get()) is not None:
-                    order(self.watchdog)
-        except BaseException as error:
-            self.error = error
-
-    def die(self):
-        """What the kernel does for a process that is killed."""
-        for link in self.watchdog._links.values():
-            link.socket.shutdown(socket.SHUT_RDWR)
-
-    def leave(self, error=None):
-        def raise_it(_):
-            raise error
-
-        self.orders.put(None if error is None else raise_it)
-
-    def finish(self):
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-        return self.error
-
-
-@contextlib.contextmanager
-def workers(count, **options):
-    started = [Worker(cluster, **options) for cluster in clusters(count)]
-    assert all(worker.met.wait(20) for worker in started)
-    yield started
-    for worker in started:
-        worker.leave()
+@pytest.fixture(autouse=True)
+def shared_secret(monkeypatch):
+    monkeypatch.setenv("DPO_KERAS_CLUSTER_SECRET", "s" * 32)
 
 
 def test_workers_meet_in_any_order_and_say_goodbye():
@@ -129,7 +79,7 @@ def test_workers_started_differently_are_refused_and_told_why():
 
 def test_a_port_in_use_is_named(monkeypatch):
     first, _ = clusters(2)
-    monkeypatch.setattr("dpo_keras.cluster.worker_links._check_port.__defaults__", (0.1,))
+    monkeypatch.setattr("dpo_keras.cluster.meeting._check_port.__defaults__", (0.1,))
     with (
         socket.create_server((first.this.host, first.this.port)),
         pytest.raises(InputError, match=rf"port {first.this.port} of worker 0 .* in use"),
@@ -160,6 +110,31 @@ def test_what_differs_is_refused_on_all_workers_with_each_ones_value():
             assert isinstance(error, InputError)
             one, other = (worker.cluster.this for worker in everyone)
             assert f"same newest checkpoint: {one} has 4, {other} has 0. Share it." in str(error)
+
+
+def test_a_file_system_that_lags_behind_is_read_again(monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.watchdog._LAG_PAUSE", 0.01)
+    seen, agreed = iter([0, 4]), queue.Queue()
+    with workers(2) as (first, second):
+        first.orders.put(lambda w: agreed.put(w.agree("step", 4, again=lambda: 4)))
+        second.orders.put(lambda w: agreed.put(w.agree("step", 0, again=lambda: next(seen))))
+        assert [agreed.get(timeout=10) for _ in range(2)] == [4, 4]
+    assert list(seen) == [], "it was read twice: the first time it lagged still"
+
+
+def test_the_time_for_that_is_longer_than_nfs_takes():
+    """60 seconds: acdirmax of nfs(5)."""
+    assert _LAG_PAUSE * _LAG_TRIES == 90
+
+
+def test_storage_that_is_not_shared_is_refused_with_the_time_that_it_was_given(monkeypatch):
+    monkeypatch.setattr("dpo_keras.cluster.watchdog._LAG_PAUSE", 0.001)
+    monkeypatch.setattr("dpo_keras.cluster.watchdog._LAG_TRIES", 20)
+    with workers(2) as everyone:
+        for worker, step in zip(everyone, (4, 0), strict=True):
+            worker.orders.put(lambda w, step=step: w.agree("step", step, again=lambda: step))
+        for error in [worker.finish() for worker in everyone]:
+            assert isinstance(error, InputError) and "same step, 0.02 seconds long:" in str(error)
 
 
 @pytest.mark.parametrize("victim", [0, 2])

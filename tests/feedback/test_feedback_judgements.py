@@ -69,6 +69,20 @@ def test_undo_is_a_further_entry_and_shows_the_pair_again(make_store, people):
     check_books(store)
 
 
+def test_a_pair_whose_judgement_was_taken_back_is_held_for_its_annotator(make_store, people, clock):
+    store = make_store(1, overlap=1, lease_seconds=60)
+    ann, bob = people(store, "ann", "bob")
+    shown = store.next(ann)[0]
+    store.submit(ann, shown.id, "left", key="a")
+    clock.now += 1000
+    store.undo(ann, shown.id, key="b")
+    clock.now += 59
+    assert store.next(bob) == []
+    clock.now += 2
+    assert store.next(bob)[0].prompt == shown.prompt
+    check_books(store)
+
+
 def test_undo_goes_back_further_each_time(make_store, people):
     store = make_store(3)
     (ann,) = people(store, "ann")
@@ -112,6 +126,18 @@ def test_all_faults_of_a_judgement_are_named_together(make_store, people):
         store.submit(ann, 1, "tie", key="", strength=1)
     assert [problem.argument for problem in error.value.problems] == ["key", "strength"]
     assert judgements(store) == []
+
+
+@pytest.mark.parametrize("reason", ["\ud800", "because \udfff"])
+def test_half_a_character_is_no_reason(make_store, people, reason):
+    store = make_store()
+    (ann,) = people(store, "ann")
+    shown = store.next(ann)[0]
+    with pytest.raises(InputError, match="reason must be valid text"):
+        store.submit(ann, shown.id, "tie", key="k", reason=reason)
+    store.submit(ann, shown.id, "tie", key="k" * 100, reason="\ud7ff \ue000")
+    with pytest.raises(InputError, match="key must be 1 to 100"):
+        store.submit(ann, shown.id, "tie", key="k" * 101)
 
 
 def test_a_store_is_read_by_response_not_by_side(make_store, people):

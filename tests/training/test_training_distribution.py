@@ -84,6 +84,7 @@ def test_two_workers_are_one_device(one_device, tmp_path):
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
     cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    secret = {"DPO_KERAS_CLUSTER_SECRET": "s" * 32}
     workers = []
     for index in range(2):
         config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
@@ -94,7 +95,7 @@ def test_two_workers_are_one_device(one_device, tmp_path):
                     str(FOLDER / "training_worker.py"),
                     str(tmp_path / f"{index}.npz"),
                 ],
-                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                env={**os.environ, **secret, "TF_CONFIG": json.dumps(config)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -28,6 +28,8 @@ def test_rows_are_split_until_there_are_enough_and_left_empty_only_without_pairs
     assert split_rows([[0, 1, 2], [3]], 4) == [[0], [1], [2], [3]]
     assert split_rows([[0, 1]], 3) == [[0], [1], []]
     assert split_rows([[0, 1, 2, 3], [4]], 3) == [[0, 1], [2, 3], [4]]
+    order = list(range(16))
+    assert split_rows([order], 8) == [order[begin : begin + 2] for begin in range(0, 16, 2)]
 
 
 def test_the_pairs_of_dissolved_rows_are_packed_longest_first():
