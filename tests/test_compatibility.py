@@ -330,19 +330,34 @@ def test_stored_pairs_are_read_back_and_split_as_they_were(before):
 def test_tokens_of_stored_pairs_are_used_and_not_made_anew(before):
     expected, there = recorded("built"), contents(before / "built")
     built = StoredPreferences.open(before / "built")
-    tokens = dpo_keras.tokenize_pairs(built, Letters(), **expected["rules"])
+    rules = {**expected["rules"], "min_prompt_tokens": 1}  # the rule of that time
+    tokens = dpo_keras.tokenize_pairs(built, Letters(), **rules)
     assert len(tokens) == len(expected["tokens"]) == 36
-    for row, rows in enumerate(expected["tokens"]):
-        assert {name: getattr(tokens, name)[row].tolist() for name in rows} == rows
+    for row, parts in enumerate(expected["tokens"]):
+        assert {name: getattr(tokens, name)[row].tolist() for name in parts} == parts
     for name, column in expected["columns"].items():
         np.testing.assert_allclose(getattr(tokens, name), column, rtol=1e-6)
     names = [*tokens.group_names, None]  # -1 is none
     assert [names[number] for number in tokens.group] == expected["groups"]
     assert tokens.fingerprint == expected["fingerprint"]
+    assert (tokens.report.truncated_prompts, tokens.report.truncated_responses) == (13, 1)
+    assert "made by an earlier version, without checksums" in tokens.report.warnings[-1]
     held_out = built.split(0.25, seed=1)[1]
-    tokens = dpo_keras.tokenize_pairs(held_out, Letters(), **expected["rules"])
+    tokens = dpo_keras.tokenize_pairs(held_out, Letters(), **rules)
     assert tokens.fingerprint == expected["held_out_fingerprint"]
     assert contents(before / "built") == there
+
+
+def test_tokens_whose_prompts_were_cut_away_are_made_anew_beside_them(before, tmp_path):
+    expected = recorded("built")
+    shutil.copytree(before / "built" / "tokens", tmp_path, dirs_exist_ok=True)
+    (there,) = tmp_path.iterdir()
+    built = StoredPreferences.open(before / "built")
+    tokens = dpo_keras.tokenize_pairs(built, Letters(), **expected["rules"], cache=tmp_path)
+    then, now = [len(row["prompt"]) for row in expected["tokens"]], tokens.prompt.lengths.tolist()
+    assert then[7] == 2 and now[7] == 30  # a quarter of max_length
+    assert then[:7] + then[8:] == now[:7] + now[8:]
+    assert len(list(tmp_path.iterdir())) == 2 and there.exists()
 
 
 # -- feedback ------------------------------------------------------------------------------------
