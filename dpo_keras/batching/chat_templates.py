@@ -321,7 +321,9 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     tree = environment.parse(source)
-    for node in tree.find_all((jinja2.nodes.For, jinja2.nodes.Macro)):
+    bodies: list[jinja2.nodes.For | jinja2.nodes.Macro]
+    bodies = [*tree.find_all(jinja2.nodes.For), *tree.find_all(jinja2.nodes.Macro)]
+    for node in bodies:
         name = jinja2.nodes.Name(_STEP, "load", lineno=node.lineno)
         call = jinja2.nodes.Call(name, [], [], None, None, lineno=node.lineno)
         node.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=node.lineno))
