@@ -210,8 +210,8 @@ def _read_config(path: Path) -> dict[str, JSON]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(InputProblem("template", f"{str(path)!r} is not JSON: {error}")) from error
     if not isinstance(config, dict):
-        rule = f"{str(path)!r} must hold a JSON object"
-        raise InputError(InputProblem("template", rule, shortened(repr(config))))
+        rule = f"{str(path)!r} must hold a JSON object, got {shortened(repr(config))}"
+        raise InputError(InputProblem("template", rule))
     return config
 
 
@@ -241,8 +241,8 @@ def _content(entry: JSON, key: str, path: Path) -> str:
 
 
 def _wrong_config(path: Path, key: str, rule: str, value: JSON) -> InputError:
-    rule = f"{str(path)!r} is malformed: {key} must be {rule}"
-    return InputError(InputProblem("template", rule, shortened(repr(value))))
+    rule = f"{str(path)!r} is malformed: {key} must be {rule}, got {shortened(repr(value))}"
+    return InputError(InputProblem("template", rule))
 
 
 def _from_source(

@@ -84,11 +84,11 @@ def test_a_cache_of_other_weights_tokens_or_truncation_is_refused(tokenized, tmp
 def test_a_damaged_cache_is_refused_and_never_used(tokenized, tmp_path):
     path, policy = tmp_path / "reference.npz", gpt2()
     right = cache_reference(policy, tokenized, path).reference
-    content, refused = path.read_bytes(), 0
+    content, refused, key = path.read_bytes(), 0, cache_key(policy, tokenized)
     for start in range(0, len(content), 8):
         path.write_bytes(content[:start] + bytes(8) + content[start + 8 :])
         try:
-            found = dataset_scoring._read_cache(path, cache_key(policy, tokenized))
+            found = dataset_scoring._read_cache(path, key)
             np.testing.assert_array_equal(found, right)  # what was hit says nothing, as a date
         except InputError as error:
             refused += 1
