@@ -270,8 +270,14 @@ def test_a_stopped_run_goes_on_behind_its_last_step_and_ends_as_the_other(at_run
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     # The other one wrote responses, too.
     for found, expected in ((result.before, RUN["before"]), (result.after, RUN["after"])):
-        for kind in ("metrics", "figures"):
-            assert_close(found[kind], expected[kind], 1e-4, 1e-5)
+        assert_close(found["metrics"], expected["metrics"], 1e-4, 1e-5)
+    assert_close(result.before["figures"], RUN["before"]["figures"], 1e-4, 1e-5)
+    # Two held-out pairs share their prompt. Cut to the room of either pair's responses, it counted
+    # as two prompts when the other run was measured, so intervals were others.
+    assert HeldOut.load("stopped/after/pairs.npz").pairs["prompt"].tolist() == [0, 1, 1, 2, 3, 4]
+    for name, figure in RUN["after"]["figures"].items():
+        value = {key: figure[key] for key in figure.keys() - {"low", "high"}}
+        assert_close(result.after["figures"][name], value, 1e-4, 1e-5, name)
     assert_close(log_probs("stopped/policy"), RUN["log_probs"], 1e-5)
 
 
@@ -330,19 +336,34 @@ def test_stored_pairs_are_read_back_and_split_as_they_were(before):
 def test_tokens_of_stored_pairs_are_used_and_not_made_anew(before):
     expected, there = recorded("built"), contents(before / "built")
     built = StoredPreferences.open(before / "built")
-    tokens = dpo_keras.tokenize_pairs(built, Letters(), **expected["rules"])
+    rules = {**expected["rules"], "min_prompt_tokens": 1}  # the rule of that time
+    tokens = dpo_keras.tokenize_pairs(built, Letters(), **rules)
     assert len(tokens) == len(expected["tokens"]) == 36
-    for row, rows in enumerate(expected["tokens"]):
-        assert {name: getattr(tokens, name)[row].tolist() for name in rows} == rows
+    for row, parts in enumerate(expected["tokens"]):
+        assert {name: getattr(tokens, name)[row].tolist() for name in parts} == parts
     for name, column in expected["columns"].items():
         np.testing.assert_allclose(getattr(tokens, name), column, rtol=1e-6)
     names = [*tokens.group_names, None]  # -1 is none
     assert [names[number] for number in tokens.group] == expected["groups"]
     assert tokens.fingerprint == expected["fingerprint"]
+    assert (tokens.report.truncated_prompts, tokens.report.truncated_responses) == (13, 1)
+    assert "made by an earlier version, without checksums" in tokens.report.warnings[-1]
     held_out = built.split(0.25, seed=1)[1]
-    tokens = dpo_keras.tokenize_pairs(held_out, Letters(), **expected["rules"])
+    tokens = dpo_keras.tokenize_pairs(held_out, Letters(), **rules)
     assert tokens.fingerprint == expected["held_out_fingerprint"]
     assert contents(before / "built") == there
+
+
+def test_tokens_whose_prompts_were_cut_away_are_made_anew_beside_them(before, tmp_path):
+    expected = recorded("built")
+    shutil.copytree(before / "built" / "tokens", tmp_path, dirs_exist_ok=True)
+    (there,) = tmp_path.iterdir()
+    built = StoredPreferences.open(before / "built")
+    tokens = dpo_keras.tokenize_pairs(built, Letters(), **expected["rules"], cache=tmp_path)
+    then, now = [len(row["prompt"]) for row in expected["tokens"]], tokens.prompt.lengths.tolist()
+    assert then[7] == 2 and now[7] == 30  # a quarter of max_length
+    assert then[:7] + then[8:] == now[:7] + now[8:]
+    assert len(list(tmp_path.iterdir())) == 2 and there.exists()
 
 
 # -- feedback ------------------------------------------------------------------------------------

@@ -34,7 +34,10 @@ Rule = Callable[..., Iterable[InputProblem]]
 # The key of a configuration that sets an argument of the library's functions.
 _SAME_NAMES = {
     "loss": ("beta", "label_smoothing", "penalties"),
-    "data": ("columns", "data_dir", "format", "on_error", "template", "max_length", "overlength"),
+    "data": (
+        *("columns", "data_dir", "format", "on_error"),
+        *("template", "max_length", "overlength", "min_prompt_tokens"),
+    ),
     "training": ("batching", "row_length", "buckets", "batch_size", "steps_per_execution"),
 }
 KEYS: Mapping[str, str] = {

@@ -169,6 +169,9 @@ class Data(Section):
     overlength: Literal["truncate", "drop", "error"] = key(
         "truncate", "what happens to longer pairs"
     )
+    min_prompt_tokens: Count | None = key(
+        None, "prompt tokens that truncation leaves at least; null: a quarter of `max_length`"
+    )
     limit: Count | None = key(None, "read this many pairs at most")
 
     @model_validator(mode="before")
@@ -185,6 +188,13 @@ class Data(Section):
                 "list of them, a directory of dpo-keras data build, tfds:NAME/CONFIG:SPLIT, or "
                 "builtin:support; on the command line data.path=FILE.",
             )
+        least = self.min_prompt_tokens
+        if least is not None and self.overlength != "truncate":
+            rule = f"has no effect with data.overlength={self.overlength}; set it to null."
+            yield InputProblem("min_prompt_tokens", rule)
+        elif least is not None and least > self.max_length - 2:
+            rule = f"must be <= {self.max_length - 2}, data.max_length - 2: responses need room"
+            yield InputProblem("min_prompt_tokens", rule, least)
         if self.held_out is not None and self.held_out_path is not None:
             rule = "must not be given together with data.held_out_path; set one of the two to null."
             yield InputProblem("held_out", rule)

@@ -26,7 +26,10 @@ def source_problem(path: str) -> str | None:
     if "://" in path:
         return None
     if place.is_dir():
-        return _directory_problem(place)
+        try:
+            return _directory_problem(place)
+        except OSError as error:
+            return f"{error.filename or place} can not be read: {error.strerror}."
     if place.is_file():
         archive = place.suffix == ".keras" and zipfile.is_zipfile(place)
         return None if archive else f"{path} is not a .keras archive; give a model directory."
@@ -61,7 +64,7 @@ def _directory_problem(place: Path) -> str | None:
         )
     try:
         content = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{place} is not a model directory: its config.json can not be read: {error}."
     content = content if isinstance(content, dict) else {}
     if "registered_name" in content:
@@ -81,9 +84,57 @@ def _directory_problem(place: Path) -> str | None:
         missing = ['"architectures" in its config.json']
     else:
         missing = [" or ".join(names) for names in wanted if not set(names) & set(present)]
-    if not missing:
-        return None
-    return f"{place} looks like {kind}, but these are missing: {', '.join(missing)}; {found}"
+    if missing:
+        return f"{place} looks like {kind}, but these are missing: {', '.join(missing)}; {found}"
+    return _weights_problem(place)
+
+
+def _weights_problem(place: Path) -> str | None:
+    """Say which file of a model directory is damaged, from headers and sizes alone."""
+    again = "copy or download it again."
+    index = place / "model.safetensors.index.json"
+    if index.is_file() and not (place / "model.safetensors").is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            absent = sorted({name for name in names if not (place / name).is_file()})
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            return f"{index} is damaged: it must be JSON with a weight_map ({error}); {again}"
+        if absent:
+            return f"{place}: {shortened(', '.join(absent))} of {index.name} is missing."
+    for path in sorted(place.glob("*.safetensors")):
+        if problem := _safetensors_problem(path):
+            return f"{path} is damaged: {problem}; {again}"
+    for path in sorted(place.glob("*.h5")):
+        if problem := _hdf5_problem(path):
+            return f"{path} is damaged: {problem}; {again}"
+    return None
+
+
+def _safetensors_problem(path: Path) -> str | None:
+    """Compare a file's size with its header: its length in 8 bytes, JSON, then the tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):  # the format's own bound
+            return f"it is cut off within its header, at {size:,} bytes"
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in entries.values()]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError):
+            return "its header is not that of a safetensors file"
+    return None if size == whole else f"it has {size:,} bytes of {whole:,}"
+
+
+def _hdf5_problem(path: Path) -> str | None:
+    import h5py
+
+    try:
+        with h5py.File(path, "r"):
+            return None
+    except OSError as error:
+        return f"it cannot be opened as HDF5 ({error})"
 
 
 def load_model(path: str, dtype: str = "float32") -> keras.Model:

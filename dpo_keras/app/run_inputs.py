@@ -141,6 +141,7 @@ def tokenize(
             max_length=data.max_length,
             template=data.template,
             overlength=data.overlength,
+            min_prompt_tokens=data.min_prompt_tokens,
             cache=_token_folder(pairs, data, run),
         )
     progress.note(f"{name}: {tokenized.report.summary()}")

@@ -13,7 +13,12 @@ from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenization import tokenize_pairs
-from dpo_keras.batching.tokenized_pairs import DroppedPair, TokenizationReport, TokenizedPairs
+from dpo_keras.batching.tokenized_pairs import (
+    DroppedPair,
+    TokenizationReport,
+    TokenizedPairs,
+    prompt_share,
+)
 from dpo_keras.utils.deferred_imports import deferred_names
 
 if TYPE_CHECKING:
@@ -52,6 +57,7 @@ __all__ = [
     "plan_buckets",
     "plan_packing",
     "preference_dataset",
+    "prompt_share",
     "steps_per_epoch",
     "tokenize_pairs",
 ]

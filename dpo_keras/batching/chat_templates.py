@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -23,7 +24,7 @@ import jinja2.sandbox
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.text import did_you_mean
+from dpo_keras.utils.text import did_you_mean, shortened
 
 FOLDER = Path(__file__).with_name("templates")
 # The templates known by name, with the texts in them that are one token each.
@@ -71,9 +72,9 @@ class ChatTemplate:
         """Compile the source, so that a mistake shows at once."""
         try:
             _compile(self.source)
-        except jinja2.TemplateError as error:
+        except _ANY_FAULT as error:
             line = getattr(error, "lineno", "?")
-            rule = f"{self.name!r} is not valid Jinja, line {line}: {error}"
+            rule = f"{self.name!r} is not valid Jinja, line {line}: {_reason(error)}"
             raise InputError(InputProblem("template", rule)) from error
 
     def render(
@@ -94,7 +95,8 @@ class ChatTemplate:
             The text.
 
         Raises:
-            InputError: the template refuses the messages, or reaches outside the sandbox.
+            InputError: the template refuses the messages, reaches outside the sandbox, calculates
+                what cannot be, or does not come to an end.
         """
         values = {"bos_token": "", "eos_token": "", **variables, **self.variables}
         try:
@@ -103,10 +105,10 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
-                **values,
+                **{**values, _STEP: _Steps()},
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError) as error:
-            rule = f"{self.name!r} cannot render these messages: {error}"
+        except _ANY_FAULT as error:
+            rule = f"{self.name!r} cannot render these messages: {_reason(error)}"
             raise InputError(InputProblem("template", rule)) from error
 
 
@@ -153,7 +155,7 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
     if path.is_file():
         if path.suffix == ".json":
             return _from_checkpoint(path.parent, path.name)
-        return _from_source(path.read_text(encoding="utf-8"), path.name, {})
+        return _from_source(_read_text(path), path.name, {})
     rule = f"{name!r} is neither a file nor a known name"
     if suggestion := did_you_mean(name, MARKERS):
         rule += f"; {suggestion}"
@@ -163,21 +165,15 @@ def get_template(template: str | Path | ChatTemplate | None) -> ChatTemplate | N
 
 def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -> ChatTemplate:
     config_path = folder / config_name
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    config = _read_config(config_path) if config_path.is_file() else {}
     source = config.get("chat_template")
     if (jinja_path := folder / "chat_template.jinja").is_file():
-        source = jinja_path.read_text(encoding="utf-8")
+        source = _read_text(jinja_path)
     if isinstance(source, list):
-        by_name = {entry["name"]: entry["template"] for entry in source}
-        if "default" not in by_name:
-            rule = (
-                f"{str(config_path)!r} has chat templates named {', '.join(sorted(by_name))} and "
-                "none named 'default'"
-            )
-            hint = "Save the one you want to a Jinja file and pass its path."
-            raise InputError(InputProblem("template", rule, hint=hint))
-        source = by_name["default"]
-    if not isinstance(source, str):
+        source = _default_of_several(source, config_path)
+    if source is not None and not isinstance(source, str):
+        raise _wrong_config(config_path, "chat_template", "a text, or a list of templates", source)
+    if source is None:
         rule = (
             f"{str(folder)!r} has no chat template (neither chat_template.jinja nor a "
             f"chat_template entry in {config_name})"
@@ -185,16 +181,68 @@ def _from_checkpoint(folder: Path, config_name: str = "tokenizer_config.json") -
         hint = f"Pass a name ({', '.join(MARKERS)}) or the path of a Jinja file."
         raise InputError(InputProblem("template", rule, hint=hint))
     special = {
-        key: value["content"] if isinstance(value, dict) else value
+        key: _content(value, key, config_path)
         for key, value in config.items()
         if key.endswith("_token") and isinstance(value, str | dict)
     }
+    decoder = config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        raise _wrong_config(config_path, "added_tokens_decoder", "an object", decoder)
     added = [
-        entry["content"]
-        for entry in config.get("added_tokens_decoder", {}).values()
-        if entry.get("special")
+        _content(entry, f"added_tokens_decoder.{key}", config_path)
+        for key, entry in decoder.items()
+        if not isinstance(entry, dict) or entry.get("special")
     ]
     return _from_source(source, folder.name, special, [*special.values(), *added])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"{str(path)!r} cannot be read as text in UTF-8: {error}"
+        raise InputError(InputProblem("template", rule)) from error
+
+
+def _read_config(path: Path) -> dict[str, JSON]:
+    try:
+        config = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(InputProblem("template", f"{str(path)!r} is not JSON: {error}")) from error
+    if not isinstance(config, dict):
+        rule = f"{str(path)!r} must hold a JSON object, got {shortened(repr(config))}"
+        raise InputError(InputProblem("template", rule))
+    return config
+
+
+def _default_of_several(templates: list[JSON], path: Path) -> JSON:
+    by_name: dict[str, JSON] = {}
+    for number, entry in enumerate(templates):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            rule = "an object with name and template"
+            raise _wrong_config(path, f"chat_template[{number}]", rule, entry)
+        by_name[entry["name"]] = entry.get("template", "")
+    if "default" in by_name:
+        return by_name["default"]
+    rule = (
+        f"{str(path)!r} has chat templates named {', '.join(sorted(by_name))} and none named "
+        "'default'"
+    )
+    hint = "Save the one you want to a Jinja file and pass its path."
+    raise InputError(InputProblem("template", rule, hint=hint))
+
+
+def _content(entry: JSON, key: str, path: Path) -> str:
+    """Return the text of a token: it stands there, or in `content`."""
+    content = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(content, str):
+        raise _wrong_config(path, key, "a text, or an object with a text in content", entry)
+    return content
+
+
+def _wrong_config(path: Path, key: str, rule: str, value: JSON) -> InputError:
+    rule = f"{str(path)!r} is malformed: {key} must be {rule}, got {shortened(repr(value))}"
+    return InputError(InputProblem("template", rule))
 
 
 def _from_source(
@@ -202,6 +250,52 @@ def _from_source(
 ) -> ChatTemplate:
     found = dict.fromkeys([*markers, *_TOKEN_LIKE.findall(source)])
     return ChatTemplate(source, name, tuple(marker for marker in found if marker), variables)
+
+
+# What a template's code can raise, beside what Jinja does.
+_ANY_FAULT = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(RecursionError, MemoryError, SyntaxError),
+)
+_STEP = "__dpo_keras_step"
+MOST_STEPS = 200_000  # rounds of loops and calls of macros, in one rendering
+MOST_REPEATED = 1_000_000  # letters or items of a repeated text or list
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or calls itself without end"
+    return str(error) or type(error).__name__
+
+
+class _Steps:
+    """Counts the steps of one rendering, and ends one that would not end."""
+
+    def __init__(self) -> None:
+        self.left = MOST_STEPS
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise jinja2.TemplateError(f"it takes more than {MOST_STEPS:,} steps")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox that refuses products which would fill the memory."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Calculate `left * right` or `left ** right`."""
+        if operator == "**":
+            refused = abs(left) > MOST_REPEATED or abs(right) > 64
+        else:
+            count = right if hasattr(left, "__len__") else left
+            repeated = left if hasattr(left, "__len__") else right
+            refused = hasattr(repeated, "__len__") and len(repeated) * count > MOST_REPEATED
+        if refused:
+            raise jinja2.TemplateError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -220,10 +314,17 @@ def _raise_exception(message: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
+    tree = environment.parse(source)
+    bodies: list[jinja2.nodes.For | jinja2.nodes.Macro]
+    bodies = [*tree.find_all(jinja2.nodes.For), *tree.find_all(jinja2.nodes.Macro)]
+    for node in bodies:
+        name = jinja2.nodes.Name(_STEP, "load", lineno=node.lineno)
+        call = jinja2.nodes.Call(name, [], [], None, None, lineno=node.lineno)
+        node.body.insert(0, jinja2.nodes.ExprStmt(call, lineno=node.lineno))
+    return environment.from_string(tree)

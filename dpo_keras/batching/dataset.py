@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -76,6 +77,7 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     max_length: int = 1024,
     template: str | ChatTemplate | None = None,
     overlength: Overlength = "truncate",
+    min_prompt_tokens: int | None = None,
     shuffle: bool = True,
     seed: int = 0,
     epochs: int | None = 1,
@@ -103,11 +105,12 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     Args:
         pairs: `Preferences` or any pairs that `tokenize_pairs` takes, or `TokenizedPairs`.
         preprocessor: the policy's KerasHub preprocessor, or what else `tokenize_pairs` takes.
-            `TokenizedPairs` need none, nor the next three.
+            `TokenizedPairs` need none, nor the next four.
         batch_size: pairs per batch, over all replicas.
-        max_length: see `tokenize_pairs`, like the next two.
+        max_length: see `tokenize_pairs`, like the next three.
         template: how chat messages become text.
         overlength: what happens to a pair that is too long.
+        min_prompt_tokens: tokens that truncation leaves of a prompt at least.
         shuffle: False keeps file order as far as buckets, or rows, allow.
         seed: any integer >= 0.
         epochs: epochs in one iteration; None never ends.
@@ -120,6 +123,10 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         rows: rows per packed batch, over all replicas; None chooses.
         replicas: number of replicas that share a packed batch in equal numbers of rows.
         worker: (index, count): make the rows of this worker only; None makes all.
+
+    Warns:
+        UserWarning: pairs were dropped, or more than 5 % of them were cut; `TokenizedPairs` bring
+            that in their report.
 
     Returns:
         A dataset of `Batch` dicts, of known cardinality, deterministic, prefetching.
@@ -148,8 +155,16 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         raise InputError(problems)
     if not isinstance(pairs, TokenizedPairs):
         pairs = tokenize_pairs(
-            pairs, preprocessor, max_length=max_length, template=template, overlength=overlength
+            pairs,
+            preprocessor,
+            max_length=max_length,
+            template=template,
+            overlength=overlength,
+            min_prompt_tokens=min_prompt_tokens,
         )
+        # The report is not returned, so what it has to say is said here.
+        for notice in pairs.report.notices():
+            warnings.warn(notice, stacklevel=2)
     if batching == "packed":
         shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
         plan = plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle)

@@ -1,17 +1,14 @@
-"""Text and conversations to token ids, through the model's own tokenizer."""
+"""Text to token ids, through the model's own tokenizer."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import PreferencePair, Text
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import fast_byte_pair_encoding, mend_word_splits
 
@@ -23,12 +20,6 @@ STOPS = {
     "Phi3Tokenizer": "<|end|>",
 }
 TEXTS_AT_ONCE = 4096  # bounds the memory of the tokenizer's intermediate lists
-
-# A Unicode noncharacter, never part of text: marks where a message is cut before tokenization.
-_CUT = "\ufdd0"
-
-Pieces: TypeAlias = list[str]
-"""A text cut so that each special token of the template is a piece of its own."""
 
 
 class TextEncoder:
@@ -181,156 +172,3 @@ def _as_lists(rows: Tensor) -> list[list[int]]:
     if hasattr(rows, "numpy"):
         rows = rows.numpy()
     return [row if isinstance(row, list) else np.asarray(row).tolist() for row in rows]
-
-
-def encode_conversations(
-    pairs: Sequence[PreferencePair], encoder: TextEncoder, template: ChatTemplate, first: int = 0
-) -> tuple[Ragged, Ragged, Ragged, list[str]]:
-    r"""Render and tokenize pairs with a chat template.
-
-    The response is what the rendered conversation adds to the rendered prompt, less white space
-    after its last special token. The template "plain" leaves strings as they are.
-
-    Each special token of the template becomes one id. The same text inside a message is cut in two
-    before tokenization, so that a user cannot forge a turn. Turn marks that are ordinary text to
-    the tokenizer ("\n\nHuman:", "[INST]" of Llama 2) cannot be told from a user's words.
-
-    Returns prompts, chosen, rejected and warnings. `first` is the first pair's number in errors.
-    """
-    conversations = _ConversationEncoder(encoder, template)
-    rendered: list[tuple[Pieces, Pieces, Pieces]] = []
-    problems: list[str] = []
-    for number, pair in enumerate(pairs, first):
-        try:
-            rendered.append(conversations.pair(pair))
-        except InputError as error:
-            place = f"This is pair {number}."
-            problems += [InputProblem(p.argument, p.rule, hint=place) for p in error.problems]
-    if problems:
-        more = [f"… and {len(problems) - 5} more."] if len(problems) > 5 else []
-        raise InputError(problems[:5] + more)
-    prompts, chosen, rejected = (
-        conversations.ids([pieces[part] for pieces in rendered], first_plain=part == 0)
-        for part in range(3)
-    )
-    return (
-        Ragged.from_lists(map(encoder.with_start, prompts)),
-        Ragged.from_lists(map(encoder.with_end, chosen)),
-        Ragged.from_lists(map(encoder.with_end, rejected)),
-        conversations.warnings,
-    )
-
-
-class _ConversationEncoder:
-    """Renders conversations, cuts them at special tokens, and tokenizes the pieces."""
-
-    def __init__(self, encoder: TextEncoder, template: ChatTemplate):
-        self.encoder, self.template = encoder, template
-        self.variables = {
-            "bos_token": getattr(encoder.tokenizer, "start_token", None) or "",
-            "eos_token": getattr(encoder.tokenizer, "end_token", None) or "",
-        }
-        special = [*template.markers, *encoder.special_tokens]
-        # Longest first: a marker may begin with another.
-        special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
-        self.special_ids = {
-            text: token for text in special if (token := encoder.token_id(text)) is not None
-        }
-        self._special = tuple(special)
-        self._forgeable = _any_of(special)
-        self._boundary = _any_of([_CUT, *self.special_ids])
-        self._rendered: dict[Text, str] = {}
-        spelled = ", ".join(
-            text
-            for text in template.markers
-            if text not in self.special_ids and text in template.source and "|" in text
-        )
-        warning = (
-            f"the tokenizer has no token for {spelled}, which the template {template.name!r} "
-            "writes: they are spelled out in several tokens, as for a model that was not trained "
-            "with this template."
-        )
-        self.warnings = [warning] if spelled else []
-
-    def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
-        """Render a pair: prompt, chosen, rejected."""
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-        if self.template.name == "plain" and (
-            isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
-        ):
-            return [prompt], [chosen], [rejected]
-        if prompt not in self._rendered:
-            self._rendered[prompt] = self._render(self._messages(prompt, "user"), True)
-        rendered = self._rendered[prompt]
-        responses = [self._response(prompt, rendered, text) for text in (chosen, rejected)]
-        return self._split(rendered), responses[0], responses[1]
-
-    def ids(self, texts: list[Pieces], first_plain: bool) -> list[list[int]]:
-        """Return the ids of each text. Each distinct piece is tokenized once.
-
-        With `first_plain` the first piece of a text is tokenized without the anchor, as a prompt.
-        """
-        anchor, length = self.encoder.anchor, self.encoder.anchor_length
-
-        def anchored(place: int, piece: str) -> str:
-            return piece if first_plain and place == 0 else anchor + piece
-
-        distinct = dict.fromkeys(
-            anchored(place, piece)
-            for pieces in texts
-            for place, piece in enumerate(pieces)
-            if piece not in self.special_ids
-        )
-        tokenized = dict(zip(distinct, self.encoder.tokenize(distinct), strict=True))
-
-        def ids_of(place: int, piece: str) -> list[int]:
-            if piece in self.special_ids:
-                return [self.special_ids[piece]]
-            own = tokenized[anchored(place, piece)]
-            return own if first_plain and place == 0 else own[length:]
-
-        return [
-            [token for place, piece in enumerate(pieces) for token in ids_of(place, piece)]
-            for pieces in texts
-        ]
-
-    def _messages(self, text: Text, role: str) -> list[dict[str, str]]:
-        if isinstance(text, str):
-            return [{"role": role, "content": self._guard(text)}]
-        return [{"role": turn.role, "content": self._guard(turn.content)} for turn in text]
-
-    def _render(self, messages: list[dict[str, str]], ask: bool) -> str:
-        return self.template.render(messages, add_generation_prompt=ask, **self.variables)
-
-    def _response(self, prompt: Text, rendered_prompt: str, response: Text) -> Pieces:
-        messages = self._messages(prompt, "user") + self._messages(response, "assistant")
-        whole = self._render(messages, False)
-        if not whole.startswith(rendered_prompt):
-            raise InputError(_prompt_changed(self.template.name, rendered_prompt, whole))
-        text = whole[len(rendered_prompt) :]
-        if text.rstrip().endswith(self._special):
-            text = text.rstrip()
-        return self._split(text)
-
-    def _split(self, text: str) -> Pieces:
-        return [piece for piece in self._boundary.split(text) if piece and piece != _CUT]
-
-    def _guard(self, text: str) -> str:
-        """Mark where special tokens in a message's own words must be cut."""
-        text = text.replace(_CUT, "")
-        return self._forgeable.sub(lambda found: found[0][:1] + _CUT + found[0][1:], text)
-
-
-def _prompt_changed(template: str, prompt: str, whole: str) -> InputProblem:
-    letters = enumerate(zip(whole, prompt, strict=False))
-    same = next((i for i, (a, b) in letters if a != b), len(whole))
-    return InputProblem(
-        "template",
-        f"{template!r} cannot be used: the rendered conversation must begin with the rendered "
-        f"prompt, and they part after {prompt[max(same - 40, 0) : same]!r}: the prompt goes on "
-        f"{prompt[same : same + 40]!r}, the conversation {whole[same : same + 40]!r}",
-    )
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else re.compile("(?!)")

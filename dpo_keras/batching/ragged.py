@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -151,30 +149,9 @@ class TokenFile:
         for start, size in (np.stack([starts, lengths], axis=1) * TOKEN_BYTES).tolist():
             os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
-    def warm(self) -> None:
-        """Read the whole file once in the background, if it fits well into free memory."""
-        # Many times faster than reading shuffled rows, and the system keeps what it read.
-        if self.path.stat().st_size <= _free_memory() // 2:
-            threading.Thread(target=_read_through, args=(self.path,), daemon=True).start()
-
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()
-
-
-def _read_through(path: Path) -> None:
-    buffer = bytearray(2**22)
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-
-
-def _free_memory() -> int:
-    """Return the bytes that the page cache can grow to; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(n for n in lines if n.startswith("MemAvailable:")).split()[1])
-    return 0
 
 
 class StoredRagged(Ragged):

@@ -1,4 +1,7 @@
-"""Tokens of a built directory on disk: made once, in chunks, and continued after a stop."""
+"""Tokens of a built directory on disk: made once, in chunks, and continued after a stop.
+
+SHA-256 of every file is kept and compared whenever tokens are opened or continued.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,22 +19,32 @@ from typing import TypeAlias
 import numpy as np
 
 from dpo_keras.batching.ragged import TOKEN_BYTES, StoredRagged, TokenFile
-from dpo_keras.batching.tokenized_pairs import TokenizationReport, TokenizedPairs, identity_of_rows
+from dpo_keras.batching.tokenized_pairs import (
+    UNCUT,
+    TokenizationReport,
+    TokenizedPairs,
+    identity_of_rows,
+)
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import StoredPreferences
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
 
 Chunk: TypeAlias = tuple[TokenizedPairs, np.ndarray]
-"""Tokens of some pairs, and bool `[n, 3]`: prompt cut, response cut, responses identical."""
+"""Tokens of some pairs, and their lengths before truncation, `UNCUT` `[n]`."""
 
-ROW = np.dtype(
-    [
-        *(("start", "<i8"), ("prompt", "<i4"), ("chosen", "<i4"), ("rejected", "<i4")),
-        *(("preference", "<f4"), ("weight", "<f4"), ("margin", "<f4"), ("group", "<i4")),
-        *(("source", "<i8"), ("cuts", "?", 3)),
-    ]
-)
+FORMAT = "dpo_keras tokens 2"
+FILES = ("tokens.bin", "rows.bin")
+_COLUMNS = [
+    *(("start", "<i8"), ("prompt", "<i4"), ("chosen", "<i4"), ("rejected", "<i4")),
+    *(("preference", "<f4"), ("weight", "<f4"), ("margin", "<f4"), ("group", "<i4")),
+    ("source", "<i8"),
+]
+ROW = np.dtype([*_COLUMNS, ("uncut", UNCUT)])
+# Format 1 cut a prompt to one token before it cut responses. It had no checksums, and only knew
+# whether the prompt was cut, whether a response was, and whether the responses are identical.
+EARLIER_FORMAT = "dpo_keras tokens 1"
+EARLIER_ROW = np.dtype([*_COLUMNS, ("cuts", "?", 3)])
 COMMIT = 16  # chunks between two records of the progress
 LISTED = 1000  # dropped pairs that the report lists
 
@@ -51,66 +65,140 @@ def cached_tokens(
     every split finds its own; about 50 bytes per pair of `pairs` stay in memory. `key`, everything
     that the tokens depend on, names the folder; `chunks` makes them from a pair's number on.
     """
-    identity = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = (pairs.path / "tokens" if cache is None else Path(cache)) / identity[:16]
-    if not _is_complete(folder):
+    root = pairs.path / "tokens" if cache is None else Path(cache)
+    folder, damage = root / _digest_of(key)[:16], ""
+    store = _complete(folder)
+    if store is None and (found := _earlier(root, key)):
+        folder, store = found
+    if store is None:
         with _locked(folder):
-            if not _is_complete(folder):
-                _write(folder, key, chunks)
-    tokens = _open(folder, identity, pairs)
+            store = _complete(folder)
+            if store is None:
+                if (folder / "store.json").exists():
+                    damage = f"The tokens in {folder} were damaged, and have been made again."
+                store = _write(folder, key, chunks)
+    tokens = _open(folder, store, pairs, max_length)
+    tokens.report.warnings[:0] = [damage] if damage else []
     return replace(tokens, pad=pad, max_length=max_length)
 
 
-def _write(folder: Path, key: dict[str, JSON], chunks: Callable[[int], Iterable[Chunk]]) -> None:
-    progress = _progress(folder, key)
-    (folder / "store.json").unlink(missing_ok=True)
+def _write(
+    folder: Path, key: dict[str, JSON], chunks: Callable[[int], Iterable[Chunk]]
+) -> dict[str, JSON]:
+    """Make tokens, or those that are missing, and return the record of them."""
+    progress, digests = _progress(folder, key)
+    if not progress["sizes"]:
+        for name in (*FILES, "store.json"):
+            # Removed, not emptied: another process may still read them.
+            (folder / name).unlink(missing_ok=True)
     report = TokenizationReport.from_dict(progress["report"])
     groups: dict[str, int] = {name: i for i, name in enumerate(progress["groups"])}
     with (folder / "tokens.bin").open("ab") as tokens, (folder / "rows.bin").open("ab") as rows:
-        # What an earlier process wrote after its last commit does not count.
-        sizes = (progress["tokens"] * TOKEN_BYTES, report.kept * ROW.itemsize)
-        for file, size in zip((tokens, rows), sizes, strict=True):
-            file.truncate(size)
-            file.seek(size)
+        files = {"tokens.bin": tokens, "rows.bin": rows}
+        for name, size in progress["sizes"].items():
+            # What an earlier process wrote after its last commit does not count.
+            files[name].truncate(size)
+            files[name].seek(size)
 
-        def commit() -> None:
-            for file in (tokens, rows):
+        def commit() -> dict[str, JSON]:
+            for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            size = tokens.tell() // TOKEN_BYTES
-            now = {"pairs": report.pairs, "tokens": size, "groups": list(groups)}
-            now |= {"key": key, "report": asdict(report)}
-            write_text(folder / "progress.json", json.dumps(now))
+            sizes = {name: file.tell() for name, file in files.items()}
+            now = {"key": key, "groups": list(groups), "report": asdict(report)}
+            return now | {"sizes": sizes, "sha256": _hexdigests(digests)}
 
-        for number, (chunk, cuts) in enumerate(chunks(report.pairs), 1):
-            laid, flat = _laid_out(chunk, cuts, tokens.tell() // TOKEN_BYTES, groups)
-            tokens.write(flat.tobytes())
-            rows.write(laid.tobytes())
+        for number, (chunk, uncut) in enumerate(chunks(report.pairs), 1):
+            laid, flat = _laid_out(chunk, uncut, tokens.tell() // TOKEN_BYTES, groups)
+            for name, content in zip(FILES, (flat.tobytes(), laid.tobytes()), strict=True):
+                files[name].write(content)
+                digests[name].update(content)
             _add(report, chunk.report)
             if number % COMMIT == 0:
-                commit()
-        commit()
-    written = {name: (folder / name).stat().st_size for name in ("tokens.bin", "rows.bin")}
-    store = {"key": key, "groups": list(groups), "sizes": written, "report": asdict(report)}
-    write_text(folder / "store.json", json.dumps(store))
-    (folder / "progress.json").unlink()
+                _write_record(folder / "progress.json", commit())
+        store = commit()
+    _write_record(folder / "store.json", store)
+    (folder / "progress.json").unlink(missing_ok=True)
+    return store
 
 
-def _progress(folder: Path, key: dict[str, JSON]) -> dict[str, JSON]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-        size = (folder / "tokens.bin").stat().st_size
-        if (
-            found["key"] == key
-            and size >= found["tokens"] * TOKEN_BYTES
-            and (folder / "rows.bin").exists()
-        ):
-            return found
-    return {"pairs": 0, "tokens": 0, "groups": [], "report": asdict(TokenizationReport())}
+def _progress(
+    folder: Path, key: dict[str, JSON]
+) -> tuple[dict[str, JSON], dict[str, hashlib._Hash]]:
+    """Return the record that an earlier process left, and the digests to go on with."""
+    record = _read_record(folder / "progress.json")
+    if record is not None and record["key"] == key:
+        digests = _digests(folder, record["sizes"])
+        if _hexdigests(digests) == record["sha256"]:
+            return record, digests
+    nothing = {"sizes": {}, "groups": [], "report": asdict(TokenizationReport())}
+    return nothing, _digests(folder, {})
+
+
+def _complete(folder: Path) -> dict[str, JSON] | None:
+    """Return the record of tokens that are all there and undamaged, else None."""
+    record = _read_record(folder / "store.json")
+    if record is None or not _sizes_match(folder, record["sizes"]):
+        return None
+    whole = _hexdigests(_digests(folder, record["sizes"])) == record["sha256"]
+    return record if whole else None
+
+
+def _earlier(root: Path, key: dict[str, JSON]) -> tuple[Path, dict[str, JSON]] | None:
+    """Find tokens of format 1 that equal those that would be made now."""
+    key = {**key, "format": EARLIER_FORMAT}
+    least, kept = key.pop("min_prompt_tokens"), key.pop("kept")
+    if kept:  # which were cut like all others
+        return None
+    folder = root / _digest_of(key)[:16]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        store: dict[str, JSON] = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+        if store["key"] == key and _sizes_match(folder, store["sizes"]):
+            rows = np.fromfile(folder / "rows.bin", EARLIER_ROW)
+            if not (rows["cuts"][:, 0] & (rows["prompt"] < least)).any():
+                return folder, store
+    return None
+
+
+def _sizes_match(folder: Path, sizes: dict[str, int]) -> bool:
+    with contextlib.suppress(OSError):
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    return False
+
+
+def _write_record(path: Path, content: dict[str, JSON]) -> None:
+    write_text(path, json.dumps({**content, "checksum": _digest_of(content)}))
+
+
+def _read_record(path: Path) -> dict[str, JSON] | None:
+    """Read what `_write_record` wrote; None where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        content: dict[str, JSON] = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("checksum") == _digest_of(content):
+            return content
+    return None
+
+
+def _digest_of(content: dict[str, JSON]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(folder: Path, sizes: dict[str, int]) -> dict[str, hashlib._Hash]:
+    """Return the SHA-256 of the first bytes of each file; updating them goes on from there."""
+    digests = {name: hashlib.sha256() for name in FILES}
+    for name, size in sizes.items():
+        with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+            while part := file.read(min(size - file.tell(), 2**22)):
+                digests[name].update(part)
+    return digests
+
+
+def _hexdigests(digests: dict[str, hashlib._Hash]) -> dict[str, str]:
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _laid_out(
-    tokens: TokenizedPairs, cuts: np.ndarray, start: int, groups: dict[str, int]
+    tokens: TokenizedPairs, uncut: np.ndarray, start: int, groups: dict[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a chunk as rows and tokens of the files."""
     rows = np.zeros(len(tokens), ROW)
@@ -124,27 +212,20 @@ def _laid_out(
     if tokens.group is not None:
         numbers = [groups.setdefault(name, len(groups)) for name in tokens.group_names]
         rows["group"] = np.array([*numbers, -1], np.int32)[tokens.group]
-    rows["source"], rows["cuts"] = tokens.source, cuts
+    rows["source"], rows["uncut"] = tokens.source, uncut
     flat = [part[row] for row in range(len(tokens)) for part in tokens.parts]
     return rows, np.concatenate([*flat, np.zeros(0, np.int32)]).astype("<i4")
 
 
 def _add(report: TokenizationReport, chunk: TokenizationReport) -> None:
-    counts = ("pairs", "kept", "truncated_prompts", "truncated_responses")
-    for name in (*counts, "identical_responses", "prompt_tokens", "response_tokens"):
-        setattr(report, name, getattr(report, name) + getattr(chunk, name))
-    report.longest = max(report.longest, chunk.longest)
+    """Add what rows do not tell; the rest is counted when they are opened."""
+    report.pairs += chunk.pairs
     report.dropped += chunk.dropped[: LISTED - len(report.dropped)]
+    for name in ("special_kept", "special_cut"):
+        counts = Counter(getattr(report, name))
+        counts.update(getattr(chunk, name))
+        setattr(report, name, dict(counts))
     report.warnings += [text for text in chunk.warnings if text not in report.warnings]
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether tokens are there, in the sizes that they were written in."""
-    try:
-        sizes = json.loads((folder / "store.json").read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 @contextlib.contextmanager
@@ -164,24 +245,38 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _open(folder: Path, identity: str, pairs: StoredPreferences) -> TokenizedPairs:
+def _open(
+    folder: Path, store: dict[str, JSON], pairs: StoredPreferences, max_length: int
+) -> TokenizedPairs:
     """Open the tokens of some pairs of the directory."""
-    store = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    path = folder / "rows.bin"
-    rows: np.ndarray = np.memmap(path, ROW, "r") if path.stat().st_size else np.zeros(0, ROW)
-    report = TokenizationReport.from_dict(store["report"])
+    path, identity = folder / "rows.bin", _digest_of(store["key"])
+    of_now = store["key"]["format"] == FORMAT
+    kind = ROW if of_now else EARLIER_ROW
+    rows: np.ndarray = np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
     # Decided for all pairs, so that every side of a split has the same columns.
     margins = not np.isnan(rows["margin"]).all()
     if pairs.rows is not None:
         rows = rows[np.flatnonzero(np.isin(rows["source"], pairs.rows))]
-        report = _report_of_side(report, rows, pairs.rows)
         identity = identity_of_rows(identity, pairs.rows)
-    column = {name: np.ascontiguousarray(rows[name]) for name in ROW.names or () if name != "cuts"}
+    column = {name: np.ascontiguousarray(rows[name]) for name, _ in _COLUMNS}
+    report = _report(store["report"], pairs)
+    if of_now:
+        report.count(column["prompt"], (column["chosen"], column["rejected"]), rows["uncut"])
+        report.warn_of_truncation(column["prompt"], rows["uncut"], max_length)
+        report.warn_of_special_tokens()
+    else:
+        uncut = _uncut_of_earlier(rows)
+        report.count(column["prompt"], (column["chosen"], column["rejected"]), uncut)
+        report.warnings.append(
+            f"The tokens in {folder} were made by an earlier version, without checksums; to make "
+            "them again, delete that folder."
+        )
     names = tuple(sorted(store["groups"]))
     numbers = np.array([*map(names.index, store["groups"]), -1], np.int32)
     file = TokenFile(folder / "tokens.bin")
-    file.warm()
     start, source = column["start"], column["source"]
+    if pairs.rows is not None:
+        source = np.searchsorted(pairs.rows, source)
     responses = start + column["prompt"]
     return TokenizedPairs(
         prompt=StoredRagged(file, start, column["prompt"]),
@@ -192,29 +287,28 @@ def _open(folder: Path, identity: str, pairs: StoredPreferences) -> TokenizedPai
         group=numbers[column["group"]] if names else None,
         margin=np.nan_to_num(column["margin"], nan=0.0) if margins else None,
         group_names=names,
-        source=source if pairs.rows is None else np.searchsorted(pairs.rows, source),
+        source=source,
+        prompt_hash=pairs.prompt_hashes[source],
         report=report,
         identity=identity,
     )
 
 
-def _report_of_side(
-    whole: TokenizationReport, rows: np.ndarray, wanted: np.ndarray
-) -> TokenizationReport:
-    """Count what tokenization did to some of the pairs."""
+def _uncut_of_earlier(rows: np.ndarray) -> np.ndarray:
+    """Return lengths before truncation that tell what was cut, though not how much."""
+    uncut = np.zeros(len(rows), UNCUT)
+    uncut["prompt"] = rows["prompt"] + rows["cuts"][:, 0]
+    uncut["response"] = np.maximum(rows["chosen"], rows["rejected"]) + rows["cuts"][:, 1]
+    uncut["identical"] = rows["cuts"][:, 2]
+    return uncut
+
+
+def _report(stored: dict[str, JSON], pairs: StoredPreferences) -> TokenizationReport:
+    """Return what was recorded about some pairs of the directory."""
+    whole, wanted = TokenizationReport.from_dict(stored), pairs.rows
+    if wanted is None:
+        return whole
     place = {pair.index: int(np.searchsorted(wanted, pair.index)) for pair in whole.dropped}
     among = {i for i, at in place.items() if at < len(wanted) and wanted[at] == i}
-    longer = np.maximum(rows["chosen"], rows["rejected"])
-    prompts, responses, identical = rows["cuts"].sum(axis=0).tolist()
-    return TokenizationReport(
-        pairs=len(wanted),
-        kept=len(rows),
-        dropped=[replace(p, index=place[p.index]) for p in whole.dropped if p.index in among],
-        truncated_prompts=prompts,
-        truncated_responses=responses,
-        identical_responses=identical,
-        prompt_tokens=int(rows["prompt"].sum(dtype=np.int64)),
-        response_tokens=int((rows["chosen"] + rows["rejected"]).sum(dtype=np.int64)),
-        longest=int((rows["prompt"] + longer).max(initial=0)),
-        warnings=whole.warnings,
-    )
+    dropped = [replace(p, index=place[p.index]) for p in whole.dropped if p.index in among]
+    return replace(whole, pairs=len(wanted), dropped=dropped)

@@ -14,22 +14,25 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
-from dpo_keras.batching.encoders import TextEncoder, encode_conversations
+from dpo_keras.batching.conversations import encode_conversations, kept_tokens
+from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.batching.token_cache import Chunk, cached_tokens
+from dpo_keras.batching.token_cache import FORMAT, Chunk, cached_tokens
 from dpo_keras.batching.tokenized_pairs import (
+    UNCUT,
     DroppedPair,
     TokenizationReport,
     TokenizedPairs,
     first_tokens,
+    prompt_share,
     truncate,
 )
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
+from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.utils import JSON
 
 Overlength = Literal["truncate", "drop", "error"]
-FORMAT = "dpo_keras tokens 1"
 PAIRS_AT_ONCE = 2048  # of a built directory
 PROBE = 64  # pairs whose tokens tell one tokenizer from another
 _LISTED = 20  # pairs that an error lists
@@ -42,6 +45,7 @@ def tokenize_pairs(
     max_length: int = 1024,
     template: str | ChatTemplate | None = None,
     overlength: Overlength = "truncate",
+    min_prompt_tokens: int | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> TokenizedPairs:
     r"""Tokenize preference pairs with the model's own tokenizer.
@@ -51,8 +55,9 @@ def tokenize_pairs(
     `TextEncoder` describes how start and end tokens are placed.
 
     A pair longer than `max_length` is cut. First the prompt loses tokens from its left, to make
-    room for the longer response; its start token and at least one more token stay. Then a response
-    still too long loses tokens from its right, **its end token too**: the text did not end there.
+    room for the longer response, until `min_prompt_tokens` are left, its start token among them.
+    Then both responses are cut from the right to the same room, **their end token too**: the text
+    did not end there. The report warns where more than 5 % of the pairs are cut.
 
     Args:
         pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Pairs of a built
@@ -66,6 +71,8 @@ def tokenize_pairs(
             turn and a string response one assistant turn.
         overlength: what happens to a pair that is too long: "truncate", "drop" or "error". The
             report lists dropped pairs.
+        min_prompt_tokens: tokens that truncation leaves of a prompt at least, 1 to max_length - 2.
+            None leaves a quarter of `max_length`. A shorter prompt stays whole.
         cache: folder for the tokens of a built directory. None takes `tokens/` inside it.
 
     Returns:
@@ -86,19 +93,15 @@ def tokenize_pairs(
         >>> tokens.report.truncated_prompts
         1
     """
-    problems = []
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 4:
-        problems.append(InputProblem("max_length", "must be an integer >= 4", max_length))
-    if overlength not in get_args(Overlength):
-        names = ", ".join(map(repr, get_args(Overlength)))
-        problems.append(InputProblem("overlength", f"must be one of {names}", overlength))
+    problems = _length_problems(max_length, overlength, min_prompt_tokens)
     if cache is not None and not isinstance(pairs, StoredPreferences):
         rule = f"is for pairs of a built directory, got {type(pairs).__name__}"
         problems.append(InputProblem("cache", rule))
     if problems:
         raise InputError(problems)
     encoder = TextEncoder(preprocessor)
-    tokenizer = PairTokenizer(encoder, get_template(template), max_length, overlength)
+    least = prompt_share(max_length) if min_prompt_tokens is None else min_prompt_tokens
+    tokenizer = PairTokenizer(encoder, get_template(template), max_length, overlength, least)
     if isinstance(pairs, StoredPreferences):
         count = len(pairs)
         tokens = cached_tokens(
@@ -114,7 +117,9 @@ def tokenize_pairs(
         if any(isinstance(pair, Mapping) for pair in records):
             records = list(read_preferences(records, on_error="fail"))
         count = len(records)
-        tokens, _ = tokenizer.tokenize(records)
+        tokens, uncut = tokenizer.tokenize(records)
+        tokens.report.warn_of_truncation(tokens.prompt.lengths, uncut, max_length)
+        tokens.report.warn_of_special_tokens()
     if not len(tokens):
         dropped = [str(pair) for pair in tokens.report.dropped[:_LISTED]]
         raise InputError([f"None of the {count} pairs is left after tokenization.", *dropped])
@@ -129,22 +134,20 @@ class PairTokenizer:
     template: ChatTemplate | None
     max_length: int
     overlength: Overlength
+    min_prompt_tokens: int
 
     def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
-        prompt, chosen, rejected, warnings = self._encode(records, first)
+        prompt, chosen, rejected, report = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
         whole = [part.take(kept) for part in (prompt, chosen, rejected)]
-        limits = (self.max_length, self.encoder.start)
+        limits = (self.max_length, self.encoder.start, self.min_prompt_tokens)
         prompt, chosen, rejected = truncate(whole[0], whole[1], whole[2], *limits)
-        identical = np.zeros(len(kept), bool)
+        uncut = np.zeros(len(kept), UNCUT)
+        uncut["prompt"] = whole[0].lengths
+        uncut["response"] = np.maximum(whole[1].lengths, whole[2].lengths)
         for i in np.flatnonzero(chosen.lengths == rejected.lengths):
-            identical[i] = np.array_equal(chosen[int(i)], rejected[int(i)])
-        cut_prompt, cut_chosen, cut_rejected = (
-            cut.lengths < part.lengths
-            for cut, part in zip((prompt, chosen, rejected), whole, strict=True)
-        )
-        cuts = np.stack([cut_prompt, cut_chosen | cut_rejected, identical], axis=1)
+            uncut["identical"][i] = np.array_equal(chosen[int(i)], rejected[int(i)])
         left = [records[i] for i in kept]
         margins = [pair.margin or 0.0 for pair in left]
         any_margin = any(pair.margin is not None for pair in left)
@@ -161,21 +164,12 @@ class PairTokenizer:
             margin=np.array(margins, np.float32) if any_margin else None,
             group_names=names,
             source=first + kept,
+            prompt_hash=np.array([hash64(text_bytes(pair.prompt)) for pair in left], np.uint64),
             max_length=self.max_length,
         )
-        report = TokenizationReport(
-            pairs=len(records),
-            kept=len(kept),
-            dropped=dropped,
-            truncated_prompts=int(cuts[:, 0].sum()),
-            truncated_responses=int(cuts[:, 1].sum()),
-            identical_responses=int(cuts[:, 2].sum()),
-            prompt_tokens=len(prompt.flat_values),
-            response_tokens=len(chosen.flat_values) + len(rejected.flat_values),
-            longest=int(tokens.lengths.max(initial=0)),
-            warnings=warnings,
-        )
-        return replace(tokens, report=report), cuts
+        report.pairs, report.dropped = len(records), dropped
+        report.count(prompt.lengths, (chosen.lengths, rejected.lengths), uncut)
+        return replace(tokens, report=report), uncut
 
     def chunks(self, pairs: StoredPreferences, done: int) -> Iterator[Chunk]:
         """Tokenize the pairs of a built directory from number `done` on, some at a time."""
@@ -189,7 +183,7 @@ class PairTokenizer:
         template = self.template
         # Tokens of the first pairs tell tokenizers apart that no attribute tells apart.
         # A pair that is too long must not raise here, where a few pairs stand for all.
-        lenient = replace(self, overlength="truncate")
+        lenient = replace(self, overlength="truncate", min_prompt_tokens=1)
         tokens, _ = lenient.tokenize(list(itertools.islice(pairs.whole, PROBE)))
         probe = hashlib.sha256()
         for part in tokens.parts:
@@ -203,11 +197,13 @@ class PairTokenizer:
             "template": None if template is None else [template.name, _digest(template.source)],
             "max_length": self.max_length,
             "overlength": self.overlength,
+            "min_prompt_tokens": self.min_prompt_tokens,
+            "kept": [] if template is None else sorted(kept_tokens(self.encoder, template)),
         }
 
     def _encode(
         self, records: list[PreferencePair], first: int
-    ) -> tuple[Ragged, Ragged, Ragged, list[str]]:
+    ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
         if self.template is not None:
             return encode_conversations(records, self.encoder, self.template, first)
         messages = [
@@ -226,7 +222,7 @@ class PairTokenizer:
             self.encoder.prompts([str(pair.prompt) for pair in records]),
             self.encoder.responses([str(pair.chosen) for pair in records]),
             self.encoder.responses([str(pair.rejected) for pair in records]),
-            [],
+            TokenizationReport(),
         )
 
     def _sort_out(
@@ -279,6 +275,26 @@ class PairTokenizer:
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
         return problems
+
+
+def _length_problems(
+    max_length: int, overlength: str, min_prompt_tokens: int | None
+) -> list[InputProblem]:
+    problems, least = [], min_prompt_tokens
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 4:
+        problems.append(InputProblem("max_length", "must be an integer >= 4", max_length))
+    if overlength not in get_args(Overlength):
+        names = ", ".join(map(repr, get_args(Overlength)))
+        problems.append(InputProblem("overlength", f"must be one of {names}", overlength))
+    if problems or least is None:
+        return problems
+    if isinstance(least, bool) or not isinstance(least, int) or not 1 <= least <= max_length - 2:
+        rule = f"must be an integer from 1 to {max_length - 2} (max_length - 2)"
+        problems.append(InputProblem("min_prompt_tokens", rule, least))
+    elif overlength != "truncate":
+        rule = f"has no effect with overlength={overlength!r}"
+        problems.append(InputProblem("min_prompt_tokens", rule, least, "Leave it out."))
+    return problems
 
 
 def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,11 @@ RULES = {
     "overlength": "longer than max_length, and overlength='drop'",
 }
 # The fields of `TokenizedPairs` with a value per pair.
-COLUMNS = ("preference", "weight", "reference", "group", "margin", "source")
+COLUMNS = ("preference", "weight", "reference", "group", "margin", "source", "prompt_hash")
+# A pair before truncation: tokens of its prompt, and of its longer response; whether its responses
+# are identical after it.
+UNCUT = np.dtype([("prompt", "<i4"), ("response", "<i4"), ("identical", "?")])
+WHOLE_SHARE = 0.95  # of the pairs, that truncation may leave whole without a warning
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class TokenizationReport:
         kept: pairs that remain.
         dropped: pairs that do not, in order. Of pairs on disk only the first are listed; the
             number of all is `pairs - kept`.
+        truncated_pairs: kept pairs of which anything was cut.
         truncated_prompts: kept pairs whose prompt was cut, from the left.
         truncated_responses: kept pairs with a response that was cut, from the right. Such a
             response has no end token.
@@ -61,6 +67,8 @@ class TokenizationReport:
         prompt_tokens: tokens of all kept prompts.
         response_tokens: tokens of all kept responses.
         longest: tokens of the longest kept sequence, prompt and response together.
+        special_kept: special tokens in assistants' messages that stay one token, and how often.
+        special_cut: special tokens in messages that were cut into ordinary tokens.
         warnings: other findings, one sentence each.
 
     Example:
@@ -75,12 +83,15 @@ class TokenizationReport:
     pairs: int = 0
     kept: int = 0
     dropped: list[DroppedPair] = field(default_factory=list)
+    truncated_pairs: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
     identical_responses: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
+    special_kept: dict[str, int] = field(default_factory=dict)
+    special_cut: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @classmethod
@@ -88,6 +99,49 @@ class TokenizationReport:
         """Rebuild a report from the fields that `dataclasses.asdict` makes of it."""
         dropped = [DroppedPair(**entry) for entry in values["dropped"]]
         return cls(**{**values, "dropped": dropped})
+
+    def count(
+        self, prompt: np.ndarray, responses: tuple[np.ndarray, np.ndarray], uncut: np.ndarray
+    ) -> None:
+        """Count the kept pairs by their lengths, int `[kept]`, and by `UNCUT` `[kept]`."""
+        longer = np.maximum(*responses)
+        cut_prompt, cut_response = prompt < uncut["prompt"], longer < uncut["response"]
+        self.kept = len(prompt)
+        self.truncated_pairs = int((cut_prompt | cut_response).sum())
+        self.truncated_prompts = int(cut_prompt.sum())
+        self.truncated_responses = int(cut_response.sum())
+        self.identical_responses = int(uncut["identical"].sum())
+        self.prompt_tokens = int(prompt.sum(dtype=np.int64))
+        self.response_tokens = sum(int(part.sum(dtype=np.int64)) for part in responses)
+        self.longest = int((prompt + longer).max(initial=0))
+
+    def warn_of_truncation(self, prompt: np.ndarray, uncut: np.ndarray, limit: int) -> None:
+        """Add a warning where truncation to `limit` tokens cuts more than a few of the pairs."""
+        whole = self.kept - self.truncated_pairs
+        if whole >= WHOLE_SHARE * self.kept:
+            return
+        lengths = np.sort(uncut["prompt"].astype(np.int64) + uncut["response"])
+        enough = lengths[math.ceil(WHOLE_SHARE * len(lengths)) - 1]
+        cut = prompt < uncut["prompt"]
+        prompts = f"{self.truncated_prompts:,} prompts"
+        if cut.any():
+            left, before = prompt[cut].mean(), uncut["prompt"][cut].mean()
+            prompts += f" ({left:.0f} of {before:.0f} tokens are left on average)"
+        self.warnings.append(
+            f"max_length={limit} cuts {self.truncated_pairs:,} of {self.kept:,} pairs: {prompts}, "
+            f"and the responses of {self.truncated_responses:,} pairs. "
+            f"max_length={enough} would leave {WHOLE_SHARE:.0%} of the pairs whole."
+        )
+
+    def warn_of_special_tokens(self) -> None:
+        """Add a warning where messages hold special tokens in their own words."""
+        for found, what in (
+            (self.special_kept, "Assistants' messages hold special tokens, which stay one token"),
+            (self.special_cut, "Messages hold special tokens, which are cut into ordinary tokens"),
+        ):
+            if found:
+                counts = ", ".join(f"{text} {found[text]:,} times" for text in sorted(found))
+                self.warnings.append(f"{what}: {counts}.")
 
     def summary(self, limit: int = 5) -> str:
         """Describe the report in a few lines, with at most `limit` of the dropped pairs."""
@@ -109,6 +163,13 @@ class TokenizationReport:
             if count > limit:
                 lines.append(f"  … and {count - min(limit, len(self.dropped))} more.")
         return "\n".join(lines + [f"Warning: {warning}" for warning in self.warnings])
+
+    def notices(self) -> list[str]:
+        """Return what a user must hear of: pairs that were dropped, and the warnings."""
+        count = max(self.pairs - self.kept, len(self.dropped))
+        rules = ", ".join(f"{rule} {n:,}" for rule, n in sorted(self._by_rule().items()))
+        dropped = f"Dropped {count:,} of {self.pairs:,} pairs: {rules}."
+        return [*([dropped] if count else []), *self.warnings]
 
     def as_dict(self) -> dict[str, JSON]:
         """Return every field as JSON values, with counts `dropped_by_rule`."""
@@ -136,6 +197,8 @@ class TokenizedPairs:
         margin: float32 `[N]`, or None.
         group_names: the names that `group` numbers.
         source: int64 `[N]`, place of each pair among the pairs that were given.
+        prompt_hash: uint64 `[N]`, equal for pairs whose prompts are the same text (messages).
+            Different prompts may have equal tokens where they were cut.
         max_length: the limit that the pairs were cut to. Buckets are never longer.
         report: what tokenization did.
         identity: the `fingerprint` of tokens on disk, which need not be read for it.
@@ -152,6 +215,7 @@ class TokenizedPairs:
     margin: np.ndarray | None = None
     group_names: tuple[str, ...] = ()
     source: np.ndarray | None = None
+    prompt_hash: np.ndarray | None = None
     max_length: int | None = None
     report: TokenizationReport = field(default_factory=TokenizationReport)
     identity: str | None = None
@@ -224,16 +288,30 @@ class TokenizedPairs:
         )
 
 
+def prompt_share(max_length: int) -> int:
+    """Return how many prompt tokens truncation leaves by default: a quarter of `max_length`."""
+    return max_length // 4
+
+
 def truncate(
-    prompt: Ragged, chosen: Ragged, rejected: Ragged, max_length: int, start: int | None = None
+    prompt: Ragged,
+    chosen: Ragged,
+    rejected: Ragged,
+    max_length: int,
+    start: int | None = None,
+    min_prompt_tokens: int | None = None,
 ) -> tuple[Ragged, Ragged, Ragged]:
-    """Cut prompts from the left, but for `start` and one token, then responses from the right."""
+    """Cut prompts from the left to `min_prompt_tokens`, then both responses from the right.
+
+    A prompt's start token and one more token stay in any case.
+    """
+    least = prompt_share(max_length) if min_prompt_tokens is None else min_prompt_tokens
     lengths = prompt.lengths
     starts = np.zeros(len(prompt), bool)
     if start is not None:
         starts = (lengths > 0) & (first_tokens(prompt) == start)
     room = max_length - np.maximum(chosen.lengths, rejected.lengths)
-    kept = np.minimum(lengths, np.maximum(room, starts + 1))
+    kept = np.minimum(lengths, np.maximum(room, np.maximum(starts + 1, least)))
     tail = prompt.slice(lengths - kept, lengths)
     if start is not None:
         # The start token takes the place of the first token kept.

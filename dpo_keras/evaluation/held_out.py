@@ -101,12 +101,15 @@ def _known_columns(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
     count = len(tokenized)
     source = np.arange(count) if tokenized.source is None else tokenized.source
     group = np.full(count, -1, np.int32) if tokenized.group is None else tokenized.group
-    number: dict[bytes, int] = {}
-    prompt = [
+    if tokenized.prompt_hash is not None:
+        # By their text: truncation may leave equal tokens of different prompts.
+        prompts = tokenized.prompt_hash.tolist()
+    else:
         # By digest: the prompts themselves may not fit into memory.
-        number.setdefault(hashlib.blake2b(tokenized.prompt[row].tobytes()).digest(), len(number))
-        for row in range(count)
-    ]
+        rows = (tokenized.prompt[row].tobytes() for row in range(count))
+        prompts = [hashlib.blake2b(row).digest() for row in rows]
+    number: dict[bytes | int, int] = {}
+    prompt = [number.setdefault(one, len(number)) for one in prompts]
     return {
         "source": np.asarray(source, np.int64),
         "prompt": np.array(prompt, np.int64),

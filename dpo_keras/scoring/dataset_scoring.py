@@ -221,7 +221,8 @@ def weights_fingerprint(model: keras.Model) -> str:
 
 def _read_cache(path: Path, key: dict[str, JSON]) -> np.ndarray:
     try:
-        with np.load(path) as stored:
+        # An open file: given a name, NumPy leaves a damaged one open. Every entry has a checksum.
+        with path.open("rb") as file, np.load(file) as stored:
             found, logps = json.loads(str(stored["key"])), stored["logps"]
     except Exception as error:
         rule = f"must be a reference cache; {path} cannot be read as one ({error})"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, tokenize_pairs
+from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, prompt_share, tokenize_pairs
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_templates import read_turns
@@ -88,12 +88,13 @@ class GraphEncoder(tf.Module):
     ) -> tuple[tf.RaggedTensor, list[tf.RaggedTensor]]:
         """Tokenize and truncate to `max_length`: prompts from the left, then responses.
 
-        The longest response of a row decides how much of its prompt is cut.
+        The longest response of a row decides how much of its prompt is cut, to `prompt_share`.
         """
         prompt = self.prompts(prompts)
         parts = [self.responses(texts) for texts in responses]
         longest = tf.reduce_max(tf.stack([part.row_lengths() for part in parts]), axis=0)
-        prompt = self.truncate_prompts(prompt, self.max_length - longest)
+        least = tf.constant(prompt_share(self.max_length), tf.int64)
+        prompt = self.truncate_prompts(prompt, tf.maximum(self.max_length - longest, least))
         room = self.max_length - prompt.row_lengths()
         return prompt, [_first(part, tf.minimum(part.row_lengths(), room)) for part in parts]
 

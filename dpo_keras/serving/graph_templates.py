@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from dpo_keras.batching import ChatTemplate, TextEncoder
+from dpo_keras.batching.conversations import kept_tokens, special_texts, variables_of
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.serving.graph_tokenizers import GraphTokenizer
 from dpo_keras.serving.word_patterns import CUT, literal, split_at
-from dpo_keras.utils import JSON, Tensor
+from dpo_keras.utils import Tensor
 
 # Private use characters: they stand for the words of a message while the template is read.
 _PROMPT, _RESPONSE = "\ue000", "\ue001"
@@ -33,6 +34,7 @@ class Turn:
     trimmed: bool  # whether the template strips white space from the words
     # Patterns of special tokens, which words must not forge: they are cut between groups 1 and 2.
     guards: tuple[str, ...]
+    kept: dict[str, int]  # special tokens in the words that stay one token, with their ids
 
     def tokenize(
         self, texts: Tensor, tokenizer: GraphTokenizer, anchor: str, anchor_length: int
@@ -43,13 +45,18 @@ class Turn:
             texts = tf.strings.regex_replace(texts, guard, b"\\1" + CUT + b"\\2")
         if self.trimmed:
             texts = tf.strings.regex_replace(texts, f"^{_BLANK}|{_BLANK}$", "")
+        if self.kept:
+            kept = "|".join(map(literal, self.kept))
+            texts = tf.strings.regex_replace(texts, f"({kept})", CUT + b"\\1" + CUT)
         pieces = split_at(tf.strings.join([self.prefix, texts, self.suffix]), CUT)
         place = tf.ragged.range(pieces.row_lengths()).values
         anchored = tf.ones_like(place, tf.bool) if self.exact else place > 0
-        ids = tokenizer.tokenize(tf.strings.join([tf.where(anchored, anchor, ""), pieces.values]))
+        words, alone = self._kept_apart(pieces.values)
+        ids = tokenizer.tokenize(tf.strings.join([tf.where(anchored, anchor, ""), words]))
         starts = ids.row_starts() + tf.where(anchored, tf.constant(anchor_length, tf.int64), 0)
         places = tf.ragged.range(starts, ids.row_limits())
         ids = places.with_values(tf.gather(ids.values, places.values))
+        ids = tf.concat([ids, alone], axis=1)
         ids = pieces.with_values(ids).merge_dims(1, 2)
         rows = tf.shape(texts)[0]
         around = [
@@ -58,16 +65,22 @@ class Turn:
         ]
         return tf.concat([around[0], ids, around[1]], axis=1)
 
+    def _kept_apart(self, pieces: Tensor) -> tuple[Tensor, tf.RaggedTensor]:
+        """Return pieces `[n]` without those that are a kept token, and the ids of these."""
+        # No piece is a mark of a cut, so nothing matches the last one.
+        matches = pieces[:, None] == tf.constant([*self.kept, CUT])[None, :]
+        is_kept = tf.reduce_any(matches, axis=1)
+        number = tf.argmax(tf.cast(tf.boolean_mask(matches, is_kept), tf.int32), axis=1)
+        ids = tf.gather(tf.constant([*self.kept.values(), 0], tf.int32), number)
+        alone = tf.RaggedTensor.from_row_lengths(ids, tf.cast(is_kept, tf.int64))
+        return tf.where(is_kept, "", pieces), alone
+
 
 def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn]:
     """Return the user's turn, with what announces the answer, and the assistant's."""
-    special = [*template.markers, *encoder.special_tokens]
-    special = sorted(dict.fromkeys(filter(None, special)), key=len, reverse=True)
+    special = special_texts(encoder, template)
     ids = {text: token for text in special if (token := encoder.token_id(text)) is not None}
-    variables: dict[str, JSON] = {
-        "bos_token": getattr(encoder.tokenizer, "start_token", None) or "",
-        "eos_token": getattr(encoder.tokenizer, "end_token", None) or "",
-    }
+    variables = variables_of(encoder)
 
     def render(prompt: str, response: str) -> tuple[str, str]:
         messages = [{"role": "user", "content": prompt}]
@@ -81,10 +94,6 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
         answer = whole[len(asked) :]
         return asked, answer.rstrip() if answer.rstrip().endswith(tuple(special)) else answer
 
-    guards = tuple(
-        f"({literal(first)})({'|'.join(literal(s[1:]) for s in special if s[0] == first)})"
-        for first in dict.fromkeys(text[0] for text in special)
-    )
     tight = render(_PROMPT, _RESPONSE)
     loose = render(f" {_PROMPT} ", f" {_RESPONSE} ")
     turns = []
@@ -100,8 +109,18 @@ def read_turns(encoder: TextEncoder, template: ChatTemplate) -> tuple[Turn, Turn
         front, prefix = _fixed(before, ids, encoder, first=place == 0)
         back, suffix = _fixed(after, ids, encoder, last=True)
         exact = place == 1 or bool(front)
-        turns.append(Turn(front, prefix, suffix, back, exact, trimmed, guards))
+        kept = kept_tokens(encoder, template) if place == 1 else {}
+        guards = _guards([text for text in special if text not in kept])
+        turns.append(Turn(front, prefix, suffix, back, exact, trimmed, guards, kept))
     return turns[0], turns[1]
+
+
+def _guards(texts: list[str]) -> tuple[str, ...]:
+    """Return a pattern for each first letter of the texts."""
+    return tuple(
+        f"({literal(first)})({'|'.join(literal(text[1:]) for text in texts if text[0] == first)})"
+        for first in dict.fromkeys(text[0] for text in texts)
+    )
 
 
 def _not_served(template: ChatTemplate, reason: str, hint: str = "") -> InputError:

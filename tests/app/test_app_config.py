@@ -148,6 +148,14 @@ def test_rules_over_sections_are_reported_beside_faults_of_other_sections():
         ("model: {path: x, scratch: {}}\ndata: {path: x}", "not both"),
         (MINIMAL + "data.x: 1", "data.x is not a known key"),
         ("model: {path: x}\ndata: {path: x, held_out: 0.1, held_out_path: y}", "held_out_path"),
+        (
+            "model: {path: x}\ndata: {path: x, max_length: 64, min_prompt_tokens: 63}",
+            "data.min_prompt_tokens must be <= 62",
+        ),
+        (
+            "model: {path: x}\ndata: {path: x, overlength: drop, min_prompt_tokens: 9}",
+            "data.min_prompt_tokens has no effect with data.overlength=drop",
+        ),
         ("model: {path: x}\ndata: {path: []}", "data.path must have at least 1"),
         (MINIMAL + "name: a/b", "name"),
         (MINIMAL + "reference:", "reference must be text, got nothing"),

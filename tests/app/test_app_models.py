@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -154,10 +155,43 @@ def test_a_misspelt_preset_is_answered_with_the_nearest_one():
     assert "did you mean gpt2_base_en?" in problem
 
 
+@pytest.mark.parametrize("kind", ["gpt2_hugging_face", "gpt2_preset"])
+@pytest.mark.parametrize("left", [0.5, 0.0, 0.999])
+def test_weights_that_are_cut_off_are_named(kind, left, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    (weights,) = (p for p in (tmp_path / "model").iterdir() if p.suffix in (".h5", ".safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * left)])
+    for check in (source_problem, load_model):
+        try:
+            problem = check(str(tmp_path / "model"))
+        except InputError as error:
+            problem = str(error)
+        assert f"{weights} is damaged: it " in problem and "download it again" in problem
+
+
+def test_damaged_parts_of_a_sharded_checkpoint_are_named(gpt2_hugging_face, tmp_path):
+    folder = shutil.copytree(gpt2_hugging_face, tmp_path / "model")
+    part = folder / "model-1.safetensors"
+    (folder / "model.safetensors").rename(part)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": part.name, "b": "model-2.safetensors"}}))
+    assert "model-2.safetensors of model.safetensors.index.json is missing" in (
+        source_problem(str(folder))
+    )
+    index.write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert source_problem(str(folder)) is None
+    part.write_bytes(b"\x05\0\0\0\0\0\0\0[1,2]")
+    assert f"{part} is damaged: its header is not that" in source_problem(str(folder))
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        assert f"{index} is damaged" in source_problem(str(folder))
+
+
 def test_broken_weights_are_an_input_error_with_the_reason(gpt2_preset, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(gpt2_preset, broken)
-    (broken / "model.weights.h5").write_bytes(b"not hdf5")
+    h5py.File(broken / "model.weights.h5", "w").close()
     with pytest.raises(InputError, match="could not be loaded as a model"):
         load_model(str(broken))
 

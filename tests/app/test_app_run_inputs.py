@@ -1,18 +1,27 @@
 """Runs on inputs of every kind: conversations, bad lines, changed data, each kind of reference."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from app_runs import HELD_OUT, SEED, settings, steps_of
 from app_tiny import SIZES, TEXTS
+from tiny import Letters
 
 from dpo_keras.app import runs
 from dpo_keras.app.cli import main
-from dpo_keras.app.config_sections import Model
+from dpo_keras.app.config_sections import Data, Model
 from dpo_keras.app.models import load_model, load_policy, save_policy
+from dpo_keras.app.run_directory import RunDirectory
+from dpo_keras.app.run_inputs import tokenize
 from dpo_keras.errors import InputError
-from dpo_keras.preferences import Preferences, support_pairs, write_preferences
+from dpo_keras.preferences import (
+    Preferences,
+    read_preferences,
+    support_pairs,
+    write_preferences,
+)
 from dpo_keras.preferences.collection import earlier_split
 
 
@@ -181,3 +190,23 @@ def test_steps_that_do_not_divide_are_refused_before_any_training(tmp_path):
     with pytest.raises(InputError, match="steps_per_execution must divide the 5 steps"):
         runs.train(settings(tmp_path / "run", training={"steps_per_execution": 2}))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_truncation_of_many_pairs_is_printed_with_the_length_to_set(tmp_path):
+    notes = []
+
+    class Notes(runs.Silent):
+        def note(self, text):
+            notes.append(text)
+
+    pairs = read_preferences([{"prompt": "?" * 51, "chosen": "c" * 99, "rejected": "r"}])
+    policy, run = SimpleNamespace(preprocessor=Letters()), RunDirectory(str(tmp_path))
+    for least, left in ((None, 25), (40, 40)):
+        data = Data(path="x", max_length=100, min_prompt_tokens=least)
+        tokens = tokenize(data, pairs, policy, "training", Notes(), run)
+        assert tokens.prompt.lengths.tolist() == [left]
+        assert notes.pop().endswith(
+            f"Warning: max_length=100 cuts 1 of 1 pairs: 1 prompts ({left} of 52 tokens are left "
+            "on average), and the responses of 1 pairs. max_length=152 would leave 95% of the "
+            "pairs whole."
+        )

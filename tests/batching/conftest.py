@@ -73,8 +73,8 @@ def llama3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory):
-    """Qwen's preprocessor: no start token; ChatML marks in the vocabulary."""
-    special = ("!", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    """Qwen's preprocessor: no start token; ChatML marks, and those of reasoning, are tokens."""
+    special = ("!", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
     vocabulary, merges = byte_pairs(tmp_path_factory.mktemp("qwen"), *special)
     tokenizer = keras_hub.models.QwenTokenizer(
         vocabulary=vocabulary, merges=merges, unsplittable_tokens=list(special[1:])

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -159,11 +160,28 @@ def test_without_shuffling_every_iteration_is_the_same(tokens):
 
 def test_pairs_and_tokenized_pairs_make_the_same_batches(pair):
     pairs = [pair("ab", "cd", "efgh"), pair("i", "j", "k")]
-    own = tokenize_pairs(pairs, Letters(), max_length=5)
-    assert_same(
-        batches(preference_dataset(pairs, Letters(), max_length=5, batch_size=2)),
-        batches(preference_dataset(own, batch_size=2)),
-    )
+    options = {"max_length": 6, "min_prompt_tokens": 3}
+    own = tokenize_pairs(pairs, Letters(), **options)
+    assert own.prompt.tolist() == [[1, 97, 98], [1, 105]] and own.chosen[0].tolist() == [99, 100, 2]
+    with pytest.warns(UserWarning, match="cuts 1 of 2 pairs"):
+        dataset = preference_dataset(pairs, Letters(), batch_size=2, **options)
+    assert_same(batches(dataset), batches(preference_dataset(own, batch_size=2)))
+
+
+def test_a_dataset_of_raw_pairs_warns_of_what_was_cut_and_dropped(pair):
+    pairs = [pair("?" * 52, "c" * 400, "r" * 300) for _ in range(9)]
+    pairs += [pair("a", "b", "c"), pair("a", "\x02", "c")]
+    with pytest.warns(UserWarning) as caught:
+        preference_dataset(pairs, Letters(), batch_size=2, max_length=200)
+    assert [str(one.message) for one in caught] == [
+        "Dropped 1 of 11 pairs: empty_response 1.",
+        "max_length=200 cuts 9 of 10 pairs: 9 prompts (50 of 53 tokens are left on average), and "
+        "the responses of 9 pairs. max_length=454 would leave 95% of the pairs whole.",
+    ]
+    assert all(one.filename == __file__ for one in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preference_dataset(pairs[:10], Letters(), batch_size=2, max_length=454)
 
 
 def test_all_wrong_arguments_are_named_together(tokens):

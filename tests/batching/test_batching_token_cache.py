@@ -59,7 +59,7 @@ def small_chunks(monkeypatch):
 def same_tokens(one, other):
     for name in ("prompt", "chosen", "rejected"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
-    for name in ("preference", "weight", "group", "margin", "source"):
+    for name in ("preference", "weight", "group", "margin", "source", "prompt_hash"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     for name in ("pad", "group_names", "max_length"):
         assert getattr(one, name) == getattr(other, name)
@@ -149,7 +149,7 @@ def test_a_killed_tokenization_goes_on_where_it_was(stored, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tokenize_pairs(stored, breaking, max_length=24, cache=tmp_path)
     (folder,) = tmp_path.iterdir()
-    assert json.loads((folder / "progress.json").read_text())["pairs"] == 64
+    assert json.loads((folder / "progress.json").read_text())["report"]["pairs"] == 64
     for name in ("tokens.bin", "rows.bin"):  # what came after the last commit does not count
         with (folder / name).open("ab") as file:
             file.write(b"torn")
@@ -162,10 +162,37 @@ def test_a_killed_tokenization_goes_on_where_it_was(stored, tmp_path):
     ]  # fmt: skip
 
 
-def test_tokens_that_were_cut_off_are_made_again(stored, tmp_path):
+def zero_some_bytes(path):
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(100)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "rows.bin", "store.json"])
+@pytest.mark.parametrize("damage", [zero_some_bytes, lambda path: path.write_bytes(b"")])
+def test_damaged_tokens_are_made_again_and_the_report_says_so(stored, tmp_path, name, damage):
     tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
+    sound = tokenize_pairs(some_pairs(), Letters(), max_length=24)
     (folder,) = tmp_path.iterdir()
-    (folder / "tokens.bin").write_bytes(b"")
+    before = {file: (folder / file).read_bytes() for file in ("tokens.bin", "rows.bin")}
+    damage(folder / name)
+    mended = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
+    assert mended.report.warnings.pop(0) == (
+        f"The tokens in {folder} were damaged, and have been made again."
+    )
+    same_tokens(mended, sound)
+    assert {file: (folder / file).read_bytes() for file in before} == before
+    again = Letters(most=64 * 3)  # the probe is all that it may see
+    same_tokens(tokenize_pairs(stored, again, max_length=24, cache=tmp_path), sound)
+
+
+def test_tokenization_does_not_go_on_behind_damaged_tokens(stored, tmp_path):
+    breaking = Letters(most=64 * 3 + 5 * 16 * 3)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_pairs(stored, breaking, max_length=24, cache=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    zero_some_bytes(folder / "tokens.bin")
     disk = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
     same_tokens(disk, tokenize_pairs(some_pairs(), Letters(), max_length=24))
 

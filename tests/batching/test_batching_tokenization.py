@@ -49,18 +49,57 @@ def test_no_sequence_exceeds_max_length_and_none_is_cut_needlessly(letters, pair
     assert tokens.lengths.tolist() == [min(n, max_length) for n in whole]
 
 
-def test_truncation_equals_the_rule_row_by_row():
+@pytest.mark.parametrize("least", [1, 4])
+def test_truncation_equals_the_rule_row_by_row(least):
     random = np.random.default_rng(0)
     rows = [[[1, *range(10, 10 + k)] for k in random.integers(0, 9, 60)]]
     rows += [[list(range(50, 50 + k)) for k in random.integers(1, 9, 60)] for _ in range(2)]
-    cut = truncate(*map(Ragged.from_lists, rows), max_length=7, start=1)
+    cut = truncate(*map(Ragged.from_lists, rows), max_length=7, start=1, min_prompt_tokens=least)
     for row in range(60):
         prompt, *responses = (part[row] for part in rows)
-        room = max(7 - max(map(len, responses)), 2)
+        room = max(7 - max(map(len, responses)), 2, least)
         expected = prompt if len(prompt) <= room else [1, *prompt[len(prompt) - room + 1 :]]
         assert cut[0][row].tolist() == expected
         for part, response in zip(cut[1:], responses, strict=True):
             assert part[row].tolist() == response[: 7 - len(expected)]
+
+
+def test_long_responses_leave_a_quarter_of_max_length_to_the_prompt(letters, pair):
+    long = pair("abcdefgh", "v" * 30, "w" * 20)
+    tokens = tokenize_pairs([long, pair("ab", "v" * 30, "w")], letters, max_length=20)
+    assert parts(tokens) == [[1, *ids("efgh")], ids("v" * 15), ids("w" * 15)]
+    assert parts(tokens, 1) == [[1, *ids("ab")], ids("v" * 17), [*ids("w"), 2]]
+    more = tokenize_pairs([long], letters, max_length=20, min_prompt_tokens=9)
+    assert parts(more) == [[1, *ids("abcdefgh")], ids("v" * 11), ids("w" * 11)]
+    # The prompt takes what responses leave, however little it is promised.
+    room = tokenize_pairs([pair("abcdefgh", "v", "w")], letters, max_length=10, min_prompt_tokens=1)
+    assert parts(room)[0] == [1, *ids("bcdefgh")]
+
+
+def test_truncation_of_more_than_a_few_pairs_is_a_warning_with_the_length_to_set(letters, pair):
+    def warnings(cut, max_length=24):
+        pairs = [pair("p" * 20, "c" * 28, "r")] * cut + [pair("p", "c", "r")] * (20 - cut)
+        return tokenize_pairs(pairs, letters, max_length=max_length).report.warnings
+
+    assert warnings(0) == warnings(1) == []  # 95 % are whole
+    assert warnings(2) == [
+        "max_length=24 cuts 2 of 20 pairs: 2 prompts (6 of 21 tokens are left on average), and the "
+        "responses of 2 pairs. max_length=50 would leave 95% of the pairs whole."
+    ]
+    assert warnings(20, max_length=49)[0].startswith(
+        "max_length=49 cuts 20 of 20 pairs: 20 prompts (20 of 21 tokens are left on average), and "
+        "the responses of 0 pairs."
+    )
+    assert warnings(20, max_length=50) == []
+
+
+def test_prompts_are_told_apart_by_their_text_before_truncation(letters, pair):
+    pairs = [pair("one and the same end", "cc", "r"), pair("another and the same end", "cc", "r")]
+    tokens = tokenize_pairs([*pairs, pairs[0]], letters, max_length=8)
+    assert tokens.prompt[0].tolist() == tokens.prompt[1].tolist()
+    first, second, third = tokens.prompt_hash.tolist()
+    assert first == third != second
+    assert tokens.take([2, 1]).prompt_hash.tolist() == [first, second]
 
 
 def test_overlength_drop_leaves_long_pairs_out_and_names_them(letters, pair):
@@ -174,12 +213,22 @@ def test_messages_without_a_template_are_refused_with_advice(letters, pair):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("max_length", 3), ("max_length", 8.0), ("overlength", "cut")]
+    ("option", "value"),
+    [
+        *[("max_length", 3), ("max_length", 8.0), ("overlength", "cut")],
+        *[("min_prompt_tokens", n) for n in (0, True, 2.0, 1023)],
+    ],
 )
 def test_wrong_options_are_named(letters, pair, option, value):
     with pytest.raises(InputError, match=f"{option} must be") as error:
         tokenize_pairs([pair("a", "b", "c")], letters, **{option: value})
     assert [problem.argument for problem in error.value.problems] == [option]
+
+
+def test_prompt_tokens_are_only_promised_where_pairs_are_cut(letters, pair):
+    options = {"overlength": "drop", "min_prompt_tokens": 9}
+    with pytest.raises(InputError, match="min_prompt_tokens has no effect with overlength='drop'"):
+        tokenize_pairs([pair("a", "b", "c")], letters, **options)
 
 
 def test_real_tokenizers_give_pairs_that_share_their_prompt(gpt2, pair):

@@ -1,10 +1,12 @@
 """One pass over held-out pairs: the numbers that `fit` and `evaluate` log, pair by pair."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from tiny import gpt2
+from tiny import Letters, gpt2
 
-from dpo_keras.batching import preference_dataset
+from dpo_keras.batching import preference_dataset, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation import evaluate_preferences, held_out
 from dpo_keras.losses import DPOLoss
@@ -59,6 +61,18 @@ def test_packed_rows_give_every_pair_the_same_figures(moved, tokenized, measured
     for name, column in measured.pairs.items():
         np.testing.assert_allclose(packed.pairs[name], column, rtol=1e-4, atol=1e-5, err_msg=name)
     assert packed.entropy == pytest.approx(measured.entropy, rel=1e-5)
+
+
+def test_prompts_of_equal_tokens_after_truncation_are_counted_by_their_text():
+    prompts = ["one and the same end", "another and the same end", "one and the same end"]
+    records = [
+        {"prompt": p, "chosen": "cc", "rejected": n} for p, n in zip(prompts, "xyz", strict=True)
+    ]
+    tokens = tokenize_pairs(records, Letters(), max_length=8)
+    assert len({tuple(ids) for ids in tokens.prompt.tolist()}) == 1
+    assert held_out._known_columns(tokens)["prompt"].tolist() == [0, 1, 0]
+    # Tokens that were not made of pairs have no text.
+    assert held_out._known_columns(replace(tokens, prompt_hash=None))["prompt"].tolist() == [0] * 3
 
 
 def test_rows_are_in_the_order_of_the_pairs_whatever_the_batches(moved, tokenized, measured):

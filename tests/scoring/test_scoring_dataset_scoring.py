@@ -7,7 +7,8 @@ from tiny import Letters, full_logits_log_probs, gpt2, pairs, plain_model
 
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.scoring import cache_reference, response_log_probs, score_pairs
+from dpo_keras.scoring import cache_reference, dataset_scoring, response_log_probs, score_pairs
+from dpo_keras.scoring.dataset_scoring import cache_key
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,25 @@ def test_a_cache_of_other_weights_tokens_or_truncation_is_refused(tokenized, tmp
     path.write_bytes(b"not a cache")
     with pytest.raises(InputError, match="cannot be read"):
         cache_reference(gpt2(), tokenized, path)
+
+
+def test_a_damaged_cache_is_refused_and_never_used(tokenized, tmp_path):
+    path, policy = tmp_path / "reference.npz", gpt2()
+    right = cache_reference(policy, tokenized, path).reference
+    content, refused, key = path.read_bytes(), 0, cache_key(policy, tokenized)
+    for start in range(0, len(content), 8):
+        path.write_bytes(content[:start] + bytes(8) + content[start + 8 :])
+        try:
+            found = dataset_scoring._read_cache(path, key)
+            np.testing.assert_array_equal(found, right)  # what was hit says nothing, as a date
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error) and "Delete it" in str(error)
+    values = content.index(right.tobytes())
+    path.write_bytes(content[:values] + bytes(8) + content[values + 8 :])
+    with pytest.raises(InputError, match="cannot be read as one .*CRC"):
+        cache_reference(policy, tokenized, path)
+    assert refused > len(content) // 16
 
 
 def test_strings_need_a_preprocessor():

@@ -1,6 +1,7 @@
 """Strings to batches in the graph: the tokens and the layout of `dpo_keras.batching`."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dpo_keras.serving.graph_encoder import GraphEncoder, check_tokenization, ro
 PIECES = [
     *"abcABC  \n\t'.,!1234\u00a0é東🙂",
     *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "<|"),
+    *("<think>", "</think>", "<tool>", "< think>"),
     *("<s>", "</s>", "[INST]", "\ufdd0", "Human:", "<unk>", "<bos>", "Hello", " you"),
 ]
 
@@ -65,6 +67,22 @@ def test_tokens_are_those_of_tokenize_pairs(family, template, max_length, reques
         columns = (expected.prompt, expected.chosen, expected.rejected)
         python = [column[row].tolist() for column in columns]
         assert [column[number] for column in found] == python, pairs[number]
+
+
+def test_tokens_that_an_assistant_keeps_are_those_of_tokenize_pairs():
+    preprocessor, chatml = serving_tiny.qwen(), get_template("chatml")
+    template = replace(chatml, markers=(*chatml.markers, "<tool>"))
+    pairs = some_pairs(80)
+    expected = tokenize_pairs(pairs, preprocessor, max_length=64, template=template)
+    found = encode(GraphEncoder(preprocessor, 64, template), pairs)
+    for row, number in enumerate(expected.source):
+        columns = (expected.prompt, expected.chosen, expected.rejected)
+        python = [column[row].tolist() for column in columns]
+        assert [column[number] for column in found] == python, pairs[number]
+    look_up = preprocessor.tokenizer.token_to_id
+    for mark in ("<think>", "<tool>"):
+        assert look_up(mark) in expected.chosen.flat_values
+        assert look_up(mark) not in expected.prompt.flat_values
 
 
 @pytest.mark.parametrize("add_start_token", [True, False])

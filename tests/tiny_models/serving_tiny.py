@@ -79,6 +79,17 @@ def gpt2(seed=0, add_start_token=True, vocabulary=None):
     return _scattered(seed, "GPT2", tokenizer, preprocessing, **sizes)
 
 
+def qwen():
+    """A tokenizer with the marks of turns and of reasoning, and one that only it looks up."""
+    vocabulary, merges = bpe()
+    special = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    known = {text: len(vocabulary) + place for place, text in enumerate([*special, "<tool>"])}
+    tokenizer = keras_hub.models.QwenTokenizer(
+        {**vocabulary, **known}, merges, unsplittable_tokens=["<|endoftext|>", *special]
+    )
+    return keras_hub.models.QwenCausalLMPreprocessor(tokenizer, sequence_length=LENGTH)
+
+
 def llama(seed=0):
     tokenizer = keras_hub.models.LlamaTokenizer(sentencepiece("llama"))
     return _scattered(seed, "Llama", tokenizer, **GROUPED)
