@@ -87,7 +87,7 @@ def _parser() -> MarkdownIt:
     # `text_join` it stays apart, with what the model wrote.
     parser.enable(["table", "strikethrough"]).disable(["image", "reference", "text_join"])
     parser.inline.ruler.at("link", _link_with_target)
-    parser.normalizeLinkText = lambda url: url  # type: ignore[method-assign]
+    parser.normalizeLinkText = lambda link: link  # type: ignore[method-assign]
     return parser
 
 

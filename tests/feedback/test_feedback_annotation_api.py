@@ -4,6 +4,7 @@ import random
 
 import pytest
 from feedback_http import Person
+from feedback_rounds import candidates, judge_all
 
 from dpo_keras.feedback import Candidates, Response
 from dpo_keras.feedback.annotation_api import page
@@ -164,6 +165,21 @@ def test_conversations_are_shown_turn_by_turn(make_store, tmp_path):
     store = make_store(given=[Candidates(prompt, (Response("a"), Response("b")))])
     turns = Person(store, "ann").next()["presentations"][0]["prompt"]
     assert [turn["role"] for turn in turns] == ["Instructions", "Person"]
+
+
+def test_bars_of_annotators_and_hours_add_up_to_the_progress(make_store):
+    """Hidden checks and repeats are counted apart."""
+    given = candidates(12) + [
+        Candidates(f"check {n}", (Response("yes"), Response("no")), gold=0) for n in range(4)
+    ]
+    options = {"gold_share": 0.3, "repeat_share": 0.3, "repeat_distance": 1}
+    store = make_store(given=given, overlap=1, **options)
+    ann, _ = store.add_annotator("ann")
+    judge_all(store, ann.id, lambda shown: "skip" if shown.left.endswith(" 3") else "left")
+    seen = Person(store, "boss", admin=True).get("/api/admin").json()
+    (row,) = seen["people"]
+    assert row["checks"] and row["repeats"] and row["skipped"] == 1
+    assert seen["judged"] == row["judged"] == sum(count for _, count in seen["hours"])
 
 
 @pytest.mark.parametrize("name", ["annotate", "admin"])
