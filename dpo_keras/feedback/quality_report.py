@@ -191,7 +191,7 @@ def _plots(quality: Quality) -> dict[str, str]:
     agreement = {NAMES[name]: figure for name, figure in quality.agreement.items()}
     people = {person.name: person.agreement for person in quality.people}
     plots = {
-        "agreement": _plot(agreement, "1 is perfect; kappas, alpha: 0 by chance", limit=1.0),
+        "agreement": _plot(agreement, "agreement; 1 is perfect", limit=1.0),
         "policies": _plot(quality.strengths.estimates, "Bradley-Terry strength"),
         "people": _plot(people, "agreement with others", limit=1.0),
     }
