@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import starmap
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,6 +13,7 @@ from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, undefined
 
 BINS = 10
+LEAST_PAIRS = 5  # the share of fewer says nothing, whatever its place in a plot suggests
 _DRAWS = 200
 
 
@@ -48,6 +50,7 @@ class Calibration:
 
     Attributes:
         bins: the reliability curve, confidence in [0.5, 1].
+        merged_bins: the same for plots: neighbours are merged until each holds `LEAST_PAIRS`.
         expected_calibration_error: sum over bins of weight · |confidence - agreement|.
         chance_level: 95th percentile of this error if calibration is perfect, for as many pairs.
         brier: mean (P - y)²; 0.25 for P = 0.5 and certain labels.
@@ -60,6 +63,7 @@ class Calibration:
     """
 
     bins: tuple[Bin, ...]
+    merged_bins: tuple[Bin, ...]
     expected_calibration_error: Estimate
     chance_level: Estimate
     brier: Estimate
@@ -79,7 +83,10 @@ class Calibration:
     def as_dict(self) -> dict[str, JSON]:
         """Return figures, bins and note, ready for JSON."""
         figures = {name: figure.as_dict() for name, figure in self.figures.items()}
-        return {**figures, "bins": [b.as_dict() for b in self.bins], "note": self.note}
+        bins = {
+            name: [b.as_dict() for b in getattr(self, name)] for name in ("bins", "merged_bins")
+        }
+        return {**figures, **bins, "note": self.note}
 
 
 def calibrate(
@@ -143,9 +150,9 @@ def calibrate(
     edges = np.linspace(0.5, 1.0, bins + 1).tolist()
     total = max(float(weight[usable].sum()), 1e-300)
 
-    def reliability(number: int) -> Bin:
-        low, high = edges[number], edges[number + 1]
-        rows = usable & (place == number)
+    def reliability(first: int, last: int) -> Bin:
+        low, high = edges[first], edges[last + 1]
+        rows = usable & (place >= first) & (place <= last)
         given = (weight[rows], clusters[rows])
         absent = f"no pair has a confidence of {low:g} to {high:g}"
         accuracy = share(agreement[rows], *given, absent=absent)
@@ -153,7 +160,10 @@ def calibrate(
         return Bin(low, high, confident, accuracy, float(weight[rows].sum()) / total)
 
     return Calibration(
-        bins=tuple(reliability(number) for number in range(bins)),
+        bins=tuple(reliability(number, number) for number in range(bins)),
+        merged_bins=tuple(
+            starmap(reliability, _merged(np.bincount(place[usable], minlength=bins)))
+        ),
         expected_calibration_error=error,
         chance_level=chance,
         brier=mean((probability - label) ** 2, weight, clusters),
@@ -164,6 +174,20 @@ def calibrate(
         overconfidence=gap,
         note=note,
     )
+
+
+def _merged(counts: np.ndarray) -> list[tuple[int, int]]:
+    """Return the first and the last of the bins to merge, so that each group has enough pairs."""
+    groups: list[tuple[int, int]] = []
+    first = 0
+    for last in range(len(counts)):
+        if counts[first : last + 1].sum() >= LEAST_PAIRS:
+            groups.append((first, last))
+            first = last + 1
+    if first < len(counts):  # too few are left: they go to the group before
+        begin = groups.pop()[0] if groups and counts[first:].any() else first
+        groups.append((begin, len(counts) - 1))
+    return groups
 
 
 def _binned(values: np.ndarray, place: np.ndarray, bins: int) -> float:

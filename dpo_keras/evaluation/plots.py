@@ -1,65 +1,19 @@
-"""Plots of a report, drawn by matplotlib without pyplot: no window system, no global state.
-
-Each plot writes a PNG file and returns True, or returns False if there is nothing to draw.
-"""
+"""The plots of a run's report. A function returns None where there is nothing to draw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dpo_keras.errors import InputError
+from dpo_keras.evaluation.calibration import Bin
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.training.callbacks import TrainingLog
-from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.reports import CHOSEN, FAINT, INK, PAPER, REJECTED, TRAIN, Plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# The colours of Okabe and Ito: distinct for colour-blind readers and in grey.
-TRAIN, CHOSEN, REJECTED, FAINT, INK = "#0072B2", "#009E73", "#D55E00", "#9aa4ad", "#2b3036"
-_STYLE: dict[str, Any] = {
-    **{"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8},
-    **{"axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT},
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e6e9ec", "legend.frameon": False},
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
-}
-
-
-def save_plot(
-    target: Path | IO[bytes],
-    size: tuple[float, float],
-    draw: Callable[[Figure], None],
-    without: str = "pass plots=False",
-) -> None:
-    """Draw a figure of a size in inches and save it as PNG, 150 dots per inch.
-
-    `without` says how to do without plots, for the error if matplotlib is missing.
-    """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"Plots need matplotlib, which cannot be imported ({error}): install it with "
-            f"`pip install 'dpo-keras[plots]'`, or {without}."
-        ) from error
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        if isinstance(target, Path):
-            with replaced(target) as partial:
-                figure.savefig(partial, dpi=150)
-        else:
-            figure.savefig(target, dpi=150, format="png")
 
 
 def _legend_above(figure: Figure, axes: Axes) -> None:
@@ -95,35 +49,56 @@ _PANELS = [
 _SMOOTHED = 20  # shorter curves have no running mean
 
 
-def training_curves(log: TrainingLog, path: Path) -> bool:
-    """Draw the training log: each step, its running mean, and held-out values."""
+_DRAWN = 1000  # a longer curve is drawn as the least and greatest of as many stretches of steps
+
+
+def training_panels(log: TrainingLog) -> list[Plot]:
+    """Return a plot for each logged quantity: each step, its running mean, and held-out values."""
+
+    def plot(panel: _Panel) -> Plot:
+        def draw(figure: Figure) -> None:
+            axes = figure.subplots()
+            _draw_panel(axes, log, panel)
+            axes.set_xlabel("step")
+
+        return Plot((2.8, 2.1), draw)
+
+    return [plot(panel) for panel in _panels(log)]
+
+
+def training_curves(log: TrainingLog) -> Plot | None:
+    """Return the panels of `training_panels` as one plot, in rows without gaps."""
+    panels = _panels(log)
+    if not panels:
+        return None
+    columns = 4 if len(panels) in (4, 7, 8) else min(3, len(panels))
+    rows = np.array_split(np.arange(len(panels)), -(-len(panels) // columns))
+
+    def draw(figure: Figure) -> None:
+        grid = figure.add_gridspec(len(rows), 12)
+        for row, numbers in enumerate(rows):
+            width = 12 // len(numbers)
+            for place, number in enumerate(numbers):
+                axes = figure.add_subplot(grid[row, place * width : (place + 1) * width])
+                _draw_panel(axes, log, panels[number])
+                if row == len(rows) - 1:
+                    axes.set_xlabel("step")
+        _curve_legend(figure, log)
+
+    return Plot((3.4 * columns, 2.5 * len(rows) + 0.4), draw)
+
+
+def _panels(log: TrainingLog) -> list[_Panel]:
     colours = [TRAIN, REJECTED, CHOSEN, INK]
     penalties = [
         (name, name.partition("/")[2], colours[number % len(colours)])
         for number, name in enumerate(n for n in log.names if n.startswith("penalty/"))
     ]
-    panels = [
+    return [
         panel
         for panel in [*_PANELS, _Panel("Penalties, weighted", penalties)]
         if any(len(log.curve(name)[0]) for name, _, _ in panel.series)
     ]
-    if not panels:
-        return False
-    columns = 4 if len(panels) in (4, 7, 8) else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-
-    def draw(figure: Figure) -> None:
-        grid = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw_panel(axes, log, panel)
-        for axes in grid[len(panels) :]:
-            axes.axis("off")
-        for axes in grid[max(0, len(panels) - columns) : len(panels)]:
-            axes.set_xlabel("step")
-        _curve_legend(figure, log)
-
-    save_plot(path, (3.4 * columns, 2.5 * rows + 0.4), draw)
-    return True
 
 
 def _draw_panel(axes: Axes, log: TrainingLog, panel: _Panel) -> None:
@@ -131,11 +106,11 @@ def _draw_panel(axes: Axes, log: TrainingLog, panel: _Panel) -> None:
         x, y = log.curve(name)
         y = np.where(np.isfinite(y), y, np.nan)
         if len(y) >= _SMOOTHED:
-            axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
+            axes.plot(*_thinned(x, y), color=colour, alpha=0.25, linewidth=0.7)
             y = _running_mean(y)
-        axes.plot(x, y, color=colour, linewidth=1.6, label=label)
+        axes.plot(*_thinned(x, y), color=colour, linewidth=1.6, label=label)
         held_x, held_y = log.curve(f"val_{name}")
-        axes.plot(held_x, held_y, "o", color=colour, markeredgecolor="white", markersize=6.5)
+        axes.plot(held_x, held_y, "o", color=colour, markeredgecolor=PAPER, markersize=6.5)
     if any(label for _, label, _ in panel.series):
         axes.legend(loc="best", handlelength=1.2)
     if panel.level is not None:
@@ -160,7 +135,7 @@ def _curve_legend(figure: Figure, log: TrainingLog) -> None:
     step = Line2D([], [], color=TRAIN, alpha=0.35, linewidth=0.9, label="each step")
     line = Line2D([], [], color=TRAIN, linewidth=1.6, label="running mean")
     dot = Line2D([], [], color=TRAIN, linestyle="", marker="o", label="held-out pairs")
-    dot.set(markersize=7, markeredgecolor="white")
+    dot.set(markersize=7, markeredgecolor=PAPER)
     handles = [step, line]
     if len(log.steps) < _SMOOTHED:
         line.set_label("each step")
@@ -168,6 +143,18 @@ def _curve_legend(figure: Figure, log: TrainingLog) -> None:
     if any(name.startswith("val_") for epoch in log.epochs for name in epoch):
         handles.append(dot)
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the least and the greatest value of each stretch of steps, of a curve of many."""
+    if len(y) <= 2 * _DRAWN:
+        return x, y
+    kept = []
+    for stretch in np.array_split(np.arange(len(y)), _DRAWN):
+        ranked = stretch[np.argsort(y[stretch])]  # NaN comes last
+        ranked = ranked[np.isfinite(y[ranked])]
+        kept += sorted({int(ranked[0]), int(ranked[-1])}) if len(ranked) else [int(stretch[0])]
+    return x[kept], y[kept]
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -182,30 +169,27 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.where(finite, total / np.maximum(weight, 1e-12), np.nan)
 
 
-def reliability(after: HeldOut, before: HeldOut | None, path: Path) -> bool:
-    """Draw how often people agree with the model, by its confidence."""
+def reliability(after: HeldOut, before: HeldOut | None) -> Plot | None:
+    """Plot how often people agree with the model, by its confidence."""
     if after.calibration.agreement.value is None:
-        return False
+        return None
 
     def draw(figure: Figure) -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         ideal = {"color": INK, "linestyle": ":", "linewidth": 1, "zorder": 1}
-        top.plot([0.5, 1], [0.5, 1], label="as often as it is sure", **ideal)
+        top.plot([0.5, 1], [0.5, 1], label="as sure as right", **ideal)
         _draw_bins(top, bottom, before, FAINT, "before", 0)
         _draw_bins(top, bottom, after, TRAIN, "after" if before is not None else "policy", 1)
-        error = after.calibration.expected_calibration_error.value
-        top.set_title(f"Reliability of P(chosen): calibration error {error:.3f}")
+        top.set_title("Reliability of P(chosen)")
         top.set_ylabel("people agree")
-        lows = [b.agreement.low for b in after.calibration.bins if b.agreement.low is not None]
-        top.set_ylim(max(0.0, min([0.5, *lows]) - 0.03), 1.02)
+        top.set_ylim(-0.02, 1.02)
         top.set_xlim(0.495, 1.005)
         bottom.set_ylabel("share of pairs")
-        bottom.set_xlabel("the model's confidence, max(P, 1 − P)")
+        bottom.set_xlabel("confidence, max(P, 1 − P)")
         bottom.set_ylim(0, None)
         _legend_above(figure, top)
 
-    save_plot(path, (5.2, 5.4), draw)
-    return True
+    return Plot((3.8, 4.0), draw)
 
 
 def _draw_bins(
@@ -218,7 +202,9 @@ def _draw_bins(
     width = (bins[0].high - bins[0].low) / 2
     left = np.array([b.low + place * width for b in bins])
     bottom.bar(left, [b.weight for b in bins], width * 0.92, align="edge", color=colour)
-    full = [b for b in bins if b.confidence.value is not None]
+    full: list[Bin] = [
+        b for b in held_out.calibration.merged_bins if b.confidence.value is not None
+    ]
     x = np.array([b.confidence.value for b in full], np.float64)
     y = np.array([b.agreement.value for b in full], np.float64)
     ends = np.array([[b.agreement.low, b.agreement.high] for b in full], np.float64).T
@@ -226,11 +212,11 @@ def _draw_bins(
     top.errorbar(x, y, np.abs(ends - y), color=colour, label=label, zorder=2 + place, **style)
 
 
-def margins(after: HeldOut, before: HeldOut | None, path: Path) -> bool:
-    """Draw the distribution of reward margins, positive where the policy agrees with people."""
+def margins(after: HeldOut, before: HeldOut | None) -> Plot | None:
+    """Plot the distribution of reward margins, positive where the policy agrees with people."""
     found = {"after": _finite_margins(after), "before": _finite_margins(before)}
     if not len(found["after"]):
-        return False
+        return None
     spread = {name: v for name, v in found.items() if len(v) and np.ptp(v) > 1e-6}
     low, high = np.quantile(np.concatenate([*spread.values(), [0.0]]), [0.002, 0.998])
     bins = min(40, max(8, int(2 * len(found["after"]) ** 0.5)))
@@ -256,12 +242,11 @@ def margins(after: HeldOut, before: HeldOut | None, path: Path) -> bool:
                 label = f"{name}: all pairs at {values[0]:.3g}"
                 axes.axvline(values[0], color=colour, linewidth=3, label=label)
         axes.set_title("Reward margin of held-out pairs")
-        axes.set_xlabel("S(chosen) − S(rejected), nats; right of 0 the policy agrees with people")
+        axes.set_xlabel("S(chosen) − S(rejected), nats")
         axes.set_ylabel("share of pairs")
         _legend_above(figure, axes)
 
-    save_plot(path, (6.4, 3.6), draw)
-    return True
+    return Plot((4.0, 2.8), draw)
 
 
 def _finite_margins(held_out: HeldOut | None) -> np.ndarray:

@@ -5,11 +5,10 @@ Responses and data may hold HTML, Markdown, or control characters for a terminal
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import jinja2
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation.findings import Finding, Measured, findings
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.evaluation.plots import margins, reliability, training_curves
+from dpo_keras.evaluation.plots import margins, reliability, training_curves, training_panels
 from dpo_keras.evaluation.report_content import report_content
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import Measurement, change
@@ -27,6 +26,7 @@ from dpo_keras.training.callbacks import read_training_log
 from dpo_keras.utils import JSON
 from dpo_keras.utils import text as texts
 from dpo_keras.utils.atomic_files import write_text
+from dpo_keras.utils.reports import Plot, report_style, save_png, svg_address
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SUFFIXES = {"markdown": "md", "html": "html", "json": "json"}
@@ -35,10 +35,13 @@ _LONGEST = 1200  # characters of one text of the policy or of the data
 # texts and emoji need. Overrides of the direction are not among them.
 _KEPT = "\n\t\u200c\u200d\u200e\u200f"
 _CAPTIONS = {
-    "training_curves": "Training curves: each step, the running mean, and the held-out pairs.",
-    "margins": "Difference of the scores of the two responses of each held-out pair.",
+    "training_curves": "Training curves. Faint: each step; strong: the running mean, or each step "
+    "of a short run; dots: the held-out pairs.",
+    "margins": "Difference of the scores of the two responses of each held-out pair: right of 0 "
+    "the policy agrees with people.",
     "reliability": "Agreement of people with the policy, by its confidence. Above the line the "
-    "policy is right more often than its confidence says. Bars: 95 % intervals.",
+    "policy is right more often than its confidence says. Bars: 95 % intervals. Bins of fewer "
+    "than 5 pairs are merged with their neighbours.",
 }
 
 
@@ -116,7 +119,7 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
     found, notices = findings(measured), _notices(measured)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {} if plots is False else _draw(folder, measured, notices if plots is None else None)
+    drawn, images = _draw(folder, measured, plots, notices)
     content = {
         **report_content(measured, pairs, samples_shown),
         "title": title,
@@ -126,7 +129,8 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
         "notices": notices,
     }
     paths = {kind: folder / f"report.{suffix}" for kind, suffix in _SUFFIXES.items()}
-    filled = {**content, "plots": drawn, "captions": _CAPTIONS}
+    filled = {**content, "plots": drawn, "images": images, "captions": _CAPTIONS}
+    filled["style"] = report_style()
     write_text(paths["markdown"], _render("markdown", filled))
     write_text(paths["html"], _render("html", filled))
     write_text(paths["json"], as_json(_unrounded(measured, content)))
@@ -149,22 +153,34 @@ def _notices(measured: Measured) -> list[str]:
     return notices
 
 
-def _draw(folder: Path, measured: Measured, notices: list[str] | None) -> dict[str, Path]:
-    """Draw what there is. Without matplotlib, add a notice, or raise if `notices` is None."""
+def _draw(
+    folder: Path, measured: Measured, wanted: bool | None, notices: list[str]
+) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """Draw PNG files for Markdown and addresses of SVG images for HTML, by the plot's name.
+
+    Without matplotlib, add a notice, or raise if plots are wanted.
+    """
     after, before, log = measured.after, measured.before, measured.log
-    plots: dict[str, Callable[[Path], bool]] = {
-        "training_curves": lambda path: log is not None and training_curves(log, path),
-        "margins": lambda path: margins(after, before, path),
-        "reliability": lambda path: reliability(after, before, path),
-    }
-    paths = {name: folder / f"{name}.png" for name in plots}
+    plots: dict[str, tuple[Plot | None, list[Plot]]] = {}
+    if log is not None:
+        plots["training_curves"] = (training_curves(log), training_panels(log))
+    for name, plot in (
+        ("margins", margins(after, before)),
+        ("reliability", reliability(after, before)),
+    ):
+        plots[name] = (plot, [] if plot is None else [plot])
+    paths: dict[str, Path] = {}
+    images: dict[str, list[str]] = {}
     try:
-        return {name: path for name, path in paths.items() if plots[name](path)}
+        for name, (whole, panels) in plots.items():
+            if whole is not None and wanted is not False:
+                save_png(whole, folder / f"{name}.png")
+                paths[name], images[name] = folder / f"{name}.png", [*map(svg_address, panels)]
     except InputError as error:
-        if notices is None:
+        if wanted:
             raise
         notices.append(f"No plots. {error}")
-        return {}
+    return paths, images
 
 
 def _unrounded(measured: Measured, content: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -196,7 +212,7 @@ def _render(kind: str, content: Mapping[str, JSON]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters = (visible, shown, cell, prose, fence, inline)
+    filters = (visible, shown, cell, prose, fence)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(f"report.{_SUFFIXES[kind]}.jinja").render(content)
 
@@ -239,11 +255,6 @@ def fence(text: object) -> str:
     found = visible(text)
     marks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", found)), default=0))
     return f"{marks}text\n{found}\n{marks}"
-
-
-def inline(path: Path) -> str:
-    """Return a file as base64, for a data URI."""
-    return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _escaped(text: str) -> str:

@@ -1,21 +1,20 @@
-"""What the annotation page asks for: its JSON answers, Markdown as harmless elements, its HTML."""
+"""What the annotation page asks for: its JSON answers and its HTML."""
 
 import base64
 import hashlib
+import html
 import importlib.resources
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import cache, lru_cache
-from typing import NamedTuple, TypeAlias
+from functools import cache
+from typing import NamedTuple
 
 import anyio.to_thread
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
-from markdown_it.tree import SyntaxTreeNode
 
 from dpo_keras.feedback.assignment import Presentation
+from dpo_keras.feedback.markdown_rendering import render
 from dpo_keras.feedback.request_guard import Refused
 from dpo_keras.feedback.store import Annotator, Store
 from dpo_keras.utils import JSON
@@ -88,15 +87,22 @@ class Api:
         rows = self.store.database.rows
         now = self.store.clock()
         people = rows(
-            "SELECT a.name, a.grp AS 'group', coalesce(sum(p.state = 'judged'), 0) AS judged, "
+            "SELECT a.name, a.grp AS 'group', "
+            "coalesce(sum(p.state = 'judged' AND q.gold IS NULL AND NOT p.repeat), 0) AS judged, "
+            "coalesce(sum(p.state = 'judged' AND q.gold IS NOT NULL), 0) AS checks, "
+            "coalesce(sum(p.state = 'judged' AND p.repeat), 0) AS repeats, "
             "coalesce(sum(p.state = 'skipped'), 0) AS skipped, "
             "coalesce(sum(p.state = 'leased'), 0) AS held "
             "FROM annotators a LEFT JOIN presentations p ON p.annotator = a.id "
-            "GROUP BY a.id HAVING NOT a.admin OR judged > 0 ORDER BY a.id"
+            "LEFT JOIN pairs q ON q.id = p.pair "
+            "GROUP BY a.id HAVING NOT a.admin OR judged + checks > 0 ORDER BY a.id"
         )
         hours = rows(
-            "SELECT CAST(at / 3600 AS INTEGER) AS hour, count(*) FROM current "
-            "WHERE at > ? GROUP BY hour ORDER BY hour",
+            # The same judgements as the progress counts: no checks, repeats and skips.
+            "SELECT CAST(j.at / 3600 AS INTEGER) AS hour, count(*) FROM current j "
+            "JOIN presentations p ON p.id = j.presentation JOIN pairs q ON q.id = p.pair "
+            "WHERE j.at > ? AND j.verdict <> 'skip' AND q.gold IS NULL AND NOT p.repeat "
+            "GROUP BY hour ORDER BY hour",
             (now - 48 * 3600,),
         )
         return {
@@ -139,72 +145,6 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     return {"id": presentation.id, "prompt": prompt, **sides}
 
 
-# Markdown becomes a tree of a few harmless elements, which the page builds one by one. No text of a
-# model is ever parsed as HTML: a `<script>` in a response is text.
-Node: TypeAlias = "str | list[JSON]"  # text, or [tag, attributes, children]
-
-MAX_RENDERED = 30_000  # characters; longer texts are shown as they stand, at once
-MAX_DEPTH = 60
-
-_PARSER = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * MAX_DEPTH})
-_PARSER.enable(["table", "strikethrough"]).disable("image")
-# Overrides of direction make readers see other letters than the model wrote.
-_OVERRIDES = {0x202D: "\ufffd", 0x202E: "\ufffd"}
-_SAME_NAME = ("blockquote", "em", "strong", "s", "hr", "table", "thead", "tbody", "tr", "th", "td")
-_TAGS = {tag: tag for tag in _SAME_NAME}
-_TAGS |= {"paragraph": "p", "bullet_list": "ul", "ordered_list": "ol", "list_item": "li"}
-_LEAVES: dict[str, Callable[[str], list[Node]]] = {
-    "text": lambda content: [content] if content else [],
-    # People see a line break where the model wrote one.
-    "softbreak": lambda _: [["br", {}, []]],
-    "hardbreak": lambda _: [["br", {}, []]],
-    "code_inline": lambda content: [["code", {}, [content]]],
-    "code_block": lambda content: [["pre", {}, [["code", {}, [content]]]]],
-    "fence": lambda content: [["pre", {}, [["code", {}, [content]]]]],
-}
-
-
-@lru_cache(maxsize=4096)  # the texts that a hundred people hold, and will hold next
-def render(text: str) -> tuple[Node, ...]:
-    """Parse Markdown into texts and `[tag, attributes, children]` of known tags."""
-    text = text.translate(_OVERRIDES)
-    tokens = _PARSER.parse(text) if len(text) <= MAX_RENDERED else None
-    if tokens is None or _too_deep(tokens):
-        # The parser leaves out what is nested too deep; people must see all of it.
-        return (["div", {"class": "plain"}, [text]],)
-    return tuple(node for child in SyntaxTreeNode(tokens).children for node in _nodes(child))
-
-
-def _too_deep(tokens: list[Token]) -> bool:
-    inline = (child for token in tokens for child in token.children or ())
-    return any(token.level >= MAX_DEPTH for token in (*tokens, *inline))
-
-
-def _nodes(node: SyntaxTreeNode) -> list[Node]:
-    if node.type in _LEAVES:
-        return _LEAVES[node.type](node.content)
-    children = [found for child in node.children for found in _nodes(child)]
-    tag, attributes = _element(node)
-    if tag is not None:
-        return [[tag, attributes, children]]
-    return children or ([node.content] if node.content and node.type != "inline" else [])
-
-
-def _element(node: SyntaxTreeNode) -> tuple[str | None, dict[str, str]]:
-    """Return the tag and attributes of a node; no tag where only its children are shown."""
-    if node.type == "heading":
-        # The page has headings of its own above these.
-        return f"h{min(6, int(node.tag[1]) + 3)}", {}
-    if node.type == "link":
-        target = str(node.attrs.get("href", ""))
-        return ("a", {"href": target}) if target.startswith(("https://", "http://")) else (None, {})
-    if node.type == "ordered_list" and "start" in node.attrs:
-        return "ol", {"start": str(node.attrs["start"])}
-    if node.type == "paragraph" and node.hidden:  # an item of a tight list
-        return None, {}
-    return _TAGS.get(node.type), {}
-
-
 class Page(NamedTuple):
     """A whole page: HTML with style and script in it, and the CSP sources of both."""
 
@@ -222,6 +162,14 @@ def page(name: str) -> Page:
     script = (folder / "common.js").read_text("utf-8") + (folder / f"{name}.js").read_text("utf-8")
     document = document.replace("/*style*/", style).replace("/*script*/", script)
     return Page(document.encode(), _csp_source(style), _csp_source(script))
+
+
+def closed_page(sentence: str) -> bytes:
+    """Return a page that shows one sentence, for addresses at which there is nothing to do."""
+    folder = importlib.resources.files(__package__) / "page"
+    style = (folder / "style.css").read_text("utf-8")
+    document = (folder / "closed.html").read_text("utf-8").replace("/*style*/", style)
+    return document.replace("/*sentence*/", html.escape(sentence)).encode()
 
 
 def _csp_source(text: str) -> str:

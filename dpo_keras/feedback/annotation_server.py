@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from dpo_keras.errors import InputError
-from dpo_keras.feedback.annotation_api import Api, content_security_policy, page
+from dpo_keras.feedback.annotation_api import Api, closed_page, content_security_policy, page
 from dpo_keras.feedback.database import Database, Job, StoreError, T, sha256
 from dpo_keras.feedback.judgements import Conflict
 from dpo_keras.feedback.request_guard import (
@@ -270,16 +270,26 @@ def _page(name: str) -> Endpoint:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    """Answer an error with a sentence for the person."""
+    """Answer an error with a sentence for the person: JSON, or a page where a browser opens one."""
+    answer = _refusal(error)
+    if "text/html" not in request.headers.get("accept", ""):
+        return answer.response()
+    body = closed_page(answer.message[0].upper() + answer.message[1:])
+    return Response(body, answer.status, media_type="text/html; charset=utf-8")
+
+
+def _refusal(error: Exception) -> Refused:
     if isinstance(error, Refused):
-        return error.response()
+        return error
     if isinstance(error, StoreError):
-        return Refused(503, str(error), retry_after=5).response()
+        return Refused(503, str(error), retry_after=5)
     if isinstance(error, InputError):
-        return Refused(409 if isinstance(error, Conflict) else 400, str(error)).response()
+        return Refused(409 if isinstance(error, Conflict) else 400, str(error))
     if isinstance(error, HTTPException):
-        return Refused(error.status_code, "there is nothing here.").response()
-    return Refused(500, "the server failed; nothing was saved. Try again.").response()
+        return Refused(
+            error.status_code, "there is nothing here; open the link that you were given."
+        )
+    return Refused(500, "the server failed; nothing was saved. Try again.")
 
 
 def bind(host: str, port: int) -> socket.socket:

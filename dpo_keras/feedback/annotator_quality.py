@@ -130,7 +130,7 @@ class AnnotatorQuality:
             side, rate = ("left", left) if left > 0.5 else ("right", 1 - left)
             found.append(
                 f"{self.name} has a position bias: chose the {side} response in {rate:.0%} of "
-                f"{self.left.count:,} decided pairs (p {_p_value(self.left_p)})."
+                f"{self.left.count:,} decided pairs ({p_value(self.left_p)})."
             )
         found += self._length_finding()
         if self.gold.high is not None and self.gold.high < 0.8:
@@ -154,12 +154,13 @@ class AnnotatorQuality:
         return [
             f"{self.name} has a length bias: chose the {'longer' if rate > 0.5 else 'shorter'} "
             f"response in {max(rate, 1 - rate):.0%} of {self.longer.count:,} decided pairs, "
-            f"against the estimated labels (p {_p_value(self.longer_p)})."
+            f"against the estimated labels ({p_value(self.longer_p)})."
         ]
 
 
-def _p_value(p: float) -> str:
-    return f"= {p:.2g}" if p >= 1e-4 else "< 0.0001"
+def p_value(p: float) -> str:
+    """Write a p-value, as in "p = 0.03"."""
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
 def assess_annotators(table: Table, fit: DawidSkene) -> list[AnnotatorQuality]:

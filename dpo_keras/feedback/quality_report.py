@@ -1,21 +1,26 @@
 """The quality of a round for people to read: plain text, HTML with plots, or JSON."""
 
-import base64
-import io
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.feedback.annotator_quality import AnnotatorQuality
+from dpo_keras.feedback.annotator_quality import AnnotatorQuality, p_value
 from dpo_keras.feedback.quality import NAMES, Quality
 from dpo_keras.utils.atomic_files import write_text
 from dpo_keras.utils.intervals import Estimate
-from dpo_keras.utils.text import visible
+from dpo_keras.utils.reports import INK, TRAIN, Plot, report_style, svg_address
+from dpo_keras.utils.text import shortened, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,18 @@ class Section:
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
     note: str = ""  # how to read the table
+
+    def without_blanks(self) -> Section:
+        """Return the section without the columns in which no row has a value."""
+        kept = [
+            number
+            for number in range(len(self.columns))
+            if any(row[number] not in ("", "-") for row in self.rows)
+        ]
+        columns = tuple(self.columns[number] for number in kept)
+        return replace(
+            self, columns=columns, rows=[tuple(row[number] for number in kept) for row in self.rows]
+        )
 
 
 def headline(quality: Quality) -> str:
@@ -52,7 +69,7 @@ def sections(quality: Quality) -> list[Section]:
             "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
             "Intervals resample prompts."
         )
-    return [
+    found = [
         Section(
             "agreement",
             "Agreement",
@@ -70,8 +87,10 @@ def sections(quality: Quality) -> list[Section]:
              "longer", "checks", "repeats"),
             [_annotator_row(person) for person in quality.people],
             "Accuracy is Dawid and Skene's. Left and longer: share of decided judgements that went "
-            "to the left, and to the longer response; p tests them (binomial, Holm's correction). "
-            "Checks have a known answer; repeats are pairs that were shown twice.",
+            "to the left, and to the longer response. p tests left against half, and longer among "
+            "the judgements that differ from the estimated label (binomial, Holm's correction). "
+            "Checks have a known answer; repeats are pairs that were shown twice. Neither counts "
+            "as judged.",
         ),
         Section(
             "policies",
@@ -90,13 +109,14 @@ def sections(quality: Quality) -> list[Section]:
             [(name, f"{count:,}") for name, count in quality.labels.items()],
         ),
     ]  # fmt: skip
+    return [section.without_blanks() for section in found]
 
 
 def _annotator_row(person: AnnotatorQuality) -> tuple[str, ...]:
     def percent(estimate: Estimate, p: float | None = None) -> str:
         if estimate.value is None:
             return "-"
-        return f"{estimate.value:.0%}" + ("" if p is None or p >= 0.01 else f" (p = {p:.1g})")
+        return f"{estimate.value:.0%}" + ("" if p is None else f" ({p_value(p)})")
 
     seconds = person.seconds.value
     return (
@@ -145,6 +165,7 @@ def html(quality: Quality, *, plots: bool = True) -> str:
         findings=[visible(finding) for finding in quality.findings()],
         sections=sections(quality),
         plots=_plots(quality) if plots else {},
+        style=report_style(),
     )
 
 
@@ -166,47 +187,42 @@ def write(quality: Quality, path: str | os.PathLike[str], *, plots: bool = True)
 
 
 def _plots(quality: Quality) -> dict[str, str]:
-    """Draw the plot of each section that has values, as base64 of a PNG."""
+    """Draw the plot of each section that has values, as the address of an SVG image."""
     agreement = {NAMES[name]: figure for name, figure in quality.agreement.items()}
     people = {person.name: person.agreement for person in quality.people}
     plots = {
-        "agreement": _plot(agreement, "agreement; 1 is perfect, kappas and alpha are 0 by chance"),
+        "agreement": _plot(agreement, "agreement; 1 is perfect", limit=1.0),
         "policies": _plot(quality.strengths.estimates, "Bradley-Terry strength"),
-        "people": _plot(people, "agreement with others"),
+        "people": _plot(people, "agreement with others", limit=1.0),
     }
-    return {key: plot for key, plot in plots.items() if plot}
+    without = "leave them out with --no-plots"
+    return {key: svg_address(plot, without) for key, plot in plots.items() if plot is not None}
 
 
-def _plot(estimates: dict[str, Estimate], title: str) -> str:
-    """Plot estimates with their intervals; an empty string if none has a value."""
+def _plot(estimates: dict[str, Estimate], title: str, limit: float | None = None) -> Plot | None:
+    """Plot estimates with their intervals; None if none has a value.
+
+    With a limit the axis goes from 0, or a negative value, to the limit.
+    """
     known = [(name, one) for name, one in reversed(estimates.items()) if one.value is not None]
     if not known:
-        return ""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            f"Plots need matplotlib, which cannot be imported ({error}): install it with "
-            "`pip install 'dpo-keras[plots]'`, or leave them out with --no-plots."
-        ) from error
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.0, 0.8 + 0.32 * len(known)), layout="constrained")
-        FigureCanvasAgg(figure)
+        return None
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for place, (_, estimate) in enumerate(known):
             if estimate.low is not None and estimate.high is not None:
                 interval = [estimate.low, estimate.high]
-                axes.plot(interval, [place, place], color="#2b3036", linewidth=1.5)
-            axes.plot([estimate.value or 0.0], [place], "o", color="#0072B2")
+                axes.plot(interval, [place, place], color=INK, linewidth=1.5)
+            axes.plot([estimate.value or 0.0], [place], "o", color=TRAIN)
         # A dollar in a name does not begin a formula.
-        names = [visible(name).replace("$", r"\$")[:40] for name, _ in known]
+        names = [shortened(visible(name), 20).replace("$", r"\$") for name, _ in known]
         axes.set_yticks(range(len(known)), names)
         axes.set_ylim(-0.6, len(known) - 0.4)
-        axes.grid(axis="x", color="#e6e9ec")
+        axes.grid(visible=False, axis="y")
         axes.set_xlabel(title)
-        file = io.BytesIO()
-        figure.savefig(file, dpi=130, format="png")
-    return base64.b64encode(file.getvalue()).decode("ascii")
+        if limit is not None:
+            values = [v for _, one in known for v in (one.value, one.low) if v is not None]
+            axes.set_xlim(min(0.0, *values) - 0.02, limit + 0.02)
+
+    return Plot((3.6, 0.7 + 0.32 * len(known)), draw)

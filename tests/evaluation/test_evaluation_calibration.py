@@ -111,3 +111,14 @@ def test_an_empty_bin_says_so():
     assert found.bins[0].agreement.value is None
     assert found.bins[0].agreement.reason == "no pair has a confidence of 0.5 to 0.55"
     assert sum(b.weight for b in found.bins) == 1.0
+
+
+def test_bins_of_few_pairs_are_merged_with_their_neighbours():
+    # Confidences in the bins 0, 3 and 9: one pair alone in the middle, none elsewhere.
+    found = calibrate([0.01] * 6 + [0.7] + [4.0] * 6, [1.0] * 13)
+    assert [b.agreement.count for b in found.merged_bins] == [6, 7]
+    assert [(b.low, b.high) for b in found.merged_bins] == [(0.5, 0.55), (0.55, 1.0)]
+    few = calibrate([0.1, 4.0], [1.0, 1.0]).merged_bins
+    assert [(b.low, b.high, b.agreement.count) for b in few] == [(0.5, 1.0, 2)]
+    last = calibrate([0.01] * 6 + [4.0], [1.0] * 7).merged_bins
+    assert [(b.high, b.agreement.count) for b in last] == [(1.0, 7)]

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import struct
 import sys
 
@@ -96,8 +97,9 @@ def test_html_is_well_formed_loads_nothing_and_runs_nothing(written):
     names = {tag for tag, _ in tags.seen}
     assert not names & {"script", "iframe", "object", "link", "base", "form", "title>", "b", "i"}
     sources = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
-    assert len(sources) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    # A panel for each of the six logged quantities, the margins and the reliability.
+    assert len(sources) == 8
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not any(name.startswith("on") for _, a in tags.seen for name in a)
     assert "&lt;script&gt;" in text
     assert not any(mark in text for mark in "\x1b\u202e")
@@ -140,12 +142,22 @@ def test_json_is_strict_and_holds_every_figure_unrounded(written):
     assert found["config"].startswith("loss:")
 
 
+def test_tables_have_no_blank_columns(written):
+    text = (written[0] / "report.html").read_text(encoding="utf-8")
+    tables = re.findall("<table.*?</table>", text, re.DOTALL)
+    for table in tables:
+        rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+        for column in zip(*rows, strict=True):
+            assert any(column[1:]), table
+    assert len(tables) >= 6 and "<table" in text.partition("by group")[2]
+
+
 @pytest.mark.parametrize("name", ["training_curves", "margins", "reliability"])
 def test_plots_are_images_of_some_size_and_not_blank(written, name):
     data = written[1].paths[name].read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert width > 600 and height > 400
+    assert width > 500 and height > 400
     assert len(data) > 10_000
 
 

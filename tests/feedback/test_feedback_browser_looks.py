@@ -60,6 +60,95 @@ def test_light_and_dark_are_readable(page):
     page.click("#theme-button")
 
 
+def test_differences_are_not_marked_between_texts_with_little_in_common(driver, make_store):
+    apart = (
+        "Canberra is the capital of Australia. It lies between Sydney and Melbourne, and was built "
+        "for the purpose after 1908, because neither of the two large cities let the other have it."
+    )
+    other = (
+        "Sure! The seat of the government there is a planned town in the south-east. Its lake is "
+        "artificial, the parliament stands on a hill, and people from abroad often guess wrong."
+    )
+    store = make_store(given=[Candidates("p", (Response(apart), Response(other)))], overlap=1)
+    with served(store) as address:
+        page = Page(driver, address, store)
+        page.prompt()
+        assert page.script("document.querySelectorAll('mark').length") == 0
+        assert not page.driver.find_element("id", "diff-button").is_enabled()
+        assert "too little in common" in page.script("document.getElementById('diff-button').title")
+
+
+FORMATTED = Response(
+    "| Language | Typing discipline | Memory management |\n|---|---|---|\n"
+    "| JavaScript | dynamically typed | garbage-collected reference counting |\n\n"
+    "```python\ndef count_words(path: str, encoding: str = 'utf-8') -> collections.Counter[str]:\n"
+    "    return collections.Counter(open(path, encoding=encoding).read().lower().split())\n```\n"
+)
+
+
+def test_words_code_and_controls_have_room_on_a_phone(driver, make_store):
+    """Words in tables are whole, code scrolls, and nothing is reached behind the footer."""
+    hostile = Response(
+        "[a](ftp://b 'c') \u202eevil\u202c\n\n[d]: http://e.v/f\n\n" + "long\n\n" * 30
+    )
+    store = make_store(given=[Candidates("p", (FORMATTED, hostile))], overlap=1)
+    with served(store) as address:
+        page = Page(driver, address, store)
+        page.prompt()
+        phone = {"width": 390, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        try:
+            broken, lefts, page_scrolls, code_scrolls = page.script(_LAYOUT)
+            assert broken == [] and not page_scrolls
+            assert code_scrolls and len(lefts) == 2 and max(lefts) == min(lefts)
+            page.click("#more summary")
+            assert page.script(_HIDDEN_BY_FOOTER) == []
+            page.picture("annotate-room")
+        finally:
+            driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        seen = page.text("left-body") + page.text("right-body")
+        for part in (
+            "a(ftp://b 'c')",
+            "U+202Eevil U+202C".replace(" ", ""),
+            "[d]: http://e.v/f",
+            "python",
+        ):
+            assert part in seen
+
+
+_LAYOUT = """(() => {
+  const rows = (node, from, to) => {
+    const range = document.createRange();
+    range.setStart(node, from); range.setEnd(node, to);
+    return [...range.getClientRects()];
+  };
+  const broken = [];
+  for (const cell of document.querySelectorAll("td, th")) {
+    const node = cell.firstChild;
+    for (const word of node.data.matchAll(/\\p{L}+/gu))
+      if (rows(node, word.index, word.index + word[0].length).length > 1) broken.push(word[0]);
+  }
+  const pre = document.querySelector("pre"), code = pre.querySelector("code").firstChild;
+  const starts = [0, code.data.indexOf("\\n") + 1];
+  return [broken, starts.map((at) => rows(code, at, at + 1)[0].left),
+    document.documentElement.scrollWidth > innerWidth, pre.scrollWidth > pre.clientWidth];
+})()"""
+_HIDDEN_BY_FOOTER = """(() => {
+  const scrolled = document.getElementById("scrolled");
+  const footer = document.getElementById("choices"), hidden = [];
+  for (const one of document.querySelectorAll("main a, main summary, main input, main textarea")) {
+    document.activeElement.blur();
+    scrolled.scrollTo(0, 0);
+    one.focus();
+    const { top, bottom } = one.getBoundingClientRect();
+    if (top < 0 || bottom > footer.getBoundingClientRect().top) hidden.push(one.tagName);
+  }
+  scrolled.scrollTo(0, scrolled.scrollHeight);
+  const last = document.getElementById("more").getBoundingClientRect().bottom;
+  return last > footer.getBoundingClientRect().top ? [...hidden, "more"] : hidden;
+})()"""
+
+
 def test_a_phone_shows_one_response_above_the_other_and_large_buttons(page):
     page.driver.set_window_size(500, 800)
     size = {"width": 375, "height": 740, "deviceScaleFactor": 2, "mobile": True}
@@ -171,19 +260,30 @@ def test_the_administrators_page_shows_plots(driver, questions):
                 shown = questions.next(person.id)[0]
                 questions.submit(person.id, shown.id, side, key=f"{turn}{person.name}", seconds=2.0)
         boss = Page(driver, address, questions, "boss", admin=True, path="/admin")
-        until(lambda: boss.script("document.querySelectorAll('svg').length") == 3, 20)
+        until(lambda: boss.script("document.querySelectorAll('.track').length") >= 5, 20)
         assert "16 of 24" in boss.text("progress-text")
-        labels = boss.script("[...document.querySelectorAll('svg')].map((s) => "
-                             "s.getAttribute('aria-label'))")  # fmt: skip
-        assert "Judgements by annotator" in labels[0] and "kappa" in labels[2]
+        assert "8 judged" in boss.text("people") and "16 in all" in boss.text("hours")
+        assert "Cohen's kappa" in boss.text("agreement")
+        axis = "agreement([{{label: '', value: 0.9, low: {}, high: 1}}])[0].lastChild.textContent"
+        assert boss.script(axis.format(0.8)) == "00.250.50.751"
+        assert boss.script(axis.format(-0.3)) == "-0.500.51"
         boss.picture("admin")
         assert boss.quiet() == []
-
-
-def test_the_administrators_page_tells_others_to_go(driver, questions):
-    with served(questions) as address:
-        page = Page(driver, address, questions, path="/admin")
-        until(lambda: "administrator" in page.text("message"))
+        # A chart is as wide as its card, and its letters keep their size on a phone.
+        filled = """[...document.querySelectorAll("ul.chart, .hours")].map((one) =>
+          one.offsetWidth / one.closest("section").offsetWidth)"""
+        sizes = """[...document.querySelectorAll(".chart span, .note, .ticks")].map((one) =>
+          parseFloat(getComputedStyle(one).fontSize))"""
+        phone = {"width": 390, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        try:
+            for width in (1280, 390):
+                size = {**phone, "width": width, "mobile": width == 390}
+                driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+                assert len(boss.script(filled)) == 3 and min(boss.script(filled)) > 0.85
+                assert min(boss.script(sizes)) >= 12
+                assert boss.script("document.documentElement.scrollWidth <= innerWidth")
+        finally:
+            driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_page_of_candidates_alone_works_for_one_person(driver, make_store):

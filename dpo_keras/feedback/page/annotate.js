@@ -1,5 +1,5 @@
 let queue = [], state = {}, busy = false, shownAt = 0, seen = 0, waitTimer = 0, turn = 0;
-const AHEAD = 3, MOST_WORDS = 6000, MOST_EDITS = 1500;
+const AHEAD = 3, MOST_WORDS = 6000, MOST_EDITS = 1500, LEAST_ALIKE = 1 / 3;
 
 // --- differences -----------------------------------------------------------------------------
 const segmenter = self.Intl && Intl.Segmenter ? new Intl.Segmenter(undefined, { granularity: "word" }) : null;
@@ -60,10 +60,19 @@ function markWords(words) {
   }
 }
 
+// Twice the words in common by all words, as of Dice; punctuation is in common between any texts.
+function likeness(a, b) {
+  const words = [...a, ...b].filter((w) => /[\p{L}\p{N}]/u.test(w.word));
+  return words.filter((w) => !w.differs).length / Math.max(1, words.length);
+}
+
 function highlight() {
   const a = wordsOf($("left-body")), b = wordsOf($("right-body"));
-  if (!a || !b || !flagDifferences(a, b)) return;
-  markWords(a); markWords(b);
+  // Between texts with little in common nearly every word differs: marks would hide the texts.
+  const useful = a && b && flagDifferences(a, b) && likeness(a, b) >= LEAST_ALIKE;
+  if (useful) { markWords(a); markWords(b); }
+  $("diff-button").disabled = !useful;
+  $("diff-button").title = useful ? "Key D" : "These responses have too little in common to mark what differs.";
 }
 
 // --- showing -----------------------------------------------------------------------------------
@@ -106,7 +115,7 @@ function draw() {
     document.querySelector("input[name=strength][value='']").checked = true;
     $("reason").value = "";
     for (const side of ["left", "right"]) $(side).classList.remove("chosen");
-    scrollTo(0, 0);
+    $("scrolled").scrollTo(0, 0);
     $("prompt-heading").focus({ preventScroll: true });
     seen = 0; shownAt = performance.now();
   }
@@ -114,7 +123,7 @@ function draw() {
   $("undo").disabled = busy || state.undoable == null;
   if (state.wanted != null) {
     $("progress").max = Math.max(1, state.wanted); $("progress").value = state.judged;
-    $("progress-text").textContent = `You: ${state.own ?? 0} · all: ${state.judged} of ${state.wanted}`;
+    $("progress-text").textContent = `You: ${state.own ?? 0} · round: ${state.judged} of ${state.wanted}`;
   }
 }
 
@@ -140,15 +149,13 @@ async function refresh() {
 }
 
 function explain(error) {
-  if (error.status === 401) stop("You are not signed in", error.message);
+  if (error.status === 401) stop(error.message);
   else complain(error.message);
 }
 
-function stop(title, text) {
+function stop(text) {
   queue = []; csrf = ""; draw(); clearTimeout(waitTimer);
-  $("choices").hidden = true;
-  $("notice-title").textContent = title; $("notice-text").textContent = text;
-  complain("");
+  closePage(text);
 }
 
 // --- judging -----------------------------------------------------------------------------------
@@ -217,6 +224,7 @@ function setDifferences(on) {
 setDifferences(remembered("differences") !== "off");
 $("diff-button").addEventListener("click", () => setDifferences(!document.body.classList.contains("diff")));
 $("help-button").addEventListener("click", () => $("help").showModal());
+$("more").addEventListener("toggle", () => { if ($("more").open) $("more").scrollIntoView({ block: "nearest" }); });
 function setGuidelines(open) {
   $("guidelines").hidden = !open;
   $("guidelines-button").setAttribute("aria-expanded", String(open));
@@ -245,8 +253,7 @@ async function begin() {
     await refresh();
   } catch (error) {
     if (error.status === 0) { complain(`${error.message} Trying again …`); await pause(3000); return begin(); }
-    explain(error);
-    if (error.status !== 401) stop("The page could not start", error.message);
+    stop(error.message);
   }
 }
 begin();

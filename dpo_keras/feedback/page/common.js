@@ -1,7 +1,8 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const TAGS = new Set(["p", "h4", "h5", "h6", "ul", "ol", "li", "pre", "code", "blockquote", "em",
-  "strong", "s", "a", "br", "hr", "table", "thead", "tbody", "tr", "th", "td", "div"]);
+  "strong", "s", "a", "br", "hr", "table", "thead", "tbody", "tr", "th", "td", "div", "span"]);
+const CLASSES = new Set(["plain", "language", "syntax", "unseen-character"]);
 
 // What models wrote becomes elements one by one; it is never parsed as HTML.
 function build(node) {
@@ -12,8 +13,8 @@ function build(node) {
   if (tag === "a" && /^https?:\/\//.test(attributes.href || "")) {
     element.href = attributes.href; element.rel = "noopener noreferrer nofollow"; element.target = "_blank";
   }
-  if (tag === "ol" && attributes.start) element.start = Number(attributes.start);
-  if (tag === "div" && attributes.class === "plain") element.className = "plain";
+  if (tag === "li" && attributes.value) element.value = Number(attributes.value);
+  if (CLASSES.has(attributes.class)) element.className = attributes.class;
   if (["p", "li", "h4", "h5", "h6", "div", "td", "th"].includes(tag)) element.dir = "auto";
   element.append(...children.map(build));
   return element;
@@ -45,11 +46,26 @@ function complain(text) { $("message").textContent = text; $("message").hidden =
 
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
+// Shows one sentence and nothing else, where nobody can work on this page.
+function closePage(text) {
+  let closed = $("closed");
+  if (!closed) {
+    closed = document.createElement("main");
+    closed.id = "closed"; closed.setAttribute("role", "alert");
+    closed.append(document.createElement("p"));
+    document.body.append(closed);
+  }
+  closed.firstChild.textContent = text[0].toUpperCase() + text.slice(1);
+  document.body.classList.add("closed");
+}
+
 // A link carries its token behind the #, which browsers send to nobody, logs included.
 async function signIn() {
-  const token = decodeURIComponent(location.hash.slice(1));
-  if (/^[\w-]{20,}$/.test(token)) {
+  const token = location.hash.slice(1);
+  if (token && !$(token)) { // not one of the page's own anchors
     history.replaceState(null, "", location.pathname);
+    // A link that was cut off must not open the page of whoever was here before.
+    if (!/^[\w-]{20,200}$/.test(token)) throw new Failure(401, "this link is not valid, or has expired; ask for a new one.");
     await call("/api/session", { token });
   }
   const me = await call("/api/me");
@@ -62,6 +78,7 @@ function remember(key, value) { try { localStorage.setItem(key, value); } catch 
 
 function setTheme(dark) {
   document.documentElement.classList.toggle("dark", dark);
+  document.documentElement.classList.toggle("light", !dark);
   $("theme-button").textContent = dark ? "Light" : "Dark";
 }
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
