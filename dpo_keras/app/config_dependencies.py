@@ -52,11 +52,6 @@ def reads_reference(loss: Loss) -> bool | None:
     return "reference" in outputs_read(objectives, loss.penalties, loss.model_extra)
 
 
-def has_held_out(data: Data) -> bool:
-    """Tell whether there are pairs to measure on."""
-    return bool(data.held_out or data.held_out_path)
-
-
 def _paths(data: Data) -> list[str]:
     return [*(data.path or ()), *(data.held_out_path or ())]
 
@@ -97,7 +92,6 @@ def _generates(signatures: list[str]) -> bool:
     return "generate" in signatures
 
 
-HELD_OUT = "held-out pairs (data.held_out above 0, or data.held_out_path)"
 GENERATE = "generate among export.signatures"
 RECORDS = "data that are neither built in nor built by dpo-keras data build"
 BUILT = "a directory of dpo-keras data build in data.path"
@@ -155,11 +149,6 @@ DEPENDENCIES: tuple[Dependency, ...] = (
                 "schedule: one that has not all rates in schedule_options",
             ),
         )
-    ),
-    Dependency("evaluation.prompts", "data", has_held_out, HELD_OUT),
-    Dependency("evaluation.samples_shown", "data", has_held_out, HELD_OUT),
-    Dependency(
-        "evaluation.samples_shown", "evaluation.prompts", _is_above_0, "evaluation.prompts above 0"
     ),
     *(
         Dependency(

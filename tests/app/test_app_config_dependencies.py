@@ -28,7 +28,8 @@ ALWAYS_READ = {
     | {"steps_per_execution", "strategy", "evaluate_every", "checkpoint_every", "log_every"}
     | {"loggers", "keep_checkpoints", "batching", "remat", "sync_reference"},
     "training.sync_reference": {"every", "alpha"},
-    "evaluation": {"max_new_tokens", "temperature", "batch_size"},  # dpo-keras generate, too
+    "evaluation": {"max_new_tokens", "temperature", "batch_size"}  # of dpo-keras generate, too
+    | {"prompts", "samples_shown"},  # upper bounds
     "export": {"path", "signatures"},
 }
 DROPOUT = {"dropout": 0.1, "max_sequence_length": 1024}
@@ -112,14 +113,10 @@ def test_every_other_choice_decides_alone(section):
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        (
-            {"data": {"path": "x", "held_out": 0}, "evaluation": {"prompts": 5}},
-            "evaluation.prompts",
-        ),
         ({"data": {"path": "x", "held_out": 0, "split_by": "group"}}, "data.split_by"),
         ({"data": {"path": "x", "held_out_path": "h", "split_by": "group"}}, "data.split_by"),
         ({"data": {"path": "x", "held_out_path": "h"}, "evaluation": {"prompts": 5}}, None),
-        ({"evaluation": {"prompts": 0, "samples_shown": 2}}, "evaluation.samples_shown"),
+        ({"evaluation": {"prompts": 0, "samples_shown": 2}}, None),
         ({"model": {"scratch": DROPOUT}}, "model.scratch.dropout"),
         ({"model": {"scratch": DROPOUT}, "warmup": {}}, None),
         (
