@@ -286,9 +286,7 @@ def _refusal(error: Exception) -> Refused:
     if isinstance(error, InputError):
         return Refused(409 if isinstance(error, Conflict) else 400, str(error))
     if isinstance(error, HTTPException):
-        return Refused(
-            error.status_code, "there is nothing here; open the link that you were given."
-        )
+        return Refused(error.status_code, "there is nothing here; open your link again.")
     return Refused(500, "the server failed; nothing was saved. Try again.")
 
 

@@ -56,6 +56,12 @@ def headline(quality: Quality) -> str:
     )
 
 
+_STRENGTHS = (
+    "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
+    "Intervals resample prompts."
+)
+
+
 def sections(quality: Quality) -> list[Section]:
     """Return the tables of a report."""
     figures = [(NAMES[name], figure, "pairs") for name, figure in quality.agreement.items()]
@@ -63,12 +69,6 @@ def sections(quality: Quality) -> list[Section]:
     figures.append(("Prompts with cycles", quality.cycles, "prompts"))
     strengths = quality.strengths.estimates
     ranking = sorted(strengths.items(), key=lambda item: -(item[1].value or 0.0))
-    policies_note = "The candidates do not name their makers."
-    if ranking:
-        policies_note = (
-            "Bradley-Terry: P(A beats B) = 1 / (1 + exp(B - A)); a tie is half a win for each. "
-            "Intervals resample prompts."
-        )
     found = [
         Section(
             "agreement",
@@ -100,7 +100,7 @@ def sections(quality: Quality) -> list[Section]:
                 (visible(name), f"{strength:.2f}", f"{strength.count:,}")
                 for name, strength in ranking
             ],
-            policies_note,
+            _STRENGTHS if ranking else "The candidates do not name their makers.",
         ),
         Section(
             "labels",

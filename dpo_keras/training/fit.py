@@ -26,7 +26,7 @@ from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
-from dpo_keras.training.fit_interface import check_counts
+from dpo_keras.training.fit_interface import check_counts, check_groups
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON
@@ -196,7 +196,7 @@ def train_preferences(
     models = [model.policy] if reference is None else [model.policy, reference]
     layout = _layout(model, models, batching, buckets, row_length)
     stream = _endless(model, layout, tokenized, batch_size, seed)
-    _check_groups(model, tokenized, held_out)
+    check_groups((model.preference_loss.group_robust or {}).get("groups", 0), tokenized, held_out)
     if held_out is not None and len(held_out):
         size = evaluation_batch_size or batch_size
         options["validation_data"] = layout.dataset(held_out, size, shuffle=False)
@@ -271,20 +271,6 @@ def _endless(
     return stream
 
 
-def _check_groups(model: DPOModel, *sides: TokenizedPairs | None) -> None:
-    groups = (model.preference_loss.group_robust or {}).get("groups", 0)
-    for tokenized in sides if groups else ():
-        if tokenized is None or tokenized.group is None or not len(tokenized):
-            continue
-        # In the graph a group beyond the last would just have no weight.
-        if int(tokenized.group.max()) >= groups or int(tokenized.group.min()) < 0:
-            raise InputError(
-                f"group_robust has groups={groups}, and the pairs have "
-                f"{len(tokenized.group_names)} ({', '.join(tokenized.group_names[:10])}) or pairs "
-                "without a group. Every pair needs one of that many."
-            )
-
-
 def _fit(
     model: PolicyTrainer, stream: Stream, steps: int, per_epoch: int, options: RunOptions
 ) -> int:
@@ -295,9 +281,7 @@ def _fit(
             f"steps_per_execution ({at_once}) must divide the {steps} steps of the run and the "
             f"{every} steps between evaluations."
         )
-    start = _first_step(model, options)
-    if start:
-        options.note(f"resumed after step {start} of {steps}.")
+    start = _first_step(model, options, steps)
     stop, checkpoint = options.stop or StopRequest(), None
     callbacks: list[keras.callbacks.Callback] = [StopOnNonFinite()]
     if options.log is not None and options.save:
@@ -340,7 +324,7 @@ def _fit(
     return counting.step
 
 
-def _first_step(model: PolicyTrainer, options: RunOptions) -> int:
+def _first_step(model: PolicyTrainer, options: RunOptions, steps: int) -> int:
     """Return the step to continue at, with the model as it was there."""
     start = 0
     load = None
@@ -355,4 +339,6 @@ def _first_step(model: PolicyTrainer, options: RunOptions) -> int:
         hint = "All workers must see the same run directory: put it on storage that they share."
         what = "newest checkpoint (its step)"
         start = options.watchdog.agree(what, start, hint=hint, again=load)
+    if start:
+        options.note(f"resumed after step {start} of {steps}.")
     return start

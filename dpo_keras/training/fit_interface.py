@@ -62,6 +62,20 @@ def check_counts(**counts: int | None) -> None:
         )
 
 
+def check_groups(groups: int, *sides: TokenizedPairs | None) -> None:
+    """Refuse pairs whose groups are not those of the loss; 0 groups ask for nothing."""
+    for tokenized in sides if groups else ():
+        if tokenized is None or tokenized.group is None or not len(tokenized):
+            continue
+        # In the graph a group beyond the last would just have no weight.
+        if int(tokenized.group.max()) >= groups or int(tokenized.group.min()) < 0:
+            raise InputError(
+                f"group_robust has groups={groups}, and the pairs have "
+                f"{len(tokenized.group_names)} ({', '.join(tokenized.group_names[:10])}) or pairs "
+                "without a group. Every pair needs one of that many."
+            )
+
+
 def _is_record(value: object) -> bool:
     return isinstance(value, Mapping) and "chosen" in value
 
