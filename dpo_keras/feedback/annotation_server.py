@@ -83,8 +83,7 @@ def make_app(
 class _Together:
     """Runs what waits for the store in one transaction, so that the disk confirms once for all.
 
-    All of it runs in the event loop's thread. The store answers in a fraction of a millisecond;
-    handing each request to a thread and back takes longer.
+    It runs in the event loop's thread: the store answers before a thread would have been handed work.
     """
 
     def __init__(self, database: Database):
