@@ -2,10 +2,10 @@
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from cluster_workers import Worker, clusters
@@ -232,7 +232,10 @@ def test_a_chief_that_can_not_write_the_file_says_so(tmp_path):
 
 
 def test_a_file_system_without_modes_is_no_place_for_the_secret(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.fstat", lambda handle: SimpleNamespace(st_mode=0o100777))
+    real = os.open
+    monkeypatch.setattr(
+        "os.open", lambda path, flags, *mode, **more: real(path, flags, 0o644, **more)
+    )
     with pytest.raises(InputError, match="can be read by others"):
         Watchdog(clusters(2)[0]).meet(1.0, run_directory=tmp_path)
     assert list(tmp_path.iterdir()) == []
