@@ -76,6 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(model, two, 
         ("{", "is not as it was written"),
         ("[]", "is not as it was written"),
         ('{"step": 9, "bytes": 1}', "is of step 9"),
+        ('{"step": 7, "bytes": 1}', "is of step 7"),
         ('{"step": 8, "bytes": 1}', "instead of 1"),
     ],
 )
@@ -195,3 +196,10 @@ def test_a_checkpoint_of_another_model_is_refused(model, tokenized, tmp_path):
     other.compile("adam")
     with pytest.raises(InputError, match="does not fit this model"):
         train_preferences(other, tokenized, checkpoints=tmp_path, resume=True)
+
+
+def test_ten_megabytes_are_room_enough_for_a_small_model(model, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    save_checkpoint(model, tmp_path, 1)
+    assert latest_checkpoint(tmp_path)[0] == 1
