@@ -135,7 +135,7 @@ def test_the_log_moves_into_the_file_when_it_is_quiet(store, tmp_path, monkeypat
         until(lambda: (tmp_path / "feedback.sqlite-wal").stat().st_size == 0)
         client.close()
     shutil.copy(tmp_path / "feedback.sqlite", tmp_path / "copy.sqlite")
-    copy = open_store(tmp_path / "copy.sqlite")
+    copy = open_store(tmp_path / "copy.sqlite", clock=store.clock)
     assert copy.start_session(token)[0].name == "bob"
     copy.close()
 
