@@ -124,7 +124,7 @@ def test_seconds_of_400_digits_are_a_day_at_most(store, ann):
     assert store.database.rows("SELECT seconds FROM judgements")[0][0] == 86_400.0
 
 
-def test_the_log_moves_into_the_file_when_it_is_quiet(store, clock, tmp_path, monkeypatch):
+def test_the_log_moves_into_the_file_when_it_is_quiet(store, tmp_path, monkeypatch):
     monkeypatch.setattr(annotation_server, "QUIET_SECONDS", 0.05)
     _, token = store.add_annotator("bob")
     with served(store) as address:
@@ -135,7 +135,7 @@ def test_the_log_moves_into_the_file_when_it_is_quiet(store, clock, tmp_path, mo
         until(lambda: (tmp_path / "feedback.sqlite-wal").stat().st_size == 0)
         client.close()
     shutil.copy(tmp_path / "feedback.sqlite", tmp_path / "copy.sqlite")
-    copy = open_store(tmp_path / "copy.sqlite", clock=clock)
+    copy = open_store(tmp_path / "copy.sqlite", clock=store.clock)
     assert copy.start_session(token)[0].name == "bob"
     copy.close()
 
@@ -184,7 +184,7 @@ def test_broken_queries_are_refused(ann, query):
 )  # fmt: skip
 def test_no_path_leads_to_the_file_system(ann, path):
     answer = ann.get(path)
-    assert answer.status_code == 404 and "there is nothing here" in answer.json()["error"]
+    assert answer.status_code == 404 and answer.json() == {"error": "there is nothing here."}
 
 
 def test_other_methods_are_refused(ann):

@@ -163,3 +163,12 @@ def test_undone_and_skipped_judgements_do_not_count(make_store, people):
     store.submit(ann, store.next(ann)[0].id, "skip", key="d")
     table = read_table(store.database)
     assert table.label.tolist() == [BOTH_BAD] and table.skipped.tolist() == [1]
+
+
+def test_a_value_that_is_nested_deeper_than_can_be_printed_is_refused_by_name(store, people):
+    nested = []
+    for _ in range(5_000):
+        nested = [nested]
+    (ann,) = people(store, "ann")
+    with pytest.raises(InputError, match="seconds must be finite and >= 0, got list"):
+        store.submit(ann, store.next(ann)[0].id, "left", key="k", seconds=nested)
