@@ -7,10 +7,10 @@ import random
 WORDS = (
     *(b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", b"\n", b"\r\n", b"\r", b"\x1c"),
     *(b'"', b"'", b"\\", b"{", b"}", b"[", b"]", b":", b",", b";", b"#", b"- ", b": ", b"\t"),
-    *(b"&a ", b"*a", b"\xe2\x80\xa8", b"\\ud800", b"\\u0000", b"1e308", b"-1e309", b"NaN", b"Infinity"),
-    *(b"9" * 400, b"true", b"null", b"[" * 3000, b'{"a":' * 3000, b"!!python/object:os.system "),
-    *(b"<<: ", b"../../etc/passwd", b"<script>", b"=cmd()", b"{{ 1/0 }}", b"prompt", b"chosen"),
-    *(b'"weight": 0, ', b"swapped"),
+    *(b"&a ", b"*a", b"\xe2\x80\xa8", b"\\ud800", b"\\u0000", b"1e308", b"-1e309", b"NaN"),
+    *(b"Infinity", b"9" * 400, b"true", b"null", b"[" * 3000, b'{"a":' * 3000, b"<<: "),
+    *(b"!!python/object:os.system ", b"../../etc/passwd", b"<script>", b"=cmd()", b"{{ 1/0 }}"),
+    *(b"prompt", b"chosen", b'"weight": 0, ', b"swapped"),
 )  # fmt: skip
 
 

@@ -107,7 +107,8 @@ def folder(tmp_path_factory, gpt2_preset):
     for name, text in TEXTS.items():
         (path / name).write_text(text)
     model = f"model: {{path: {gpt2_preset}}}\ndata: {{path: 'builtin:support', max_length: 64}}\n"
-    (path / "good.yaml").write_text(model + "evaluation: {max_new_tokens: 8}\n")
+    model += "evaluation: {max_new_tokens: 8}\n"
+    (path / "good.yaml").write_text(model)
     (path / "twice.yaml").write_text(model + "seed: 1\nseed: 2\n")
     (path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
     (path / "utf16.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
