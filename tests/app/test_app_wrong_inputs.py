@@ -49,7 +49,7 @@ CASES = [
     ("validate {}/good.yaml training.epochs=many", "must be a whole number, got many"),
     ("validate {}/good.yaml training.epochs=0", "must be >= 1, got 0"),
     ("validate {}/good.yaml training.learning_rate=-1e-4", "must be > 0, got -1e-4"),
-    ("validate {}/good.yaml training.schedule=cosin", "did you mean 'cosine'?"),
+    ("validate {}/good.yaml training.schedule=cosin", "id you mean 'cosine'?"),
     ("validate {}/good.yaml training.strategy=parameter_server", "dpo_keras.legacy"),
     ("validate {}/good.yaml data.held_out=1.5", "data.held_out must be < 1, got 1.5"),
     ("validate {}/good.yaml seed", "override 'seed'"),
