@@ -111,7 +111,8 @@ class StoredPreferences(PairSequence):
     def open(cls, path: str | os.PathLike[str]) -> StoredPreferences:
         """Open a built directory, and check that every file is there in its full size.
 
-        Checksums are compared when a shard is read from its beginning; see `verify`.
+        The index is compared with its checksum, a shard when it is read from its beginning; see
+        `verify`.
 
         Raises:
             InputError: if it is no built directory, or naming every file that is missing or cut.
@@ -224,8 +225,10 @@ def _read_manifest(
     except (KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is damaged ({reason}); build again.") from error
-    if problems := [problem for file in files if (problem := file.problem(folder, contents))]:
-        raise InputError(problems)
+    # The index is small, and decides which pairs are held out: it is read at once.
+    problems = [file.problem(folder, contents or file.file == INDEX) for file in files]
+    if any(problems):
+        raise InputError([problem for problem in problems if problem])
     return shards, report
 
 

@@ -129,6 +129,12 @@ def test_damage_is_named_with_the_file_and_what_to_do(copy, part, how):
     assert path.name in problem and how in problem and "again" in problem
 
 
+def test_a_damaged_index_is_refused_before_it_can_change_a_split(copy):
+    damage(copy / "index.bin", "damaged")
+    with pytest.raises(InputError, match="index.bin is damaged"):
+        StoredPreferences.open(copy)
+
+
 def test_reading_stops_at_a_damaged_shard_before_any_of_its_pairs(copy):
     damage(next(entry for entry in copy.iterdir() if "00001-of" in entry.name), "damaged")
     stored = StoredPreferences.open(copy)
