@@ -81,7 +81,7 @@ CASES = [
     ("data inspect {}/no.parquet", "not a Parquet file"),
     ("data inspect {}/utf16.jsonl", "save it as UTF-8"),
     ("data inspect {}/pairs.jsonl {}/pairs.jsonl", "is given twice"),
-    ("data inspect builtin:suport", "builtin:support"),
+    ("data inspect builtin:sales", "builtin:support"),
     ("data inspect {}/pairs.jsonl --format xml", "jsonl"),
     ("data inspect {}/cut_shard", "cut off"),
     ("data build {}/pairs.jsonl -o {}/cut_shard", "cut_shard"),
@@ -110,7 +110,7 @@ def folder(tmp_path_factory, gpt2_preset):
     model += "evaluation: {max_new_tokens: 8}\n"
     (path / "good.yaml").write_text(model)
     (path / "twice.yaml").write_text(model + "seed: 1\nseed: 2\n")
-    (path / "latin.yaml").write_bytes("name: caf\xe9".encode("latin-1"))
+    (path / "latin.yaml").write_bytes("name: \xe9".encode("latin-1"))
     (path / "utf16.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
     build_preferences(read_preferences("builtin:support", limit=3), path / "cut_shard")
     shard = next((path / "cut_shard").glob("*tfrecord*"))
