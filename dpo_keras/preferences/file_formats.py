@@ -190,7 +190,7 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
             raise InputError(
                 "pairs of text and pairs of messages cannot share a Parquet column; write .jsonl."
             )
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, write_page_checksum=True)
 
 
 def _columns(records: list[dict[str, JSON]]) -> list[str]:

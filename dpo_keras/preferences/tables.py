@@ -22,7 +22,7 @@ def read_parquet(stream: BinaryIO, reading: Reading) -> Records:
     """Read Parquet; only the columns that are used."""
     pyarrow = import_pyarrow()
     try:
-        table = pyarrow.parquet.ParquetFile(stream)
+        table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
         names = used_columns(table.schema_arrow.names, reading)
         if not isinstance(names, dict):
             yield from ((None, fault) for fault in names)

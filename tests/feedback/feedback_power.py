@@ -4,7 +4,12 @@ import _sqlite3
 import contextlib
 import ctypes
 import os
+import sys
 from pathlib import Path
+
+from feedback_rounds import candidates, check_books, count
+
+from dpo_keras.feedback import Settings, database, open_store
 
 SYNC = 4  # the place of xSync in sqlite3_io_methods, whose layout is SQLite's stable interface
 METHODS = 18
@@ -43,7 +48,7 @@ def recorded_syncs():
 
     Files that are opened within the block are recorded until they are closed.
     """
-    library = ctypes.CDLL(_sqlite3.__file__)
+    library = ctypes.CDLL(getattr(_sqlite3, "__file__", None))  # None: it is part of Python
     library.sqlite3_vfs_find.restype = ctypes.POINTER(_FileSystem)
     system = library.sqlite3_vfs_find(None).contents
     true_open, opened = _OPEN(system.open), system.open
@@ -83,3 +88,30 @@ def after_power_failure(synced, path, folder):
         if (content := synced.get(str(path.with_name(name)))) is not None:
             (folder / name).write_bytes(content)
     return folder / path.name
+
+
+def judge_and_lose_power(folder):
+    """The disk keeps of each file what it held when it was last synced, and nothing after."""
+    path = folder / "feedback.sqlite"
+    with recorded_syncs() as synced:
+        store = open_store(path, Settings(), create=True)
+        store.add(candidates(2))
+        ann = store.add_annotator("ann")[0].id
+        for turn in range(2):
+            store.submit(ann, store.next(ann)[0].id, "left", key=f"k{turn}")
+            found = open_store(after_power_failure(synced, path, folder / f"after {turn}"))
+            assert count(found) == turn + 1
+            check_books(found)
+            found.close()
+        # What nobody was promised may be lost: otherwise the test would see nothing.
+        job = database.Job(lambda connection: store.undo(ann, 1, key="u"), durable=False)
+        store.database.run_together([job])
+        assert job.error is None and count(store) == 3
+        found = open_store(after_power_failure(synced, path, folder / "undone"))
+        assert count(found) == 2
+        found.close()
+        store.close()
+
+
+if __name__ == "__main__":
+    judge_and_lose_power(Path(sys.argv[1]))
