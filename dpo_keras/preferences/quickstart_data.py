@@ -110,13 +110,13 @@ Virtues: TypeAlias = tuple[bool, bool, bool]
 
 # Virtues of a chosen response, with their shares.
 _CHOSEN_VIRTUES: tuple[tuple[float, Virtues], ...] = (
-    (0.38, (True, True, True)),
-    (0.14, (True, True, False)),
-    (0.14, (True, False, True)),
-    (0.14, (False, True, True)),
-    (0.20 / 3, (True, False, False)),
-    (0.20 / 3, (False, True, False)),
-    (0.20 / 3, (False, False, True)),
+    (0.79, (True, True, True)),
+    (0.065, (True, True, False)),
+    (0.065, (True, False, True)),
+    (0.065, (False, True, True)),
+    (0.005, (True, False, False)),
+    (0.005, (False, True, False)),
+    (0.005, (False, False, True)),
 )
 _SECOND_PAIR = 0.15  # the share of prompts that are asked about twice
 _PROMISE = 0.4  # of the responses that invent, those that do it by a promise

@@ -36,13 +36,13 @@ def test_the_chosen_response_has_all_virtues_of_the_rejected_and_more(verdicts):
 
 def test_chosen_responses_are_of_mixed_quality(verdicts):
     """So that warm-up on them leaves preference training something to do."""
-    assert 0.35 < np.mean([chosen.preferred for chosen, _ in verdicts]) < 0.41
+    assert 0.76 < np.mean([chosen.preferred for chosen, _ in verdicts]) < 0.82
     assert not any(rejected.preferred for _, rejected in verdicts)
 
 
 def test_no_virtue_stands_for_another(verdicts):
     shown = np.array([virtues(chosen) for chosen, _ in verdicts], float)
-    assert np.all(np.abs(shown.mean(0) - 0.727) < 0.03)
+    assert np.all(np.abs(shown.mean(0) - 0.925) < 0.03)
     assert np.all(np.abs(np.corrcoef(shown.T) - np.eye(3)) < 0.1)
 
 
@@ -85,7 +85,7 @@ def test_a_value_belongs_to_one_topic_and_stands_once_in_the_prompt(pairs):
 
 def test_the_same_seed_gives_the_same_pairs_everywhere():
     digest = hashlib.sha256(json.dumps([p.as_dict() for p in support_pairs(500)]).encode())
-    assert digest.hexdigest()[:16] == "09cb036b1420872a"
+    assert digest.hexdigest()[:16] == "7fd40f26f92b49c4"
     assert support_pairs(50, seed=1) == support_pairs(50, seed=1)
     assert support_pairs(50, seed=1) != support_pairs(50, seed=2)
 
