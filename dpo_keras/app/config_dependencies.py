@@ -105,6 +105,12 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("data.on_error", "data", _have_records, RECORDS, outside=True),
     Dependency("data.data_dir", "data", _are_tfds, "a tfds: name in data.path"),
     Dependency("data.tokens", "data", _are_built, BUILT, outside=True),
+    Dependency(
+        "data.min_prompt_tokens",
+        "data.overlength",
+        _one_of("truncate"),
+        "data.overlength: truncate",
+    ),
     Dependency("data.split_by", "data.held_out", bool, "a split (data.held_out above 0)"),
     Dependency(
         "reference",

@@ -189,10 +189,7 @@ class Data(Section):
                 "builtin:support; on the command line data.path=FILE.",
             )
         least = self.min_prompt_tokens
-        if least is not None and self.overlength != "truncate":
-            rule = f"has no effect with data.overlength={self.overlength}; set it to null."
-            yield InputProblem("min_prompt_tokens", rule)
-        elif least is not None and least > self.max_length - 2:
+        if least is not None and least > self.max_length - 2:
             rule = f"must be <= {self.max_length - 2}, data.max_length - 2: responses need room"
             yield InputProblem("min_prompt_tokens", rule, least)
         if self.held_out is not None and self.held_out_path is not None:

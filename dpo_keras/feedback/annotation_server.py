@@ -83,7 +83,7 @@ def make_app(
 class _Together:
     """Runs what waits for the store in one transaction, so that the disk confirms once for all.
 
-    It runs in the event loop's thread: the store answers before a thread would have been handed work.
+    It runs in the event loop: the store answers before a thread would have been handed work.
     """
 
     def __init__(self, database: Database):

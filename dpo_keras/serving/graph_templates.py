@@ -68,7 +68,8 @@ class Turn:
     def _kept_apart(self, pieces: Tensor) -> tuple[Tensor, tf.RaggedTensor]:
         """Return pieces `[n]` without those that are a kept token, and the ids of these."""
         # No piece is a mark of a cut, so nothing matches the last one.
-        matches = pieces[:, None] == tf.constant([*self.kept, CUT])[None, :]
+        texts = [*(token.encode() for token in self.kept), CUT]
+        matches = pieces[:, None] == tf.constant(texts)[None, :]
         is_kept = tf.reduce_any(matches, axis=1)
         number = tf.argmax(tf.cast(tf.boolean_mask(matches, is_kept), tf.int32), axis=1)
         ids = tf.gather(tf.constant([*self.kept.values(), 0], tf.int32), number)

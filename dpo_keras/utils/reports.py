@@ -76,7 +76,7 @@ def svg_address(plot: Plot, without: str = "pass plots=False") -> str:
     )
     text = text.replace("<defs>", f"<style>{style}</style><defs>", 1)
     # The reader's own font; matplotlib's is that of the machine which drew.
-    text = re.sub(r"(font: [^;']*px) '[^;]*;", r"\1 system-ui, sans-serif;", text)
+    text = re.sub(r"(font: [^;']*px |font-family: )'[^;]*;", r"\1system-ui, sans-serif;", text)
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode("ascii")
 
 

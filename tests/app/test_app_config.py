@@ -154,7 +154,7 @@ def test_rules_over_sections_are_reported_beside_faults_of_other_sections():
         ),
         (
             "model: {path: x}\ndata: {path: x, overlength: drop, min_prompt_tokens: 9}",
-            "data.min_prompt_tokens has no effect with data.overlength=drop",
+            "data.min_prompt_tokens has no effect without data.overlength: truncate",
         ),
         ("model: {path: x}\ndata: {path: []}", "data.path must have at least 1"),
         (MINIMAL + "name: a/b", "name"),

@@ -154,7 +154,7 @@ def test_candidates_to_page_to_pairs_to_a_trained_policy(tmp_path, capsys):
     assert report["agreement"]["raw_agreement"]["value"] == 1.0
     assert {person["name"] for person in report["people"]} == {"ann", "bob"}
     assert set(report["policies"]) == {"runs/a temperature=0.5", "b"}
-    assert "data:image/png" in (tmp_path / "r.html").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "r.html").read_text()
 
     pairs = tmp_path / "pairs.jsonl"
     assert main(["feedback", "export", store, str(pairs), "--label", "each"]) == 0

@@ -184,7 +184,7 @@ def test_broken_queries_are_refused(ann, query):
 )  # fmt: skip
 def test_no_path_leads_to_the_file_system(ann, path):
     answer = ann.get(path)
-    assert answer.status_code == 404 and answer.json() == {"error": "there is nothing here."}
+    assert answer.status_code == 404 and "there is nothing here" in answer.json()["error"]
 
 
 def test_other_methods_are_refused(ann):

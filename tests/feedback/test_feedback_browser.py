@@ -144,7 +144,7 @@ def test_a_wrong_link_shows_one_sentence_and_nothing_else(page):
         ("/#cut", "This link is not valid, or has expired; ask for a new one."),
         (f"/admin#{'x' * 32}", "This link is not valid, or has expired; ask for a new one."),
         ("/admin", "This page is the administrator's; open the administrator's link."),
-        ("/wrong", "There is nothing here; open the link that you were given."),
+        ("/wrong", "There is nothing here; open your link again."),
     ):
         page.driver.get("about:blank")
         page.driver.get(page.address + path)
