@@ -67,7 +67,7 @@ def quiet_tensorflow() -> Iterator[None]:
     they are written. A level of 0 or 1 that is set already asks for them. If the import fails, what
     was printed is the best explanation there is, and is shown.
     """
-    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are exceptions too
     if "tensorflow" in sys.modules or level in ("0", "1"):
         yield
         return
