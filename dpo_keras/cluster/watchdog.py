@@ -49,6 +49,7 @@ class Watchdog:
         >>> alone = '{"cluster": {"worker": ["a:7000"]}, "task": {"type": "worker", "index": 0}}'
         >>> with Watchdog(read_tf_config(alone)).meet(timeout=60) as watchdog:
         ...     watchdog.agree("step", 4)
+        4
     """
 
     def __init__(
