@@ -17,11 +17,18 @@ from dpo_keras.scoring.layer_overrides import (
     remat_overrides,
 )
 from dpo_keras.scoring.lora import low_rank_overrides
+from dpo_keras.scoring.model_inputs import (
+    TextRows,
+    check_inputs,
+    declared_inputs,
+    model_inputs,
+    response_mask,
+    text_overrides,
+)
+from dpo_keras.scoring.recurrences import recurrence_overrides
 from dpo_keras.scoring.tree_attention import TreeLayout, tree_overrides
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import transformer_blocks
-
-_INPUTS = {"token_ids", "padding_mask"}
 
 Scores: TypeAlias = dict[str, Tensor]
 """What a scorer finds, by name; see `ResponseScorer.__call__`."""
@@ -39,7 +46,7 @@ class ResponseScorer:
     Where the model is a KerasHub causal language model, hidden states are gathered at the places
     that predict response tokens, and the head is applied to those alone, in chunks. Any other Keras
     model from `{"token_ids", "padding_mask"}` to logits `[batch, length, vocabulary]` takes the
-    plain path: full logits, then the same gather.
+    plain path: full logits, then the same gather. Further inputs are those of `model_inputs`.
 
     Args:
         policy: the model, or a callable in place of one, such as `legacy.PolicyCall`.
@@ -49,7 +56,7 @@ class ResponseScorer:
         remat: whether the backward pass recomputes transformer blocks (gradient checkpointing).
 
     Raises:
-        InputError: the model takes other inputs than `token_ids` and `padding_mask`.
+        InputError: the model takes inputs that `model_inputs` cannot make.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class ResponseScorer:
         static: bool = False,
         remat: bool = False,
     ):
+        check_inputs(policy)
         self.policy = policy
         self.chunk = chunk
         self.static = static
@@ -71,7 +79,6 @@ class ResponseScorer:
             name = type(self._body).__name__
             rule = f"needs a model made of transformer blocks, which {name} does not show"
             raise InputError(InputProblem("remat", rule, hint="Use remat=False."))
-        _check_inputs(policy)
 
     def prepared(self, batch: Batch) -> PreparedBatch:
         """Add to a packed batch what several passes over it can share, its `TreeLayout`."""
@@ -127,7 +134,8 @@ class ResponseScorer:
 
     def _overrides(self, batch: PreparedBatch) -> list[Override]:
         """Collect what the model's layers do differently while this batch runs."""
-        overrides = low_rank_overrides(self._body)
+        overrides = low_rank_overrides(self._body) + text_overrides(self._body)
+        overrides += recurrence_overrides(self._body)
         if "layout" in batch:
             overrides += tree_overrides(self._body, batch["layout"])
             if self._fuses(batch):
@@ -146,16 +154,26 @@ class ResponseScorer:
         numbers: int = rows * length * self.parts[0].hidden_dim
         return numbers >= FUSED_FROM
 
+    def _inputs(self, batch: PreparedBatch) -> dict[str, Tensor]:
+        """Return what the model takes: one row for each sequence of the batch."""
+        rows, sequences, length = ops.shape(batch["token_ids"])
+
+        def flat(name: str) -> Tensor:
+            return ops.reshape(batch[name], (rows * sequences, length))
+
+        positions = flat("positions") if "positions" in batch else None
+        response = None
+        if "response_mask" in declared_inputs(self._body):
+            response = response_mask(batch["source"], batch["owner"], batch["padding_mask"])
+        text = TextRows(flat("token_ids"), flat("padding_mask"), positions, response)
+        return model_inputs(self._body, text)
+
     def _token_values(
         self, batch: PreparedBatch, training: bool, statistics: tuple[str, ...]
     ) -> Tensor:
-        token_ids, padding_mask = batch["token_ids"], batch["padding_mask"]
-        rows, sequences, length = ops.shape(token_ids)
+        rows, sequences, length = ops.shape(batch["token_ids"])
         slots = ops.shape(batch["owner"])[1]
-        inputs = {
-            "token_ids": ops.reshape(token_ids, (rows * sequences, length)),
-            "padding_mask": ops.reshape(padding_mask, (rows * sequences, length)),
-        }
+        inputs = self._inputs(batch)
         with overridden_methods(self._overrides(batch)):
             states = self._body(inputs, training=training)
         if len(states.shape) != 3:
@@ -183,21 +201,6 @@ class ResponseScorer:
             self.chunk,
         )
         return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
-
-
-def _check_inputs(policy: object) -> None:
-    # A subclassed model shows its inputs only when it is called.
-    structure = getattr(policy, "input", None) if getattr(policy, "inputs", None) else None
-    if structure is None or (isinstance(structure, dict) and set(structure) == _INPUTS):
-        return
-    names = [tensor.name for tensor in keras.tree.flatten(structure)]
-    taken = sorted(structure) if isinstance(structure, dict) else names
-    rule = (
-        "must take a dict of 'token_ids' and 'padding_mask' and return logits; this "
-        f"{type(policy).__name__} takes {taken}"
-    )
-    hint = "Wrap it in a keras.Model with that dict of inputs."
-    raise InputError(InputProblem("policy", rule, hint=hint))
 
 
 def sum_by_owner(values: Tensor, owner: Tensor, pairs: int) -> Tensor:
