@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.keras_hub_families import leading_image_states
 from dpo_keras.utils.keras_hub_internals import reversible_settings
 
 # 2**23 float32 logits are 32 MiB: large enough for efficient products, small beside the model. Past
@@ -229,10 +230,13 @@ def _loop(
 
 
 class LanguageModelHead:
-    """A policy's own projection, `[..., D]` to `[..., V]`: a `ReversibleEmbedding` or a `Dense`."""
+    """A policy's own projection, `[..., D]` to `[..., V]`: a `ReversibleEmbedding` or a `Dense`.
 
-    def __init__(self, layer: keras.layers.Layer):
-        self.layer = layer
+    `image_states` is how many hidden states stand in front of those of the tokens.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, image_states: int = 0):
+        self.layer, self.image_states = layer, image_states
         self.tied, self.soft_cap, dtype = False, None, None
         if isinstance(layer, keras.layers.ReversibleEmbedding):
             self.tied, self.soft_cap, dtype = reversible_settings(layer)
@@ -295,7 +299,8 @@ def split_backbone_and_head(policy: object) -> tuple[keras.Model, LanguageModelH
     """Take a policy apart where its logits are exactly head(backbone(inputs)); else return None.
 
     KerasHub's causal language models are functional models of two steps, backbone and reversed
-    embedding. A model with any other step (a scaling of the logits, a quantized head) stays whole.
+    embedding; some also cut the states of an image off the front. A model with any other step (a
+    scaling of the logits, a quantized head) stays whole.
     """
     backbone = getattr(policy, "backbone", None)
     operations = getattr(policy, "operations", None)
@@ -306,6 +311,9 @@ def split_backbone_and_head(policy: object) -> tuple[keras.Model, LanguageModelH
         for operation in operations
         if operation is not backbone and not isinstance(operation, keras.layers.InputLayer)
     ]
+    image_states = leading_image_states(backbone)
+    if image_states is not None:
+        steps = [step for step in steps if type(step).__name__ != "GetItem"]
     if len(steps) != 1 or not LanguageModelHead.supports(steps[0]):
         return None
-    return backbone, LanguageModelHead(steps[0])
+    return backbone, LanguageModelHead(steps[0], image_states or 0)

@@ -17,7 +17,7 @@ from keras import ops
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_internals import drafts_for_another_model, media_encoders
+from dpo_keras.utils.keras_hub_families import drafts_for_another_model, media_encoders
 
 Inputs: TypeAlias = dict[str, Tensor]
 
@@ -89,7 +89,9 @@ def declared_inputs(model: object) -> dict[str, keras.KerasTensor]:
     return dict(structure) if isinstance(structure, dict) else {}
 
 
-def model_inputs(model: object, text: TextRows, given: Mapping[str, Tensor] | None = None) -> Inputs:
+def model_inputs(
+    model: object, text: TextRows, given: Mapping[str, Tensor] | None = None
+) -> Inputs:
     """Return what a model declares, for rows of text: the argument of its call.
 
     Args:
@@ -136,9 +138,9 @@ def needs_image(name: str, symbolic: keras.KerasTensor) -> bool:
 
 def blank_images(model: object, token_ids: Tensor) -> Inputs:
     """Return the blank images of a model that needs one for each row; {} for any other model."""
-    declared = declared_inputs(model)
     text = TextRows(token_ids, token_ids)
-    return {n: _made(n, symbolic, text) for n, symbolic in declared.items() if needs_image(n, symbolic)}
+    images = [pair for pair in declared_inputs(model).items() if needs_image(*pair)]
+    return {name: _made(name, symbolic, text) for name, symbolic in images}
 
 
 def text_overrides(model: keras.Model, given: Mapping[str, Tensor] | None = None) -> list[Override]:

@@ -2,8 +2,9 @@
 
 KerasHub unrolls them in Python, so that they run only where the length of the rows is static, and
 Qwen 3.5's graph grows by hundreds of operations for each chunk of a layer. These compute the same
-for any length: where it is not static, in a loop over chunks or tokens. Notation, for one head: query q, key k and
-value v of a token are columns; the state S maps keys to values.
+for any length: where it is not static, in a loop over chunks or tokens.
+
+Notation, for one head: query q, key k and value v of a token are columns.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from keras import ops
 
 from dpo_keras.scoring.layer_overrides import Override
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_internals import recurrence_owners
+from dpo_keras.utils.keras_hub_families import recurrence_owners
 
 Found: TypeAlias = tuple[Tensor, Tensor | None]
 _EPSILON = 1e-6  # of the L2 norms of queries and keys

@@ -176,6 +176,8 @@ class ResponseScorer:
         inputs = self._inputs(batch)
         with overridden_methods(self._overrides(batch)):
             states = self._body(inputs, training=training)
+        if self.parts is not None and self.parts[1].image_states:
+            states = states[:, self.parts[1].image_states :]
         if len(states.shape) != 3:
             rule = "must return logits of shape [batch, length, vocabulary]"
             raise InputError(InputProblem("policy", rule, tuple(states.shape)))

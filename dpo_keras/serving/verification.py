@@ -23,6 +23,7 @@ from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, collate, tokeni
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.losses import log_likelihood_ratio, preference_probabilities
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.scoring.model_inputs import TextRows, full_logits
 from dpo_keras.serving import standalone
 from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, ServedModel, missing_reference, scores_of
@@ -266,8 +267,9 @@ class Comparison:
         encoder, longest = self.served.encoder, self.served.decoding.max_new_tokens
         ids = tf.concat([before, new], axis=1)
         mask = tf.sequence_mask(ids.row_lengths(), dtype=tf.int32)
-        inputs = {"token_ids": ids.to_tensor(encoder.pad), "padding_mask": mask}
-        logits = self.served.policy(inputs, training=False)
+        response = mask - tf.sequence_mask(before.row_lengths(), tf.shape(mask)[1], tf.int32)
+        text = TextRows(ids.to_tensor(encoder.pad), mask, response=response)
+        logits = full_logits(self.served.policy, text)
         logits = keras.ops.convert_to_numpy(keras.ops.cast(logits, "float32"))
         starts = before.row_lengths().numpy()
         for number, row in enumerate(new.to_list()):

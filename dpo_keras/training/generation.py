@@ -16,7 +16,15 @@ import tensorflow as tf
 
 from dpo_keras.batching import Ragged, TextEncoder
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.model_inputs import (
+    TextRows,
+    blank_images,
+    check_inputs,
+    declared_inputs,
+    full_logits,
+)
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.keras_hub_families import recurrent_decoding
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]
 """Draws one index per row from log-probs `[batch, n]`: int32 `[batch]`."""
@@ -91,6 +99,7 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     if limit is not None and limit <= max_new_tokens:
         rule = f"must leave room for a prompt in {limit} tokens"
         raise InputError(InputProblem("max_new_tokens", rule, max_new_tokens))
+    check_inputs(policy)
     encoder = TextEncoder(preprocessor)
     stops = sorted(encoder.ends)
     room = None if limit is None else limit - max_new_tokens
@@ -165,7 +174,18 @@ def decode(
     rows, length = tf.unstack(tf.shape(token_ids))
     lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
 
+    if (recurrent := recurrent_decoding(policy)) is not None:
+        # KerasHub reads whole prompts into the state first, and their last token once more behind
+        # that. A state, unlike keys and values, remembers both: prompts are read token by token.
+        def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+            return recurrent.step(token_ids[:, place[0] - 1, None], cache, place[0] - 1)
+
+        start = recurrent.empty_cache(token_ids)
+        return loop(logits_at, token_ids, start, tf.ones_like(lengths), steps=length - 1)
+
     if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
+        # Where prompts see themselves as a whole, their cache is kept as it was filled.
+        keep = "response_mask" in declared_inputs(policy)
 
         def sampler(
             *, next: Callable[..., Tensor], prompt: Tensor, cache: Tensor, index: Tensor, **_: Any
@@ -176,20 +196,22 @@ def decode(
                 return logits, cache
 
             place = tf.fill([rows], tf.cast(index, tf.int32))
-            return loop(logits_at, prompt, cache, place, steps=length - place[0])
+            return loop(logits_at, prompt, cache, place, steps=length - place[0], keep=keep)
 
         before = getattr(policy, "sampler", None)
         # `generate_step` fills the cache with the prompts and leaves the loop to the sampler.
         policy.sampler = sampler
         try:
             inputs = {"token_ids": token_ids, "padding_mask": mask}
+            inputs.update(blank_images(policy, token_ids))
             return policy.generate_step(inputs, list(stops))["token_ids"]
         finally:
             policy.sampler = before
 
     def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         seen = tf.sequence_mask(place, length, tf.int32)
-        logits = policy({"token_ids": token_ids, "padding_mask": seen}, training=False)
+        response = seen * (1 - tf.cast(mask, tf.int32))
+        logits = full_logits(policy, TextRows(token_ids, seen, response=response))
         return tf.gather(logits, place - 1, batch_dims=1), cache
 
     return loop(logits_at, token_ids, (), lengths, steps=max_new_tokens)
@@ -205,8 +227,12 @@ def _loop(
     stops: Sequence[int],
     choose: Choose,
     steps: Tensor,
+    keep: bool = False,
 ) -> Tensor:
-    """Fill `token_ids` from `place` `[batch]` on; `logits_at` gives the logits for that place."""
+    """Fill `token_ids` from `place` `[batch]` on; `logits_at` gives the logits for that place.
+
+    `keep` leaves the cache of a row as it is where the prompt has the token of that place.
+    """
     rows = tf.range(tf.shape(token_ids)[0])
 
     def unfinished(token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor) -> Tensor:
@@ -215,15 +241,25 @@ def _loop(
     def step(
         token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, cache = logits_at(token_ids, cache, place)
+        logits, found = logits_at(token_ids, cache, place)
         at = tf.stack([rows, place], axis=1)
         prompted = tf.gather_nd(mask, at)
+        cache = _kept(prompted, cache, found) if keep else found
         token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits))
         done |= ~prompted & tf.reduce_any(token[:, None] == tf.constant(stops), axis=1)
         return tf.tensor_scatter_nd_update(token_ids, at, token), cache, place + 1, done
 
     start = (token_ids, cache, place, tf.zeros_like(place, tf.bool))
     return tf.while_loop(unfinished, step, start, maximum_iterations=steps)[0]
+
+
+def _kept(rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Take the cache `before` in the given rows (bool `[batch]`), `after` in the others."""
+
+    def taken(one: Tensor, other: Tensor) -> Tensor:
+        return tf.where(tf.reshape(rows, [-1] + [1] * (len(one.shape) - 1)), one, other)
+
+    return keras.tree.map_structure(taken, before, after)
 
 
 def token_choice(temperature: float, top_p: float, draw: Draw) -> Choose:

@@ -13,6 +13,7 @@ from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing
 from dpo_keras.scoring.lora import serialized_policy
+from dpo_keras.scoring.model_inputs import TextRows, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
@@ -272,7 +273,8 @@ class PolicyTrainer(TensorflowTrainer):
         super().__init__(**kwargs)
         if not policy.built:
             # A subclassed model has no weights to train or copy before its first call.
-            policy({key: tf.ones((1, 2), "int32") for key in ("token_ids", "padding_mask")})
+            ones = tf.ones((1, 2), "int32")
+            policy(model_inputs(policy, TextRows(ones, ones)))
         layers = keras_internals.all_layers(policy)
         drops = any(isinstance(layer, keras.layers.Dropout) and layer.rate > 0 for layer in layers)
         if remat and dropout and drops:

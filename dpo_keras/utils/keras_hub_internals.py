@@ -249,52 +249,6 @@ def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:
     return {"epsilon": private(layer, "epsilon", KERAS_HUB), **optional}
 
 
-class MediaEncoder(NamedTuple):
-    """An encoder of images or sounds, and the layer that puts its states among those of tokens."""
-
-    encoder: keras.layers.Layer
-    interleave: keras.layers.Layer
-    inputs: frozenset[str]  # by which a backbone takes what is encoded
-
-
-def media_encoders(backbone: object) -> list[MediaEncoder]:
-    """Return the encoders that a backbone can do without (Gemma 3, Gemma 4, Qwen 3.5)."""
-    kinds = {
-        "vision_encoder": ("interleave_embeddings", {"images", "pixel_values"}),
-        "audio_encoder": ("audio_interleave_embeddings", {"audio_mel"}),
-    }
-    found = []
-    for name, (interleave, inputs) in kinds.items():
-        encoder, layer = getattr(backbone, name, None), getattr(backbone, interleave, None)
-        if encoder is not None and layer is not None:
-            found.append(MediaEncoder(encoder, layer, frozenset(inputs)))
-    return found
-
-
-def recurrence_owners(model: keras.layers.Layer) -> dict[str, list[tuple[object, str]]]:
-    """Return where a model looks up the recurrences of its layers: (owner, name), by rule."""
-    from dpo_keras.utils.keras_internals import all_layers
-
-    owners: dict[str, list[tuple[object, str]]] = {}
-    for layer in all_layers(model):
-        kind = type(layer)
-        if kind.__name__ == "Qwen3_5GatedDeltaNet":
-            module = importlib.import_module(kind.__module__)
-            private(module, "_chunk_gated_delta_rule", KERAS_HUB)
-            owners["gated_delta_rule"] = [(module, "_chunk_gated_delta_rule")]
-        elif kind.__name__ == "RWKV7TimeMix":
-            names = "RWKV7_OP", "RWKV7_OP_RNN", "RWKV7_OP_INFERENCE"
-            # Another operation than the one in Python is a compiled kernel.
-            python = [n for n in names if private(layer, n, KERAS_HUB).__module__ == kind.__module__]
-            owners.setdefault("generalized_delta_rule", []).extend((layer, n) for n in python)
-    return owners
-
-
-def drafts_for_another_model(model: object) -> bool:
-    """Tell whether a model is an assistant in speculative decoding (Gemma 4)."""
-    return type(model).__name__ == "Gemma4AssistantCausalLM"
-
-
 class ReversibleSettings(NamedTuple):
     """How a `ReversibleEmbedding` projects hidden states to logits."""
 

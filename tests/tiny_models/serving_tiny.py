@@ -16,6 +16,7 @@ CORPUS = [
     "Ünïcödé text – naïve café 東京 你好 🙂",
 ] * 3
 LENGTH = 64
+GEMMA4_MARKS = ["<|turn>", "<turn|>", "<|image>", "<|image|>", "<image|>", "<|video|>"]
 GROUPED = {"num_query_heads": 4, "num_key_value_heads": 2}
 
 
@@ -56,6 +57,7 @@ def sentencepiece(kind):
     turns = ["<start_of_turn>", "<end_of_turn>"]
     options = {
         "gemma": {**GEMMA_PIECES, "user_defined_symbols": turns + vision},
+        "gemma4": {**GEMMA_PIECES, "user_defined_symbols": GEMMA4_MARKS},
         "llama": {"pad_id": -1, "unk_id": 0, "bos_id": 1, "eos_id": 2},
     }
     return sentence_pieces(CORPUS, 340, **options[kind])
@@ -106,6 +108,24 @@ def gemma3(seed=0):
         "vision_encoder": None,
     }
     return _scattered(seed, "Gemma3", tokenizer, **sizes)
+
+
+def gemma4(seed=0):
+    """Keys and values shared by layers, inputs for each layer, windows: as in small Gemma 4."""
+    tokenizer = keras_hub.models.Gemma4Tokenizer(sentencepiece("gemma4"))
+    sizes = {
+        **GROUPED,
+        "image_size": 16,
+        "num_layers": 3,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window_size": 8,
+        "num_kv_shared_layers": 1,
+        "hidden_size_per_layer_input": 4,
+        "final_logit_soft_cap": 30.0,
+    }
+    return _scattered(seed, "Gemma4", tokenizer, **sizes)
 
 
 def plain(vocabulary_size, seed=0):

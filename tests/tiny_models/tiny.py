@@ -74,12 +74,16 @@ def pairs(count=11, seed=0):
     return records
 
 
-def full_logits_log_probs(policy, batch):
-    """Response log-probs in plain NumPy from the model's full logits, float64."""
+def full_logits_log_probs(policy, batch, further=lambda token_ids: {}):
+    """Response log-probs in plain NumPy from the model's full logits, float64.
+
+    `further` makes what the model takes beside ids and mask, from token ids `[N, length]`.
+    """
     rows, sequences, length = batch["token_ids"].shape
     flat = {
         k: tf.reshape(batch[k], (rows * sequences, length)) for k in ("token_ids", "padding_mask")
     }
+    flat.update(further(flat["token_ids"]))
     logits = np.asarray(keras.ops.convert_to_numpy(policy(flat, training=False)), np.float64)
     logits = logits.reshape(rows, sequences * length, -1)
     logps = np.zeros((rows, 2))

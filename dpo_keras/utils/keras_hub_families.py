@@ -1,0 +1,110 @@
+"""What single families of KerasHub do otherwise than the rest (written for KerasHub 0.32)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpo_keras.utils.keras_hub_internals import KERAS_HUB, private
+from dpo_keras.utils.keras_internals import all_layers
+
+if TYPE_CHECKING:
+    import keras
+
+
+class MediaEncoder(NamedTuple):
+    """An encoder of images or sounds, and the layer that puts its states among those of tokens."""
+
+    encoder: keras.layers.Layer
+    interleave: keras.layers.Layer
+    inputs: frozenset[str]  # by which a backbone takes what is encoded
+
+
+def media_encoders(backbone: object) -> list[MediaEncoder]:
+    """Return the encoders that a backbone can do without (Gemma 3, Gemma 4, Qwen 3.5)."""
+    kinds = {
+        "vision_encoder": ("interleave_embeddings", {"images", "pixel_values"}),
+        "audio_encoder": ("audio_interleave_embeddings", {"audio_mel"}),
+    }
+    found = []
+    for name, (interleave, inputs) in kinds.items():
+        encoder, layer = getattr(backbone, name, None), getattr(backbone, interleave, None)
+        if encoder is not None and layer is not None:
+            found.append(MediaEncoder(encoder, layer, frozenset(inputs)))
+    return found
+
+
+def leading_image_states(backbone: object) -> int | None:
+    """Return how many states of an image precede those of tokens; None where none ever do."""
+    for name in ("image_sequence_length", "num_query_tokens"):  # PaliGemma, BLIP-2
+        count: int | None = getattr(backbone, name, None)
+        if count is not None:
+            return count
+    return None
+
+
+def recurrence_owners(model: keras.layers.Layer) -> dict[str, list[tuple[object, str]]]:
+    """Return where a model looks up the recurrences of its layers: (owner, name), by rule."""
+    owners: dict[str, list[tuple[object, str]]] = {}
+    for layer in all_layers(model):
+        kind = type(layer)
+        if kind.__name__ == "Qwen3_5GatedDeltaNet":
+            module = importlib.import_module(kind.__module__)
+            private(module, "_chunk_gated_delta_rule", KERAS_HUB)
+            owners["gated_delta_rule"] = [(module, "_chunk_gated_delta_rule")]
+        elif kind.__name__ == "RWKV7TimeMix":
+            names = "RWKV7_OP", "RWKV7_OP_RNN", "RWKV7_OP_INFERENCE"
+            # Another operation than the one in Python is a compiled kernel.
+            python = [
+                n for n in names if private(layer, n, KERAS_HUB).__module__ == kind.__module__
+            ]
+            owners.setdefault("generalized_delta_rule", []).extend((layer, n) for n in python)
+    return owners
+
+
+class RecurrentDecoding(NamedTuple):
+    """How a model whose layers keep a state reads one token after the other."""
+
+    empty_cache: Callable[[Any], Any]  # of rows of token ids
+    step: Callable[
+        [Any, Any, Any], tuple[Any, Any]
+    ]  # (ids [batch, 1], cache, place) -> (logits, …)
+
+
+def recurrent_decoding(policy: Any) -> RecurrentDecoding | None:
+    """Return how Qwen 3.5 and RWKV-7 decode; None for a model without a recurrent state."""
+    kind = type(policy).__name__
+    if kind not in ("Qwen3_5CausalLM", "Qwen3_5MoeCausalLM", "RWKV7CausalLM"):
+        return None
+    from keras import ops
+
+    def empty_cache(token_ids: Any) -> Any:
+        found = []
+
+        def unread(_: Any, cache: Any, *__: Any, **___: Any) -> tuple[None, None, Any]:
+            found.append(cache)
+            return None, None, cache
+
+        policy.__dict__["call_with_cache"] = unread
+        try:
+            private(policy, "_build_cache", KERAS_HUB)(token_ids, None)
+        finally:
+            del policy.__dict__["call_with_cache"]
+        # A list would become a tuple in a loop.
+        return tuple(found[0])
+
+    def step(token_ids: Any, cache: Any, place: Any) -> tuple[Any, Any]:
+        if kind == "RWKV7CausalLM":  # without a mask, id 0 would be padding
+            options = {"padding_mask": ops.ones_like(token_ids)}
+        else:
+            options = {"cache_update_index": place}
+        logits, _, cache = policy.call_with_cache(token_ids, cache, **options)
+        return ops.squeeze(logits, axis=1), tuple(cache)
+
+    return RecurrentDecoding(empty_cache, step)
+
+
+def drafts_for_another_model(model: object) -> bool:
+    """Tell whether a model is an assistant in speculative decoding (Gemma 4)."""
+    return type(model).__name__ == "Gemma4AssistantCausalLM"
