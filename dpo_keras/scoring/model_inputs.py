@@ -77,8 +77,8 @@ def check_inputs(model: object) -> None:
     rule += f", and dpo_keras cannot make {', '.join(map(repr, unknown))}" if unknown else ""
     hint = (
         "Give a model of those two that makes the rest: keras.Model({'token_ids': ids, "
-        "'padding_mask': mask}, policy(…)), with ids and mask of keras.Input((None,), "
-        "dtype='int32') and further inputs computed from them."
+        "'padding_mask': mask}, policy(…)), where ids = keras.Input((None,), dtype='int32', "
+        "name='token_ids'), mask likewise, and further inputs are computed from them."
     )
     raise InputError(InputProblem("policy", rule, hint=hint))
 

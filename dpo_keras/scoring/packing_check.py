@@ -7,6 +7,7 @@ from dpo_keras.batching import Batch, Ragged, TokenizedPairs, collate, collate_p
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.utils.keras_hub_families import media_encoders
 from dpo_keras.utils.keras_hub_internals import (
     ATTENTION,
     is_attention,
@@ -42,7 +43,9 @@ def packing_obstacle(policy: object) -> str | None:
             f"{type(policy).__name__} is no KerasHub causal language model whose backbone and head "
             "can be taken apart"
         )
-    layers = all_layers(parts[0])
+    # Encoders of images and sounds do not run on packed rows, which are of text.
+    idle = {id(layer) for found in media_encoders(parts[0]) for layer in all_layers(found.encoder)}
+    layers = [layer for layer in all_layers(parts[0]) if id(layer) not in idle]
     attention = [layer for layer in layers if is_attention(layer)]
     positions = [layer for layer in layers if is_position(layer)]
     unknown = sorted({type(layer).__name__ for layer in attention} - set(ATTENTION))

@@ -177,6 +177,16 @@ def _gemma(layer: keras.layers.Layer) -> AttentionSettings:
     )
 
 
+def _gemma4(layer: keras.layers.Layer) -> AttentionSettings:
+    windowed = not private(layer, "is_global_attention", KERAS_HUB)
+    return AttentionSettings(
+        scale=1.0,  # queries and keys are normalized instead
+        soft_cap=private(layer, "logit_soft_cap", KERAS_HUB),
+        window=_where(layer, *_SWITCHED_WINDOW) if windowed else None,
+        dropout=_where(layer, "dropout", "dropout_layer"),
+    )
+
+
 ATTENTION: dict[str, Callable[[keras.layers.Layer], AttentionSettings]] = {
     "CachedMultiHeadAttention": _multi_head,  # GPT-2, OPT
     "LlamaAttention": _llama,  # Llama, Llama 3
@@ -187,6 +197,7 @@ ATTENTION: dict[str, Callable[[keras.layers.Layer], AttentionSettings]] = {
     "Qwen3Attention": _qwen3,
     "CachedGemmaAttention": _gemma,  # Gemma, Gemma 2
     "CachedGemma3Attention": _gemma,
+    "Gemma4TextAttention": _gemma4,
 }
 """How to read the settings off each kind of attention layer that is known to pack exactly."""
 

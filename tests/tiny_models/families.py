@@ -346,5 +346,9 @@ PACKED = (
     "qwen3",
     "phi3",
     "gpt_neo_x",
+    "gemma4",
+    "gemma4_moe",
+    "gemma4_vision",
+    "gemma3_vision",
 )
 FAMILIES = {name: ALL_FAMILIES[name] for name in PACKED}
