@@ -158,14 +158,14 @@ class ResponseScorer:
         """Return what the model takes: one row for each sequence of the batch."""
         rows, sequences, length = ops.shape(batch["token_ids"])
 
-        def flat(name: str) -> Tensor:
-            return ops.reshape(batch[name], (rows * sequences, length))
+        def flat(values: Tensor) -> Tensor:
+            return ops.reshape(values, (rows * sequences, length))
 
-        positions = flat("positions") if "positions" in batch else None
+        positions = flat(batch["positions"]) if "positions" in batch else None
         response = None
         if "response_mask" in declared_inputs(self._body):
             response = response_mask(batch["source"], batch["owner"], batch["padding_mask"])
-        text = TextRows(flat("token_ids"), flat("padding_mask"), positions, response)
+        text = TextRows(flat(batch["token_ids"]), flat(batch["padding_mask"]), positions, response)
         return model_inputs(self._body, text)
 
     def _token_values(

@@ -24,7 +24,7 @@ from dpo_keras.scoring.model_inputs import (
     full_logits,
 )
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_families import recurrent_decoding
+from dpo_keras.utils.keras_hub_families import RecurrentDecoding, recurrent_decoding
 
 Draw: TypeAlias = Callable[[Tensor], Tensor]
 """Draws one index per row from log-probs `[batch, n]`: int32 `[batch]`."""
@@ -171,50 +171,72 @@ def decode(
     prompts' tokens, at least one per row. What follows a row's first stop is undefined.
     """
     loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose)
-    rows, length = tf.unstack(tf.shape(token_ids))
-    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
-
-    if (recurrent := recurrent_decoding(policy)) is not None:
-        # KerasHub reads whole prompts into the state first, and their last token once more behind
-        # that. A state, unlike keys and values, remembers both: prompts are read token by token.
-        def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-            return recurrent.step(token_ids[:, place[0] - 1, None], cache, place[0] - 1)
-
-        start = recurrent.empty_cache(token_ids)
-        return loop(logits_at, token_ids, start, tf.ones_like(lengths), steps=length - 1)
-
+    recurrent = recurrent_decoding(policy)
+    if recurrent is not None:
+        return _decode_with_state(recurrent, token_ids, loop)
     if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
-        # Where prompts see themselves as a whole, their cache is kept as it was filled.
-        keep = "response_mask" in declared_inputs(policy)
-
-        def sampler(
-            *, next: Callable[..., Tensor], prompt: Tensor, cache: Tensor, index: Tensor, **_: Any
-        ) -> Tensor:
-            # KerasHub's cache has one index for all rows: rows move on column by column.
-            def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-                logits, _, cache = next(token_ids, cache, place[0])
-                return logits, cache
-
-            place = tf.fill([rows], tf.cast(index, tf.int32))
-            return loop(logits_at, prompt, cache, place, steps=length - place[0], keep=keep)
-
-        before = getattr(policy, "sampler", None)
-        # `generate_step` fills the cache with the prompts and leaves the loop to the sampler.
-        policy.sampler = sampler
-        try:
-            inputs = {"token_ids": token_ids, "padding_mask": mask}
-            inputs.update(blank_images(policy, token_ids))
-            return policy.generate_step(inputs, list(stops))["token_ids"]
-        finally:
-            policy.sampler = before
+        return _decode_with_cache(policy, token_ids, mask, stops, loop)
+    length = tf.shape(token_ids)[1]
+    prompted = tf.cast(mask, tf.int32)
 
     def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         seen = tf.sequence_mask(place, length, tf.int32)
-        response = seen * (1 - tf.cast(mask, tf.int32))
-        logits = full_logits(policy, TextRows(token_ids, seen, response=response))
+        logits = full_logits(policy, TextRows(token_ids, seen, response=seen * (1 - prompted)))
         return tf.gather(logits, place - 1, batch_dims=1), cache
 
+    lengths = tf.reduce_sum(prompted, axis=1)
     return loop(logits_at, token_ids, (), lengths, steps=max_new_tokens)
+
+
+def _decode_with_state(
+    recurrent: RecurrentDecoding, token_ids: Tensor, loop: Callable[..., Tensor]
+) -> Tensor:
+    """Decode with a state for each row, which reads prompts token by token, too.
+
+    KerasHub reads whole prompts first and then their last tokens once more. Keys and values do not
+    change by that; a state remembers both.
+    """
+    rows, length = tf.unstack(tf.shape(token_ids))
+
+    def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        last = place[0] - 1
+        return recurrent.step(token_ids[:, last, None], cache, last)
+
+    start = recurrent.empty_cache(token_ids)
+    return loop(logits_at, token_ids, start, tf.ones((rows,), tf.int32), steps=length - 1)
+
+
+def _decode_with_cache(
+    policy: keras.Model,
+    token_ids: Tensor,
+    mask: Tensor,
+    stops: Sequence[int],
+    loop: Callable[..., Tensor],
+) -> Tensor:
+    """Decode with KerasHub's cache of keys and values."""
+    rows, length = tf.unstack(tf.shape(token_ids))
+    # Where prompts see themselves as a whole, their cache is kept as it was filled.
+    keep = "response_mask" in declared_inputs(policy)
+
+    def sampler(
+        *, next: Callable[..., Tensor], prompt: Tensor, cache: Tensor, index: Tensor, **_: Any
+    ) -> Tensor:
+        # KerasHub's cache has one index for all rows: rows move on column by column.
+        def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+            logits, _, cache = next(token_ids, cache, place[0])
+            return logits, cache
+
+        place = tf.fill([rows], tf.cast(index, tf.int32))
+        return loop(logits_at, prompt, cache, place, steps=length - place[0], keep=keep)
+
+    before = getattr(policy, "sampler", None)
+    # `generate_step` fills the cache with the prompts and leaves the loop to the sampler.
+    policy.sampler = sampler
+    try:
+        inputs = {"token_ids": token_ids, "padding_mask": mask, **blank_images(policy, token_ids)}
+        return policy.generate_step(inputs, list(stops))["token_ids"]
+    finally:
+        policy.sampler = before
 
 
 def _loop(

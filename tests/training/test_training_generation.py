@@ -1,5 +1,6 @@
 """Generation: cached and plain agree, seeds repeat, ends end, prompts keep their ends."""
 
+import functools
 import gc
 import weakref
 
@@ -7,9 +8,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from families import ALL_FAMILIES
 from tiny import Letters, gpt2, llama
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring.model_inputs import TextRows, full_logits
 from dpo_keras.training import generate_responses
 from dpo_keras.training.generation import decode, new_tokens, token_choice
 
@@ -37,6 +40,25 @@ def test_greedy_text_is_the_same_with_and_without_the_cache(make):
     rows = [[1, *ids] for ids in Letters().tokenize(PROMPTS)]
     assert generate_responses(model, rows, **options) == cached
     assert all(0 < len(text) <= 6 for text in cached)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "qwen3_5", "rwkv7", "pali_gemma"])
+def test_greedy_text_is_that_of_forward_passes_over_each_text_alone(family):
+    """Unlike keys and values, a state counts twice what it reads twice."""
+    policy = ALL_FAMILIES[family]()
+    rows = [[1, 40, 41, 42, 43, 44, 45], [1, 60], [1, 50, 51, 52, 53]]
+    ids = tf.ragged.constant(rows).to_tensor(0, shape=(3, 16))
+    mask = tf.sequence_mask([len(row) for row in rows], 16)
+    greedy = token_choice(0.0, 1.0, draw=None)
+    run = functools.partial(decode, policy, stops=[2], choose=greedy, max_new_tokens=3)
+    found = tf.function(run, autograph=False)(ids, mask)
+    for row, prompt in zip(found.numpy(), rows, strict=True):
+        text = list(prompt)
+        while len(text) < len(prompt) + 3 and 2 not in text[len(prompt) :]:
+            response = tf.constant([[0] * len(prompt) + [1] * (len(text) - len(prompt))])
+            seen = TextRows(tf.constant([text]), tf.ones((1, len(text)), tf.int32), None, response)
+            text.append(int(np.argmax(full_logits(policy, seen)[0, -1])))
+        assert row[: len(text)].tolist() == text
 
 
 def test_a_seed_repeats_its_samples_and_another_does_not():
