@@ -17,7 +17,7 @@ The whole of it in ten lines:
     pairs = dpo_keras.read_preferences("pairs.jsonl")
     train, held_out = pairs.split(0.1, seed=0)
     policy = keras_hub.models.CausalLM.from_preset("gemma3_1b")
-    policy.backbone.enable_lora(8)
+    dpo_keras.enable_lora(policy, 8)
     dataset = dpo_keras.preference_dataset(train, policy.preprocessor, batch_size=16)
     model = dpo_keras.DPOModel(policy, reference="auto")
     model.compile(keras.optimizers.AdamW(5e-6), loss=dpo_keras.DPOLoss("sigmoid", beta=0.1))
@@ -47,6 +47,7 @@ _HOME = {
     "write_preferences": "dpo_keras.preferences",
     "preference_dataset": "dpo_keras.batching",
     "tokenize_pairs": "dpo_keras.batching",
+    "enable_lora": "dpo_keras.scoring",
     "response_log_probs": "dpo_keras.scoring",
     "cache_reference": "dpo_keras.scoring",
     "DPOLoss": "dpo_keras.losses",
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
         read_preferences,
         write_preferences,
     )
-    from dpo_keras.scoring import cache_reference, response_log_probs
+    from dpo_keras.scoring import cache_reference, enable_lora, response_log_probs
     from dpo_keras.serving import export
     from dpo_keras.training import (
         DPOModel,
@@ -106,6 +107,7 @@ __all__ = [
     "build_preferences",
     "cache_reference",
     "callbacks",
+    "enable_lora",
     "export",
     "generate_responses",
     "preference_dataset",

@@ -254,6 +254,8 @@ _OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("loss_type", "objective"), "type"),
     **dict.fromkeys(("ref_model", "reference_model"), "reference"),
     **dict.fromkeys(("lora_r", "lora"), "lora_rank"),
+    **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules"), "lora_targets"),
+    "use_rslora": "lora_scaling",
     **dict.fromkeys(("packing", "padding_free"), "batching"),
     "truncation_mode": "overlength",
     "chat_template": "template",

@@ -100,6 +100,10 @@ WARMUP = "a warmup section; preference training runs without dropout"
 DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("model.scratch.dropout", "warmup", lambda warmup: warmup is not None, WARMUP),
     Dependency("model.scratch.dropout", "training.remat", _one_of(False), "training.remat: false"),
+    *(
+        Dependency(f"model.{name}", "model.lora_rank", bool, "adapters (model.lora_rank)")
+        for name in ("lora_alpha", "lora_targets", "lora_scaling")
+    ),
     Dependency("data.format", "data", _are_files, "a file in data.path", outside=True),
     Dependency("data.columns", "data", _have_records, RECORDS, outside=True),
     Dependency("data.on_error", "data", _have_records, RECORDS, outside=True),

@@ -118,6 +118,15 @@ class Model(Section):
         "float32", "of weights and computation; `mixed_bfloat16` keeps weights in float32"
     )
     lora_rank: Count | None = key(None, "rank of the adapters to train; null trains all weights")
+    lora_alpha: Positive | None = key(None, "the adapters' scale is alpha / rank; null: rank")
+    lora_targets: OneOrMore | None = key(
+        None,
+        "layers that get adapters: `attention`, `all-linear`, or names or patterns; null: the "
+        "query and value projections",
+    )
+    lora_scaling: Literal["standard", "rank_stabilized"] = key(
+        "standard", "`rank_stabilized`: the scale is alpha / sqrt(rank)"
+    )
 
     def _broken_rules(self) -> Iterator[InputProblem]:
         if self.path is not None and self.scratch is not None:

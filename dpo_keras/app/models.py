@@ -213,21 +213,22 @@ def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> ke
     else:
         policy = load_model(str(model.path), model.dtype)
     if model.lora_rank is not None:
-        enable_lora(policy, model.lora_rank)
+        _enable_lora(policy, model)
     return policy
 
 
-def enable_lora(policy: keras.Model, rank: int) -> None:
-    """Add low-rank adapters to the policy's attention layers, and freeze the rest."""
-    name = type(policy.backbone).__name__
+def _enable_lora(policy: keras.Model, model: Model) -> None:
+    from dpo_keras.scoring import enable_lora
+
     try:
-        policy.backbone.enable_lora(rank)
-    except (AttributeError, ValueError, NotImplementedError) as error:
-        why = f": {name} does not take LoRA: {_reason(error)}"
-        raise InputError(InputProblem("model.lora_rank", why)) from error
-    if not policy.backbone.trainable_variables:
-        why = f": no layer of {name} took LoRA; set it to null."
-        raise InputError(InputProblem("model.lora_rank", why))
+        enable_lora(
+            policy, model.lora_rank, model.lora_alpha, model.lora_targets, model.lora_scaling
+        )
+    except InputError as error:
+        names = ("alpha", "targets", "scaling")
+        keys = {name: f"model.lora_{name}" for name in names}
+        problems = [p.renamed(keys.get(p.argument, "model.lora_rank")) for p in error.problems]
+        raise InputError(problems) from error
 
 
 def check_length(policy: keras.Model, max_length: int) -> None:

@@ -1,5 +1,6 @@
 """Log-probs of responses under a policy and under its reference."""
 
+from dpo_keras.scoring.adapter_targets import enable_lora
 from dpo_keras.scoring.dataset_scoring import cache_reference, response_log_probs, score_pairs
 from dpo_keras.scoring.language_model_head import token_log_probs
 from dpo_keras.scoring.packing_check import check_packing, packing_obstacle
@@ -12,6 +13,7 @@ __all__ = [
     "cache_reference",
     "check_packing",
     "check_same_vocabulary",
+    "enable_lora",
     "make_reference",
     "packing_obstacle",
     "response_log_probs",

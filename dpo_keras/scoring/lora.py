@@ -103,12 +103,18 @@ def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:
 
 
 def restore_adapters(policy: keras.Model, config: dict[str, JSON] | None) -> None:
-    """Enable LoRA as `adapter_config` read it, unless the model's own configuration did."""
-    if config is None or adapted_layers(policy):
+    """Enable LoRA as `adapter_config` read it.
+
+    Layers that a model's own configuration names have LoRA already, though Keras 3.15 forgets a
+    `Dense` layer's alpha and which weights are trained.
+    """
+    if config is None:
         return
     layers = all_layers(policy)
     for place, rank, alpha in zip(config["places"], config["ranks"], config["alphas"], strict=True):
-        layers[place].enable_lora(rank, lora_alpha=alpha)
+        if not getattr(layers[place], "lora_enabled", False):
+            layers[place].enable_lora(rank, lora_alpha=alpha)
+        layers[place].lora_alpha = alpha
     for variable, trainable in zip(policy.weights, config["trainable"], strict=True):
         variable.trainable = trainable
 

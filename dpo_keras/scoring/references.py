@@ -124,7 +124,7 @@ class AdaptersOff(FrozenCopy):
         layers = adapted_layers(policy)
         if not layers:
             rule = "'adapters_off' needs LoRA, and no layer of the policy has it"
-            hint = "Call policy.backbone.enable_lora(8) first, or use 'frozen_copy'."
+            hint = "Call dpo_keras.enable_lora(policy, 8) first, or use 'frozen_copy'."
             raise InputError(InputProblem("reference", rule, hint=hint))
         self._adapted = _Untracked(layers)
         # KerasHub's `enable_lora` leaves the biases of adapted layers trainable: they are copied.

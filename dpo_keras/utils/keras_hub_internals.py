@@ -260,6 +260,34 @@ def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:
     return {"epsilon": private(layer, "epsilon", KERAS_HUB), **optional}
 
 
+def expert_kernels(backbone: keras.Model) -> list[str]:
+    """Return `layer/weight` for the kernels that hold all experts of a mixture, which have no LoRA.
+
+    KerasHub 0.32 writes them as weights `[experts, inputs, outputs]` of a layer of its own.
+    """
+    layers = private(backbone, "_flatten_layers", KERAS)()
+    owners = [layer for layer in layers if re.search("Experts$|MoEBlock$", type(layer).__name__)]
+    names = [
+        f"{owner.name}/{weight.name}"
+        for owner in owners
+        for weight in private(owner, "_trainable_variables", KERAS)
+        if len(weight.shape) == 3
+    ]
+    return list(dict.fromkeys(names))
+
+
+def remember_adapters(backbone: keras.Model, layers: list[keras.layers.Layer], rank: int) -> None:
+    """Tell a KerasHub backbone which layers have LoRA, for its `save_lora_weights`."""
+    if not hasattr(backbone, "save_lora_weights"):
+        return
+    flat = private(backbone, "_flatten_layers", KERAS)(include_self=False)
+    adapted = {id(layer) for layer in layers}
+    places = [
+        place for place, layer in enumerate(x for x in flat if x.weights) if id(layer) in adapted
+    ]
+    backbone._lora_enabled_layers, backbone._lora_rank = places, rank
+
+
 class ReversibleSettings(NamedTuple):
     """How a `ReversibleEmbedding` projects hidden states to logits."""
 

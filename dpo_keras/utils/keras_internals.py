@@ -152,6 +152,26 @@ def all_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(private(model, "_flatten_layers", KERAS)())
 
 
+def layers_by_path(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
+    """Return every layer in a model by the names on the way to it: `block_0/attention/query`.
+
+    Keras' own `layer.path` leaves out parts, and is None for some layers.
+    """
+    found: dict[str, keras.layers.Layer] = {}
+    seen: set[int] = set()
+
+    def visit(owner: keras.layers.Layer, prefix: str) -> None:
+        children = private(owner, "_flatten_layers", KERAS)(include_self=False, recursive=False)
+        for child in children:
+            if id(child) not in seen:
+                seen.add(id(child))
+                found[f"{prefix}{child.name}"] = child
+                visit(child, f"{prefix}{child.name}/")
+
+    visit(model, "")
+    return found
+
+
 def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
     """Return the kernel of a `Dense` or `EinsumDense`; the public `kernel` adds the adapters."""
     return private(layer, "_kernel", KERAS)

@@ -34,7 +34,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Take a few steps of one variant, in this process."""
     import numpy as np
 
-    from dpo_keras import DPOModel, preference_dataset
+    from dpo_keras import DPOModel, enable_lora, preference_dataset
 
     variant, length = VARIANTS[task["variant"]], task["length"]
     options = variant.get("model", {})
@@ -43,7 +43,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return {"skipped": f"DPOModel does not take {', '.join(unknown)}"}
     policy = common.gpt2(task["layers"], task["width"], task["vocabulary"], length)
     if "lora" in variant:
-        policy.backbone.enable_lora(variant["lora"])
+        enable_lora(policy, variant["lora"])
     tokenized = common.random_pairs(task["pairs"] * task["steps"], length, task["vocabulary"])
     reference = variant.get("reference", "frozen_copy")
     if reference == "cached":

@@ -14,7 +14,6 @@ from dpo_keras.app.config_sections import Model, Scratch
 from dpo_keras.app.models import (
     FAMILIES,
     check_length,
-    enable_lora,
     load_model,
     load_policy,
     load_reference,
@@ -234,12 +233,11 @@ def test_a_reference_with_another_vocabulary_is_refused(gpt2, llama, gpt2_preset
     load_reference(str(gpt2_preset), gpt2)
 
 
-def test_lora_on_a_model_that_takes_none_is_an_input_error():
-    class Odd:
-        backbone = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-
-    with pytest.raises(InputError, match="lora_rank"):
-        enable_lora(Odd(), 2)
+def test_errors_of_adapters_name_the_key(gpt2_preset):
+    for key, value in {"lora_targets": "qwery", "lora_alpha": 1e400}.items():
+        settings = Model.model_construct(path=str(gpt2_preset), lora_rank=2, **{key: value})
+        with pytest.raises(InputError, match=rf"^model\.{key} must"):
+            load_policy(settings)
 
 
 def test_lengths_beyond_the_positions_of_the_model_are_refused(gpt2, llama):

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from tiny import Letters, full_logits_log_probs, gpt2, pairs, plain_model
 
+import dpo_keras
 from dpo_keras.batching import collate, preference_dataset, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
@@ -236,15 +237,19 @@ def test_a_model_of_the_users_own_trains(dataset):
     assert history["loss"][-1] < np.log(2)
 
 
-def test_only_adapters_move_under_lora(dataset):
+@pytest.mark.parametrize(
+    ("bias", "trained"), [("none", ["a", "b"]), ("lora_only", ["a", "b", "bias"])]
+)
+def test_only_adapters_move_under_lora(bias, trained, dataset):
     policy = gpt2(num_layers=1)
-    policy.backbone.enable_lora(2)
+    dpo_keras.enable_lora(policy, 2, bias=bias)
     before = {v.path: v.numpy() for v in policy.weights}
     model = compiled(policy, optimizer=keras.optimizers.Adam(1e-2))
     assert model.reference.mode == "adapters_off"
     model.fit(dataset, epochs=2, verbose=0)
     moved = {v.path for v in policy.weights if np.abs(v.numpy() - before[v.path]).max() > 0}
     assert moved == {v.path for v in policy.trainable_variables}
+    assert sorted({path.split("_")[-1].split("/")[-1] for path in moved}) == trained
 
 
 def test_reference_free_losses_never_run_a_reference(policy, dataset):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny import gpt2, llama, plain_model
 
+import dpo_keras
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import DPOModel, callbacks
 
@@ -12,6 +13,24 @@ from dpo_keras.training import DPOModel, callbacks
 def with_lora():
     policy = gpt2(num_layers=1)
     policy.backbone.enable_lora(2)
+    return policy
+
+
+def with_queries_and_values():
+    policy = gpt2(num_layers=1)
+    dpo_keras.enable_lora(policy, 2)
+    return policy
+
+
+def with_targets():
+    policy = gpt2(num_layers=1)
+    dpo_keras.enable_lora(policy, 2, 8, ["all-linear"], scaling="rank_stabilized")
+    return policy
+
+
+def with_adapters_of_ones_own():
+    policy = plain_model()
+    dpo_keras.enable_lora(policy, 2, alpha=16, targets=policy.layers[-1].name)
     return policy
 
 
@@ -27,10 +46,12 @@ def trained(make, dataset, loss=None):
     [
         lambda: gpt2(num_layers=1),
         with_lora,
+        with_targets,
+        with_adapters_of_ones_own,
         lambda: llama(num_layers=1, tie_word_embeddings=True),
         plain_model,
     ],
-    ids=["full", "lora", "tied_llama", "of_ones_own"],
+    ids=["full", "lora", "lora_targets", "lora_of_ones_own", "tied_llama", "of_ones_own"],
 )
 def test_a_saved_model_evaluates_and_goes_on_as_the_original(make, dataset, tmp_path):
     """The reference is state of its own: trl#6443 evaluated a policy against itself."""
@@ -44,6 +65,9 @@ def test_a_saved_model_evaluates_and_goes_on_as_the_original(make, dataset, tmp_
         np.testing.assert_allclose(theirs[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     assert loaded.reference.mode == model.reference.mode
     assert loaded.preference_loss.beta == 0.3
+    assert [v.trainable for v in loaded.policy.weights] == [
+        v.trainable for v in model.policy.weights
+    ]
     model.fit(dataset, verbose=0)
     loaded.fit(dataset, verbose=0)
     for one, other in zip(model.policy.weights, loaded.policy.weights, strict=True):
@@ -63,7 +87,7 @@ def test_weights_alone_bring_policy_and_reference_back(dataset, tmp_path):
 
 
 def test_kerashubs_own_lora_file_holds_the_trained_adapters(dataset, tmp_path):
-    model = trained(with_lora, dataset)
+    model = trained(with_queries_and_values, dataset)
     path = tmp_path / "adapters.lora.h5"
     model.policy.backbone.save_lora_weights(path)
     fresh = gpt2(num_layers=1)
