@@ -11,6 +11,13 @@ from assembling import GEMMA_PIECES, assemble, sentence_pieces
 from dpo_keras.app.cli import main
 from dpo_keras.app.config_sections import Model
 from dpo_keras.app.models import load_policy, save_policy
+from dpo_keras.evaluation import run_report
+
+
+@pytest.fixture(autouse=True)
+def runs_draw_no_plots(monkeypatch):
+    """Plots take a third of a tiny run. Runs of module fixtures, such as `trained`, draw them."""
+    monkeypatch.setattr(run_report, "_draw", lambda *arguments: ({}, {}))
 
 
 @pytest.fixture

@@ -148,7 +148,8 @@ def lora():
 
 def test_adapters_and_their_absence_as_reference_work_packed(weighed):
     found, expected = (
-        train(stream(weighed, packed), steps=5, policy=lora()) for packed in (True, False)
+        train(stream(weighed, packed), steps=5, policy=lora(), run_eagerly=True)
+        for packed in (True, False)
     )
     assert_same(found, expected)
 
@@ -207,6 +208,7 @@ def test_objectives_see_the_same_pairs(loss, weighed):
             DPOLoss.from_config(loss.get_config()),
             2,
             keras.optimizers.SGD(0.05),
+            run_eagerly=True,
         )
         for packed in (True, False)
     )
@@ -216,7 +218,7 @@ def test_objectives_see_the_same_pairs(loss, weighed):
 def test_mixed_precision_starts_at_log_2_packed(weighed):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        _, logs = train(stream(weighed, packed=True), DPOLoss(), steps=6)
+        _, logs = train(stream(weighed, packed=True), DPOLoss(), steps=6, run_eagerly=True)
     finally:
         keras.config.set_dtype_policy("float32")
     assert abs(logs[0]["loss"] - np.log(2)) < 5e-2
@@ -242,7 +244,7 @@ def test_recomputed_dropout_is_refused():
 
 def test_evaluation_and_predictions_are_those_of_unpacked_rows(tokenized):
     model = DPOModel(gpt2(num_layers=1))
-    model.compile(keras.optimizers.SGD(0.1), loss=DPOLoss())
+    model.compile(keras.optimizers.SGD(0.1), loss=DPOLoss(), run_eagerly=True)
     for variable in model.policy.trainable_variables:
         variable.assign(variable * 1.2)
     found, expected = (
