@@ -3,6 +3,7 @@
 from dpo_keras.preferences.audit import Audit, audit
 from dpo_keras.preferences.collection import Preferences
 from dpo_keras.preferences.file_formats import write_preferences
+from dpo_keras.preferences.images import Image
 from dpo_keras.preferences.pair import InvalidPair, Message, PreferencePair, Text, plain_text
 from dpo_keras.preferences.quickstart_data import Verdict, judge, support_pairs
 from dpo_keras.preferences.read_report import InvalidPreferences, Problem, ReadReport
@@ -12,6 +13,7 @@ from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
 
 __all__ = [
     "Audit",
+    "Image",
     "InvalidPair",
     "InvalidPreferences",
     "Message",

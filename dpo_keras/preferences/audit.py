@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import Preferences, hash64, text_bytes
+from dpo_keras.preferences.collection import Preferences, hash64, prompt_bytes, text_bytes
 from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
 from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, wilson
@@ -39,6 +39,7 @@ class Audit:
             not say which was first (`chosen`, `rejected` columns).
         annotators: pairs by annotator, most first; pairs without one are not counted.
         groups: pairs by group.
+        with_images: pairs whose prompt has images.
     """
 
     pairs: int
@@ -53,6 +54,7 @@ class Audit:
     first_wins: Estimate | None
     annotators: dict[str, int]
     groups: dict[str, int]
+    with_images: int = 0
 
     def as_dict(self) -> dict[str, JSON]:
         """Return everything as plain values, for JSON.
@@ -78,6 +80,8 @@ class Audit:
             for name, units in self.lengths.items()
             for unit, values in units.items()
         ]
+        if self.with_images:
+            lines.append(f"with images: {self.with_images:,}")
         lines.append(f"duplicates: {len(self.duplicates):,}")
         lines.append(f"contradictions: {len(self.contradictions):,}")
         lines.append(f"the longer response wins: {share_text(self.longer_wins)}")
@@ -140,7 +144,7 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
     ordered = known.report.layouts["response_a/response_b"] or any(p.swapped for p in known)
     return Audit(
         pairs=len(known),
-        prompts=len({pair.prompt for pair in known}),
+        prompts=len({(pair.prompt, pair.images) for pair in known}),
         ties=len(known) - len(decided),
         soft=sum(pair.preference < 1 for pair in decided),
         zero_weight=sum(pair.weight == 0 for pair in known),
@@ -154,6 +158,7 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
         first_wins=wilson(sum(not p.swapped for p in decided), len(decided)) if ordered else None,
         annotators=_counts(pair.annotator for pair in known),
         groups=_counts(pair.group for pair in known),
+        with_images=sum(bool(pair.images) for pair in known),
     )
 
 
@@ -172,7 +177,7 @@ class RepeatFinder:
 
     def add(self, pair: PreferencePair) -> None:
         """Note the next pair."""
-        prompt = text_bytes(pair.prompt)
+        prompt = prompt_bytes(pair)
         chosen, rejected = text_bytes(pair.chosen), text_bytes(pair.rejected)
         comparison = hash64(prompt, *sorted((chosen, rejected)))
         direction = int(chosen < rejected)

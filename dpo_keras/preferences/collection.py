@@ -26,6 +26,14 @@ def text_bytes(text: Text) -> bytes:
     return b"m" + json.dumps([[turn.role, turn.content] for turn in text]).encode()
 
 
+def prompt_bytes(pair: PreferencePair) -> bytes:
+    """Return a pair's prompt, its images included, as bytes; different prompts differ."""
+    text = text_bytes(pair.prompt)
+    if not pair.images:
+        return text
+    return b"i" + " ".join(image.digest for image in pair.images).encode() + b" " + text
+
+
 def hash64(*parts: bytes) -> int:
     """Return a 64-bit hash of a sequence of byte strings. Built directories keep it."""
     digest = hashlib.blake2b(digest_size=8)
@@ -158,7 +166,7 @@ class Preferences(PairSequence):
     @cached_property
     def prompt_hashes(self) -> np.ndarray:
         """The hash of each pair's prompt, uint64 `[N]`."""
-        return np.array([hash64(text_bytes(pair.prompt)) for pair in self._pairs], np.uint64)
+        return np.array([hash64(prompt_bytes(pair)) for pair in self._pairs], np.uint64)
 
     def select(self, rows: np.ndarray) -> Preferences:
         """Return the pairs at `rows`, int `[n]`, ascending."""

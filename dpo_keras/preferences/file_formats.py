@@ -47,7 +47,8 @@ def open_file(path: str | os.PathLike[str], reading: Reading) -> Source:
     if format == "json" and not _holds_list(path):
         format = "jsonl"
     unit = "line" if format in ("jsonl", "csv") else "record"
-    return Source(os.fspath(path), _read(path, format, unit, reading), format == "csv", unit)
+    records = _read(path, format, unit, reading)
+    return Source(os.fspath(path), records, format == "csv", unit, os.fspath(path.parent))
 
 
 def _format(path: Path, format: str) -> str:
@@ -140,7 +141,7 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
         True
     """
     path = Path(path)
-    records = [pair.as_dict() for pair in pairs]
+    records = [_record(pair, path.parent) for pair in pairs]
     suffix = next((suffix for suffix in WRITTEN if path.name.lower().endswith(suffix)), None)
     problems = []
     if suffix is None:
@@ -167,6 +168,14 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
         zipped = suffix.endswith(".gz")
         content = text.encode()
         partial.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
+
+
+def _record(pair: PreferencePair, folder: Path) -> dict[str, JSON]:
+    """Return a pair as a record; paths of images in the file's own folder are relative to it."""
+    record = pair.as_dict()
+    if pair.images:
+        record["images"] = [image.as_text(folder) for image in pair.images]
+    return record
 
 
 def _as_csv(records: list[dict[str, JSON]]) -> str:

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TypeAlias
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences.images import PLACE, Image, InvalidImage
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
@@ -71,6 +72,8 @@ class PreferencePair:
         id: name of the pair in reports.
         margin: strength of the preference, in [0, 1e6] (arXiv 2307.09288, section 3.2.2).
         swapped: the source showed `rejected` first. `audit` measures position bias by it.
+        images: what the prompt shows: paths, bytes, data URLs, images of Pillow or `Image`s. They
+            stand where the prompt says `<image>`, once for each; before its text where it does not.
 
     Raises:
         InvalidPair: (an `InputError`) with every broken rule.
@@ -95,9 +98,14 @@ class PreferencePair:
     id: str | None = None
     margin: float | None = None
     swapped: bool = False
+    images: tuple[Image, ...] = ()
 
     def __post_init__(self) -> None:
         faults = text_faults(self.prompt, self.chosen, self.rejected)
+        if self.images:
+            images, image_problems = read_images(self.images)
+            object.__setattr__(self, "images", images)
+            faults += image_problems or place_faults(self.prompt, images)
         faults += number_faults(self.preference, self.weight, self.margin, lowest=0.5)
         for name in ("annotator", "group", "id"):
             faults += name_faults(name, getattr(self, name))
@@ -114,6 +122,8 @@ class PreferencePair:
         for field in fields(self):
             if field.name not in record and (value := getattr(self, field.name)) != field.default:
                 record[field.name] = value
+        if self.images:
+            record["images"] = [image.as_text() for image in self.images]
         return record
 
 
@@ -188,6 +198,30 @@ def text_faults(
         )
         return [broken("identical responses", names[1], chosen, must)]
     return []
+
+
+def read_images(values: Iterable[JSON], folder: str = "") -> tuple[tuple[Image, ...], list[Fault]]:
+    """Return references to images, and a fault for each that cannot be one."""
+    images, faults = [], []
+    for number, value in enumerate(values, 1):
+        try:
+            images.append(Image.of(value, folder))
+        except InvalidImage as error:
+            rule = f"{error.rule}: image {number} {error.must}"
+            faults.append(Fault(error.rule, "images", number, f"images: {rule}"))
+    return tuple(images), faults
+
+
+def place_faults(prompt: Text, images: tuple[Image, ...], parts: int = 0) -> list[Fault]:
+    """Check that a prompt has no place for an image, or one for each; `parts` are image parts."""
+    places = plain_text(prompt).count(PLACE)
+    if places == len(images) or (not places and not parts) or (not images and not parts):
+        return []
+    must = (
+        f"must be as many as the prompt's places for them ({PLACE} or parts of type 'image'), got "
+        f"{len(images)} images and {places} places."
+    )
+    return [broken("images and places differ", "images", len(images), must)]
 
 
 def number_faults(

@@ -170,6 +170,7 @@ class ReadReport:
         layouts: how many kept records came as "chosen/rejected" and as "response_a/response_b".
         omitted: problems and warnings that are only counted, by rule: a stream lists the first
             ones, so that its report stays small.
+        with_images: kept records whose prompt has images.
 
     Example:
         >>> report = ReadReport(["pairs.jsonl"], read=3, kept=2)
@@ -188,6 +189,7 @@ class ReadReport:
     warnings: list[Problem] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
     omitted: Counter[str] = field(default_factory=Counter)
+    with_images: int = 0
 
     @property
     def dropped(self) -> int:
@@ -205,6 +207,7 @@ class ReadReport:
             "problems": [problem.as_dict() for problem in self.problems],
             "warnings": [problem.as_dict() for problem in self.warnings],
             "omitted": dict(self.omitted),
+            "with_images": self.with_images,
         }
 
     @classmethod
@@ -218,6 +221,7 @@ class ReadReport:
             [Problem(**entry) for entry in values["warnings"]],
             Counter(values["layouts"]),
             Counter(values["omitted"]),
+            values.get("with_images", 0),
         )
 
     def summary(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import stored_preferences as stored
-from dpo_keras.preferences.collection import hash64, text_bytes
+from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.reader import PathLike, PreferenceStream
 from dpo_keras.preferences.stored_preferences import StoredFile, StoredPreferences, serialize
@@ -156,7 +156,7 @@ def _write_records(
                     writer, place = tf.io.TFRecordWriter(f"{folder}/shard-{len(counts)}"), 0
                     counts.append(0)
                 writer.write(record)
-                row = (len(counts) - 1, place, len(record), hash64(text_bytes(pair.prompt)))
+                row = (len(counts) - 1, place, len(record), hash64(prompt_bytes(pair)))
                 index.write(np.array(row, stored.INDEX_ROW).tobytes())
                 place += stored.RECORD_HEAD + len(record) + stored.RECORD_TAIL
                 counts[-1] += 1
@@ -205,7 +205,7 @@ def _features() -> dict[str, JSON]:
     number = {"shape": {}, "dtype": "float64", "encoding": "bytes"}
     flag = {"shape": {}, "dtype": "bool", "encoding": "none"}
     kinds = {
-        **dict.fromkeys((*stored.TEXTS, *stored.NAMES), text),
+        **dict.fromkeys((*stored.TEXTS, *stored.NAMES, stored.IMAGES), text),
         **dict.fromkeys(stored.NUMBERS, feature("tensor_feature.Tensor", tensor=number)),
         **dict.fromkeys(stored.FLAGS, feature("scalar.Scalar", tensor=flag)),
     }

@@ -40,13 +40,14 @@ class Source(NamedTuple):
     """One opened source.
 
     `cells` tells whether its values are CSV cells, `unit` what its records are counted in: lines of
-    a text file, or records.
+    a text file, or records. Relative paths in its records begin at `folder`.
     """
 
     name: str
     records: Records
     cells: bool = False
     unit: str = "record"
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ class RecordStream(Iterable[PreferencePair]):
             sources.append(opened)
             for line, pair in self._good(opened):
                 self.report.kept += 1
+                self.report.with_images += bool(pair.images)
                 self._weighted |= pair.weight > SMALLEST
                 finder.add(pair)
                 source.append(len(sources) - 1)
@@ -207,7 +209,7 @@ class RecordStream(Iterable[PreferencePair]):
         for line, record in islice(source.records, self._first):
             report.read += line is not None
             parsed += not isinstance(record, Fault)
-            found = self._pair_or_faults(record, source.cells)
+            found = self._pair_or_faults(record, source)
             if isinstance(found, PreferencePair):
                 yield line, found
                 if report.kept == self._limit:
@@ -230,11 +232,16 @@ class RecordStream(Iterable[PreferencePair]):
         if unreadable:  # other files make up for bad lines, but not for a whole file
             raise InvalidPreferences(f"{source.name}: no preference pair could be read:", report)
 
-    def _pair_or_faults(self, record: JSON, cells: bool) -> PreferencePair | tuple[Fault, ...]:
+    def _pair_or_faults(self, record: JSON, source: Source) -> PreferencePair | tuple[Fault, ...]:
         if isinstance(record, Fault):
             return (record,)
         try:
-            pair, layout = read_record(record, cells=cells, unused=self._reading.unused)
+            pair, layout = read_record(
+                record,
+                cells=source.cells,
+                unused=self._reading.unused,
+                folder=source.folder,
+            )
         except InvalidPair as error:
             return error.faults
         self.report.layouts[layout] += 1

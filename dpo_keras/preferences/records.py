@@ -1,13 +1,4 @@
-r"""One raw record of any layout becomes a pair.
-
-A prompt may stand only inside `chosen` and `rejected`, as in HH-RLHF: both columns then hold the
-whole conversation. It is split by turn: everything before the last assistant turn is the prompt,
-and must be the same in both. The longest common beginning is no substitute: it would also swallow
-the words with which two responses happen to start.
-
-Text is split after the last "\n\nAssistant:". The prompt ends with that marker, and the response
-begins with whatever follows it, usually a space: byte-pair tokenizers have " Sure" as one token.
-"""
+"""One raw record of any layout becomes a pair."""
 
 from __future__ import annotations
 
@@ -18,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from dpo_keras.preferences.images import PART_KEYS, PLACE, Image
+from dpo_keras.preferences.implicit_prompts import is_conversation, split_conversations
 from dpo_keras.preferences.pair import (
     Fault,
     InvalidPair,
@@ -28,32 +21,39 @@ from dpo_keras.preferences.pair import (
     broken,
     name_faults,
     number_faults,
-    shown,
+    place_faults,
+    plain_text,
+    read_images,
     text_faults,
     wrong_type,
 )
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import nearest, shortened, visible
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-OPTIONAL = ("preference", "weight", "annotator", "group", "id", "margin", "swapped")
+OPTIONAL = ("preference", "weight", "annotator", "group", "id", "margin", "swapped", "images")
 LAYOUTS = {
     "chosen/rejected": ("chosen", "rejected"),
     "response_a/response_b": ("response_a", "response_b"),
 }
-COLUMNS = frozenset(("prompt", *OPTIONAL, *(name for names in LAYOUTS.values() for name in names)))
+_RESPONSES = tuple(name for names in LAYOUTS.values() for name in names)
+COLUMNS = frozenset(("prompt", "image", *OPTIONAL, *_RESPONSES))
 
 # A CSV cell holds messages as JSON. Cells that only resemble it must not be trained on as text.
 _MESSAGES_JSON = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 
 
 def read_record(
-    record: object, *, cells: bool = False, unused: Counter[str] | None = None
+    record: object,
+    *,
+    cells: bool = False,
+    unused: Counter[str] | None = None,
+    folder: str = "",
 ) -> tuple[PreferencePair, str]:
     """Return a record's pair and layout (of `LAYOUTS`), or raise `InvalidPair` with every fault.
 
     With `cells` the values are those of CSV: numbers and messages are text, empty is missing.
-    `unused` counts the columns and message keys that are ignored.
+    `unused` counts the columns and message keys that are ignored. Relative paths of images begin at
+    `folder`.
     """
     if isinstance(record, PreferencePair):
         return record, "chosen/rejected"
@@ -73,6 +73,7 @@ def read_record(
     fields.faults += number_faults(preference, weight, margin, lowest=0.0)
     others: dict[str, JSON] = {key: fields.name(key) for key in ("annotator", "group", "id")}
     swapped = fields.flag("swapped")
+    others["images"] = fields.images(texts, LAYOUTS[layout], folder)
 
     columns = ("prompt", *LAYOUTS[layout])
     if fields.faults or texts is None:
@@ -156,6 +157,7 @@ class _Fields:
     def __init__(self, record: Mapping[str, JSON], cells: bool, unused: Counter[str]):
         self.record, self.cells, self.unused = record, cells, unused
         self.faults: list[Fault] = []
+        self.parts: dict[str, list[JSON]] = {}  # the image of each image part, None without
         if not record.keys() <= COLUMNS:
             unused.update(f"column {column!r}" for column in record if column not in COLUMNS)
 
@@ -168,8 +170,8 @@ class _Fields:
             return None
         if prompt is not None:
             return _same_form(prompt, one, other)
-        if _is_conversation(one) and _is_conversation(other):
-            parts = _split_conversations(one, other, names)
+        if is_conversation(one) and is_conversation(other):
+            parts = split_conversations(one, other, names)
             if not isinstance(parts, list):
                 return _same_form(*parts)
             self.faults += parts
@@ -198,16 +200,18 @@ class _Fields:
             self.faults.append(wrong_type(name, value, "text or a list of role/content messages"))
             return None
         before = len(self.faults)
-        turns = [self._message(f"{name}: message {n}", turn) for n, turn in enumerate(value, 1)]
+        turns = [self._message(name, n, turn) for n, turn in enumerate(value, 1)]
         return tuple(turns) if len(self.faults) == before else None
 
-    def _message(self, place: str, value: JSON) -> Message:
+    def _message(self, name: str, number: int, value: JSON) -> Message:
+        place = f"{name}: message {number}"
         if isinstance(value, Message):
             return value
         if not isinstance(value, Mapping):
             self.faults.append(wrong_type(place, value, "a mapping with role and content"))
             return Message("", "")
-        texts = [_decoded(value.get(key)) for key in ("role", "content")]
+        content = self._joined(name, value.get("content"))
+        texts = [_decoded(value.get("role")), _decoded(content)]
         for key, text in zip(("role", "content"), texts, strict=True):
             if not isinstance(text, str):
                 self.faults.append(wrong_type(f"{place}: {key}", text, "text"))
@@ -216,6 +220,49 @@ class _Fields:
             if key not in ("role", "content") and value[key] is not None:
                 self.unused[f"message key {key!r}"] += 1
         return Message(*texts)
+
+    def _joined(self, name: str, content: JSON) -> JSON:
+        """Return content parts as one text with places for images; other content as it is."""
+        content = content.tolist() if hasattr(content, "tolist") else content
+        if not isinstance(content, list | tuple):
+            return content
+        words: list[str] = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                words.append(part["text"])
+            elif kind in ("image", "image_url"):
+                words.append(PLACE)
+                given = any(part.get(key) is not None for key in PART_KEYS)
+                self.parts.setdefault(name, []).append(part if given else None)
+            else:
+                return content
+        return "".join(words)
+
+    def images(
+        self, texts: tuple[Text, Text, Text] | None, names: tuple[str, str], folder: str
+    ) -> tuple[Image, ...]:
+        """Return the prompt's images: those of a column, or of the parts of its messages."""
+        columns = [name for name in ("images", "image") if _is_given(self.record, name)]
+        if not columns and not self.parts:
+            return ()
+        source = "prompt" if "prompt" in self.parts else names[0]
+        inside = [image for image in self.parts.get(source, []) if image is not None]
+        values = _as_list(self.record[columns[0]], self.cells) if columns else inside
+        if len(columns) == 2 or (values and inside and columns):
+            must = "must be given once: in a column, or in the parts of the prompt's messages."
+            self.faults.append(broken("images twice", "images", None, must))
+            return ()
+        images, faults = read_images(values, folder)
+        self.faults += faults
+        if texts is None or faults:
+            return images
+        for name, response in zip(names, texts[1:], strict=True):
+            if name in self.parts and PLACE in plain_text(response):
+                must = "must have its images in the prompt; a response is text."
+                self.faults.append(broken("image in a response", name, None, must))
+        self.faults += place_faults(texts[0], images, len(self.parts.get(source, [])))
+        return images
 
     def number(self, name: str, default: float | None) -> JSON:
         """Return a number, or whatever stands in its place."""
@@ -253,6 +300,16 @@ class _Fields:
         return False
 
 
+def _as_list(value: JSON, cells: bool) -> list[JSON]:
+    """Return the images of a column: it holds a list, or one."""
+    if hasattr(value, "tolist"):  # a NumPy array: lists in pandas
+        value = value.tolist()
+    if cells and isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _decoded(value: JSON) -> JSON:
     """Decode text that TensorFlow Datasets holds as bytes."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
@@ -272,57 +329,3 @@ def _reply(prompt: tuple[Message, ...], response: Text) -> Text:
         return (Message("assistant", response),)
     # UltraFeedback's responses repeat the prompt.
     return response[len(prompt) :] if response[: len(prompt)] == prompt else response
-
-
-def _is_conversation(text: Text) -> bool:
-    return ASSISTANT in text if isinstance(text, str) else True
-
-
-def _split_conversations(
-    chosen: Text, rejected: Text, names: tuple[str, str]
-) -> tuple[Text, Text, Text] | list[Fault]:
-    """Return the shared prompt of two conversations and their responses, or the broken rules."""
-    one, other = _split(names[0], chosen), _split(names[1], rejected)
-    if isinstance(one, Fault) or isinstance(other, Fault):
-        return [part for part in (one, other) if isinstance(part, Fault)]
-    if one[0] != other[0]:
-        difference = _difference(one[0], other[0])
-        must = (
-            f"and {names[1]} must be the same up to the last assistant turn; "
-            f"they part at {shown(difference)}."
-        )
-        return [broken("conversations differ", names[0], difference, must)]
-    return one[0], one[1], other[1]
-
-
-def _split(name: str, conversation: Text) -> tuple[Text, Text] | Fault:
-    if isinstance(conversation, str):
-        start = conversation.rfind(ASSISTANT)
-        if conversation.rfind(HUMAN) > start:
-            return _last_turn(name, conversation[-60:])
-        start += len(ASSISTANT)
-        has_prompt = bool(conversation[:start].replace(ASSISTANT, "").replace(HUMAN, "").strip())
-    else:
-        if not conversation or conversation[-1].role != "assistant":
-            return _last_turn(name, conversation[-1].role if conversation else conversation)
-        # A turn may be several messages: tool calls and their results up to the answer.
-        start = len(conversation) - 1
-        while start and conversation[start - 1].role in ("assistant", "tool"):
-            start -= 1
-        has_prompt = start > 0
-    if not has_prompt:
-        must = f"must hold a human turn before the response, got {shown(conversation)}."
-        return broken("empty prompt", name, conversation, must)
-    return conversation[:start], conversation[start:]
-
-
-def _last_turn(name: str, value: object) -> Fault:
-    must = f"must end with the assistant's turn, got {shown(value)} last."
-    return broken("not the assistant's turn", name, value, must)
-
-
-def _difference(one: Text, other: Text) -> Text:
-    different = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    place = next(different, min(len(one), len(other)))
-    longer = one if len(one) > place else other
-    return longer[place : place + 40]

@@ -25,6 +25,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.collection import PairSequence
+from dpo_keras.preferences.images import Image
 from dpo_keras.preferences.pair import Message, PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.utils import JSON
@@ -39,7 +40,8 @@ TEXTS = ("prompt", "chosen", "rejected")
 NAMES = ("annotator", "group", "id")
 NUMBERS = ("preference", "weight", "margin")
 FLAGS = ("messages", "swapped")
-FEATURES = frozenset((*TEXTS, *NAMES, *NUMBERS, *FLAGS))
+IMAGES = "images"  # JSON; absent from directories built before there were images
+FEATURES = frozenset((*TEXTS, *NAMES, *NUMBERS, *FLAGS, IMAGES))
 
 AGAIN = "build the directory again, or restore the file."
 
@@ -241,6 +243,7 @@ def to_features(pair: PreferencePair) -> dict[str, JSON]:
     features |= {name: getattr(pair, name) or "" for name in NAMES}
     features |= {"preference": pair.preference, "weight": pair.weight}
     features["margin"] = math.nan if pair.margin is None else pair.margin
+    features[IMAGES] = _images_to_json(pair.images)
     return {**features, "messages": messages, "swapped": pair.swapped}
 
 
@@ -255,6 +258,7 @@ def from_features(features: Mapping[str, JSON]) -> PreferencePair:
     others |= {name: float(features[name]) for name in NUMBERS}
     if math.isnan(others["margin"]):
         others["margin"] = None
+    others["images"] = _images_from_json(features.get(IMAGES) or "")
     return PreferencePair(prompt, chosen, rejected, **others, swapped=bool(features["swapped"]))
 
 
@@ -279,6 +283,8 @@ def parse(record: bytes) -> PreferencePair:
         values: dict[str, JSON] = {name: feature[name].int64_list.value[0] for name in FLAGS}
         for name in (*TEXTS, *NAMES):
             values[name] = feature[name].bytes_list.value[0]
+        images = feature[IMAGES].bytes_list.value
+        values[IMAGES] = images[0] if images else b""
         for name in NUMBERS:
             values[name] = np.frombuffer(feature[name].bytes_list.value[0], np.float64)[0]
         return from_features(values)
@@ -293,6 +299,22 @@ def _example() -> Any:
     from tensorflow import train
 
     return train.Example
+
+
+def _images_to_json(images: tuple[Image, ...]) -> str:
+    """Keep paths as they are, with the hash of what they named; images without a file whole."""
+    if not images:
+        return ""
+    return json.dumps([[image.digest, image.path or image.as_text()] for image in images])
+
+
+def _images_from_json(text: str | bytes) -> tuple[Image, ...]:
+    entries = json.loads(text) if text else []
+    # Not `Image.of`: nothing is read from a file until a batch needs it.
+    return tuple(
+        Image.of(place) if place.startswith("data:") else Image(digest, place)
+        for digest, place in entries
+    )
 
 
 def _messages(text: str) -> tuple[Message, ...]:

@@ -23,7 +23,14 @@ import tensorflow_datasets as tfds
 from dpo_keras.errors import InputError
 from dpo_keras.preferences.file_formats import SUFFIXES, open_file
 from dpo_keras.preferences.record_stream import Reading, RecordStream
-from dpo_keras.preferences.stored_preferences import FLAGS, NAMES, NUMBERS, TEXTS, to_features
+from dpo_keras.preferences.stored_preferences import (
+    FLAGS,
+    IMAGES,
+    NAMES,
+    NUMBERS,
+    TEXTS,
+    to_features,
+)
 from dpo_keras.utils import JSON
 
 ANY = tuple(suffix + end for suffix in SUFFIXES for end in ("", ".gz"))
@@ -75,7 +82,7 @@ class PreferencePairs(tfds.core.GeneratorBasedBuilder):
 
     Features are those of a built directory: `prompt`, `chosen`, `rejected` (text; JSON lists of
     role/content messages where `messages` is true), `preference`, `weight`, `margin` (float64, NaN
-    without), `annotator`, `group`, `id` (empty without), `swapped`.
+    without), `annotator`, `group`, `id` (empty without), `swapped`, `images` (JSON, empty without).
     `read_preferences("tfds:preference_pairs/jsonl:train")` returns the pairs of the files.
     """
 
@@ -129,7 +136,7 @@ def features() -> dict[str, tfds.features.FeatureConnector]:
     encoding = tfds.features.Encoding.BYTES
     number = tfds.features.Tensor(shape=(), dtype=np.float64, encoding=encoding)
     return {
-        **{name: tfds.features.Text() for name in (*TEXTS, *NAMES)},
+        **{name: tfds.features.Text() for name in (*TEXTS, *NAMES, IMAGES)},
         **dict.fromkeys(NUMBERS, number),
         **{name: tfds.features.Scalar(np.bool_) for name in FLAGS},
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.stored_preferences import FEATURES, from_features
+from dpo_keras.preferences.stored_preferences import FEATURES, IMAGES, from_features
 from dpo_keras.preferences.tables import cell
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
@@ -60,7 +60,7 @@ def _plain_record(record: JSON) -> JSON:
     """Return a record as a file could hold it; one of our own builder becomes its pair."""
     if not isinstance(record, Mapping):
         return record
-    if record.keys() == FEATURES:
+    if FEATURES - {IMAGES} <= record.keys() <= FEATURES:
         return from_features(record)
     return {name: cell(value) for name, value in record.items()}
 
