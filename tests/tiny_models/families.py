@@ -346,5 +346,12 @@ PACKED = (
     "qwen3",
     "phi3",
     "gpt_neo_x",
+    "bloom",
+    "falcon",
+    "smollm3",
+    "mixtral",
+    "qwen_moe",
+    "qwen3_moe",
+    "gpt_oss",
 )
 FAMILIES = {name: ALL_FAMILIES[name] for name in PACKED}
