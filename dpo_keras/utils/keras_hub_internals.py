@@ -127,9 +127,12 @@ _NORMS = (
 )
 
 
-def transformer_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:
-    """Return the transformer blocks of a backbone in order; empty where it shows none."""
-    return list(getattr(backbone, "transformer_layers", ()))
+def transformer_blocks(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the blocks of a backbone or of a model around one, in order; empty without any."""
+    backbone = getattr(model, "backbone", model)
+    owner = getattr(backbone, "language_model", backbone)  # Gemma 3n, BLIP-2
+    blocks = getattr(owner, "transformer_layers", None) or getattr(owner, "rwkv_layers", None)
+    return list(blocks or ())
 
 
 def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:
