@@ -7,7 +7,7 @@ a function is traced, that decides what is in its graph. Weights and configurati
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -113,48 +113,98 @@ def _fused_norm(
 
 
 def remat_overrides(
-    backbone: keras.Model, inner: Sequence[Override] = (), static: bool = False
+    backbone: keras.Model,
+    inner: Sequence[Override] = (),
+    static: bool = False,
+    collected: list[Tensor] | None = None,
 ) -> list[Override]:
-    """Recompute a backbone's blocks in the backward pass, under the `inner` overrides, too."""
-    blocks = transformer_blocks(backbone)
-    return [Override(block, "call", _recomputed(block, inner, static)) for block in blocks]
+    """Recompute a backbone's blocks in the backward pass, under the `inner` overrides, too.
+
+    Args:
+        backbone: the model whose blocks are recomputed.
+        inner: what its layers do differently, as well when they are recomputed.
+        static: whether XLA compiles the step.
+        collected: the list to which `inner` overrides add tensors while a block runs. They count as
+            results of the block: each is added once, and gradients flow through it.
+    """
+    collected = [] if collected is None else collected
+    return [
+        Override(block, "call", _recomputed(block, inner, static, collected))
+        for block in transformer_blocks(backbone)
+    ]
 
 
-def _recomputed(block: keras.layers.Layer, inner: Sequence[Override], static: bool) -> Call:
+def _recomputed(
+    block: keras.layers.Layer, inner: Sequence[Override], static: bool, collected: list[Tensor]
+) -> Call:
     call, variables = block.call, block.variables
 
-    def recomputed(states: Tensor, **options: object) -> Tensor:
-        def run(states: Tensor, values: Sequence[Tensor]) -> Tensor:
+    def recomputed(*arguments: object, **options: object) -> object:
+        given = (arguments, options)
+        # Any of them may need a gradient: Gemma 4 hands keys and values from block to block.
+        tensors = _floating(given)
+        count = len(tensors)
+        results: list[object] = []
+
+        def run(inputs: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+            arguments, options = _replaced(given, inputs)
+            before = len(collected)
             # Values and not variables, so that gradients reach them through this call alone.
             with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-                return call(states, **options)
+                results[:] = [call(*arguments, **options)]
+            further = collected[before:]
+            del collected[before:]
+            return [*_floating(results[0]), *further]
 
         @tf.custom_gradient
-        def differentiable(states: Tensor, *values: Tensor) -> tuple[Tensor, Call]:
-            def gradient(upstream: Tensor) -> list[Tensor | None]:
-                again, constants = _set_apart(states, values, upstream, static)
-                wanted = [v for v, of in zip(constants, variables, strict=True) if of.trainable]
+        def differentiable(*tensors: Tensor) -> tuple[list[Tensor], Call]:
+            def gradient(*upstream: Tensor) -> list[Tensor | None]:
+                again = _set_apart(tensors, upstream, count, static)
+                trainable = [True] * count + [bool(v.trainable) for v in variables]
+                wanted = [t for t, watched in zip(again, trainable, strict=True) if watched]
                 with tf.GradientTape() as tape, overridden_methods(inner):
-                    tape.watch([again, *wanted])
-                    result = run(again, constants)
-                found = tape.gradient(result, [again, *wanted], upstream)
-                gradients = iter(found[1:])
-                return [found[0], *(next(gradients) if v.trainable else None for v in variables)]
+                    tape.watch(wanted)
+                    outputs = run(again[:count], again[count:])
+                gradients = iter(tape.gradient(outputs, wanted, list(upstream)))
+                return [next(gradients) if watched else None for watched in trainable]
 
-            return run(states, values), gradient
+            return run(tensors[:count], tensors[count:]), gradient
 
-        return differentiable(states, *(tf.convert_to_tensor(v.value) for v in variables))
+        values = (tf.convert_to_tensor(variable.value) for variable in variables)
+        outputs = differentiable(*tensors, *values)
+        own = len(_floating(results[0]))
+        collected.extend(outputs[own:])
+        return _replaced(results[0], outputs[:own])
 
     return recomputed
 
 
+def _is_floating(value: object) -> bool:
+    return bool(tf.is_tensor(value)) and value.dtype.is_floating  # type: ignore[attr-defined]
+
+
+def _floating(structure: object) -> list[Tensor]:
+    return [value for value in keras.tree.flatten(structure) if _is_floating(value)]
+
+
+def _replaced(structure: object, values: Sequence[Tensor]) -> Any:
+    """Put other tensors in the places of a structure's floating-point tensors, in order."""
+    values = iter(values)
+    return keras.tree.map_structure(lambda v: next(values) if _is_floating(v) else v, structure)
+
+
 def _set_apart(
-    states: Tensor, values: Sequence[Tensor], upstream: Tensor, static: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Copy inputs so that no optimizer merges their use with the forward pass or runs it early."""
+    tensors: Sequence[Tensor], upstream: Sequence[Tensor], count: int, static: bool
+) -> list[Tensor]:
+    """Copy tensors so that no optimizer merges their use with the forward pass or runs it early.
+
+    The first `count` are a block's inputs, which wait for the gradient from above; the others are
+    its weights.
+    """
+    inputs, weights = tensors[:count], tensors[count:]
     if static:
-        found = optimization_barrier([states, upstream])[0]
+        found = optimization_barrier([*inputs, *upstream])[:count]
     else:
-        with tf.control_dependencies([upstream]):
-            found = tf.identity(states)
-    return found, [tf.identity(value) for value in values]
+        with tf.control_dependencies(upstream):
+            found = [tf.identity(value) for value in inputs]
+    return [*found, *(tf.identity(value) for value in weights)]

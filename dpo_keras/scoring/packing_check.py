@@ -7,14 +7,17 @@ from dpo_keras.batching import Batch, Ragged, TokenizedPairs, collate, collate_p
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.scorer import ResponseScorer
-from dpo_keras.utils.keras_hub_families import media_encoders
-from dpo_keras.utils.keras_hub_internals import (
+from dpo_keras.utils.keras_hub_attention import (
     ATTENTION,
+    attention_settings,
     is_attention,
     is_bidirectional,
     is_position,
+    is_recurrent,
+    is_rotary_table,
     scales_by_row_length,
 )
+from dpo_keras.utils.keras_hub_families import media_encoders
 from dpo_keras.utils.keras_internals import all_layers
 
 # Largest difference of a log-prob that is rounding, as a share of the log-prob.
@@ -37,6 +40,12 @@ def packing_obstacle(policy: object) -> str | None:
         >>> packing_obstacle(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
         'Sequential is no KerasHub causal language model whose backbone and head can be taken apart'
     """
+    recurrent = _recurrent_layers(policy)
+    if recurrent:
+        return (
+            f"{type(policy).__name__} is recurrent ({', '.join(recurrent)}): its state would run "
+            "from one text of a row into the next"
+        )
     parts = split_backbone_and_head(policy)
     if parts is None:
         return (
@@ -47,7 +56,7 @@ def packing_obstacle(policy: object) -> str | None:
     idle = {id(layer) for found in media_encoders(parts[0]) for layer in all_layers(found.encoder)}
     layers = [layer for layer in all_layers(parts[0]) if id(layer) not in idle]
     attention = [layer for layer in layers if is_attention(layer)]
-    positions = [layer for layer in layers if is_position(layer)]
+    positions = [layer for layer in layers if is_position(layer) or is_rotary_table(layer)]
     unknown = sorted({type(layer).__name__ for layer in attention} - set(ATTENTION))
     reason = None
     if not attention:
@@ -58,9 +67,19 @@ def packing_obstacle(policy: object) -> str | None:
         reason = "lets tokens see those behind them"
     elif any(scales_by_row_length(layer) for layer in positions):
         reason = "scales its rotary positions by the length of a row"
-    elif not positions:
+    elif not positions and not any(_counts_positions(layer) for layer in attention):
         reason = "has no position layers that dpo_keras knows"
     return None if reason is None else f"{type(parts[0]).__name__} {reason}"
+
+
+def _recurrent_layers(policy: object) -> list[str]:
+    layers = all_layers(policy) if isinstance(policy, keras.Model) else []
+    return sorted({type(layer).__name__ for layer in layers if is_recurrent(layer)})
+
+
+def _counts_positions(layer: keras.layers.Layer) -> bool:
+    settings = attention_settings(layer)
+    return settings is not None and settings.slopes is not None
 
 
 def check_packing(scorer: ResponseScorer, seed: int = 0) -> float:

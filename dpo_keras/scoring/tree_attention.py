@@ -7,6 +7,7 @@ itself:
 
 and, where a layer looks back over a window of w tokens, only position_i - position_j < w. Distance
 is counted in positions and not along the row, in which the second response stands behind the first.
+So is ALiBi's bias, slope * (position_j - position_i).
 
 Two implementations give equal results:
 
@@ -23,11 +24,13 @@ import tensorflow as tf
 
 from dpo_keras.scoring.layer_overrides import Call, Override
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_internals import (
+from dpo_keras.utils.keras_hub_attention import (
     ATTENTION_METHOD,
     AttentionSettings,
+    Projections,
     attention_settings,
     is_position,
+    is_rotary_table,
 )
 from dpo_keras.utils.keras_internals import all_layers
 
@@ -54,6 +57,7 @@ class TreeLayout:
         # Without static shapes the number of pieces is not known while tracing.
         self.dense = dense or rows is None or length is None
         self._biases: dict[int | None, list[Tensor]] = {}
+        self._places: list[Tensor] | None = None
         if not self.dense:
             self._sizes = segment_sizes(tree, segment)
             self._missing = tf.unstack(-self._sizes % GRID)
@@ -69,6 +73,13 @@ class TreeLayout:
                 _bias(tree, places, window) for tree, places in zip(trees, positions, strict=True)
             ]
         return self._biases[window]
+
+    def places(self) -> list[Tensor]:
+        """Return each piece's positions as keys, float32 `[1, 1, n]`; dense `[rows, 1, 1, n]`."""
+        if self._places is None:
+            pieces = self._flat_pieces(self.positions)
+            self._places = [tf.cast(piece, tf.float32)[..., None, :] for piece in pieces]
+        return self._places
 
     def _flat_pieces(self, values: Tensor, empty: int = 0) -> list[Tensor]:
         if self.dense:
@@ -94,6 +105,8 @@ class TreeLayout:
     ) -> Tensor:
         """Attend within trees: softmax(cap(scale q k') + bias) v, in the dtype of v.
 
+        ALiBi adds to the bias, and attention sinks to what the softmax divides by.
+
         Shapes are `[rows, length, heads, D]`; heads are a multiple of those of key and value.
         """
         rows, length, heads, _ = query.shape
@@ -102,6 +115,10 @@ class TreeLayout:
             key, value = (tf.repeat(states, groups, axis=2) for states in (key, value))
         query = query * tf.cast(settings.scale, query.dtype)
         biases = self.biases(settings.window)
+        if settings.slopes is not None:
+            # Softmax drops what keys have in common, so a key's position serves as its distance.
+            slopes = tf.reshape(tf.constant(settings.slopes, tf.float32), (-1, 1, 1))
+            biases = [b + slopes * p for b, p in zip(biases, self.places(), strict=True)]
         if self.dense:
             rows_of_heads = tuple(tf.transpose(s, (0, 2, 1, 3)) for s in (query, key, value))
             found = _attend(rows_of_heads, biases[0], settings, training)
@@ -164,9 +181,16 @@ def _attend(
     scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
     if settings.soft_cap is not None:
         scores = settings.soft_cap * tf.tanh(scores / settings.soft_cap)
-    weights = tf.cast(tf.nn.softmax(scores + bias), value.dtype)
-    if training and settings.dropout is not None:
-        weights = settings.dropout(weights, training=True)
+    scores = scores + bias
+    if settings.sinks is None:
+        weights = tf.nn.softmax(scores)
+    else:
+        sinks = tf.reshape(tf.cast(settings.sinks, tf.float32), (-1, 1, 1))
+        column = tf.broadcast_to(sinks, [*tf.unstack(tf.shape(scores)[:-1]), 1])
+        weights = tf.nn.softmax(tf.concat([scores, column], axis=-1))[..., :-1]
+    weights = tf.cast(weights, value.dtype)
+    if settings.dropout is not None and training is not False:
+        weights = settings.dropout(weights, training=training)
     return tf.matmul(weights, value)
 
 
@@ -176,13 +200,43 @@ def tree_overrides(backbone: keras.Model, layout: TreeLayout) -> list[Override]:
     for layer in all_layers(backbone):
         if is_position(layer):
             overrides.append(Override(layer, "call", _at_positions(layer.call, layout.positions)))
-        elif (settings := attention_settings(layer)) is not None:
+        elif is_rotary_table(layer):
+            overrides.append(Override(layer, "call", _table_rows(layer.call, layout.positions)))
+        elif (settings := attention_settings(layer)) is None:
+            continue
+        elif settings.projections is None:
             overrides.append(Override(layer, ATTENTION_METHOD, _within_trees(settings, layout)))
+        else:
+            call = _projected(settings, settings.projections, layout)
+            overrides.append(Override(layer, "call", call))
     return overrides
 
 
 def _at_positions(call: Call, positions: Tensor) -> Call:
     return lambda inputs, *_, **__: call(inputs, positions=positions)
+
+
+def _table_rows(call: Call, positions: Tensor) -> Call:
+    def rows_at_positions(inputs: Tensor, *_: object, **__: object) -> tuple[Tensor, ...]:
+        # Row i of a table is for place i, and no position exceeds the length of the row.
+        return tuple(tf.gather(table[0], positions) for table in call(inputs[:1]))
+
+    return rows_at_positions
+
+
+def _projected(settings: AttentionSettings, projections: Projections, layout: TreeLayout) -> Call:
+    def attend(*arguments: Tensor, **options: Tensor) -> Tensor:
+        # The first argument has a name of its own in each family; masks and biases are unused.
+        states = arguments[0] if arguments else options.get("hidden_states", options.get("inputs"))
+        query, key, value = (project(states) for project in projections[:3])
+        # None: the dropout layer knows whether the model trains.
+        found = layout.attend(query, key, value, settings, training=None)
+        rows, length, heads, width = found.shape
+        found = projections.output(tf.reshape(found, (rows, length, heads * width)))
+        dropout = settings.output_dropout
+        return found if dropout is None else dropout(found)
+
+    return attend
 
 
 def _within_trees(settings: AttentionSettings, layout: TreeLayout) -> Call:

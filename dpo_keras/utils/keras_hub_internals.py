@@ -10,7 +10,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,125 +114,6 @@ def fast_byte_pair_encoding(tokenizer: object) -> Callable[[list[str]], list[lis
     return lambda texts: [encoding.ids for encoding in encode(texts)]
 
 
-# -- attention and position layers (written for KerasHub 0.32) -----------------------------
-
-_SWITCHED_WINDOW = ("use_sliding_window_attention", "sliding_window_size")
-ATTENTION_METHOD = "_compute_attention"
-"""The method of every attention layer below that goes from queries, keys and values to states."""
-
-
-@dataclass(frozen=True)
-class AttentionSettings:
-    """What an attention layer does beside its two products."""
-
-    scale: float  # factor of the scores q k'
-    soft_cap: float | None = None  # the c of c tanh(s / c) on the scores
-    window: int | None = None  # number of positions that a token sees, itself included
-    dropout: keras.layers.Layer | None = None
-    returns_weights: bool = False  # whether ATTENTION_METHOD returns (states, weights)
-
-
-def _where(layer: keras.layers.Layer, flag: str, name: str, library: Library = KERAS_HUB) -> Any:
-    return private(layer, name, library) if private(layer, flag, library) else None
-
-
-def _multi_head(layer: keras.layers.Layer) -> AttentionSettings:
-    dropout = _where(layer, "_dropout", "_dropout_layer", KERAS)
-    scale = private(layer, "_inverse_sqrt_key_dim", KERAS)
-    return AttentionSettings(scale, dropout=dropout, returns_weights=True)
-
-
-def _llama(layer: keras.layers.Layer, **further: Any) -> AttentionSettings:
-    return AttentionSettings(private(layer, "_inv_norm_factor", KERAS_HUB), **further)
-
-
-def _gpt_neo_x(layer: keras.layers.Layer) -> AttentionSettings:
-    return _llama(layer, dropout=_where(layer, "dropout", "_attn_dropout_layer"))
-
-
-def _mistral(layer: keras.layers.Layer) -> AttentionSettings:
-    return _llama(layer, window=private(layer, "_sliding_window", KERAS_HUB))
-
-
-def _qwen(layer: keras.layers.Layer) -> AttentionSettings:
-    return _llama(layer, window=_where(layer, *_SWITCHED_WINDOW))
-
-
-def _qwen3(layer: keras.layers.Layer) -> AttentionSettings:
-    return _llama(layer, window=private(layer, "sliding_window_size", KERAS_HUB) or None)
-
-
-def _gemma(layer: keras.layers.Layer) -> AttentionSettings:
-    if private(layer, "query_head_dim_normalize", KERAS_HUB):
-        width = private(layer, "head_dim", KERAS_HUB)
-    else:
-        heads = private(layer, "num_query_heads", KERAS_HUB)
-        width = private(layer, "hidden_dim", KERAS_HUB) // heads
-    return AttentionSettings(
-        scale=width**-0.5,
-        soft_cap=private(layer, "logit_soft_cap", KERAS_HUB),
-        window=_where(layer, *_SWITCHED_WINDOW),
-        dropout=_where(layer, "dropout", "dropout_layer"),
-    )
-
-
-def _gemma4(layer: keras.layers.Layer) -> AttentionSettings:
-    windowed = not private(layer, "is_global_attention", KERAS_HUB)
-    return AttentionSettings(
-        scale=1.0,  # queries and keys are normalized instead
-        soft_cap=private(layer, "logit_soft_cap", KERAS_HUB),
-        window=_where(layer, *_SWITCHED_WINDOW) if windowed else None,
-        dropout=_where(layer, "dropout", "dropout_layer"),
-    )
-
-
-ATTENTION: dict[str, Callable[[keras.layers.Layer], AttentionSettings]] = {
-    "CachedMultiHeadAttention": _multi_head,  # GPT-2, OPT
-    "LlamaAttention": _llama,  # Llama, Llama 3
-    "Phi3Attention": _llama,
-    "GPTNeoXAttention": _gpt_neo_x,
-    "CachedMistralAttention": _mistral,
-    "QwenAttention": _qwen,
-    "Qwen3Attention": _qwen3,
-    "CachedGemmaAttention": _gemma,  # Gemma, Gemma 2
-    "CachedGemma3Attention": _gemma,
-    "Gemma4TextAttention": _gemma4,
-}
-"""How to read the settings off each kind of attention layer that is known to pack exactly."""
-
-
-def is_attention(layer: keras.layers.Layer) -> bool:
-    """Tell whether tokens see each other in a layer, of a known kind or not."""
-    return type(layer).__name__.endswith("Attention")
-
-
-def attention_settings(layer: keras.layers.Layer) -> AttentionSettings | None:
-    """Return the settings of an attention layer of a known kind; None for any other layer."""
-    read = ATTENTION.get(type(layer).__name__)
-    if read is None:
-        return None
-    private(layer, ATTENTION_METHOD, KERAS_HUB)
-    return read(layer)
-
-
-def is_bidirectional(layer: keras.layers.Layer) -> bool:
-    """Tell whether an attention layer lets tokens see those behind them (Gemma 3 can)."""
-    return getattr(layer, "use_bidirectional_attention", False)
-
-
-def is_position(layer: keras.layers.Layer) -> bool:
-    """Tell whether a layer adds positions and takes them as `call(inputs, positions=…)`."""
-    import keras_hub
-
-    kinds = keras_hub.layers.PositionEmbedding, keras_hub.layers.RotaryEmbedding
-    return isinstance(layer, kinds)
-
-
-def scales_by_row_length(layer: keras.layers.Layer) -> bool:
-    """Tell whether a position layer scales positions by the length of the row (Phi-3 `su`)."""
-    return type(layer).__name__ == "Phi3SuScaledRotaryEmbedding"
-
-
 # -- blocks, norms and embeddings (written for KerasHub 0.32) ------------------------------
 
 _NORMS = (
@@ -247,9 +127,12 @@ _NORMS = (
 )
 
 
-def transformer_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:
-    """Return the transformer blocks of a backbone in order; empty where it shows none."""
-    return list(getattr(backbone, "transformer_layers", ()))
+def transformer_blocks(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the blocks of a backbone or of a model around one, in order; empty without any."""
+    backbone = getattr(model, "backbone", model)
+    owner = getattr(backbone, "language_model", backbone)  # Gemma 3n, BLIP-2
+    blocks = getattr(owner, "transformer_layers", None) or getattr(owner, "rwkv_layers", None)
+    return list(blocks or ())
 
 
 def norm_settings(layer: keras.layers.Layer) -> dict[str, object] | None:

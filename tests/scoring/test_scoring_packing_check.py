@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
-from families import FAMILIES
+from families import ALL_FAMILIES, FAMILIES
 from scoring_samples import random_pairs
 
 from dpo_keras.batching import collate, collate_packed
@@ -20,6 +20,9 @@ LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3), (1, 6, 2), (12, 9, 4), (2, 2, 1), (
 # Many trees in a row, a row exactly full (54 tokens), and a row of one tree.
 ROWS = [[0, 1, 2, 3], [4, 5, 6, 1, 3], [2]]
 LENGTH = 54
+# Their kernels are so large that the rounding of KerasHub's softmax alone, which is float32 even in
+# float64 models, moves gradients by more than 1e-5. At half their size it moves them by 1e-6.
+STEEP = ("falcon", "smollm3")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,9 @@ def scored(policy, batch, **layout):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_unpacked_in_log_probs_and_gradients(family, batches):
     policy = FAMILIES[family]()
+    if family in STEEP:
+        for variable in policy.trainable_variables:
+            variable.assign((0.5 if len(variable.shape) > 1 else 1.0) * variable)
     apart, packed = batches
     logps, gradients = scored(policy, apart)
     for layout in ({"segment": 8}, {"dense": True}):
@@ -149,9 +155,9 @@ def test_models_are_left_as_they_were(batches):
 
 
 def test_what_cannot_be_packed_is_named():
-    keras.utils.set_random_seed(0)
-    bloom = keras_hub.models.BloomBackbone(**tiny.SIZES, num_heads=2)
-    assert "BloomAttention" in packing_obstacle(keras_hub.models.BloomCausalLM(backbone=bloom))
+    for family, layer in [("rwkv7", "RWKV7TimeMix"), ("qwen3_5_moe", "Qwen3_5GatedDeltaNet")]:
+        reason = packing_obstacle(ALL_FAMILIES[family]())
+        assert "is recurrent" in reason and layer in reason and "into the next" in reason
     factors = [1.0] * 4
     phi = keras_hub.models.Phi3Backbone(
         **tiny.SIZES,

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
-from families import FAMILIES
+from families import ALL_FAMILIES, FAMILIES
 from scoring_samples import random_pairs
 
 from dpo_keras.batching import collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import scorer as scorer_module
+from dpo_keras.scoring.layer_overrides import overridden_methods, remat_overrides
 from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.scorer import ResponseScorer
 
@@ -53,6 +54,8 @@ def assert_same(found, expected):
         ("gpt2", "packed", False),
         ("gpt2", "packed", True),
         ("llama", "buckets", False),
+        ("falcon", "buckets", False),
+        ("gpt_oss", "packed", False),
     ],
 )
 def test_recomputed_blocks_have_the_same_gradients(family, kind, jit_compile, batches):
@@ -60,6 +63,27 @@ def test_recomputed_blocks_have_the_same_gradients(family, kind, jit_compile, ba
     _, expected = gradients(policy, batches[kind])
     _, found = gradients(policy, batches[kind], jit_compile, remat=True)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "rwkv7", "gemma3n"])
+def test_recomputed_blocks_pass_on_gradients_of_all_their_arguments(family):
+    """Keys and values of an earlier layer, the first values, inputs of each layer: not states."""
+    backbone = ALL_FAMILIES[family]().backbone
+    inputs = {
+        "token_ids": tf.reshape(tf.range(16), (2, 8)),
+        "padding_mask": tf.ones((2, 8), "int32"),
+    }
+    if family == "gemma4":
+        inputs["position_ids"] = tf.tile(tf.range(8)[None], (2, 1))
+    found = []
+    for overrides in ([], remat_overrides(backbone)):
+        with tf.GradientTape() as tape, overridden_methods(overrides):
+            loss = tf.reduce_mean(tf.sin(backbone(inputs)))
+        gradients = tape.gradient(loss, backbone.trainable_variables)
+        found.append([tf.convert_to_tensor(g) for g in gradients if g is not None])
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6 * max(np.abs(other).max(), 1.0))
 
 
 def test_recomputed_blocks_work_with_fused_layers_and_adapters(batches, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from dpo_keras.scoring.tree_attention import GRID, TreeLayout, segment_sizes
-from dpo_keras.utils.keras_hub_internals import AttentionSettings
+from dpo_keras.utils.keras_hub_attention import AttentionSettings
 
 LENGTH = 200
 

@@ -350,5 +350,12 @@ PACKED = (
     "gemma4_moe",
     "gemma4_vision",
     "gemma3_vision",
+    "bloom",
+    "falcon",
+    "smollm3",
+    "mixtral",
+    "qwen_moe",
+    "qwen3_moe",
+    "gpt_oss",
 )
 FAMILIES = {name: ALL_FAMILIES[name] for name in PACKED}

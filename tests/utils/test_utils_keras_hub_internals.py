@@ -5,6 +5,7 @@ import keras_hub
 import pytest
 from families import FAMILIES, WINDOW
 
+from dpo_keras.utils import keras_hub_attention as attention
 from dpo_keras.utils import keras_hub_internals as internals
 from dpo_keras.utils.keras_internals import all_layers
 
@@ -17,6 +18,10 @@ NAMES = {  # what is read off each kind of attention layer, beside the method it
     "qwen3": ["sliding_window_size", "_inv_norm_factor"],
     "gemma2": ["query_head_dim_normalize", "head_dim", "logit_soft_cap", "sliding_window_size"],
     "gemma3": ["query_head_dim_normalize", "head_dim", "dropout", "use_sliding_window_attention"],
+    "mixtral": ["sliding_window", "_inv_norm_factor"],
+    "gpt_oss": ["sliding_window", "sinks", "_inv_norm_factor"],
+    "bloom": ["inv_norm_factor", "_alibi_layer", "num_heads", "_query_dense", "_output_dense"],
+    "falcon": ["inv_norm_factor", "num_heads", "query_dense", "value_dense"],
 }
 FOUND = {  # scale, soft cap and window of the first attention layer
     "gpt2": (16**-0.5, None, None),
@@ -27,6 +32,10 @@ FOUND = {  # scale, soft cap and window of the first attention layer
     "qwen3": (16**-0.5, None, WINDOW),
     "gemma2": (16**-0.5, 5.0, WINDOW),
     "gemma3": (16**-0.5, None, WINDOW),
+    "mixtral": (8**-0.5, None, WINDOW),
+    "gpt_oss": (8**-0.5, None, None),
+    "bloom": (8**-0.5, None, None),
+    "falcon": (8**-0.5, None, None),
 }
 
 
@@ -52,31 +61,32 @@ def first(family, chosen):
 
 @pytest.mark.parametrize("family", NAMES)
 def test_attention_settings_are_read_and_missing_names_are_told(family):
-    layer = first(family, internals.is_attention)
-    settings = internals.attention_settings(layer)
+    layer = first(family, attention.is_attention)
+    settings = attention.attention_settings(layer)
     scale, soft_cap, window = FOUND[family]
     assert settings.scale == pytest.approx(scale)
     assert (settings.soft_cap, settings.window) == (soft_cap, window)
     assert settings.returns_weights == (family == "gpt2")
-    for name in [internals.ATTENTION_METHOD, *NAMES[family]]:
+    method = [attention.ATTENTION_METHOD] if settings.projections is None else []
+    for name in [*method, *NAMES[family]]:
         message = rf"Keras(Hub)? [\d.]+ has no {type(layer).__name__}\.{name}, .* Install keras"
         with pytest.raises(RuntimeError, match=message):
-            internals.attention_settings(without(layer, name))
+            attention.attention_settings(without(layer, name))
 
 
 def test_gemma_may_scale_by_the_width_of_the_model():
-    layer = first("gemma2", internals.is_attention)
+    layer = first("gemma2", attention.is_attention)
     layer.query_head_dim_normalize = False  # KerasHub 0.32 loses this setting of the backbone
-    assert internals.attention_settings(layer).scale == pytest.approx(8**-0.5)
+    assert attention.attention_settings(layer).scale == pytest.approx(8**-0.5)
     with pytest.raises(RuntimeError, match=r"KerasHub [\d.]+ has no \w+\.num_query_heads"):
-        internals.attention_settings(without(layer, "num_query_heads"))
+        attention.attention_settings(without(layer, "num_query_heads"))
 
 
 def test_layers_of_other_kinds_have_no_settings():
     layer = keras.layers.Dense(2)
-    assert internals.attention_settings(layer) is None
+    assert attention.attention_settings(layer) is None
     assert internals.norm_settings(layer) is None
-    assert not internals.is_position(layer)
+    assert not attention.is_position(layer)
     assert internals.transformer_blocks(layer) == []
 
 
@@ -84,7 +94,7 @@ def test_layers_of_other_kinds_have_no_settings():
 def test_positions_norms_and_blocks_are_found(family):
     backbone = FAMILIES[family]().backbone
     assert len(internals.transformer_blocks(backbone)) == backbone.num_layers
-    assert any(internals.is_position(layer) for layer in all_layers(backbone))
+    assert any(attention.is_position(layer) for layer in all_layers(backbone))
     norm = first(family, lambda layer: internals.norm_settings(layer) is not None)
     assert internals.norm_settings(norm)["epsilon"] == norm.epsilon
     with pytest.raises(RuntimeError, match=r"KerasHub [\d.]+ has no \w+\.epsilon"):
