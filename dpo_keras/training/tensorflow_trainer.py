@@ -11,8 +11,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring import check_packing
-from dpo_keras.scoring.lora import serialized_policy
+from dpo_keras.scoring import check_packing, lora
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
@@ -107,7 +106,8 @@ class TensorflowTrainer(keras.Model):
 
         Micro-batches are averaged by `weight`, that of this replica's pairs.
         """
-        values = [gradient for gradient, _ in gradients]
+        # A model may have weights of several dtypes, and sums of squares need float32.
+        values = [tf.cast(gradient, "float32") for gradient, _ in gradients]
         scale = getattr(self.optimizer, "dynamic_scale", 1.0)
         norm = tf.linalg.global_norm(values) / ops.cast(scale, "float32")
         if self.accumulation is not None:
@@ -135,16 +135,25 @@ class TensorflowTrainer(keras.Model):
         packed batches over whole rows instead of trees.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
+        optimizer = keras.optimizers.get(optimizer)
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if kwargs.get("auto_scale_loss", True) and not scales and self._computes_in("float16"):
+            # Keras does so where the whole model has the dtype policy mixed_float16.
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
         keras_internals.leave_gradient_sums_to_caller(self.optimizer)
         keras_internals.skip_zero_weight_decay(self.optimizer)
         keras_internals.use_adam_kernel(self.optimizer)
+        keras_internals.update_in_float32(self.optimizer)
         with self.distribute_strategy.scope():
             if keras_internals.inner_optimizer(self.optimizer).gradient_accumulation_steps:
                 self.accumulation = keras_internals.WeighedAccumulation(self.optimizer)
             # Now, not in the first step: a model saved before it must load as well.
             self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
+
+    def _computes_in(self, dtype: str) -> bool:
+        return any(layer.compute_dtype == dtype for layer in keras_internals.all_layers(self))
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Return the callbacks that every `fit` has, in front of the user's."""
@@ -279,6 +288,8 @@ class PolicyTrainer(TensorflowTrainer):
             hint = "Recomputed dropout is drawn anew, so the gradient is that of another network."
             raise InputError(InputProblem("remat", "needs dropout=False", hint=hint))
         self.policy, self.dropout = policy, dropout
+        # The name puts it behind `policy` in the order in which Keras loads.
+        self.policy_adapters = lora.AdapterState(policy) if lora.adapter_config(policy) else None
         self.scorer = ResponseScorer(policy, remat=remat)
         self._packing_checked = False
         self.built = True
@@ -309,13 +320,15 @@ class PolicyTrainer(TensorflowTrainer):
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
         options = {"dropout": self.dropout, "remat": self.scorer.remat}
-        return {**super().get_config(), "policy": serialized_policy(self.policy), **options}
+        parts = {"policy": lora.serialized_policy(self.policy)}
+        return {**super().get_config(), **parts, "adapters": lora.adapter_config(self.policy)} | options
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
         """Rebuild the model that `get_config` describes."""
         config = dict(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        policy = lora.restored_policy(config.pop("policy"), custom_objects)
+        lora.restore_adapters(policy, config.pop("adapters", None))
         return cls(policy, **config)
 
     def _check_batches(self, dataset: object, argument: str = "x") -> None:
