@@ -1,9 +1,12 @@
 """Quantize a policy's kernels, to train adapters on top of them: QLoRA (arXiv 2305.14314)."""
 
-from collections.abc import Iterable
-from typing import Any, get_args, Literal
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import keras
+import numpy as np
+from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.lora import adapted_layers
@@ -11,7 +14,9 @@ from dpo_keras.utils.keras_hub_internals import transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers
 from dpo_keras.utils.keras_quantization import (
     DENSE,
+    copy_in_floating_point,
     quantization_mode,
+    quantizes_inputs,
     store_gptq_as_int4,
     takes_gptq,
 )
@@ -133,17 +138,65 @@ def _calibrate(
     if structure is None or not calibrated:
         rule = f"has no layers that Keras calibrates: {type(policy).__name__}"
         raise InputError(InputProblem("policy", rule, hint="Use mode='int4'."))
+    windows = iter(_windows(tokenizer, texts, samples, min(sequence_length, longest or 2**31)))
+    # Keras 3.15 draws windows by the hash of a string, which is another in each process: its own
+    # choice (of nothing but zeros) is put aside for ours.
+    before = [
+        lambda _: ops.convert_to_tensor(next(windows), "int32"),
+        *structure["pre_block_layers"],
+    ]
     config = keras.quantizers.GPTQConfig(
-        dataset=texts,
+        dataset=[np.zeros(2, "int32")],
         tokenizer=tokenizer,
         weight_bits=4,
         group_size=group_size,
         num_samples=samples,
-        sequence_length=min(sequence_length, longest or sequence_length),
-        quantization_layer_structure=structure,
+        sequence_length=2,
+        quantization_layer_structure={**structure, "pre_block_layers": before},
     )
     chosen = {id(layer) for layer in calibrated}
     options: dict[str, Any] = {"filters": lambda layer: id(layer) in chosen}
     policy.backbone.quantize("gptq", config=config, **options)
     for layer in calibrated:
         store_gptq_as_int4(layer)
+
+
+def _windows(
+    tokenizer: Any, texts: Sequence[str], samples: int, length: int
+) -> Iterator[np.ndarray]:
+    """Yield `[1, length]` tokens, `samples` times, at equal distances in the joined texts."""
+    rows = [np.asarray(ops.convert_to_numpy(tokenizer.tokenize([text])[0])) for text in texts]
+    tokens = np.concatenate(rows).astype("int32").reshape(-1)
+    tokens = np.tile(tokens, -(-length // tokens.size))
+    for start in np.linspace(0, tokens.size - length, samples).astype(int):
+        yield tokens[None, start : start + length]
+
+
+def dequantized(policy: keras.Model) -> keras.Model:
+    """Return a policy of the same numbers in floating point, adapters merged.
+
+    Keras rounds a quantized kernel anew where it merges adapters, and the policy becomes another.
+    A policy without quantized layers is returned as it is.
+    """
+    layers = all_layers(policy)
+    if not any(map(quantization_mode, layers)):
+        return policy
+    config = keras.saving.serialize_keras_object(policy.backbone)["config"]
+    if any(quantizes_inputs(layer) for layer in layers):
+        warnings.warn(
+            "the quantized policy rounds its inputs, too, which a model in floating point does "
+            "not: its log-probs differ by that rounding.",
+            UserWarning,
+            stacklevel=2,
+        )
+    config["dtype"] = _float_policy(policy.backbone)
+    backbone = type(policy.backbone).from_config(config)
+    copy = type(policy)(backbone=backbone, preprocessor=policy.preprocessor)
+    for layer, target in zip(all_layers(policy.backbone), all_layers(backbone), strict=True):
+        copy_in_floating_point(layer, target)
+    return copy
+
+
+def _float_policy(backbone: keras.Model) -> str:
+    names = {layer.dtype_policy.name for layer in all_layers(backbone) if layer.quantization_mode}
+    return min(names).partition("_from_")[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
+from dpo_keras.utils.keras_half_precision import share_that_stands_still, update_in_float32
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
 Step: TypeAlias = Callable[[Batch], MetricSums]
@@ -144,7 +146,7 @@ class TensorflowTrainer(keras.Model):
         keras_internals.leave_gradient_sums_to_caller(self.optimizer)
         keras_internals.skip_zero_weight_decay(self.optimizer)
         keras_internals.use_adam_kernel(self.optimizer)
-        keras_internals.update_in_float32(self.optimizer)
+        update_in_float32(self.optimizer)
         with self.distribute_strategy.scope():
             if keras_internals.inner_optimizer(self.optimizer).gradient_accumulation_steps:
                 self.accumulation = keras_internals.WeighedAccumulation(self.optimizer)
@@ -304,6 +306,8 @@ class PolicyTrainer(TensorflowTrainer):
         """Train, see `TensorflowTrainer.fit`."""
         self._check_batches(x)
         self._check_batches(kwargs.get("validation_data"), "validation_data")
+        if self.optimizer is not None:
+            _warn_of_lost_updates(self.optimizer, self.trainable_variables)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
@@ -321,7 +325,11 @@ class PolicyTrainer(TensorflowTrainer):
         """Return what the model is rebuilt from."""
         options = {"dropout": self.dropout, "remat": self.scorer.remat}
         parts = {"policy": lora.serialized_policy(self.policy)}
-        return {**super().get_config(), **parts, "adapters": lora.adapter_config(self.policy)} | options
+        return {
+            **super().get_config(),
+            **parts,
+            "adapters": lora.adapter_config(self.policy),
+        } | options
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
@@ -337,6 +345,21 @@ class PolicyTrainer(TensorflowTrainer):
         if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
             check_packing(self.scorer)
             self._packing_checked = True
+
+
+def _warn_of_lost_updates(
+    optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
+) -> None:
+    """Warn where most half-precision weights round each update away."""
+    found = share_that_stands_still(optimizer, weights)
+    if found is not None and found[0] > 0.5:
+        warnings.warn(
+            f"at a learning rate of {found[1]:g}, {found[0]:.0%} of the trained weights stay what "
+            "they are: an update is below what their dtype can tell apart. Keep weights in "
+            "float32 (dtype='mixed_bfloat16'), train LoRA adapters, or raise the learning rate.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:

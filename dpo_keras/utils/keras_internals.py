@@ -44,62 +44,6 @@ def skip_zero_weight_decay(optimizer: keras.optimizers.Optimizer) -> None:
         inner._apply_weight_decay = lambda variables: None
 
 
-_HALF = (tf.bfloat16, tf.float16)
-
-
-class _Float32View:
-    """A weight in half precision, as an optimizer sees it: read and written in float32."""
-
-    dtype = "float32"
-
-    def __init__(self, weight: tf.Variable):
-        self.weight = weight
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what else an optimizer asks of a weight, such as its shape."""
-        return getattr(self.weight, name)
-
-    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
-        """Return the weight's value."""
-        return tf.cast(self.weight, dtype or "float32")
-
-    def assign(self, value: Tensor) -> None:
-        """Round to the weight's dtype once, at the end of the update."""
-        self.weight.assign(tf.cast(value, self.weight.dtype))
-
-    def assign_add(self, value: Tensor) -> None:
-        """Add in float32."""
-        self.assign(tf.cast(self.weight, "float32") + value)
-
-    def assign_sub(self, value: Tensor) -> None:
-        """Subtract in float32."""
-        self.assign(tf.cast(self.weight, "float32") - value)
-
-
-def update_in_float32(optimizer: keras.optimizers.Optimizer) -> None:
-    """Keep the state of weights in half precision, and calculate their updates, in float32.
-
-    Keras 3.15 does both in the weight's dtype. In bfloat16 a beta_2 of 0.999 is 1, and Adam stands
-    still: its rate alpha = rate sqrt(1 - beta_2^t) / (1 - beta_1^t) is 0.
-    """
-    inner = inner_optimizer(optimizer)
-    index_of = private(inner, "_get_variable_index", KERAS)
-    add, update = inner.add_variable, inner.update_step
-
-    def add_variable(*args: Any, dtype: Any = None, **kwargs: Any) -> keras.Variable:
-        half = dtype is not None and tf.as_dtype(dtype) in _HALF
-        return add(*args, dtype="float32" if half else dtype, **kwargs)
-
-    def update_step(gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
-        if tf.as_dtype(variable.dtype) in _HALF:
-            weight = variable.value if isinstance(variable, keras.Variable) else variable
-            gradient, variable = tf.cast(gradient, "float32"), _Float32View(weight)
-        update(gradient, variable, learning_rate)
-
-    inner._get_variable_index = lambda variable: index_of(getattr(variable, "weight", variable))
-    inner.add_variable, inner.update_step = add_variable, update_step
-
-
 def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
     r"""Let Adam and AdamW update each weight with TensorFlow's own kernel (Keras 3.15).
 
@@ -117,8 +61,9 @@ def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
     index_of = private(inner, "_get_variable_index", KERAS)
 
     def update_step(gradient: Tensor, variable: Tensor, learning_rate: Tensor) -> None:
-        if isinstance(variable, _Float32View):
-            return type(inner).update_step(inner, gradient, variable, learning_rate)
+        if not isinstance(variable, keras.Variable | tf.Variable):  # `update_in_float32`'s view
+            type(inner).update_step(inner, gradient, variable, learning_rate)
+            return
         number = index_of(variable)
         variable = variable.value if isinstance(variable, keras.Variable) else variable
         dtype = variable.dtype

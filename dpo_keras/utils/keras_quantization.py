@@ -140,6 +140,42 @@ def dequantized_head(layer: keras.layers.ReversibleEmbedding, parts: dict[str, T
     return _scaled(layer, kernel, scale, zero, parts.get("groups"))
 
 
+def copy_in_floating_point(layer: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Give a layer in floating point the weights of another that may be quantized and adapted."""
+    own = [v for v in _own_variables(layer) if not v.name.startswith("lora_")]
+    if quantization_mode(layer) is None:
+        for source, variable in zip(own, _own_variables(target), strict=True):
+            variable.assign(source)
+        if getattr(layer, "lora_enabled", False):
+            embeds = isinstance(layer, keras.layers.Embedding)
+            base = private(target, "_embeddings" if embeds else "_kernel", KERAS)
+            base.assign(layer.embeddings if embeds else layer.kernel)
+    elif isinstance(layer, keras.layers.Embedding):
+        _copy_embedding(layer, target)
+    else:
+        kernel = dequantized_kernel(layer, kernel_parts(layer))
+        if layer.lora_enabled:
+            scale = layer.lora_alpha / layer.lora_rank
+            kernel = kernel + scale * ops.matmul(layer.lora_kernel_a, layer.lora_kernel_b)
+        private(target, "_kernel", KERAS).assign(kernel)
+        if layer.bias is not None:
+            target.bias.assign(layer.bias)
+
+
+def _own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    return [
+        *private(layer, "_trainable_variables", KERAS),
+        *private(layer, "_non_trainable_variables", KERAS),
+    ]
+
+
+def _copy_embedding(layer: keras.layers.Embedding, target: keras.layers.Embedding) -> None:
+    numbers = ops.arange(layer.input_dim)
+    private(target, "_embeddings", KERAS).assign(private(layer, "quantized_call", KERAS)(numbers))
+    if not getattr(layer, "tie_weights", True):
+        target.reverse_embeddings.assign(dequantized_head(layer, head_parts(layer)))
+
+
 # -- GPTQ ----------------------------------------------------------------------------------
 
 

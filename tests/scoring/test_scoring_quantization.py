@@ -1,0 +1,204 @@
+"""Quantized policies: scored exactly, adapted, saved with their scales, written as numbers."""
+
+import keras
+import numpy as np
+import pytest
+from families import FAMILIES
+from tiny import Letters, full_logits_log_probs, pairs
+
+from dpo_keras import DPOLoss, DPOModel, InputError, SupervisedModel, quantize
+from dpo_keras.batching import preference_dataset, tokenize_pairs
+from dpo_keras.scoring import ResponseScorer, check_packing, dequantized
+from dpo_keras.scoring.lora import low_rank_overrides
+from dpo_keras.utils.keras_internals import all_layers
+
+TEXTS = [pair["prompt"] + pair["chosen"] for pair in pairs(11)]
+
+
+class Preprocessor:
+    tokenizer = Letters()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokenized = tokenize_pairs(pairs(4), Letters(), max_length=24)
+    return next(iter(preference_dataset(tokenized, batch_size=4, buckets=1, shuffle=False)))
+
+
+def logps(policy, batch):
+    return np.array(ResponseScorer(policy)(batch)["logps"])
+
+
+def quantized(family, mode, group_size=16):
+    policy = FAMILIES[family]()
+    if mode != "gptq":
+        quantize(policy, mode, group_size=group_size)
+        return policy
+    policy.preprocessor = Preprocessor()
+    quantize(policy, mode, TEXTS, group_size=group_size, samples=4, sequence_length=16)
+    policy.preprocessor = None
+    return policy
+
+
+def trained(policy, batch):
+    """Adapters that have learned something, in a model that can be saved."""
+    policy.backbone.enable_lora(4)
+    model = DPOModel(policy)
+    model.compile(keras.optimizers.Adam(1e-2), DPOLoss("sigmoid"), run_eagerly=True)
+    model.train_on_batch(batch)
+    return model
+
+
+def both_logps(model, batch):
+    return np.array(model.policy_logps(batch)), np.array(model.reference_logps(batch))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4", "gptq"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_quantized_policy_is_trained_on_the_chunked_head_and_saved_as_it_is(
+    family, mode, batch, tmp_path
+):
+    before = logps(FAMILIES[family](), batch)
+    policy = quantized(family, mode)
+    start = logps(policy, batch)
+    # Quantized, but still the same model.
+    assert 1e-4 < np.abs(start - before).max() < np.abs(before).max() / 2
+    scorer = ResponseScorer(policy)
+    assert scorer.parts is not None
+    np.testing.assert_allclose(start, full_logits_log_probs(policy, batch), atol=1e-4)
+
+    model = trained(policy, batch)
+    assert model.reference.mode == "adapters_off"
+    policy_logps, reference_logps = both_logps(model, batch)
+    np.testing.assert_allclose(reference_logps, start, atol=1e-5)
+    assert np.abs(policy_logps - start).max() > 1e-3
+
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(both_logps(loaded, batch), both_logps(model, batch), atol=1e-5)
+    for weight in model.policy.weights:
+        weight.assign(keras.ops.zeros_like(weight))
+    model.load_weights(tmp_path / "model.weights.h5")
+    found = both_logps(model, batch)
+    np.testing.assert_allclose(found, (policy_logps, reference_logps), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_policy_in_floating_point_has_the_numbers_of_the_quantized_one(mode, batch):
+    model = trained(quantized("gpt2", mode), batch)
+    copy = dequantized(model.policy)
+    assert {variable.dtype for variable in copy.weights} == {"float32"}
+    np.testing.assert_allclose(logps(copy, batch), logps(model.policy, batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # tied and untied heads
+def test_heads_that_keras_quantizes_are_chunked_with_their_own_numbers(family, mode, batch):
+    policy = FAMILIES[family]()
+    policy.quantize(mode)
+    assert policy.backbone.token_embedding.quantization_mode == mode
+    scorer = ResponseScorer(policy)
+    assert scorer.parts is not None
+    found = np.array(scorer(batch)["logps"])
+    # Inputs that lie between two steps may be rounded to either.
+    np.testing.assert_allclose(found, full_logits_log_probs(policy, batch), atol=0.05)
+
+
+def test_gradients_pass_a_quantized_head_whose_inputs_are_rounded(batch):
+    policy = FAMILIES["gpt2"]()
+    policy.backbone.token_embedding.quantize("int8")
+    gradients = {}
+    for name, plain in (("head", False), ("numbers", False)):
+        scored = policy if name == "head" else dequantized_head_of(policy)
+        gradients[name] = gradient_of(scored, batch, plain)
+    size = np.linalg.norm(gradients["numbers"])
+    assert np.linalg.norm(gradients["head"] - gradients["numbers"]) < 0.1 * size
+
+
+def dequantized_head_of(policy):
+    with pytest.warns(UserWarning, match="rounds its inputs"):
+        return dequantized(policy)
+
+
+def gradient_of(policy, batch, plain):
+    import tensorflow as tf
+
+    norm = policy.backbone.get_layer("layer_norm").gamma
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(ResponseScorer(policy, plain=plain)(batch)["logps"])
+    return np.array(tape.gradient(value, norm.value))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_policies_are_packed(mode):
+    policy = quantized("llama", mode)
+    policy.backbone.enable_lora(2)
+    check_packing(ResponseScorer(policy))
+
+
+def test_every_quantized_kernel_is_multiplied_by_our_product():
+    policy = quantized("llama", "int4")
+    layers = [layer for layer in all_layers(policy) if layer.quantization_mode]
+    assert len(layers) == 2 * 7  # of each block: query, key, value, output, and three of the MLP
+    assert [override.owner for override in low_rank_overrides(policy)] == layers
+
+
+def test_gptq_is_the_same_in_every_process_and_better_than_rounding(batch, tmp_path):
+    one, again = quantized("llama", "gptq"), quantized("llama", "gptq")
+    np.testing.assert_array_equal(logps(one, batch), logps(again, batch))
+    exact = logps(FAMILIES["llama"](), batch)
+    errors = [np.abs(logps(p, batch) - exact).mean() for p in (one, quantized("llama", "int4"))]
+    assert errors[0] < errors[1]
+
+
+def test_bfloat16_policies_are_quantized_and_keep_their_dtype(batch, tmp_path):
+    policy = FAMILIES["llama"](dtype="bfloat16")
+    quantize(policy, "int4")
+    model = trained(policy, batch)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.policy.backbone.token_embedding.embeddings.dtype == "bfloat16"
+    np.testing.assert_allclose(both_logps(loaded, batch), both_logps(model, batch), atol=1e-5)
+
+
+def test_a_supervised_model_keeps_its_adapters(batch, tmp_path):
+    policy = quantized("gpt2", "int8")
+    policy.backbone.enable_lora(2)
+    model = SupervisedModel(policy)
+    model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
+    model.train_on_batch(batch)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    found = logps(loaded.policy, batch), logps(model.policy, batch)
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert loaded.policy.backbone.trainable_variables
+
+
+def test_a_file_without_scales_is_refused(batch):
+    model = trained(quantized("gpt2", "int8"), batch)
+    store = {}
+    model.policy_adapters.save_own_variables(store)
+    kept = {key: value for key, value in store.items() if "scale" not in key}
+    with pytest.raises(InputError, match=r"policy .*kernel_scale"):
+        model.policy_adapters.load_own_variables(kept)
+
+
+def test_what_cannot_be_quantized_is_refused():
+    policy = FAMILIES["gpt2"]()
+    for arguments, message in (
+        ({"mode": "int2"}, "mode must be one of int8, int4, gptq"),
+        ({"mode": "gptq"}, "texts are needed"),
+        ({"mode": "gptq", "texts": TEXTS}, "needs a tokenizer"),
+        ({"mode": "int8", "texts": TEXTS}, "texts have no effect"),
+        ({"mode": "int4", "group_size": 0}, "group_size must be >= 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quantize(policy, **arguments)
+    quantize(policy, "int8")
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(policy, "int4")
+    adapted = FAMILIES["gpt2"]()
+    adapted.backbone.enable_lora(2)
+    with pytest.raises(InputError, match="has LoRA adapters already"):
+        quantize(adapted, "int8")
