@@ -25,6 +25,7 @@ from dpo_keras.utils.keras_quantization import (
     kernel_parts,
     quantization_mode,
     quantizes_inputs,
+    serialized_dtypes,
 )
 
 _KEEPS_INPUTS = "dpo_keras_keeps_inputs"
@@ -140,11 +141,8 @@ def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
     quantized = [number for number, layer in enumerate(all_layers(policy)) if _keeps_inputs(layer)]
     if quantized:
         config[_KEEPS_INPUTS] = quantized
-    if any(quantization_mode(layer) for layer in all_layers(policy)):
-        # Else the layers that are not quantized would get the dtype of the program that loads.
-        dtype = config["config"].get("backbone", {}).get("config", {}).get("dtype", {})
-        if dtype.get("class_name") == "DTypePolicyMap":
-            dtype["config"]["default_policy"] = backbone.dtype_policy.name
+    if isinstance(backbone, keras.Model) and any(map(quantization_mode, all_layers(policy))):
+        config["config"]["backbone"]["config"]["dtype"] = serialized_dtypes(backbone)
     # A Llama backbone leaves out of its configuration that its embeddings are tied.
     tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:

@@ -15,6 +15,7 @@ from dpo_keras.utils.keras_internals import all_layers
 from dpo_keras.utils.keras_quantization import (
     DENSE,
     copy_in_floating_point,
+    float_dtype,
     quantization_mode,
     quantizes_inputs,
     store_gptq_as_int4,
@@ -189,14 +190,9 @@ def dequantized(policy: keras.Model) -> keras.Model:
             UserWarning,
             stacklevel=2,
         )
-    config["dtype"] = _float_policy(policy.backbone)
+    config["dtype"] = float_dtype(policy.backbone)
     backbone = type(policy.backbone).from_config(config)
     copy = type(policy)(backbone=backbone, preprocessor=policy.preprocessor)
     for layer, target in zip(all_layers(policy.backbone), all_layers(backbone), strict=True):
         copy_in_floating_point(layer, target)
     return copy
-
-
-def _float_policy(backbone: keras.Model) -> str:
-    names = {layer.dtype_policy.name for layer in all_layers(backbone) if layer.quantization_mode}
-    return min(names).partition("_from_")[2]

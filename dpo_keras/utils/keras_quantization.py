@@ -61,6 +61,27 @@ def rounded_inputs(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
     return inputs + ops.stop_gradient(rounded - inputs)
 
 
+def float_dtype(layer: keras.layers.Layer) -> str:
+    """Return the dtype policy that a layer would have if it were not quantized."""
+    stored, computed = layer.dtype_policy.variable_dtype, layer.dtype_policy.compute_dtype
+    return str(stored if stored == computed else f"mixed_{computed}")
+
+
+def serialized_dtypes(backbone: keras.Model) -> dict[str, Any]:
+    """Return the dtypes of a backbone's layers, as its configuration holds them.
+
+    Keras 3.15 leaves out all but the modes of quantized layers: a model in bfloat16 would be loaded
+    in the dtype of the program that loads it.
+    """
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=float_dtype(backbone))
+    for layer in private(backbone, "_flatten_layers", KERAS)():
+        if quantization_mode(layer) is not None and layer is not backbone:
+            config = {**layer.dtype_policy.get_config(), "source_name": float_dtype(layer)}
+            policies[layer.path] = type(layer.dtype_policy).from_config(config)
+    serialized: dict[str, Any] = keras.dtype_policies.serialize(policies)
+    return serialized
+
+
 def can_dequantize(layer: object) -> bool:
     """Tell whether `dequantized_kernel` knows a dense layer's layout."""
     return isinstance(layer, DENSE) and quantization_mode(layer) in ("int8", "int4")
@@ -214,8 +235,11 @@ def store_gptq_as_int4(layer: keras.layers.Layer) -> None:
         delattr(layer, name)
     config = keras.quantizers.Int4QuantizationConfig(block_size=size)
     layer.quantization_config = config
+    tracker = private(layer, "_tracker", KERAS)
+    tracker.unlock()
     private(layer, "quantized_build", KERAS)(tuple(shape), "int4", config)
-    layer.dtype_policy = f"int4/{size}_from_{policy.name.partition('_from_')[2]}"
+    tracker.lock()
+    layer.dtype_policy = f"int4/{size}_from_{float_dtype(layer)}"
     packed, _, _ = keras.quantizers.pack_int4(ops.cast(kernel, "int8"), axis=-1)
     new: dict[str, Any] = {"kernel_scale": scale, "kernel_zero": zero, "g_idx": groups}
     for name, value in {"_kernel": packed, **new}.items():
