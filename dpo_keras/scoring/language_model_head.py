@@ -181,15 +181,16 @@ class _Chunks(NamedTuple):
                 dbias = dbias + ops.sum(dlogits, axis=0)
             return index + 1, dhidden, dkernel, dbias
 
+        trained = kernel if self.kernel_trainable and not callable(kernel) else None
         start = (
             ops.zeros_like(hidden),
-            ops.zeros(tuple(kernel.shape) if self.kernel_trainable else (), "float32"),
+            ops.zeros(() if trained is None else tuple(trained.shape), "float32"),
             ops.zeros(() if bias is None else tuple(bias.shape), "float32"),
         )
         dhidden, dkernel, dbias = _loop(self.active, body, start)
         return {
             "hidden": dhidden,
-            "kernel": ops.cast(dkernel, kernel.dtype) if self.kernel_trainable else None,
+            "kernel": None if trained is None else ops.cast(dkernel, trained.dtype),
             "bias": dbias if bias is None else ops.cast(dbias, bias.dtype),
         }
 

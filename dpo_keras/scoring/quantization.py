@@ -1,5 +1,7 @@
 """Quantize a policy's kernels, to train adapters on top of them: QLoRA (arXiv 2305.14314)."""
 
+import contextlib
+import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -157,7 +159,8 @@ def _calibrate(
     )
     chosen = {id(layer) for layer in calibrated}
     options: dict[str, Any] = {"filters": lambda layer: id(layer) in chosen}
-    policy.backbone.quantize("gptq", config=config, **options)
+    with contextlib.redirect_stdout(io.StringIO()):  # Keras' own progress bar
+        policy.backbone.quantize("gptq", config=config, **options)
     for layer in calibrated:
         store_gptq_as_int4(layer)
 

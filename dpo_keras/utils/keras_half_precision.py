@@ -75,7 +75,7 @@ _STEPS_BY_RATE = {"Adam", "AdamW", "Adamax", "Nadam", "Lion"}
 def share_that_stands_still(
     optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
 ) -> tuple[float, float] | None:
-    """Return the share of half-precision weights that an update rounds away, and the rate.
+    """Return the share of trained weights whose updates are rounded away, and the rate.
 
     A weight w stays where it is while updates are below half the distance to its neighbours, which
     is w / 2^8 in bfloat16 and w / 2^11 in float16, within a factor of 2. None where nothing can be
@@ -94,11 +94,10 @@ def share_that_stands_still(
         if scheduled
         else float(keras.ops.convert_to_numpy(inner.learning_rate))
     )
-    still = total = 0
+    still, total = 0.0, sum(int(np.prod(weight.shape)) for weight in weights)
     for weight in halves:
         value = np.asarray(keras.ops.convert_to_numpy(weight)).astype("float32").ravel()
         value = value[:: max(value.size // 1000, 1)]  # a sample says it as well
         spacing = np.abs(value) / (2**8 if weight.dtype == "bfloat16" else 2**11)
         still += int((rate < spacing / 2).sum()) / value.size * int(np.prod(weight.shape))
-        total += int(np.prod(weight.shape))
     return still / total, rate

@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from families import FAMILIES
+from keras.src.quantizers import gptq_core
 from tiny import Letters, full_logits_log_probs, pairs
 
 from dpo_keras import DPOLoss, DPOModel, InputError, SupervisedModel, quantize
@@ -29,8 +31,14 @@ def logps(policy, batch):
     return np.array(ResponseScorer(policy)(batch)["logps"])
 
 
-def quantized(family, mode, group_size=16):
-    policy = FAMILIES[family]()
+def small(family):
+    """GPTQ takes seconds for each few columns of a kernel."""
+    sizes = {"hidden_dim": 8, "intermediate_dim": 8} if family == "opt" else {}
+    return FAMILIES[family](num_layers=1, **sizes)
+
+
+def quantized(family, mode, group_size=4):
+    policy = small(family)
     if mode != "gptq":
         quantize(policy, mode, group_size=group_size)
         return policy
@@ -53,12 +61,13 @@ def both_logps(model, batch):
     return np.array(model.policy_logps(batch)), np.array(model.reference_logps(batch))
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "gptq"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "mode"), [("gpt2", "int8"), ("gemma2", "int4"), ("opt", "gptq")]
+)
 def test_a_quantized_policy_is_trained_on_the_chunked_head_and_saved_as_it_is(
     family, mode, batch, tmp_path
 ):
-    before = logps(FAMILIES[family](), batch)
+    before = logps(small(family), batch)
     policy = quantized(family, mode)
     start = logps(policy, batch)
     # Quantized, but still the same model.
@@ -92,41 +101,34 @@ def test_a_policy_in_floating_point_has_the_numbers_of_the_quantized_one(mode, b
     np.testing.assert_allclose(logps(copy, batch), logps(model.policy, batch), atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])  # tied and untied heads
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize(
+    ("family", "mode"), [("gpt2", "int4"), ("llama", "int8"), ("gemma2", "int4"), ("llama", "int4")]
+)
 def test_heads_that_keras_quantizes_are_chunked_with_their_own_numbers(family, mode, batch):
-    policy = FAMILIES[family]()
+    policy = small(family)
     policy.quantize(mode)
     assert policy.backbone.token_embedding.quantization_mode == mode
-    scorer = ResponseScorer(policy)
-    assert scorer.parts is not None
-    found = np.array(scorer(batch)["logps"])
+    assert ResponseScorer(policy).parts is not None
+    found = logps(policy, batch)
     # Inputs that lie between two steps may be rounded to either.
-    np.testing.assert_allclose(found, full_logits_log_probs(policy, batch), atol=0.05)
+    np.testing.assert_allclose(found, full_logits_log_probs(policy, batch), atol=0.01)
 
 
 def test_gradients_pass_a_quantized_head_whose_inputs_are_rounded(batch):
-    policy = FAMILIES["gpt2"]()
+    policy = small("gpt2")
     policy.backbone.token_embedding.quantize("int8")
-    gradients = {}
-    for name, plain in (("head", False), ("numbers", False)):
-        scored = policy if name == "head" else dequantized_head_of(policy)
-        gradients[name] = gradient_of(scored, batch, plain)
-    size = np.linalg.norm(gradients["numbers"])
-    assert np.linalg.norm(gradients["head"] - gradients["numbers"]) < 0.1 * size
-
-
-def dequantized_head_of(policy):
     with pytest.warns(UserWarning, match="rounds its inputs"):
-        return dequantized(policy)
+        numbers = dequantized(policy)
+    expected, found = (gradient_of_last_norm(model, batch) for model in (numbers, policy))
+    # Keras lets none through but that of the scale.
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
 
 
-def gradient_of(policy, batch, plain):
-    import tensorflow as tf
-
+def gradient_of_last_norm(policy, batch):
     norm = policy.backbone.get_layer("layer_norm").gamma
     with tf.GradientTape() as tape:
-        value = tf.reduce_sum(ResponseScorer(policy, plain=plain)(batch)["logps"])
+        value = tf.reduce_sum(ResponseScorer(policy)(batch)["logps"])
     return np.array(tape.gradient(value, norm.value))
 
 
@@ -140,15 +142,17 @@ def test_quantized_policies_are_packed(mode):
 def test_every_quantized_kernel_is_multiplied_by_our_product():
     policy = quantized("llama", "int4")
     layers = [layer for layer in all_layers(policy) if layer.quantization_mode]
-    assert len(layers) == 2 * 7  # of each block: query, key, value, output, and three of the MLP
+    assert len(layers) == 7  # query, key, value, output, and three of the MLP
     assert [override.owner for override in low_rank_overrides(policy)] == layers
 
 
-def test_gptq_is_the_same_in_every_process_and_better_than_rounding(batch, tmp_path):
-    one, again = quantized("llama", "gptq"), quantized("llama", "gptq")
-    np.testing.assert_array_equal(logps(one, batch), logps(again, batch))
-    exact = logps(FAMILIES["llama"](), batch)
-    errors = [np.abs(logps(p, batch) - exact).mean() for p in (one, quantized("llama", "int4"))]
+def test_gptq_is_the_same_in_every_process_and_better_than_rounding(batch, monkeypatch):
+    one = quantized("opt", "gptq")
+    # As in a process where Python's hashes of strings are others.
+    monkeypatch.setitem(gptq_core.__dict__, "hash", lambda _: 7)
+    np.testing.assert_array_equal(logps(quantized("opt", "gptq"), batch), logps(one, batch))
+    exact = logps(small("opt"), batch)
+    errors = [np.abs(logps(p, batch) - exact).mean() for p in (one, quantized("opt", "int4"))]
     assert errors[0] < errors[1]
 
 
