@@ -107,7 +107,9 @@ def _dequantizing_product(layer: keras.layers.Layer) -> Call:
                     return ops.matmul(upstream, ops.transpose(kernel))
                 return ops.einsum(backward_equation(layer), upstream, kernel)
 
-            return _product(layer, inputs, dequantized_kernel(layer, parts)), gradient
+            # Not before its turn: TensorFlow would make all kernels at once, at the start.
+            kernel = dequantized_kernel(layer, made_after(inputs, parts))
+            return _product(layer, inputs, kernel), gradient
 
         found: Tensor = differentiable(inputs)
         return found

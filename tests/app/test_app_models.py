@@ -93,7 +93,9 @@ def test_adapters_are_merged_into_the_saved_policy(gpt2_preset, tmp_path):
     assert len(merged.backbone.trainable_variables) > len(trainable)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4", "gptq"])
+@pytest.mark.parametrize(
+    "quantization", ["int8", "int4", pytest.param("gptq", marks=pytest.mark.slow)]
+)
 def test_a_quantized_policy_is_saved_as_the_numbers_that_it_has(
     gpt2_preset, quantization, tmp_path
 ):
