@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,15 +14,18 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
-from dpo_keras.training.distribution import sum_over_replicas
+from dpo_keras.training.distribution import OneStep, next_steps, sum_over_replicas
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
-from dpo_keras.utils.keras_half_precision import share_that_stands_still, update_in_float32
+from dpo_keras.utils.keras_half_precision import (
+    scaling_losses,
+    update_in_float32,
+    warn_of_lost_updates,
+)
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
 Step: TypeAlias = Callable[[Batch], MetricSums]
-OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]  # to the sums of all replicas, [names, 2]
 StepFunction: TypeAlias = Callable[[object], dict[str, Tensor]]
 StepLoss: TypeAlias = Callable[[], tuple[Tensor, MetricSums]]
 """Returns this replica's share of a step's loss (the shares add up to it), and what is logged."""
@@ -137,11 +139,8 @@ class TensorflowTrainer(keras.Model):
         packed batches over whole rows instead of trees.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
-        optimizer = keras.optimizers.get(optimizer)
-        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if kwargs.get("auto_scale_loss", True) and not scales and self._computes_in("float16"):
-            # Keras does so where the whole model has the dtype policy mixed_float16.
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+        if kwargs.get("auto_scale_loss", True):
+            optimizer = scaling_losses(optimizer, keras_internals.all_layers(self))
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
         keras_internals.leave_gradient_sums_to_caller(self.optimizer)
         keras_internals.skip_zero_weight_decay(self.optimizer)
@@ -153,9 +152,6 @@ class TensorflowTrainer(keras.Model):
             # Now, not in the first step: a model saved before it must load as well.
             self.optimizer.build(self.trainable_variables)
         self.train_function = self.test_function = self.predict_function = None
-
-    def _computes_in(self, dtype: str) -> bool:
-        return any(layer.compute_dtype == dtype for layer in keras_internals.all_layers(self))
 
     def default_callbacks(self) -> list[keras.callbacks.Callback]:
         """Return the callbacks that every `fit` has, in front of the user's."""
@@ -220,7 +216,7 @@ class TensorflowTrainer(keras.Model):
 
         from_iterator = next_step
         if several:
-            from_iterator = _next_steps(one_step, self.steps_per_execution, len(names))
+            from_iterator = next_steps(one_step, self.steps_per_execution, len(names))
         if not self.run_eagerly:
             from_iterator = tf.function(from_iterator, **options)
 
@@ -307,7 +303,7 @@ class PolicyTrainer(TensorflowTrainer):
         self._check_batches(x)
         self._check_batches(kwargs.get("validation_data"), "validation_data")
         if self.optimizer is not None:
-            _warn_of_lost_updates(self.optimizer, self.trainable_variables)
+            warn_of_lost_updates(self.optimizer, self.trainable_variables)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
@@ -345,41 +341,3 @@ class PolicyTrainer(TensorflowTrainer):
         if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
             check_packing(self.scorer)
             self._packing_checked = True
-
-
-def _warn_of_lost_updates(
-    optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
-) -> None:
-    """Warn where most half-precision weights round each update away."""
-    found = share_that_stands_still(optimizer, weights)
-    if found is not None and found[0] > 0.5:
-        warnings.warn(
-            f"at a learning rate of {found[1]:g}, {found[0]:.0%} of the trained weights stay what "
-            "they are: an update is below what their dtype can tell apart. Keep weights in "
-            "float32 (dtype='mixed_bfloat16'), train LoRA adapters, or raise the learning rate.",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a function that takes up to `most` steps in one graph while there are batches."""
-
-    def next_steps(iterator: tf.data.Iterator, stop: Tensor) -> tuple[Tensor, ...]:
-        def more(count: Tensor, batch: Tensor, *_: Tensor) -> Tensor:
-            return tf.logical_and(count < most, batch.has_value())
-
-        def body(
-            count: Tensor, batch: Tensor, first: Tensor, _: Tensor, totals: Tensor
-        ) -> tuple[Tensor, ...]:
-            sums = one_step(batch.get_value(), stop)
-            first = tf.where(count == 0, sums, first)
-            following = tf.cond(count + 1 >= most, lambda: batch, iterator.get_next_as_optional)
-            return count + 1, following, first, sums, totals + tf.cast(sums, "float64")
-
-        batch, zeros = iterator.get_next_as_optional(), tf.zeros((names, 2))
-        state = (tf.constant(0), batch, zeros, zeros, tf.zeros((names, 2), "float64"))
-        count, _, first, sums, totals = tf.while_loop(more, body, state)
-        return first, sums, totals, count
-
-    return next_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -68,6 +69,20 @@ def update_in_float32(optimizer: keras.optimizers.Optimizer) -> None:
     inner.add_variable, inner.update_step = add_variable, update_step
 
 
+def scaling_losses(
+    optimizer: str | keras.optimizers.Optimizer, layers: list[keras.layers.Layer]
+) -> keras.optimizers.Optimizer:
+    """Return an optimizer that scales losses, where a layer computes in float16.
+
+    Keras does so by itself where the model as a whole has the dtype policy mixed_float16.
+    """
+    optimizer = keras.optimizers.get(optimizer)
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales or not any(layer.compute_dtype == "float16" for layer in layers):
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+
+
 _STEPS_BY_RATE = {"Adam", "AdamW", "Adamax", "Nadam", "Lion"}
 """Optimizers whose updates are about as large as the learning rate."""
 
@@ -101,3 +116,18 @@ def share_that_stands_still(
         spacing = np.abs(value) / (2**8 if weight.dtype == "bfloat16" else 2**11)
         still += int((rate < spacing / 2).sum()) / value.size * int(np.prod(weight.shape))
     return still / total, rate
+
+
+def warn_of_lost_updates(
+    optimizer: keras.optimizers.Optimizer, weights: list[keras.Variable]
+) -> None:
+    """Warn where most half-precision weights round each update away."""
+    found = share_that_stands_still(optimizer, weights)
+    if found is not None and found[0] > 0.5:
+        warnings.warn(
+            f"at a learning rate of {found[1]:g}, {found[0]:.0%} of the trained weights stay what "
+            "they are: an update is below what their dtype can tell apart. Keep weights in "
+            "float32 (dtype='mixed_bfloat16'), train LoRA adapters, or raise the learning rate.",
+            UserWarning,
+            stacklevel=3,
+        )

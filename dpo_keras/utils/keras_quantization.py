@@ -121,10 +121,17 @@ def _scaled(
     """Return s (q - z), or q / s without zero points; groups run along the first axis."""
     if zero is None or groups is None:
         return ops.cast(ops.cast(values, layer.compute_dtype) / scale, layer.compute_dtype)
-    groups = ops.cast(groups, "int32")
-    scale, zero = ops.take(scale, groups, axis=0), ops.take(zero, groups, axis=0)
-    centred = ops.cast(values, scale.dtype) - ops.cast(zero, scale.dtype)
-    return ops.cast(centred * scale, layer.compute_dtype)
+    rows, columns = values.shape
+    size = min(private(layer, "_int4_block_size", KERAS), rows)
+    zero = ops.cast(zero, scale.dtype)
+    if rows % size:
+        groups = ops.cast(groups, "int32")
+        scale, zero = ops.take(scale, groups, axis=0), ops.take(zero, groups, axis=0)
+    else:  # groups are neighbours: without a matrix of scales and one of zero points
+        values = ops.reshape(values, (rows // size, size, columns))
+        scale, zero = scale[:, None], zero[:, None]
+    numbers = ops.cast((ops.cast(values, scale.dtype) - zero) * scale, layer.compute_dtype)
+    return ops.reshape(numbers, (rows, columns))
 
 
 def backward_equation(layer: keras.layers.EinsumDense) -> str:
