@@ -50,6 +50,7 @@ _HOME = {
     "enable_lora": "dpo_keras.scoring",
     "response_log_probs": "dpo_keras.scoring",
     "cache_reference": "dpo_keras.scoring",
+    "quantize": "dpo_keras.scoring",
     "DPOLoss": "dpo_keras.losses",
     "DPOModel": "dpo_keras.training",
     "SupervisedModel": "dpo_keras.training",
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
         read_preferences,
         write_preferences,
     )
-    from dpo_keras.scoring import cache_reference, enable_lora, response_log_probs
+    from dpo_keras.scoring import cache_reference, enable_lora, quantize, response_log_probs
     from dpo_keras.serving import export
     from dpo_keras.training import (
         DPOModel,
@@ -111,6 +112,7 @@ __all__ = [
     "export",
     "generate_responses",
     "preference_dataset",
+    "quantize",
     "read_preferences",
     "response_log_probs",
     "strategy",

@@ -53,6 +53,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Arguments = Annotated[dict[str, JSON], BeforeValidator(guess_types)]
+Quantization = Literal["int8", "int4", "gptq"]
 Logger = Literal["mlflow", "wandb"]
 Loggers = Annotated[list[Logger], BeforeValidator(_as_list)]
 
@@ -114,8 +115,13 @@ class Model(Section):
         None, "a KerasHub preset, a directory of KerasHub or Hugging Face, or a `.keras` file"
     )
     scratch: Scratch | None = key(None, "sizes of a new model; not together with `path`")
-    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] = key(
-        "float32", "of weights and computation; `mixed_bfloat16` keeps weights in float32"
+    dtype: Literal["float32", "bfloat16", "mixed_bfloat16", "float16", "mixed_float16"] = key(
+        "float32",
+        "of weights and computation; `mixed_…` keeps weights in float32, and the others lose small "
+        "updates of weights that are trained in full",
+    )
+    quantization: Quantization | None = key(
+        None, "keeps the kernels under the adapters in 8 or 4 bits; needs `lora_rank`"
     )
     lora_rank: Count | None = key(None, "rank of the adapters to train; null trains all weights")
     lora_alpha: Positive | None = key(None, "the adapters' scale is alpha / rank; null: rank")
@@ -135,6 +141,10 @@ class Model(Section):
         elif self.path is None and self.scratch is None:
             rule = "must have path (a preset name, or a model directory) or scratch (the sizes of a"
             yield InputProblem("", f"{rule} new model).")
+        if self.quantization is not None and self.lora_rank is None:
+            rule = "needs adapters, since quantized kernels do not train"
+            hint = "Set model.lora_rank, such as 8, or quantization to null."
+            yield InputProblem("quantization", rule, self.quantization, hint)
 
 
 class Data(Section):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dpo_keras.app.config_sections import Model, Scratch
+from dpo_keras.app.config_sections import Model, Quantization, Scratch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets, save_preset
@@ -208,10 +208,13 @@ def load_reference(path: str, policy: keras.Model, dtype: str = "float32") -> ke
 
 def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> keras.Model:
     """Load the policy of a configuration, or build it with a tokenizer trained on the texts."""
+    texts = list(training_texts or ()) if model.quantization == "gptq" else training_texts or ()
     if model.scratch is not None:
-        policy = build_policy(model.scratch, training_texts or (), model.dtype)
+        policy = build_policy(model.scratch, texts, model.dtype)
     else:
         policy = load_model(str(model.path), model.dtype)
+    if model.quantization is not None:
+        _quantize(policy, model.quantization, texts)
     if model.lora_rank is not None:
         _enable_lora(policy, model)
     return policy
@@ -231,6 +234,16 @@ def _enable_lora(policy: keras.Model, model: Model) -> None:
         raise InputError(problems) from error
 
 
+def _quantize(policy: keras.Model, mode: Quantization, texts: Iterable[str]) -> None:
+    from dpo_keras.scoring import quantize
+
+    try:
+        quantize(policy, mode, texts if mode == "gptq" else None)
+    except InputError as error:
+        problems = [InputProblem("model.quantization", f": {p}") for p in error.problems]
+        raise InputError(problems) from error
+
+
 def check_length(policy: keras.Model, max_length: int) -> None:
     """Refuse texts longer than the policy's table of positions, where it has one."""
     positions = getattr(policy.backbone, "max_sequence_length", None)
@@ -240,11 +253,15 @@ def check_length(policy: keras.Model, max_length: int) -> None:
 
 
 def save_policy(policy: keras.Model, directory: Path) -> None:
-    """Write a policy as a KerasHub preset directory, whole, with LoRA merged into the weights."""
+    """Write a policy as a KerasHub preset directory, whole, with LoRA merged into the weights.
+
+    A quantized policy is written in floating point: rounding merged kernels anew would change it.
+    """
+    from dpo_keras.scoring import dequantized
     from dpo_keras.utils.keras_internals import raise_failed_writes
 
     with replaced(directory) as partial, raise_failed_writes():
-        save_preset(policy, partial)
+        save_preset(dequantized(policy), partial)
 
 
 class Family(NamedTuple):

@@ -207,8 +207,10 @@ def build_model(
             jit_compile=settings.jit_compile,
             steps_per_execution=settings.steps_per_execution,
         )
-    # No other place keeps a reference that began as a policy from scratch or after a warm-up.
-    only_here = config.model.path is None or config.warmup is not None
+    # No other place keeps a reference that began as a policy from scratch, after a warm-up, or
+    # with quantized kernels.
+    model_alone = config.model.path is None or config.model.quantization is not None
+    only_here = model_alone or config.warmup is not None
     began_as_policy = context.loss.needs_reference and config.reference in REFERENCES
     if run.writes and only_here and began_as_policy and not run.reference.exists():
         save_policy(policy, run.reference)

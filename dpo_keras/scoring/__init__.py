@@ -4,6 +4,7 @@ from dpo_keras.scoring.adapter_targets import enable_lora
 from dpo_keras.scoring.dataset_scoring import cache_reference, response_log_probs, score_pairs
 from dpo_keras.scoring.language_model_head import token_log_probs
 from dpo_keras.scoring.packing_check import check_packing, packing_obstacle
+from dpo_keras.scoring.quantization import dequantized, quantize
 from dpo_keras.scoring.references import Reference, check_same_vocabulary, make_reference
 from dpo_keras.scoring.scorer import ResponseScorer
 
@@ -13,9 +14,11 @@ __all__ = [
     "cache_reference",
     "check_packing",
     "check_same_vocabulary",
+    "dequantized",
     "enable_lora",
     "make_reference",
     "packing_obstacle",
+    "quantize",
     "response_log_probs",
     "score_pairs",
     "token_log_probs",

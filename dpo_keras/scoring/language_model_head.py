@@ -10,7 +10,7 @@ training by far. Here they exist one chunk at a time, and the backward pass reco
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import keras
 from keras import ops
@@ -18,6 +18,16 @@ from keras import ops
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import leading_image_states
 from dpo_keras.utils.keras_hub_internals import reversible_settings
+from dpo_keras.utils.keras_quantization import (
+    dequantized_head,
+    dequantized_kernel,
+    head_parts,
+    kernel_parts,
+    quantization_mode,
+    rounded_inputs,
+)
+
+Kernel: TypeAlias = Tensor | Callable[[], Tensor]
 
 # 2**23 float32 logits are 32 MiB: large enough for efficient products, small beside the model. Past
 # 256 rows products become no faster, and the last chunk is mostly empty.
@@ -52,7 +62,7 @@ def chunk_size(vocabulary_size: int) -> int:
 
 def token_log_probs(
     hidden: Tensor,
-    kernel: Tensor,
+    kernel: Kernel,
     bias: Tensor | None,
     targets: Tensor,
     count: Tensor | None = None,
@@ -69,14 +79,15 @@ def token_log_probs(
 
     Args:
         hidden: `[N, D]`, hidden states that predict the targets.
-        kernel: `[D, V]`, the output projection.
+        kernel: `[D, V]`, the output projection; or a function that makes it for each chunk, and
+            then there is no gradient of it.
         bias: `[V]`, or None.
         targets: `[N]` int32 token ids.
         count: scalar int32, number of rows at the front that matter. The chunks behind them are
             skipped, and their results are 0. None computes all rows.
         soft_cap: the c of cap(z) = c tanh(z / c), or None.
         statistics: names from `STATISTICS` to compute as well, without gradient.
-        chunk: rows of logits at a time; by default `chunk_size(V)`.
+        chunk: rows of logits at a time; by default `chunk_size(V)`, and 256 for a function.
         kernel_trainable: whether to compute the gradient of the kernel.
 
     Returns:
@@ -89,7 +100,8 @@ def token_log_probs(
         [-2.0794, -2.0794, -2.0794]
     """
     rows = ops.shape(hidden)[0]
-    chunk = chunk or chunk_size(kernel.shape[1])
+    kernel_trainable = kernel_trainable and not callable(kernel)
+    chunk = chunk or (_ROWS_PER_CHUNK if callable(kernel) else chunk_size(kernel.shape[1]))
     if isinstance(rows, int):
         chunk = min(chunk, max(rows, 1))
     total = (rows + chunk - 1) // chunk
@@ -128,10 +140,11 @@ class _Chunks(NamedTuple):
     statistics: tuple[str, ...]
     kernel_trainable: bool
 
-    def forward(self, hidden: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, kernel: Kernel, bias: Tensor | None) -> Tensor:
         def body(index: Tensor, results: Tensor) -> tuple[Tensor, Tensor]:
             start = index * self.size
-            logits = _logits(_rows(hidden, start, self.size), kernel, bias, self.soft_cap)
+            states = _rows(hidden, start, self.size)
+            logits = _logits(states, _made(kernel), bias, self.soft_cap)
             log_probs = ops.log_softmax(logits, axis=-1)
             found = [_at(log_probs, _rows(self.targets, start, self.size))]
             if self.statistics:
@@ -143,13 +156,13 @@ class _Chunks(NamedTuple):
         return _loop(self.active, body, (ops.zeros(shape, "float32"),))[0]
 
     def backward(
-        self, upstream: Tensor, hidden: Tensor, kernel: Tensor, bias: Tensor | None
+        self, upstream: Tensor, hidden: Tensor, kernel: Kernel, bias: Tensor | None
     ) -> dict[str, Tensor]:
         def body(index: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
             dhidden, dkernel, dbias = found
             start = index * self.size
-            states = _rows(hidden, start, self.size)
-            logits = _logits(states, kernel, bias, self.soft_cap)
+            states, matrix = _rows(hidden, start, self.size), _made(kernel)
+            logits = _logits(states, matrix, bias, self.soft_cap)
             probs = ops.softmax(logits, axis=-1)
             target = _rows(self.targets, start, self.size)
             scale = _rows(upstream, start, self.size)[:, :1]
@@ -160,7 +173,7 @@ class _Chunks(NamedTuple):
             if self.soft_cap is not None:
                 dlogits = dlogits * (1.0 - ops.square(logits / self.soft_cap))
             dlogits_low = ops.cast(dlogits, states.dtype)
-            update = ops.matmul(dlogits_low, ops.transpose(kernel))
+            update = ops.matmul(dlogits_low, ops.transpose(matrix))
             dhidden = _write(dhidden, start, update, self.size)
             if self.kernel_trainable:
                 product = ops.matmul(ops.transpose(states), dlogits_low)
@@ -169,17 +182,22 @@ class _Chunks(NamedTuple):
                 dbias = dbias + ops.sum(dlogits, axis=0)
             return index + 1, dhidden, dkernel, dbias
 
+        trained = kernel if self.kernel_trainable and not callable(kernel) else None
         start = (
             ops.zeros_like(hidden),
-            ops.zeros(tuple(kernel.shape) if self.kernel_trainable else (), "float32"),
-            ops.zeros(() if bias is None else (kernel.shape[1],), "float32"),
+            ops.zeros(() if trained is None else tuple(trained.shape), "float32"),
+            ops.zeros(() if bias is None else tuple(bias.shape), "float32"),
         )
         dhidden, dkernel, dbias = _loop(self.active, body, start)
         return {
             "hidden": dhidden,
-            "kernel": ops.cast(dkernel, kernel.dtype),
+            "kernel": None if trained is None else ops.cast(dkernel, trained.dtype),
             "bias": dbias if bias is None else ops.cast(dbias, bias.dtype),
         }
+
+
+def _made(kernel: Kernel) -> Tensor:
+    return kernel() if callable(kernel) else kernel
 
 
 def log_probs_of(logits: Tensor, targets: Tensor, statistics: tuple[str, ...] = ()) -> Tensor:
@@ -240,12 +258,15 @@ class LanguageModelHead:
         self.tied, self.soft_cap, dtype = False, None, None
         if isinstance(layer, keras.layers.ReversibleEmbedding):
             self.tied, self.soft_cap, dtype = reversible_settings(layer)
-        self.compute_dtype = dtype or layer.compute_dtype
+        self.quantized = quantization_mode(layer) is not None
+        self.compute_dtype = layer.compute_dtype if self.quantized or dtype is None else dtype
 
     @staticmethod
     def supports(layer: object) -> bool:
         """Tell whether `layer` is one whose projection can be read off exactly."""
-        if getattr(layer, "quantization_mode", None) is not None:
+        if quantization_mode(layer) not in (None, "int8", "int4"):
+            return False
+        if quantization_mode(layer) is not None and getattr(layer, "lora_enabled", False):
             return False
         if isinstance(layer, keras.layers.Dense):
             linear: bool = layer.activation is keras.activations.linear
@@ -253,12 +274,22 @@ class LanguageModelHead:
         return isinstance(layer, keras.layers.ReversibleEmbedding)
 
     def _is_trainable(self) -> bool:
+        if self.quantized:
+            return False
         if isinstance(self.layer, keras.layers.Dense) or self.tied:
             return any(v.trainable for v in self.layer.variables if "bias" not in v.name)
         return bool(self.layer.reverse_embeddings.trainable)
 
-    def kernel(self) -> Tensor:
-        """Return the projection `[D, V]` in the dtype that the model multiplies in."""
+    def kernel(self) -> Kernel:
+        """Return the projection `[D, V]` in the dtype that the model multiplies in.
+
+        Of a quantized layer, return a function that makes it: it then exists within a chunk only.
+        """
+        if self.quantized:
+            dense = isinstance(self.layer, keras.layers.Dense)
+            parts = kernel_parts(self.layer) if dense else head_parts(self.layer)
+            dequantized = dequantized_kernel if dense else dequantized_head
+            return lambda: ops.cast(dequantized(self.layer, parts), self.compute_dtype)
         if isinstance(self.layer, keras.layers.Dense):
             kernel = self.layer.kernel
         elif self.tied:
@@ -282,8 +313,9 @@ class LanguageModelHead:
         chunk: int | None = None,
     ) -> Tensor:
         """Compute `token_log_probs` of `targets` with this projection."""
+        hidden = ops.cast(hidden, self.compute_dtype)
         return token_log_probs(
-            ops.cast(hidden, self.compute_dtype),
+            rounded_inputs(self.layer, hidden) if self.quantized else hidden,
             self.kernel(),
             self.bias(),
             targets,

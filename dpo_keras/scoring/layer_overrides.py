@@ -208,3 +208,9 @@ def _set_apart(
         with tf.control_dependencies(upstream):
             found = [tf.identity(value) for value in inputs]
     return [*found, *(tf.identity(value) for value in weights)]
+
+
+def made_after(upstream: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
+    with tf.control_dependencies([upstream]):
+        return {name: tf.identity(tensor) for name, tensor in tensors.items()}

@@ -12,10 +12,24 @@ import keras
 import numpy as np
 from keras import ops
 
-from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.layer_overrides import Call, Override, made_after
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_internals import ties_embeddings
 from dpo_keras.utils.keras_internals import all_layers, base_kernel, unmerged_weights
+from dpo_keras.utils.keras_quantization import (
+    backward_equation,
+    can_dequantize,
+    dequantized_kernel,
+    keep_inputs,
+    kernel_parts,
+    quantization_mode,
+    quantizes_inputs,
+    serialized_dtypes,
+)
+
+_KEEPS_INPUTS = "dpo_keras_keeps_inputs"
+"""Key of a serialized policy: the places of quantized layers that do not round their inputs."""
 
 
 def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:
@@ -35,14 +49,32 @@ def adapters_are_fresh(policy: keras.Model) -> bool:
 
 
 def low_rank_overrides(model: object) -> list[Override]:
-    """Compute adapters' products in low rank: of Keras 3 models' dense layers, not quantized."""
-    layers = filter(_can_factor, adapted_layers(model) if isinstance(model, keras.Model) else ())
-    return [Override(layer, "call", _low_rank_call(layer)) for layer in layers]
+    """Compute adapters' products in low rank, and those of quantized kernels one at a time.
+
+    Of Keras 3 models' dense layers. Layers that round their inputs, too, stay as Keras has them.
+    """
+    layers = all_layers(model) if isinstance(model, keras.Model) else []
+    return [
+        Override(layer, "call" if quantization_mode(layer) is None else "quantized_call", call)
+        for layer in layers
+        if (call := _cheaper_call(layer)) is not None
+    ]
+
+
+def _cheaper_call(layer: keras.layers.Layer) -> Call | None:
+    if can_dequantize(layer) and not quantizes_inputs(layer):
+        return _low_rank_call(layer, _dequantizing_product(layer))
+    adapted = getattr(layer, "lora_enabled", False) and quantization_mode(layer) is None
+    if not adapted or not _can_factor(layer):
+        return None
+
+    def product(inputs: Tensor) -> Tensor:
+        return _product(layer, inputs, ops.cast(base_kernel(layer), layer.compute_dtype))
+
+    return _low_rank_call(layer, product)
 
 
 def _can_factor(layer: keras.layers.Layer) -> bool:
-    if getattr(layer, "quantization_mode", None) is not None:
-        return False
     if isinstance(layer, keras.layers.Dense):
         return True
     if not isinstance(layer, keras.layers.EinsumDense):
@@ -52,21 +84,49 @@ def _can_factor(layer: keras.layers.Layer) -> bool:
     return kernel[-1] == output[-1] and kernel[-1] not in layer.equation.split(",")[0]
 
 
-def _low_rank_call(layer: keras.layers.Layer) -> Call:
-    scale = layer.lora_alpha / layer.lora_rank
+def _product(layer: keras.layers.Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
+    if isinstance(layer, keras.layers.Dense):
+        return ops.matmul(inputs, kernel)
+    return ops.einsum(layer.equation, inputs, kernel)
 
-    def product(inputs: Tensor, kernel: Tensor) -> Tensor:
-        if isinstance(layer, keras.layers.Dense):
-            return ops.matmul(inputs, kernel)
-        return ops.einsum(layer.equation, inputs, kernel)
 
+def _dequantizing_product(layer: keras.layers.Layer) -> Call:
+    """Return x W of a quantized layer, with W in floating point for as long as it is multiplied."""
+
+    def product(inputs: Tensor) -> Tensor:
+        parts = kernel_parts(layer)
+
+        @ops.custom_gradient
+        def differentiable(inputs: Tensor) -> tuple[Tensor, Call]:
+            def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+                if upstream is None:
+                    (upstream,) = args
+                # Made again, or all kernels would be kept from the forward pass.
+                kernel = dequantized_kernel(layer, made_after(upstream, parts))
+                if isinstance(layer, keras.layers.Dense):
+                    return ops.matmul(upstream, ops.transpose(kernel))
+                return ops.einsum(backward_equation(layer), upstream, kernel)
+
+            # Not before its turn: TensorFlow would make all kernels at once, at the start.
+            kernel = dequantized_kernel(layer, made_after(inputs, parts))
+            return _product(layer, inputs, kernel), gradient
+
+        found: Tensor = differentiable(inputs)
+        return found
+
+    return product
+
+
+def _low_rank_call(layer: keras.layers.Layer, product: Call) -> Call:
     def call(inputs: Tensor, training: bool | None = None) -> Tensor:
-        # Adapters stay in float32 where the kernel does not.
-        down, up, kernel = (
-            ops.cast(weight, layer.compute_dtype)
-            for weight in (layer.lora_kernel_a, layer.lora_kernel_b, base_kernel(layer))
-        )
-        states = product(inputs, kernel) + scale * ops.matmul(product(inputs, down), up)
+        inputs = ops.cast(inputs, layer.compute_dtype)
+        states = product(inputs)
+        if getattr(layer, "lora_enabled", False):
+            # Adapters stay in float32 where the kernel does not.
+            weights = layer.lora_kernel_a, layer.lora_kernel_b
+            down, up = (ops.cast(weight, layer.compute_dtype) for weight in weights)
+            scale = layer.lora_alpha / layer.lora_rank
+            states = states + scale * ops.matmul(_product(layer, inputs, down), up)
         if layer.bias is not None:
             states = states + layer.bias
         return states if layer.activation is None else layer.activation(states)
@@ -79,12 +139,34 @@ def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
     config: dict[str, JSON] = keras.saving.serialize_keras_object(policy)
     # KerasHub compiles its models with an optimizer that Keras fails to restore.
     config.pop("compile_config", None)
-    # A Llama backbone leaves out of its configuration that its embeddings are tied.
     backbone = getattr(policy, "backbone", None)
+    quantized = [number for number, layer in enumerate(all_layers(policy)) if _keeps_inputs(layer)]
+    if quantized:
+        config[_KEEPS_INPUTS] = quantized
+    if isinstance(backbone, keras.Model) and any(map(quantization_mode, all_layers(policy))):
+        config["config"]["backbone"]["config"]["dtype"] = serialized_dtypes(backbone)
+    # A Llama backbone leaves out of its configuration that its embeddings are tied.
     tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
     return config
+
+
+def restored_policy(config: dict[str, JSON], custom_objects: JSON = None) -> keras.Model:
+    """Build the model that `serialized_policy` describes."""
+    config = dict(config)
+    quantized = config.pop(_KEEPS_INPUTS, ())
+    policy = keras.saving.deserialize_keras_object(config, custom_objects)
+    layers = all_layers(policy) if quantized else []
+    for place in quantized:
+        keep_inputs(layers[place])
+    return policy
+
+
+def _keeps_inputs(layer: keras.layers.Layer) -> bool:
+    """Tell whether a layer's kernel is quantized, and its inputs are not."""
+    quantized = quantization_mode(layer) in ("int8", "int4") and hasattr(layer, "inputs_quantizer")
+    return quantized and not quantizes_inputs(layer)
 
 
 def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:
@@ -121,7 +203,9 @@ def restore_adapters(policy: keras.Model, config: dict[str, JSON] | None) -> Non
 
 @keras.saving.register_keras_serializable("dpo_keras")
 class AdapterState(keras.layers.Layer):
-    """Save and load the unmerged weights of a policy's adapted layers.
+    """Save and load the unmerged weights of a policy's adapted layers, scales included.
+
+    Keras merges adapters into what it saves, and rounds quantized kernels anew.
 
     It owns no weights. Keras loads the attributes of a model in alphabetical order, so an attribute
     whose name follows the policy's has the last word on those weights.
@@ -146,5 +230,14 @@ class AdapterState(keras.layers.Layer):
 
     def load_own_variables(self, store: Mapping[str, np.ndarray]) -> None:
         """Read what `save_own_variables` wrote."""
+        keys = set(store.keys())
+        if not keys:  # saved by a version that kept merged weights only
+            return
         for key, variable in self._weights_by_key().items():
+            if key not in keys:
+                rule = (
+                    f"has quantized adapted layers, and the file has no {key}: dpo_keras 0.4 and "
+                    "before left scales out, so its kernels cannot be read"
+                )
+                raise InputError(InputProblem("policy", rule, hint="Train the adapters again."))
             variable.assign(store[key])

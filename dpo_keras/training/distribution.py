@@ -1,4 +1,4 @@
-"""Strategies of `tf.distribute` by name, and sums over their replicas."""
+"""Strategies of `tf.distribute` by name, sums over their replicas, several steps in one graph."""
 
 import os
 import signal
@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from dpo_keras.batching import Batch
 from dpo_keras.cluster import Cluster, Watchdog, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import Tensor
 
+OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]  # to the sums of all replicas, [names, 2]
 Worker: TypeAlias = tuple[int, int]
 """Index of a worker, and how many workers there are."""
 
@@ -193,3 +195,26 @@ STRATEGIES: dict[str, Callable[..., tf.distribute.Strategy]] = {
     "tpu": _tpu,
     "parameter_server": _parameter_server,
 }
+
+
+def next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function that takes up to `most` steps in one graph while there are batches."""
+
+    def next_steps(iterator: tf.data.Iterator, stop: Tensor) -> tuple[Tensor, ...]:
+        def more(count: Tensor, batch: Tensor, *_: Tensor) -> Tensor:
+            return tf.logical_and(count < most, batch.has_value())
+
+        def body(
+            count: Tensor, batch: Tensor, first: Tensor, _: Tensor, totals: Tensor
+        ) -> tuple[Tensor, ...]:
+            sums = one_step(batch.get_value(), stop)
+            first = tf.where(count == 0, sums, first)
+            following = tf.cond(count + 1 >= most, lambda: batch, iterator.get_next_as_optional)
+            return count + 1, following, first, sums, totals + tf.cast(sums, "float64")
+
+        batch, zeros = iterator.get_next_as_optional(), tf.zeros((names, 2))
+        state = (tf.constant(0), batch, zeros, zeros, tf.zeros((names, 2), "float64"))
+        count, _, first, sums, totals = tf.while_loop(more, body, state)
+        return first, sums, totals, count
+
+    return next_steps

@@ -73,8 +73,6 @@ class DPOModel(PolicyTrainer):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
         self.reference: Reference = make_reference(policy, reference)
         self._may_drop_reference = isinstance(reference, str) and reference == "auto"
-        # The name puts it behind `policy` in the order in which Keras loads.
-        self.policy_adapters = lora.AdapterState(policy) if lora.adapter_config(policy) else None
 
     # -- the method ------------------------------------------------------------------------
 
@@ -193,19 +191,15 @@ class DPOModel(PolicyTrainer):
         reference: JSON = self.reference.mode
         if reference == "model":
             reference = lora.serialized_policy(self.reference.model)
-        adapters = lora.adapter_config(self.policy)
-        return {**super().get_config(), "reference": reference, "adapters": adapters}
+        return {**super().get_config(), "reference": reference}
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> DPOModel:
         """Rebuild the model that `get_config` describes, adapters enabled."""
         config = dict(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
-        lora.restore_adapters(policy, config.pop("adapters", None))
-        reference = config.pop("reference")
-        if isinstance(reference, dict):
-            reference = keras.saving.deserialize_keras_object(reference, custom_objects)
-        return cls(policy, reference, **config)
+        if isinstance(config["reference"], dict):
+            config["reference"] = lora.restored_policy(config["reference"], custom_objects)
+        return super().from_config(config, custom_objects)
 
     def get_compile_config(self) -> dict[str, JSON]:
         """Return optimizer and loss, serialized."""

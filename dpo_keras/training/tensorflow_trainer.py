@@ -11,19 +11,22 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring import check_packing
-from dpo_keras.scoring.lora import serialized_policy
+from dpo_keras.scoring import check_packing, lora
 from dpo_keras.scoring.model_inputs import TextRows, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
-from dpo_keras.training.distribution import sum_over_replicas
+from dpo_keras.training.distribution import OneStep, next_steps, sum_over_replicas
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
+from dpo_keras.utils.keras_half_precision import (
+    scaling_losses,
+    update_in_float32,
+    warn_of_lost_updates,
+)
 
 Gradients: TypeAlias = list[tuple[Tensor, keras.Variable]]
 Step: TypeAlias = Callable[[Batch], MetricSums]
-OneStep: TypeAlias = Callable[[Batch, Tensor], Tensor]  # to the sums of all replicas, [names, 2]
 StepFunction: TypeAlias = Callable[[object], dict[str, Tensor]]
 StepLoss: TypeAlias = Callable[[], tuple[Tensor, MetricSums]]
 """Returns this replica's share of a step's loss (the shares add up to it), and what is logged."""
@@ -108,7 +111,8 @@ class TensorflowTrainer(keras.Model):
 
         Micro-batches are averaged by `weight`, that of this replica's pairs.
         """
-        values = [gradient for gradient, _ in gradients]
+        # A model may have weights of several dtypes, and sums of squares need float32.
+        values = [tf.cast(gradient, "float32") for gradient, _ in gradients]
         scale = getattr(self.optimizer, "dynamic_scale", 1.0)
         norm = tf.linalg.global_norm(values) / ops.cast(scale, "float32")
         if self.accumulation is not None:
@@ -136,10 +140,13 @@ class TensorflowTrainer(keras.Model):
         packed batches over whole rows instead of trees.
         """
         jit_compile = False if jit_compile == "auto" else jit_compile
+        if kwargs.get("auto_scale_loss", True):
+            optimizer = scaling_losses(optimizer, keras_internals.all_layers(self))
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)
         keras_internals.leave_gradient_sums_to_caller(self.optimizer)
         keras_internals.skip_zero_weight_decay(self.optimizer)
         keras_internals.use_adam_kernel(self.optimizer)
+        update_in_float32(self.optimizer)
         with self.distribute_strategy.scope():
             if keras_internals.inner_optimizer(self.optimizer).gradient_accumulation_steps:
                 self.accumulation = keras_internals.WeighedAccumulation(self.optimizer)
@@ -210,7 +217,7 @@ class TensorflowTrainer(keras.Model):
 
         from_iterator = next_step
         if several:
-            from_iterator = _next_steps(one_step, self.steps_per_execution, len(names))
+            from_iterator = next_steps(one_step, self.steps_per_execution, len(names))
         if not self.run_eagerly:
             from_iterator = tf.function(from_iterator, **options)
 
@@ -281,6 +288,8 @@ class PolicyTrainer(TensorflowTrainer):
             hint = "Recomputed dropout is drawn anew, so the gradient is that of another network."
             raise InputError(InputProblem("remat", "needs dropout=False", hint=hint))
         self.policy, self.dropout = policy, dropout
+        # The name puts it behind `policy` in the order in which Keras loads.
+        self.policy_adapters = lora.AdapterState(policy) if lora.adapter_config(policy) else None
         self.scorer = ResponseScorer(policy, remat=remat)
         self._packing_checked = False
         self.built = True
@@ -295,6 +304,8 @@ class PolicyTrainer(TensorflowTrainer):
         """Train, see `TensorflowTrainer.fit`."""
         self._check_batches(x)
         self._check_batches(kwargs.get("validation_data"), "validation_data")
+        if self.optimizer is not None:
+            warn_of_lost_updates(self.optimizer, self.trainable_variables)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
@@ -311,13 +322,19 @@ class PolicyTrainer(TensorflowTrainer):
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
         options = {"dropout": self.dropout, "remat": self.scorer.remat}
-        return {**super().get_config(), "policy": serialized_policy(self.policy), **options}
+        parts = {"policy": lora.serialized_policy(self.policy)}
+        return {
+            **super().get_config(),
+            **parts,
+            "adapters": lora.adapter_config(self.policy),
+        } | options
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
         """Rebuild the model that `get_config` describes."""
         config = dict(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        policy = lora.restored_policy(config.pop("policy"), custom_objects)
+        lora.restore_adapters(policy, config.pop("adapters", None))
         return cls(policy, **config)
 
     def _check_batches(self, dataset: object, argument: str = "x") -> None:
@@ -326,26 +343,3 @@ class PolicyTrainer(TensorflowTrainer):
         if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
             check_packing(self.scorer)
             self._packing_checked = True
-
-
-def _next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a function that takes up to `most` steps in one graph while there are batches."""
-
-    def next_steps(iterator: tf.data.Iterator, stop: Tensor) -> tuple[Tensor, ...]:
-        def more(count: Tensor, batch: Tensor, *_: Tensor) -> Tensor:
-            return tf.logical_and(count < most, batch.has_value())
-
-        def body(
-            count: Tensor, batch: Tensor, first: Tensor, _: Tensor, totals: Tensor
-        ) -> tuple[Tensor, ...]:
-            sums = one_step(batch.get_value(), stop)
-            first = tf.where(count == 0, sums, first)
-            following = tf.cond(count + 1 >= most, lambda: batch, iterator.get_next_as_optional)
-            return count + 1, following, first, sums, totals + tf.cast(sums, "float64")
-
-        batch, zeros = iterator.get_next_as_optional(), tf.zeros((names, 2))
-        state = (tf.constant(0), batch, zeros, zeros, tf.zeros((names, 2), "float64"))
-        count, _, first, sums, totals = tf.while_loop(more, body, state)
-        return first, sums, totals, count
-
-    return next_steps

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import KERAS, TENSORFLOW, TF_KERAS, private
+from dpo_keras.utils.keras_quantization import quantization_state
 
 # -- optimizers (written for Keras 3.15) ---------------------------------------------------
 
@@ -60,6 +61,9 @@ def use_adam_kernel(optimizer: keras.optimizers.Optimizer) -> None:
     index_of = private(inner, "_get_variable_index", KERAS)
 
     def update_step(gradient: Tensor, variable: Tensor, learning_rate: Tensor) -> None:
+        if not isinstance(variable, keras.Variable | tf.Variable):  # `update_in_float32`'s view
+            type(inner).update_step(inner, gradient, variable, learning_rate)
+            return
         number = index_of(variable)
         variable = variable.value if isinstance(variable, keras.Variable) else variable
         dtype = variable.dtype
@@ -178,12 +182,16 @@ def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
 
 
 def unmerged_weights(layer: keras.layers.Layer) -> dict[str, keras.Variable]:
-    """Return the base weight of a layer with LoRA and its adapters, each under Keras' own name."""
+    """Return the base weight of a layer with LoRA and its adapters, each under Keras' own name.
+
+    A quantized base weight comes with its scales, zero points and groups.
+    """
     names = ["lora_kernel_a", "lora_kernel_b", "lora_embeddings_a", "lora_embeddings_b"]
     base = "_embeddings" if isinstance(layer, keras.layers.Embedding) else "_kernel"
     if getattr(layer, "quantization_mode", None) is None:
         private(layer, base, KERAS)  # only some quantized layers have another base weight
     found = {name: getattr(layer, name, None) for name in [base, *names]}
+    found |= quantization_state(layer)
     return {name: weight for name, weight in found.items() if weight is not None}
 
 

@@ -16,7 +16,7 @@ from dpo_keras.training import choose_layout, make_optimizer
 ALWAYS_READ = {
     "": {"name", "output", "seed", "model", "data", "warmup", "loss", "training", "evaluation"}
     | {"export"},
-    "model": {"path", "scratch", "dtype", "lora_rank"},
+    "model": {"path", "scratch", "dtype", "quantization", "lora_rank"},
     "model.scratch": {"family", "vocabulary_size", "num_layers", "num_heads", "hidden_dim"}
     | {"intermediate_dim", "max_sequence_length"},
     "data": {"path", "held_out", "held_out_path", "template", "max_length", "overlength", "limit"}

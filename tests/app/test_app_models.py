@@ -23,6 +23,7 @@ from dpo_keras.app.models import (
 )
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import check_same_vocabulary
+from dpo_keras.utils.keras_internals import all_layers
 
 
 def test_a_tokenizer_is_the_same_for_the_same_texts_and_knows_every_byte():
@@ -91,6 +92,26 @@ def test_adapters_are_merged_into_the_saved_policy(gpt2_preset, tmp_path):
     assert len(merged.backbone.trainable_variables) > len(trainable)
 
 
+@pytest.mark.parametrize(
+    "quantization", ["int8", "int4", pytest.param("gptq", marks=pytest.mark.slow)]
+)
+def test_a_quantized_policy_is_saved_as_the_numbers_that_it_has(
+    gpt2_preset, quantization, tmp_path
+):
+    model = Model(path=str(gpt2_preset), lora_rank=2, quantization=quantization)
+    policy = load_policy(model, TEXTS)
+    assert len({id(layer) for layer in all_layers(policy) if layer.quantization_mode}) == 12
+    for variable in policy.backbone.trainable_variables:
+        variable.assign(np.random.default_rng(0).normal(size=variable.shape, scale=0.1))
+    save_policy(policy, tmp_path / "merged")
+    same_logits(policy, load_model(str(tmp_path / "merged")))
+
+
+def test_quantization_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="needs adapters, since quantized kernels do not train"):
+        Model(path="gpt2_base_en", quantization="int4")
+
+
 def test_a_hugging_face_directory_loads_with_the_same_logits(gpt2, gpt2_hugging_face):
     loaded = load_policy(Model(path=str(gpt2_hugging_face)))
     same_logits(gpt2, loaded)
@@ -102,11 +123,11 @@ def test_a_keras_file_loads(gpt2, tmp_path):
     same_logits(gpt2, load_model(str(tmp_path / "policy.keras")))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
 def test_the_dtype_is_that_of_the_configuration(gpt2_preset, dtype):
     policy = load_policy(Model(path=str(gpt2_preset), dtype=dtype))
-    assert policy.compute_dtype == "bfloat16"
-    assert policy.backbone.variables[0].dtype == ("float32" if "mixed" in dtype else "bfloat16")
+    assert policy.compute_dtype == dtype.removeprefix("mixed_")
+    assert policy.backbone.variables[0].dtype == ("float32" if "mixed" in dtype else dtype)
 
 
 def directory(path, **files):
