@@ -15,7 +15,15 @@ from keras import ops
 from dpo_keras.scoring.layer_overrides import Call, Override
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_internals import ties_embeddings
+from dpo_keras.utils.keras_hub_tokenizers import (
+    complete_tokenizer_config,
+    follow_rules,
+    followed_rules,
+)
 from dpo_keras.utils.keras_internals import all_layers, base_kernel, unmerged_weights
+
+_RULES = "dpo_keras_tokenizer_rules"
+"""Key of a serialized policy: how its checkpoint cuts text into tokens."""
 
 
 def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:
@@ -84,7 +92,25 @@ def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
     tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
+    complete_tokenizer_config(config, _tokenizer(policy))
+    rules = followed_rules(_tokenizer(policy))
+    if rules is not None:
+        config[_RULES] = rules
     return config
+
+
+def restored_policy(config: dict[str, JSON], custom_objects: JSON = None) -> keras.Model:
+    """Build the model that `serialized_policy` describes."""
+    config = dict(config)
+    rules = config.pop(_RULES, None)
+    policy = keras.saving.deserialize_keras_object(config, custom_objects)
+    if rules is not None:
+        follow_rules(_tokenizer(policy), rules)
+    return policy
+
+
+def _tokenizer(policy: keras.Model) -> object:
+    return getattr(getattr(policy, "preprocessor", None), "tokenizer", None)
 
 
 def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:

@@ -200,7 +200,7 @@ class DPOModel(PolicyTrainer):
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> DPOModel:
         """Rebuild the model that `get_config` describes, adapters enabled."""
         config = dict(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        policy = lora.restored_policy(config.pop("policy"), custom_objects)
         lora.restore_adapters(policy, config.pop("adapters", None))
         reference = config.pop("reference")
         if isinstance(reference, dict):

@@ -12,7 +12,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing
-from dpo_keras.scoring.lora import serialized_policy
+from dpo_keras.scoring.lora import restored_policy, serialized_policy
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import sum_over_replicas
@@ -315,7 +315,7 @@ class PolicyTrainer(TensorflowTrainer):
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
         """Rebuild the model that `get_config` describes."""
         config = dict(config)
-        policy = keras.saving.deserialize_keras_object(config.pop("policy"), custom_objects)
+        policy = restored_policy(config.pop("policy"), custom_objects)
         return cls(policy, **config)
 
     def _check_batches(self, dataset: object, argument: str = "x") -> None:
