@@ -55,6 +55,7 @@ _HOME = {
     "DPOModel": "dpo_keras.training",
     "SupervisedModel": "dpo_keras.training",
     "generate_responses": "dpo_keras.training",
+    "load_model": "dpo_keras.app.models",
     "strategy": "dpo_keras.training",
     "export": "dpo_keras.serving",
 }
@@ -76,6 +77,7 @@ _STAGES = {
 _TENSORFLOW_STAGES = {"scoring", "training", "evaluation", "serving"}
 
 if TYPE_CHECKING:
+    from dpo_keras.app.models import load_model
     from dpo_keras.batching import preference_dataset, tokenize_pairs
     from dpo_keras.errors import InputError
     from dpo_keras.losses import DPOLoss
@@ -111,6 +113,7 @@ __all__ = [
     "enable_lora",
     "export",
     "generate_responses",
+    "load_model",
     "preference_dataset",
     "quantize",
     "read_preferences",

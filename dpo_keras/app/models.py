@@ -138,9 +138,24 @@ def _hdf5_problem(path: Path) -> str | None:
 
 
 def load_model(path: str, dtype: str = "float32") -> keras.Model:
-    """Load a `keras_hub.models.CausalLM`; a `.keras` file keeps its own dtype policy.
+    """Load a `keras_hub.models.CausalLM` from a directory, a file or a preset name.
 
-    A preset that can not be fetched is a RuntimeError, everything else that is wrong an InputError.
+    Beyond `keras_hub.models.CausalLM.from_preset`, it names what is missing or damaged, and lets a
+    Hugging Face directory's own `tokenizer.json` decide how text becomes tokens.
+
+    Args:
+        path: a directory of KerasHub or Hugging Face, a `.keras` file, or the name of a preset.
+        dtype: of weights and computation; a `.keras` file keeps its own.
+
+    Returns:
+        The model, with its preprocessor.
+
+    Raises:
+        InputError: the path names no language model, or a damaged one.
+        RuntimeError: a preset that could not be fetched.
+
+    Example:
+        >>> policy = dpo_keras.load_model("checkpoints/my_qwen")  # doctest: +SKIP
     """
     problem = source_problem(path)
     if problem is not None:
@@ -162,6 +177,10 @@ def load_model(path: str, dtype: str = "float32") -> keras.Model:
             raise RuntimeError(f"the preset {path} could not be fetched: {error}") from error
         raise InputError(f"{path} could not be loaded as a model: {_reason(error)}") from error
     _check_language_model(model, path)
+    if Path(path).is_dir():
+        from dpo_keras.batching.encoders import follow_checkpoint
+
+        follow_checkpoint(model.preprocessor.tokenizer, Path(path))
     return model
 
 

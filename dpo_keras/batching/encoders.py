@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_internals import fast_byte_pair_encoding, mend_word_splits
+from dpo_keras.utils.keras_hub_tokenizers import (
+    RULES_FILE,
+    checkpoint_rules,
+    fast_byte_pair_encoding,
+    follow_rules,
+    mend_word_splits,
+    python_tokenizer,
+    saving_obstacle,
+)
+from dpo_keras.utils.text import shortened
 
 # Tokens at which `generate` of a family also stops, although no tokenizer attribute names them.
 STOPS = {
@@ -19,6 +31,17 @@ STOPS = {
     "Gemma4Tokenizer": "<turn|>",
     "Phi3Tokenizer": "<|end|>",
 }
+# Texts on which tokenizers differ: case, digits, runs of spaces, line ends, scripts, NUL, specials.
+PROBES = (
+    "Hello, world! It's 12345 o'clock.",
+    "  two  spaces   and a tab\t\tend ",
+    "line\n\nbreaks \r\n and more\n",
+    "naïve café ½ 東京 你好 🙂 e\u0301",
+    "\u00a0odd\u2003spaces\u3000here",
+    "I'LL don'T 's (\"quoted\") $1,000.50 a_b-c",
+    "nul\x00inside",
+    "",
+)
 TEXTS_AT_ONCE = 4096  # bounds the memory of the tokenizer's intermediate lists
 
 
@@ -146,6 +169,50 @@ class TextEncoder:
             # Equal ids: the tokenizer puts nothing before a text, so no anchor is needed.
             return ("", 0) if joined[len(alone) :] == plain else (anchor, len(alone))
         return "", 0
+
+
+def follow_checkpoint(tokenizer: object, directory: Path) -> None:
+    """Let the tokenizer.json of a Hugging Face directory decide how its tokenizer cuts text.
+
+    KerasHub reads vocabulary and merges from it. Normalizer, words, added tokens and fallbacks are
+    those of the model's family otherwise.
+    """
+    try:
+        rules = checkpoint_rules(directory)
+        if rules is None:
+            return
+        follows = python_tokenizer(tokenizer) is not None
+        if reason := saving_obstacle(tokenizer):
+            raise InputError(f"{directory}: its tokenizer cannot be used: {reason}.")
+        if follows:
+            follow_rules(tokenizer, rules)
+        written_here = (directory / RULES_FILE).is_file()
+        other = None if written_here else _other_tokens(tokenizer, directory / "tokenizer.json")
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = shortened(f"{type(error).__name__}: {error}", 200)
+        raise InputError(f"{directory}: its tokenizer cannot be read: {reason}") from error
+    if other is not None and follows:
+        hint = "Its vocab.json and merges.txt belong to another tokenizer: remove the wrong files."
+        raise InputError(f"{directory}: its tokenizer.json gives other tokens: {other}. {hint}")
+    if other is not None:
+        warnings.warn(
+            f"{directory}: the SentencePiece model is used, and tokenizer.json gives other tokens: "
+            f"{other}.",
+            stacklevel=3,
+        )
+
+
+def _other_tokens(tokenizer: object, path: Path) -> str | None:
+    """Return the first text to which a tokenizer.json gives other ids than a tokenizer."""
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    texts = [text for text in PROBES if text]
+    for text, ids in zip(texts, TextEncoder(tokenizer).tokenize(texts), strict=True):
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        if ids != expected:
+            return f"for {text!r} {expected} instead of {ids}"
+    return None
 
 
 def _tokenizer_problems(tokenizer: object, usable: bool) -> list[InputProblem]:

@@ -31,6 +31,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
 from dpo_keras.preferences.collection import hash64, text_bytes
 from dpo_keras.utils import JSON
+from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
 Overlength = Literal["truncate", "drop", "error"]
 PAIRS_AT_ONCE = 2048  # of a built directory
@@ -305,10 +306,12 @@ def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
             value = value() if callable(value) else value
             value = sorted(value) if isinstance(value, set) else value
             parts[name] = None if value is None else _digest(repr(value))
+    rules = rules_digest(encoder.tokenizer)
     return {
         "class": type(encoder.tokenizer).__name__,
         "ids": [encoder.start, encoder.end, sorted(encoder.ends), encoder.pad],
         "anchor": encoder.anchor,
+        **({} if rules is None else {"rules": rules}),
         **parts,
     }
 

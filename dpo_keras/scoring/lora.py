@@ -16,6 +16,11 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.layer_overrides import Call, Override, made_after
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_internals import ties_embeddings
+from dpo_keras.utils.keras_hub_tokenizers import (
+    complete_tokenizer_config,
+    follow_rules,
+    followed_rules,
+)
 from dpo_keras.utils.keras_internals import all_layers, base_kernel, unmerged_weights
 from dpo_keras.utils.keras_quantization import (
     backward_equation,
@@ -30,6 +35,9 @@ from dpo_keras.utils.keras_quantization import (
 
 _KEEPS_INPUTS = "dpo_keras_keeps_inputs"
 """Key of a serialized policy: the places of quantized layers that do not round their inputs."""
+
+_RULES = "dpo_keras_tokenizer_rules"
+"""Key of a serialized policy: how its checkpoint cuts text into tokens."""
 
 
 def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:
@@ -149,6 +157,10 @@ def serialized_policy(policy: keras.Model) -> dict[str, JSON]:
     tied = ties_embeddings(backbone)
     if tied is not None and "tie_word_embeddings" in inspect.signature(type(backbone)).parameters:
         config["config"]["backbone"]["config"].setdefault("tie_word_embeddings", tied)
+    complete_tokenizer_config(config, _tokenizer(policy))
+    rules = followed_rules(_tokenizer(policy))
+    if rules is not None:
+        config[_RULES] = rules
     return config
 
 
@@ -156,10 +168,13 @@ def restored_policy(config: dict[str, JSON], custom_objects: JSON = None) -> ker
     """Build the model that `serialized_policy` describes."""
     config = dict(config)
     quantized = config.pop(_KEEPS_INPUTS, ())
+    rules = config.pop(_RULES, None)
     policy = keras.saving.deserialize_keras_object(config, custom_objects)
     layers = all_layers(policy) if quantized else []
     for place in quantized:
         keep_inputs(layers[place])
+    if rules is not None:
+        follow_rules(_tokenizer(policy), rules)
     return policy
 
 
@@ -167,6 +182,10 @@ def _keeps_inputs(layer: keras.layers.Layer) -> bool:
     """Tell whether a layer's kernel is quantized, and its inputs are not."""
     quantized = quantization_mode(layer) in ("int8", "int4") and hasattr(layer, "inputs_quantizer")
     return quantized and not quantizes_inputs(layer)
+
+
+def _tokenizer(policy: keras.Model) -> object:
+    return getattr(getattr(policy, "preprocessor", None), "tokenizer", None)
 
 
 def adapter_config(policy: keras.Model) -> dict[str, JSON] | None:

@@ -7,23 +7,12 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from dpo_keras.batching import Batch, ChatTemplate, TextEncoder, prompt_share, tokenize_pairs
+from dpo_keras.batching.encoders import PROBES
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.serving.graph_templates import read_turns
 from dpo_keras.serving.graph_tokenizers import graph_tokenizer
 from dpo_keras.utils import Tensor
-
-# Texts on which tokenizers differ: case, digits, runs of spaces, line ends, scripts, NUL, specials.
-PROBES = (
-    "Hello, world! It's 12345 o'clock.",
-    "  two  spaces   and a tab\t\tend ",
-    "line\n\nbreaks \r\n and more\n",
-    "naïve café ½ 東京 你好 🙂 e\u0301",
-    "\u00a0odd\u2003spaces\u3000here",
-    "I'LL don'T 's (\"quoted\") $1,000.50 a_b-c",
-    "nul\x00inside",
-    "",
-)
 
 
 class GraphEncoder(tf.Module):

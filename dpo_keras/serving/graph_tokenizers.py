@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import keras_hub
 import numpy as np
@@ -11,9 +12,9 @@ import tensorflow_text as tf_text
 import tokenizers
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.serving.word_patterns import literal, read_pre_tokenizer, split
+from dpo_keras.serving.word_patterns import BYTE_CHARACTERS, literal, read_rules, split
 from dpo_keras.utils import JSON, Tensor
-from dpo_keras.utils.keras_hub_internals import python_tokenizer
+from dpo_keras.utils.keras_hub_tokenizers import python_tokenizer
 
 _NO_RANK = np.iinfo(np.int64).max
 
@@ -50,12 +51,11 @@ class BytePairGraph(GraphTokenizer):
     def __init__(self, backend: tokenizers.Tokenizer):
         super().__init__()
         specification = json.loads(backend.to_str())
-        self.patterns, self.prefix_space = read_pre_tokenizer(specification)
+        self.rules = read_rules(specification)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values())
-        characters = _byte_characters()
-        byte_of = {character: byte for byte, character in enumerate(characters)}
-        self.byte_ids = np.array([vocabulary.get(c, -1) for c in characters], np.int64)
+        byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+        self.byte_ids = np.array([vocabulary.get(c, -1) for c in BYTE_CHARACTERS], np.int64)
         self._read_merges(specification["model"], byte_of)
 
         self.texts = np.full(self.size, b"", object)
@@ -67,10 +67,17 @@ class BytePairGraph(GraphTokenizer):
         self._traced = tf.function(
             self._tokenize, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False
         )
-        special = {token["content"]: token["id"] for token in specification["added_tokens"]}
-        # The longest first: the tokenizers library takes the longest match where several begin.
-        self.special_pattern = "|".join(map(literal, sorted(special, key=len, reverse=True)))
-        self.special_ids = _table(list(special) or [""], list(special.values()) or [-1], default=-1)
+        added = specification["added_tokens"]
+        # Tokens of the first kind are found in the text as it was written.
+        self.written, self.normalized = (
+            _SpecialTokens({t["content"]: t["id"] for t in added if t["normalized"] == kind})
+            for kind in (False, True)
+        )
+        self.whole_words: tf.lookup.StaticHashTable | None = None
+        if self.rules.whole_words:
+            words = specification["model"]["vocab"].items()
+            ids = [number for token, number in words if set(token) <= byte_of.keys()]
+            self.whole_words = _table([self.texts[number] for number in ids], ids, default=-1)
 
     def _read_merges(self, model: dict[str, JSON], byte_of: dict[str, int]) -> None:
         vocabulary = model["vocab"]
@@ -120,21 +127,21 @@ class BytePairGraph(GraphTokenizer):
     def _words(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return words `[n]`, the row of `texts` of each, and its id if it is special, else -1."""
         row = tf.range(tf.size(texts, tf.int64))
-        words, special = texts, tf.fill(tf.shape(texts), tf.constant(-1, tf.int64))
-        if self.special_pattern:
-            pieces = split(texts, self.special_pattern)
-            words, row = pieces.values, pieces.value_rowids()
-            special = self.special_ids.lookup(words)
-        for pattern in self.patterns:
-            pieces = pattern.split(words)
-            # A special token stays whole.
-            whole = _where(tf.RaggedTensor.from_uniform_row_length(words, 1), special >= 0)
-            pieces = tf.concat([whole, _where(pieces, special < 0)], axis=1)
-            origin = pieces.value_rowids()
-            words, row, special = pieces.values, tf.gather(row, origin), tf.gather(special, origin)
-        if self.prefix_space:
-            bare = (special < 0) & ~tf.strings.regex_full_match(words, r"(?s) .*|")
-            words = tf.where(bare, tf.strings.join([" ", words]), words)
+        cut = texts, row, tf.fill(tf.shape(texts), tf.constant(-1, tf.int64))
+        if self.written.pattern:
+            cut = _cut(*cut, self.written.split)
+            cut = self.written.identify(*cut)
+        if self.rules.composes:
+            words, row, special = cut
+            cut = tf.where(special < 0, tf_text.normalize_utf8(words, "NFC"), words), row, special
+        if self.normalized.pattern:
+            cut = _cut(*cut, self.normalized.split)
+            cut = self.normalized.identify(*cut)
+        for step in self.rules.steps:
+            cut = _spaced(*cut) if step is None else _cut(*cut, step.split)
+        words, row, special = cut
+        if self.whole_words is not None:
+            special = tf.where(special < 0, self.whole_words.lookup(words), special)
         return words, row, special
 
     def _merge(self, ids: Tensor, word: Tensor, stretch: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +175,39 @@ class BytePairGraph(GraphTokenizer):
         return ids, word
 
 
+class _SpecialTokens(tf.Module):
+    """Tokens that are looked for in a text before it is cut into words."""
+
+    def __init__(self, ids: dict[str, int]):
+        super().__init__()
+        # The longest first: the tokenizers library takes the longest match where several begin.
+        self.pattern = "|".join(map(literal, sorted(ids, key=len, reverse=True)))
+        self.ids = _table(list(ids) or [""], list(ids.values()) or [-1], default=-1)
+
+    def split(self, texts: Tensor) -> tf.RaggedTensor:
+        return split(texts, self.pattern)
+
+    def identify(self, words: Tensor, row: Tensor, special: Tensor) -> tuple[Tensor, ...]:
+        """Fill in the ids of words that are such tokens."""
+        return words, row, tf.where(special < 0, self.ids.lookup(words), special)
+
+
+def _cut(
+    words: Tensor, row: Tensor, special: Tensor, split: Callable[[Tensor], tf.RaggedTensor]
+) -> tuple[Tensor, ...]:
+    """Cut words into pieces; a special token stays whole."""
+    whole = _where(tf.RaggedTensor.from_uniform_row_length(words, 1), special >= 0)
+    pieces = tf.concat([whole, _where(split(words), special < 0)], axis=1)
+    origin = pieces.value_rowids()
+    return pieces.values, tf.gather(row, origin), tf.gather(special, origin)
+
+
+def _spaced(words: Tensor, row: Tensor, special: Tensor) -> tuple[Tensor, ...]:
+    """Put a space before each word that begins without one."""
+    bare = (special < 0) & ~tf.strings.regex_full_match(words, r"(?s) .*|")
+    return tf.where(bare, tf.strings.join([" ", words]), words), row, special
+
+
 def _every_other(chosen: Tensor) -> Tensor:
     """Keep every other one of chosen places side by side, which overlap, from the left."""
     first = chosen & ~tf.pad(chosen, [[1, 0]])[:-1]
@@ -192,18 +232,11 @@ def _where(rows: tf.RaggedTensor, keep: Tensor) -> tf.RaggedTensor:
 
 
 def _table(
-    keys: list[str] | list[int], values: list[int], default: int
+    keys: list[str] | list[bytes] | list[int], values: list[int], default: int
 ) -> tf.lookup.StaticHashTable:
-    keys = tf.constant(keys, tf.string if isinstance(keys[0], str) else tf.int64)
+    keys = tf.constant(keys, tf.int64 if isinstance(keys[0], int) else tf.string)
     initializer = tf.lookup.KeyValueTensorInitializer(keys, tf.constant(values, tf.int64))
     return tf.lookup.StaticHashTable(initializer, default)
-
-
-def _byte_characters() -> list[str]:
-    """Return the printable character that stands for each byte in GPT-2's vocabulary."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
 class SentencePieceGraph(GraphTokenizer):

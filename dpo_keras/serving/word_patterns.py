@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON, Tensor
+from dpo_keras.utils.keras_hub_tokenizers import GPT2
 
 # RE2's \s is ASCII only; the tokenizers library follows Unicode's White_Space.
 _SPACE = r"\t-\r \x{85}\p{Z}"
@@ -19,6 +21,16 @@ _LAST_SPACE_OF_LINE = f"([{_SPACE_NO_NEWLINE}])([{_SPACE_NO_NEWLINE}][^{_SPACE}]
 _LOOKAHEAD, _TO_LINE_END = r"\s+(?!\S)|", r"\s*[\r\n]+|"
 # No valid UTF-8 text holds this byte, so it marks a cut and never occurs in a text.
 CUT = b"\xff"
+
+
+def _byte_characters() -> list[str]:
+    """Return the printable character that stands for each byte in GPT-2's vocabulary."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()
 
 
 @dataclass(frozen=True)
@@ -66,43 +78,104 @@ def literal(text: str) -> str:
     return re.sub(r"([!-/:-@\[-^`{-~])", r"\\\1", text)
 
 
-def read_pre_tokenizer(specification: dict[str, JSON]) -> tuple[list[WordPattern], bool]:
-    """Return a tokenizer's word patterns, and whether each word gets a space in front.
+@dataclass(frozen=True)
+class WordRules:
+    """How a byte-level tokenizer cuts text into words.
 
-    The specification is that of the tokenizers library, `json.loads(tokenizer.to_str())`.
+    Args:
+        steps: word patterns in their order; None stands for a space in front of each word so far
+            that begins without one.
+        composes: whether text is normalized to NFC first.
+        whole_words: whether a word that is a token stays one, whatever the merges make of it.
     """
-    problems = []
+
+    steps: tuple[WordPattern | None, ...]
+    composes: bool
+    whole_words: bool
+
+
+def read_rules(specification: dict[str, JSON]) -> WordRules:
+    """Read a tokenizer's rules from `json.loads(tokenizer.to_str())` of the tokenizers library.
+
+    Raises InputError, with all reasons, for a tokenizer that TensorFlow's ops cannot follow.
+    """
     model = specification["model"]
-    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
-    used = [name for name in (*options, "byte_fallback", "ignore_merges") if model.get(name)]
-    if model["type"] != "BPE" or used:
-        problems.append(f"its model is {model['type']} with {', '.join(used) or 'no options'}")
-    if specification["normalizer"] is not None:
-        problems.append("it normalizes text")
-    for token in specification["added_tokens"]:
-        if any(token[name] for name in ("single_word", "lstrip", "rstrip", "normalized")):
-            problems.append(f"its added token {token['content']!r} has matching options")
-    steps = specification["pre_tokenizer"] or {"type": "none"}
-    patterns: list[WordPattern] = []
-    byte_level, prefix_space = False, False
-    for step in steps.get("pretokenizers", [steps]):
-        if step["type"] == "ByteLevel" and not step["use_regex"]:
-            byte_level, prefix_space = True, step["add_prefix_space"]
-        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            pattern = WordPattern.read(step["pattern"])
-            if pattern is None:
-                problems.append(f"RE2 has no equal of its word pattern {step['pattern']}")
-            else:
-                patterns.append(pattern)
-        else:
-            problems.append(f"its pre-tokenizer step {step['type']} is not known here")
-    if not byte_level:
-        problems.append("it is not byte-level")
+    steps, problems = _read_steps(specification["pre_tokenizer"])
+    composes = _composes(specification["normalizer"])
+    problems = [*_model_problems(model), *_token_problems(specification), *problems]
+    if composes is None:
+        problems.append(f"its normalizer {_kinds(specification['normalizer'])} is not NFC")
     if problems:
         rule = f"has a byte-pair tokenizer that cannot run in a graph: {'; '.join(problems)}"
         hint = "Export a policy with a SentencePiece or plain byte-level BPE tokenizer."
         raise InputError(InputProblem("policy", rule, hint=hint))
-    return patterns, prefix_space
+    return WordRules(tuple(steps), bool(composes), bool(model.get("ignore_merges")))
+
+
+def _read_steps(
+    pre_tokenizer: dict[str, JSON] | None,
+) -> tuple[list[WordPattern | None], list[str]]:
+    """Return the steps of a pre-tokenizer, and what cannot be followed in it."""
+    steps: list[WordPattern | None] = []
+    problems: list[str] = []
+    byte_level = False
+    for step in _parts(pre_tokenizer, "pretokenizers"):
+        pattern: dict[str, str] | None = None
+        if step["type"] == "ByteLevel":
+            byte_level = True
+            steps += [None] if step["add_prefix_space"] else []
+            pattern = {"Regex": GPT2} if step.get("use_regex", True) else None
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            pattern = step["pattern"]
+        elif step["type"] == "Digits":
+            pattern = {"Regex": r"\p{N}" if step["individual_digits"] else r"\p{N}+"}
+        else:
+            problems.append(f"its pre-tokenizer step {step['type']} is not known here")
+        if pattern is not None:
+            words = WordPattern.read(pattern)
+            steps += [] if words is None else [words]
+            problems += [f"RE2 has no equal of its word pattern {pattern}"] if words is None else []
+    return steps, problems if byte_level else [*problems, "it is not byte-level"]
+
+
+def _parts(item: dict[str, JSON] | None, name: str) -> list[dict[str, JSON]]:
+    """Return the parts of a `Sequence` of the tokenizers library, or the item itself."""
+    if item is None:
+        return []
+    nested = [_parts(part, name) for part in item[name]] if name in item else [[item]]
+    return [part for parts in nested for part in parts]
+
+
+def _kinds(normalizer: dict[str, JSON] | None) -> str:
+    return ", ".join(part["type"] for part in _parts(normalizer, "normalizers"))
+
+
+def _composes(normalizer: dict[str, JSON] | None) -> bool | None:
+    """Tell whether a normalizer is NFC; None for any other."""
+    kinds = {part["type"] for part in _parts(normalizer, "normalizers")}
+    return bool(kinds) if kinds <= {"NFC"} else None
+
+
+def _model_problems(model: dict[str, JSON]) -> list[str]:
+    options = ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"]
+    # A byte-level vocabulary with all bytes knows every text.
+    if not set(BYTE_CHARACTERS) <= model["vocab"].keys():
+        options.append("unk_token")
+    used = [name for name in options if model.get(name)]
+    if model["type"] == "BPE" and not used:
+        return []
+    return [f"its model is {model['type']} with {', '.join(used) or 'no options'}"]
+
+
+def _token_problems(specification: dict[str, JSON]) -> list[str]:
+    problems = []
+    for token in specification["added_tokens"]:
+        text = token["content"]
+        if any(token[name] for name in ("single_word", "lstrip", "rstrip")):
+            problems.append(f"its added token {text!r} has matching options")
+        elif token["normalized"] and unicodedata.normalize("NFC", text) != text:
+            problems.append(f"its added token {text!r} is not in the form NFC")
+    return problems
 
 
 def _re2(pattern: str) -> tuple[str, str | None]:

@@ -9,13 +9,11 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import keras
-    import tokenizers
 
 
 class Library(NamedTuple):
@@ -47,71 +45,6 @@ def private(owner: object, name: str, library: Library) -> Any:
             f"{library.package} {library.written_for}, which dpo_keras was written for, or change "
             "dpo_keras.utils to the new name."
         ) from error
-
-
-# How each family cuts text into words before it merges bytes. Llama 3's and Qwen's differ in the
-# number of digits that a word may hold.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # openai/gpt-2
-_MODERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = _MODERN.format(digits=r"\p{N}{1,3}")
-QWEN = _MODERN.format(digits=r"\p{N}")
-
-# By the names of KerasHub's classes; other families keep what they have.
-WORD_SPLITS = {
-    "GPT2Tokenizer": GPT2,
-    "OPTTokenizer": GPT2,
-    "GPTNeoXTokenizer": GPT2,
-    "Llama3Tokenizer": LLAMA3,
-    "SmolLM3Tokenizer": LLAMA3,
-    "QwenTokenizer": QWEN,
-    "Qwen3Tokenizer": QWEN,
-}
-
-
-def mend_word_splits(tokenizer: object) -> bool:
-    """Make a KerasHub byte-pair tokenizer cut words as its own family does.
-
-    KerasHub 0.32 passes the regular expression that finds words, Llama 3's for all families, to the
-    `tokenizers` library as a literal string, which occurs in no text. Merges then cross word
-    boundaries, and about a third of ordinary texts get tokens that the model was not trained on.
-    The tokenizer itself is changed, so that KerasHub's `generate` sees the same tokens. Returns
-    whether it now cuts words by the expression of its family.
-    """
-    pattern = WORD_SPLITS.get(type(tokenizer).__name__)
-    backend: Any = getattr(tokenizer, "_tokenizer", None)
-    if pattern is None or not hasattr(backend, "pre_tokenizer"):
-        return False
-    from tokenizers import Regex, pre_tokenizers
-
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(
-                add_prefix_space=bool(getattr(tokenizer, "add_prefix_space", False)),
-                use_regex=False,
-            ),
-        ]
-    )
-    return True
-
-
-def fast_byte_pair_encoding(tokenizer: object) -> Callable[[list[str]], list[list[int]]] | None:
-    """Return a byte-pair tokenizer's encoding of a batch; None where its `tokenize` may do more.
-
-    KerasHub 0.32 also computes the tokens' offsets and drops them, which takes a fifth of the time.
-    """
-    method = getattr(type(tokenizer), "tokenize", None)
-    # A family that overrides `tokenize` may do more than encode.
-    if getattr(method, "__qualname__", "") != "BytePairTokenizer.tokenize":
-        return None
-    encode = getattr(getattr(tokenizer, "_tokenizer", None), "encode_batch_fast", None)
-    in_python = getattr(tokenizer, "_use_tf_workflow", lambda: True)() is False
-    if encode is None or not in_python or "int" not in str(getattr(tokenizer, "compute_dtype", "")):
-        return None
-    return lambda texts: [encoding.ids for encoding in encode(texts)]
 
 
 # -- blocks, norms and embeddings (written for KerasHub 0.32) ------------------------------
@@ -190,11 +123,6 @@ def ties_embeddings(backbone: keras.Model | None) -> bool | None:
     return getattr(getattr(backbone, "token_embedding", None), "tie_weights", None)
 
 
-def python_tokenizer(tokenizer: object) -> tokenizers.Tokenizer | None:
-    """Return the `tokenizers.Tokenizer` in a byte-pair tokenizer; None without one."""
-    return getattr(tokenizer, "_tokenizer", None)
-
-
 # -- presets (written for KerasHub 0.32) ---------------------------------------------------
 
 # What KerasHub 0.32's converters of Hugging Face checkpoints read beside the weights, by the
@@ -226,14 +154,25 @@ def listed_presets() -> frozenset[str]:
 def save_preset(model: Any, directory: Path) -> None:
     """Write a preset directory that loads again.
 
-    KerasHub 0.32 leaves `tie_word_embeddings`, without which no tied model loads, out of Llama's.
+    KerasHub 0.32 leaves `tie_word_embeddings`, without which no tied model loads, out of Llama's,
+    and knows nothing of a checkpoint's rules for cutting text.
     """
+    from dpo_keras.utils import keras_hub_tokenizers as tokenizers
+
     model.save_to_preset(str(directory))
+    tokenizers.write_rules(model, directory)
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
     tied = getattr(model.backbone, "tie_word_embeddings", None)
-    if tied is None or "tie_word_embeddings" in model.backbone.get_config():
-        return
-    for name in ("config.json", "task.json"):
-        content = json.loads((directory / name).read_text(encoding="utf-8"))
-        backbone = content if name == "config.json" else content["config"]["backbone"]
-        backbone["config"]["tie_word_embeddings"] = tied
-        (directory / name).write_text(json.dumps(content, indent=4), encoding="utf-8")
+    if "tie_word_embeddings" in model.backbone.get_config():
+        tied = None
+    for path in directory.glob("*.json"):
+        if path.name == tokenizers.RULES_FILE:
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        changed = tokenizers.complete_tokenizer_config(content, tokenizer)
+        if tied is not None and path.name in ("config.json", "task.json"):
+            backbone = content if path.name == "config.json" else content["config"]["backbone"]
+            backbone["config"]["tie_word_embeddings"] = tied
+            changed = True
+        if changed:
+            path.write_text(json.dumps(content, indent=4), encoding="utf-8")

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from dpo_keras.batching import TextEncoder
 from dpo_keras.errors import InputError
 from dpo_keras.serving.graph_tokenizers import BytePairGraph, graph_tokenizer
-from dpo_keras.utils.keras_hub_internals import GPT2, LLAMA3, QWEN
+from dpo_keras.utils.keras_hub_tokenizers import GPT2, LLAMA3, QWEN
 
 # The word pattern of Mistral's Tekken.
 TEKKEN = (

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
 
 from dpo_keras.batching import TextEncoder
-from dpo_keras.utils.keras_hub_internals import (
+from dpo_keras.utils.keras_hub_tokenizers import (
     WORD_SPLITS,
     fast_byte_pair_encoding,
     mend_word_splits,
