@@ -16,7 +16,7 @@ import keras
 from keras import ops
 
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_families import leading_image_states
+from dpo_keras.utils.keras_hub_families import leading_image_states, reversed_embedding
 from dpo_keras.utils.keras_hub_internals import reversible_settings
 from dpo_keras.utils.keras_quantization import (
     dequantized_head,
@@ -338,6 +338,11 @@ def split_backbone_and_head(policy: object) -> tuple[keras.Model, LanguageModelH
     operations = getattr(policy, "operations", None)
     if not isinstance(backbone, keras.Model) or operations is None:
         return None
+    reversed_head = reversed_embedding(policy)
+    if reversed_head is not None:
+        head = LanguageModelHead(reversed_head.embedding)
+        head.tied, head.soft_cap = True, reversed_head.soft_cap
+        return backbone, head
     steps = [
         operation
         for operation in operations

@@ -17,7 +17,11 @@ from keras import ops
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_families import drafts_for_another_model, media_encoders
+from dpo_keras.utils.keras_hub_families import (
+    drafts_for_another_model,
+    media_encoders,
+    reversed_embedding,
+)
 
 Inputs: TypeAlias = dict[str, Tensor]
 
@@ -171,8 +175,14 @@ def _text_alone(*_: object, text_embeddings: Tensor, **__: object) -> Tensor:
 
 def full_logits(model: keras.Model, text: TextRows) -> Tensor:
     """Compute a model's logits `[rows, length, vocabulary]` of rows of text, in inference."""
+    head = reversed_embedding(model)
+    body = model if head is None else model.backbone
     with overridden_methods(text_overrides(model)):
-        return model(model_inputs(model, text), training=False)
+        states = body(model_inputs(body, text), training=False)
+    if head is None:
+        return states
+    logits = ops.matmul(states, ops.transpose(head.embedding.embeddings))
+    return logits if head.soft_cap is None else head.soft_cap * ops.tanh(logits / head.soft_cap)
 
 
 def response_mask(source: Tensor, owner: Tensor, padding_mask: Tensor) -> Tensor:

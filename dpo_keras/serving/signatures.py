@@ -13,7 +13,8 @@ from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.graph_encoder import GraphEncoder, rows_of
 from dpo_keras.training import outputs_of
-from dpo_keras.training.generation import decode, decoding_problems, new_tokens, token_choice
+from dpo_keras.training.decoding import decode, new_tokens, token_choice
+from dpo_keras.training.generation import decoding_problems
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_internals import native_slice_update
 

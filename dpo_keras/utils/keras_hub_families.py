@@ -44,6 +44,26 @@ def leading_image_states(backbone: object) -> int | None:
     return None
 
 
+class ReversedEmbedding(NamedTuple):
+    """An embedding whose transpose makes logits of hidden states."""
+
+    embedding: keras.layers.Embedding
+    soft_cap: float | None
+
+
+def reversed_embedding(policy: Any) -> ReversedEmbedding | None:
+    """Return the head of Gemma 3n, whose functional model has another; None for other models.
+
+    KerasHub 0.32 transposes the embeddings while it builds that model. It keeps them as a constant:
+    training does not move them, and loading does not restore them.
+    """
+    if type(policy).__name__ != "Gemma3nCausalLM":
+        return None
+    language_model = policy.backbone.language_model
+    embedding = private(private(language_model, "embed_tokens", KERAS_HUB), "embedding", KERAS_HUB)
+    return ReversedEmbedding(embedding, private(language_model, "final_logit_soft_cap", KERAS_HUB))
+
+
 def recurrence_owners(model: keras.layers.Layer) -> dict[str, list[tuple[object, str]]]:
     """Return where a model looks up the recurrences of its layers: (owner, name), by rule."""
     owners: dict[str, list[tuple[object, str]]] = {}

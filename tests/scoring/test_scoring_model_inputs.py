@@ -14,7 +14,13 @@ from dpo_keras.batching import collate
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.scoring.layer_overrides import overridden_methods
-from dpo_keras.scoring.model_inputs import TextRows, model_inputs, response_mask, text_overrides
+from dpo_keras.scoring.model_inputs import (
+    TextRows,
+    full_logits,
+    model_inputs,
+    response_mask,
+    text_overrides,
+)
 
 LENGTHS = [(9, 4, 6), (1, 1, 1), (5, 1, 3)]
 
@@ -183,3 +189,24 @@ def test_the_encoders_come_back_after_a_text():
     with overridden_methods(text_overrides(policy)):
         assert "call" in encoder.__dict__
     assert "call" not in encoder.__dict__
+
+
+def test_gemma3n_is_scored_by_its_embeddings_as_they_are(batch, tmp_path):
+    """KerasHub's functional model has a head of its own: the embeddings that it was built with."""
+    policy = ALL_FAMILIES["gemma3n"]()
+    scorer = ResponseScorer(policy)
+    before = scorer(batch)["logps"].numpy()
+    with tf.GradientTape() as tape:
+        loss = -tf.reduce_sum(scorer(batch)["logps"])
+    embeddings = policy.backbone.language_model.embed_tokens.embedding.embeddings
+    assert np.abs(tape.gradient(loss, embeddings.value)).max() > 0.1
+    policy.save(tmp_path / "gemma3n.keras")
+    loaded = keras.saving.load_model(tmp_path / "gemma3n.keras", compile=False)
+    np.testing.assert_allclose(ResponseScorer(loaded)(batch)["logps"], before, atol=1e-5)
+    # The same logits as in KerasHub's own decoding.
+    ids = tf.constant([[5, 6, 7, 8]])
+    logits = full_logits(policy, TextRows(ids, tf.ones_like(ids)))
+    cache = tf.zeros((1, 2, 2, 2, 4, 16))
+    mask = tf.ones_like(ids, tf.bool)
+    cached = policy.call_with_cache(ids, cache, 0, padding_mask=mask)[0]
+    np.testing.assert_allclose(logits, cached, atol=1e-4)

@@ -4,10 +4,8 @@ import keras
 import numpy as np
 import pytest
 import serving_tiny
-import tensorflow as tf
 
 import dpo_keras
-from dpo_keras.training import generate_responses
 
 PAIRS = [
     {"prompt": "Hello, how are you?", "chosen": " I am fine, thanks", "rejected": " lazy dog"},
@@ -24,13 +22,20 @@ def trained(quantization=None):
         dpo_keras.quantize(policy, quantization)
     policy.backbone.enable_lora(4)
     dataset = dpo_keras.preference_dataset(
-        dpo_keras.read_preferences(PAIRS), policy.preprocessor, batch_size=2, max_length=48
+        dpo_keras.read_preferences(PAIRS),
+        policy.preprocessor,
+        batch_size=2,
+        max_length=96,
+        batching="packed",
     )
     model = dpo_keras.DPOModel(policy)
     model.compile(optimizer=keras.optimizers.Adam(3e-2), loss=dpo_keras.DPOLoss(beta=0.1))
     return model, dataset
 
 
+# KerasHub leaves closing a SentencePiece file to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("quantization", [None])
 def test_gemma4_with_adapters_is_trained_saved_and_served(quantization, tmp_path):
     model, dataset = trained(quantization)
@@ -50,16 +55,12 @@ def test_gemma4_with_adapters_is_trained_saved_and_served(quantization, tmp_path
     again, _ = dpo_keras.response_log_probs(loaded.policy, PROMPTS, chosen)
     np.testing.assert_allclose(again, logps, atol=1e-4)
 
-    options = {"max_new_tokens": 6, "temperature": 0.0}
+    examples = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in PAIRS]
     report = dpo_keras.export(
-        model, tmp_path / "gemma4" / "1", max_length=48, max_new_tokens=6, verify=False
+        model, tmp_path / "gemma4" / "1", max_length=48, max_new_tokens=6, examples=examples
     )
-    served = tf.saved_model.load(str(report.path)).signatures
-    prompts, responses = tf.constant(PROMPTS), tf.constant(chosen)
-    scored = served["score"](prompt=prompts, response=responses)
-    np.testing.assert_allclose(scored["log_prob"], logps, atol=1e-3)
-    np.testing.assert_array_equal(scored["tokens"], lengths)
-    assert (scored["reward"].numpy() > 0).any()
-    texts = served["generate"](prompt=prompts)["text"].numpy()
-    expected = generate_responses(policy, PROMPTS, max_length=48, **options)
-    assert [text.decode() for text in texts] == expected
+    # Every answer, generated text too, is that of the model in Python.
+    assert max(report.differences.values()) < 1e-3
+    assert {"score.log_prob", "prefer.llr", "generate.text"} <= report.differences.keys()
+    np.testing.assert_allclose(report.answers["score"]["log_prob"][:4], logps, atol=1e-3)
+    assert min(report.answers["prefer"]["llr"]) > 0

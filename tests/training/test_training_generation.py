@@ -14,7 +14,7 @@ from tiny import Letters, gpt2, llama
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.model_inputs import TextRows, full_logits
 from dpo_keras.training import generate_responses
-from dpo_keras.training.generation import decode, new_tokens, token_choice
+from dpo_keras.training.decoding import decode, new_tokens, token_choice
 
 
 class Policy:
