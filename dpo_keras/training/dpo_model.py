@@ -103,8 +103,7 @@ class DPOModel(PolicyTrainer):
         loss = self.preference_loss
 
         def step_loss() -> tuple[Tensor, MetricSums]:
-            # log pi(y | x) and log pi_ref(y | x)
-            outputs = outputs_of(self, batch, training=True, auxiliary=True)
+            outputs = outputs_of(self, batch, training=True, auxiliary=True)  # log pi, log pi_ref
             preference, outputs = pairs_of_step(loss, batch, outputs)
             scores = loss.scores(outputs)  # 1.
             probabilities = preference_probabilities(scores)  # 2.
