@@ -38,7 +38,10 @@ _SAME_NAMES = {
         *("columns", "data_dir", "format", "on_error"),
         *("template", "max_length", "overlength", "min_prompt_tokens"),
     ),
-    "training": ("batching", "row_length", "buckets", "batch_size", "steps_per_execution"),
+    "training": (
+        *("batching", "row_length", "buckets", "batch_size", "steps_per_execution"),
+        "auxiliary_loss",
+    ),
 }
 KEYS: Mapping[str, str] = {
     **{name: f"{section}.{name}" for section, names in _SAME_NAMES.items() for name in names},

@@ -315,6 +315,11 @@ class Training(Optimization):
         "recompute activations in the backward pass instead of keeping them: less memory for "
         "about a quarter more time; the warm-up then runs without dropout",
     )
+    auxiliary_loss: Literal["keep", "drop"] = key(
+        "keep",
+        "`keep` adds the losses that balance the experts of a mixture of experts, each with the "
+        "weight of its model; `drop` leaves them out",
+    )
     sync_reference: ReferenceSync | None = key(None, "how the reference moves; null: it does not")
 
 

@@ -152,7 +152,8 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
     laid_out = chosen_alone(pairs) if context.layout.packed else pairs
     with context.strategy.scope():
         remat = context.config.training.remat
-        model = SupervisedModel(policy, dropout=not remat, remat=remat)
+        auxiliary_loss = context.config.training.auxiliary_loss
+        model = SupervisedModel(policy, not remat, remat, auxiliary_loss)
         model.compile(
             optimizer=make_optimizer(context, settings, laid_out),
             jit_compile=context.config.training.jit_compile,
@@ -197,7 +198,8 @@ def build_model(
         if held_out is not None:
             held_out = _with_reference(context, policy, held_out, "held_out")
     with context.strategy.scope():
-        model = DPOModel(policy, reference=reference, remat=settings.remat)
+        options = {"remat": settings.remat, "auxiliary_loss": settings.auxiliary_loss}
+        model = DPOModel(policy, reference=reference, **options)
         if reference == "cached":
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True

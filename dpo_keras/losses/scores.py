@@ -27,6 +27,7 @@ class Outputs(TypedDict, total=False):
     margin: Tensor
     group: Tensor
     weight: Tensor
+    collected: list[Tensor]
     reward_shift: Tensor
     probabilities: Tensor
     llr: Tensor

@@ -8,6 +8,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.auxiliary_loss import auxiliary_overrides
 from dpo_keras.scoring.language_model_head import log_probs_of, split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import (
     FUSED_FROM,
@@ -99,6 +100,7 @@ class ResponseScorer:
         training: bool = False,
         statistics: tuple[str, ...] = (),
         shared: bool = False,
+        collected: list[Tensor] | None = None,
     ) -> Scores:
         """Score every response of a batch.
 
@@ -107,6 +109,8 @@ class ResponseScorer:
             training: whether layers such as dropout are active.
             statistics: further figures of each token, from `language_model_head.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
+            collected: a list that takes what the model's layers add to the loss, for
+                `auxiliary_loss`.
 
         Returns:
             `logps` `[rows * pairs, 2]` float32, `lengths` `[rows * pairs, 2]` int32,
@@ -117,7 +121,7 @@ class ResponseScorer:
         prepared = self.prepared(batch)
         owner = prepared["owner"]
         pairs = prepared["weight"].shape[1]
-        values = self._token_values(prepared, training, statistics)
+        values = self._token_values(prepared, training, statistics, collected)
         filled = owner >= 0
         token_logps = ops.where(filled, values[..., 0], 0.0)
         results = {
@@ -132,7 +136,9 @@ class ResponseScorer:
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
 
-    def _overrides(self, batch: PreparedBatch) -> list[Override]:
+    def _overrides(
+        self, batch: PreparedBatch, collected: list[Tensor] | None = None
+    ) -> list[Override]:
         """Collect what the model's layers do differently while this batch runs."""
         overrides = low_rank_overrides(self._body) + text_overrides(self._body)
         overrides += recurrence_overrides(self._body)
@@ -141,8 +147,11 @@ class ResponseScorer:
             if self._fuses(batch):
                 self._fused = self._fused or fused_overrides(self._body)
                 overrides += self._fused
+        if collected is not None:
+            overrides += auxiliary_overrides(self._body, batch, collected)
         if self.remat:
-            overrides += remat_overrides(self._body, list(overrides), self.static)
+            inner = list(overrides)
+            overrides += remat_overrides(self._body, inner, self.static, collected)
         return overrides
 
     def _fuses(self, batch: PreparedBatch) -> bool:
@@ -169,12 +178,16 @@ class ResponseScorer:
         return model_inputs(self._body, text)
 
     def _token_values(
-        self, batch: PreparedBatch, training: bool, statistics: tuple[str, ...]
+        self,
+        batch: PreparedBatch,
+        training: bool,
+        statistics: tuple[str, ...],
+        collected: list[Tensor] | None,
     ) -> Tensor:
         rows, sequences, length = ops.shape(batch["token_ids"])
         slots = ops.shape(batch["owner"])[1]
         inputs = self._inputs(batch)
-        with overridden_methods(self._overrides(batch)):
+        with overridden_methods(self._overrides(batch, collected)):
             states = self._body(inputs, training=training)
         if self.parts is not None and self.parts[1].image_states:
             states = states[:, self.parts[1].image_states :]

@@ -11,11 +11,17 @@ from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_probabilities
 from dpo_keras.scoring import lora
+from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
 from dpo_keras.scoring.scorer import sum_by_owner
 from dpo_keras.training.default_callbacks import StartsAtReference
 from dpo_keras.training.distribution import gather_over_replicas, replica_count, sum_over_replicas
-from dpo_keras.training.metrics import MetricSums, preference_metric_names, preference_sums
+from dpo_keras.training.metrics import (
+    MetricSums,
+    preference_metric_names,
+    preference_sums,
+    with_auxiliary_loss,
+)
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_internals import forget_layer
@@ -41,6 +47,8 @@ class DPOModel(PolicyTrainer):
             never confused with the policy.
         dropout: whether the policy's dropout is active in training. Off by default.
         remat: gradient checkpointing: recompute transformer blocks in the backward pass.
+        auxiliary_loss: `"keep"` adds the losses that the policy's own layers add, such as those of
+            a mixture of experts' routers, each with its own weight; `"drop"` leaves them out.
 
     Raises:
         InputError: a policy or a reference that cannot be used.
@@ -68,9 +76,12 @@ class DPOModel(PolicyTrainer):
         reference: str | keras.Model = "auto",
         dropout: bool = False,
         remat: bool = False,
+        auxiliary_loss: str = "keep",
         **kwargs: object,
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
+        self.auxiliary_loss = auxiliary_loss
+        self.has_auxiliary_loss = keeps_auxiliary_loss(policy, auxiliary_loss)
         self.reference: Reference = make_reference(policy, reference)
         self._may_drop_reference = isinstance(reference, str) and reference == "auto"
 
@@ -82,7 +93,7 @@ class DPOModel(PolicyTrainer):
         1. Score:                S(y) = beta (log pi(y | x) - log pi_ref(y | x))
         2. Softmax:              P = softmax(S(y_1), S(y_2))
         3. Log-likelihood ratio: LLR = log P(y_1) - log P(y_2) = S(y_1) - S(y_2)
-        4. Loss:                 mean over the pairs of BCE(p, P) + penalties
+        4. Loss:                 mean over the pairs of BCE(p, P) + penalties (+ routers' losses)
         5. Update:               weights <- optimizer(weights, d loss / d weights)
 
         The formulas are those of `DPOLoss("sigmoid")`; other losses replace S or the BCE.
@@ -90,16 +101,17 @@ class DPOModel(PolicyTrainer):
         loss = self.preference_loss
 
         def step_loss() -> tuple[Tensor, MetricSums]:
-            outputs = outputs_of(self, batch, training=True)  # log pi(y | x), log pi_ref(y | x)
+            outputs = outputs_of(self, batch, training=True, auxiliary=True)  # log pi, log pi_ref
             preference, outputs = pairs_of_step(loss, batch, outputs)
             scores = loss.scores(outputs)  # 1.
             probabilities = preference_probabilities(scores)  # 2.
             llr = log_likelihood_ratio(scores)  # 3.
             terms = loss.terms(preference, outputs)  # 4. BCE and penalties of each pair
             mean = mean_over_pairs(loss, terms, outputs)
-            return mean, preference_sums(
+            sums = preference_sums(
                 loss, batch, outputs, preference, scores, probabilities, llr, terms
             )
+            return with_auxiliary_loss(mean, sums, outputs.get("collected"))
 
         gradients, sums = self.gradients(step_loss)  # 5.
         norm = self.update(gradients, weight=sums["loss"][1])
@@ -108,13 +120,14 @@ class DPOModel(PolicyTrainer):
     def test_step(self, batch: Batch) -> MetricSums:
         """Measure one batch: steps 1 to 4 of `train_step`, without dropout."""
         loss = self.preference_loss
-        outputs = outputs_of(self, batch)
+        outputs = outputs_of(self, batch, auxiliary=True)
         preference, outputs = pairs_of_step(loss, batch, outputs)
         scores = loss.scores(outputs)
         probabilities = preference_probabilities(scores)
         llr = log_likelihood_ratio(scores)
         terms = loss.terms(preference, outputs)
         sums = preference_sums(loss, batch, outputs, preference, scores, probabilities, llr, terms)
+        _, sums = with_auxiliary_loss(0.0, sums, outputs.get("collected"))
         return self.report(batch, sums)
 
     def call(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
@@ -135,7 +148,8 @@ class DPOModel(PolicyTrainer):
 
     def metric_names(self) -> list[str]:
         """Return the names that both steps measure, `loss` first."""
-        return preference_metric_names(self.preference_loss)
+        names = preference_metric_names(self.preference_loss)
+        return [*names, "auxiliary_loss"] if self.has_auxiliary_loss else names
 
     def policy_logps(self, batch: Batch, training: bool = False) -> Tensor:
         """Return log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
@@ -191,7 +205,8 @@ class DPOModel(PolicyTrainer):
         reference: JSON = self.reference.mode
         if reference == "model":
             reference = lora.serialized_policy(self.reference.model)
-        return {**super().get_config(), "reference": reference}
+        further = {"reference": reference, "auxiliary_loss": self.auxiliary_loss}
+        return {**super().get_config(), **further}
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> DPOModel:
@@ -218,13 +233,16 @@ class DPOModel(PolicyTrainer):
             self.compile(**keras.saving.deserialize_keras_object(config))
 
 
-def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outputs:
+def outputs_of(
+    model: keras.Model, batch: Batch, training: bool = False, auxiliary: bool = False
+) -> Outputs:
     """Score a batch under policy and reference: all that the model's loss asks for.
 
     Args:
         model: a `DPOModel`, of Keras 3 or tf-keras. Uncompiled, it scores policy and reference.
         batch: the batch contract of `dpo_keras.batching`.
         training: whether dropout is active, where `model.dropout` allows it.
+        auxiliary: whether to collect what the policy's layers add to the loss, where it counts.
 
     Returns:
         `policy`, `reference` `[N, 2]` float32 (no `reference` where the loss needs none or the
@@ -237,12 +255,13 @@ def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outp
     loss = model.preference_loss
     needs = frozenset({"reference"}) if loss is None else loss.needs
     shared, weighted = "policy_shared" in needs, "wpo_log_weight" in needs
+    collected: list[Tensor] | None = [] if auxiliary and model.has_auxiliary_loss else None
     batch = model.scorer.prepared(batch)
     under_reference: dict[str, Tensor] = {}
     if "reference" in needs:
         under_reference = model.reference.scored(model.scorer, batch, shared)
     statistics = ("entropy", *(["log_squared_norm"] if weighted else []))
-    scored = model.scorer(batch, training and model.dropout, statistics, shared)
+    scored = model.scorer(batch, training and model.dropout, statistics, shared, collected)
     tokens = ops.maximum(ops.sum(ops.cast(batch["owner"] >= 0, "float32")), 1.0)
     outputs: Outputs = {
         "policy": scored["logps"],
@@ -250,6 +269,8 @@ def outputs_of(model: keras.Model, batch: Batch, training: bool = False) -> Outp
         "entropy": ops.sum(scored["entropy"]) / tokens,
         "weight": ops.reshape(batch["weight"], (-1,)),
     }
+    if collected is not None:
+        outputs["collected"] = collected
     if "logps" in under_reference:
         outputs["reference"] = under_reference["logps"]
     if shared:
@@ -278,10 +299,11 @@ def pairs_of_step(loss: DPOLoss, batch: Batch, outputs: Outputs) -> tuple[Tensor
     preference = ops.reshape(batch["preference"], (-1,))
     if not loss.batchwise or replica_count() == 1:
         return preference, outputs
-    columns = {name: value for name, value in outputs.items() if name != "entropy"}
+    own = {name: v for name, v in outputs.items() if name in ("entropy", "collected")}
+    columns = {name: value for name, value in outputs.items() if name not in own}
     gathered = gather_over_replicas({**columns, "preference": preference})
     preference = gathered.pop("preference")
-    return preference, {**gathered, "entropy": outputs["entropy"]}  # type: ignore[typeddict-item]
+    return preference, {**gathered, **own}  # type: ignore[typeddict-item]
 
 
 def mean_over_pairs(loss: DPOLoss, terms: Mapping[str, Tensor], outputs: Outputs) -> Tensor:

@@ -7,6 +7,8 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
+from dpo_keras.scoring.auxiliary_loss import auxiliary_loss
+from dpo_keras.training.distribution import replica_count, sum_over_replicas
 from dpo_keras.utils import Tensor
 
 MetricSums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
@@ -71,6 +73,22 @@ def preference_sums(
         member = weight * ops.cast(outputs["group"] == number, "float32")
         sums[name] = (_weighted(member, values["loss"]), ops.sum(member))
     return sums
+
+
+def with_auxiliary_loss(
+    loss: Tensor, sums: MetricSums, collected: list[Tensor] | None
+) -> tuple[Tensor, MetricSums]:
+    """Add to a step's loss, and to what is logged of it, what the policy's layers collected.
+
+    None: the policy adds no losses, or training drops them.
+    """
+    if collected is None:
+        return loss, sums
+    share = auxiliary_loss(collected, sum_over_replicas, replica_count())
+    total = sum_over_replicas(ops.stop_gradient(share))
+    summed, weight = sums["loss"]
+    added = {"loss": (summed + weight * total, weight), "auxiliary_loss": (weight * total, weight)}
+    return loss + share, {**sums, **added}
 
 
 def step_counts(batch: Batch) -> MetricSums:

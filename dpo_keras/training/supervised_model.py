@@ -8,10 +8,11 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs
+from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.training.distribution import sum_over_replicas
-from dpo_keras.training.metrics import MetricSums
+from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
-from dpo_keras.utils import Tensor
+from dpo_keras.utils import JSON, Tensor
 
 
 @keras.saving.register_keras_serializable("dpo_keras")
@@ -28,6 +29,7 @@ class SupervisedModel(PolicyTrainer):
         dropout: whether the policy's dropout is active. On by default, as usual in fine-tuning.
         remat: gradient checkpointing: recompute transformer blocks in the backward pass. Needs
             `dropout=False` where the policy has dropout.
+        auxiliary_loss: `"keep"` or `"drop"`, as `DPOModel` takes it.
 
     Example:
         >>> import keras_hub
@@ -42,15 +44,22 @@ class SupervisedModel(PolicyTrainer):
     """
 
     def __init__(
-        self, policy: keras.Model, dropout: bool = True, remat: bool = False, **kwargs: object
+        self,
+        policy: keras.Model,
+        dropout: bool = True,
+        remat: bool = False,
+        auxiliary_loss: str = "keep",
+        **kwargs: object,
     ):
         super().__init__(policy, dropout=dropout, remat=remat, **kwargs)
+        self.auxiliary_loss = auxiliary_loss
+        self.has_auxiliary_loss = keeps_auxiliary_loss(policy, auxiliary_loss)
 
     def train_step(self, batch: Batch) -> MetricSums:
         """Update the policy on the chosen responses of one batch."""
 
         def step_loss() -> tuple[Tensor, MetricSums]:
-            return _mean_nll(batch, self.scorer(batch, training=self.dropout))
+            return self._step_loss(batch, training=self.dropout)
 
         gradients, sums = self.gradients(step_loss)
         norm = self.update(gradients, weight=sums["loss"][1])
@@ -58,11 +67,21 @@ class SupervisedModel(PolicyTrainer):
 
     def test_step(self, batch: Batch) -> MetricSums:
         """Measure the policy on one batch."""
-        return self.report(batch, _mean_nll(batch, self.scorer(batch))[1])
+        return self.report(batch, self._step_loss(batch, training=False)[1])
+
+    def _step_loss(self, batch: Batch, training: bool) -> tuple[Tensor, MetricSums]:
+        collected: list[Tensor] | None = [] if self.has_auxiliary_loss else None
+        scored = self.scorer(batch, training, collected=collected)
+        return with_auxiliary_loss(*_mean_nll(batch, scored), collected)
 
     def metric_names(self) -> list[str]:
         """Return `loss`, in nats per token, and `chosen_logps`, in nats per response."""
-        return ["loss", "chosen_logps"]
+        further = ["auxiliary_loss"] if self.has_auxiliary_loss else []
+        return ["loss", "chosen_logps", *further]
+
+    def get_config(self) -> dict[str, JSON]:
+        """Return what the model is rebuilt from."""
+        return {**super().get_config(), "auxiliary_loss": self.auxiliary_loss}
 
     def call(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
         """Return log-probs and lengths of the responses, `[rows * pairs, 2]`."""

@@ -104,6 +104,33 @@ def remember_adapters(backbone: keras.Model, layers: list[keras.layers.Layer], r
     backbone._lora_enabled_layers, backbone._lora_rank = places, rank
 
 
+class RouterSettings(NamedTuple):
+    """How a mixture of experts weighs the loss that balances its experts."""
+
+    experts: int
+    top_k: int  # experts of each token
+    coefficient: float
+
+
+# Blocks whose `call` returns (states, router logits), and the name of the coefficient. GPT-OSS and
+# Gemma 4 have no such loss.
+_ROUTERS = {
+    "MixtralSparseMoeBlock": "router_aux_loss_coef",
+    "QwenSparseMoeBlock": "router_aux_loss_coefficient",
+    "Qwen3SparseMoeBlock": "router_aux_loss_coefficient",
+    "Qwen3_5MoeSparseMoeBlock": "router_aux_loss_coefficient",
+}
+
+
+def router_settings(layer: keras.layers.Layer) -> RouterSettings | None:
+    """Read the settings off a mixture of experts that balances them by a loss; None for others."""
+    name = _ROUTERS.get(type(layer).__name__)
+    if name is None:
+        return None
+    names = ("num_experts", "top_k", name)
+    return RouterSettings(*(private(layer, name, KERAS_HUB) for name in names))
+
+
 class ReversibleSettings(NamedTuple):
     """How a `ReversibleEmbedding` projects hidden states to logits."""
 

@@ -176,6 +176,16 @@ def layers_by_path(model: keras.layers.Layer) -> dict[str, keras.layers.Layer]:
     return found
 
 
+def adds_losses(layer: keras.layers.Layer) -> bool:
+    """Tell whether a layer calls `add_loss`: in its own code, or for its activity regularizer."""
+    if getattr(layer, "activity_regularizer", None) is not None:
+        return True
+    kinds = [kind for kind in type(layer).__mro__ if not kind.__module__.startswith("keras.")]
+    functions = [function for kind in kinds for function in vars(kind).values()]
+    codes = [getattr(function, "__code__", None) for function in functions]
+    return any(code is not None and "add_loss" in code.co_names for code in codes)
+
+
 def base_kernel(layer: keras.layers.Layer) -> keras.Variable:
     """Return the kernel of a `Dense` or `EinsumDense`; the public `kernel` adds the adapters."""
     return private(layer, "_kernel", KERAS)

@@ -27,7 +27,8 @@ ALWAYS_READ = {
     "training": {"max_steps", "batch_size", "optimizer", "optimizer_options", "schedule"}
     | {"warmup_fraction", "weight_decay", "clip_norm", "gradient_accumulation", "jit_compile"}
     | {"steps_per_execution", "strategy", "evaluate_every", "checkpoint_every", "log_every"}
-    | {"loggers", "keep_checkpoints", "batching", "remat", "sync_reference"},
+    | {"loggers", "keep_checkpoints", "batching", "remat", "sync_reference"}
+    | {"auxiliary_loss"},
     "training.sync_reference": {"every", "alpha"},
     "evaluation": {"max_new_tokens", "temperature", "batch_size"}  # of dpo-keras generate, too
     | {"prompts", "samples_shown"},  # upper bounds
