@@ -1,7 +1,8 @@
 """Private names of Keras, each used in one function here. Written for Keras 3.15.
 
 There is no public way to do what these functions do. No other module may use a name of Keras that
-begins with an underscore. A release without such a name is reported by `private`.
+begins with an underscore, but `keras_quantization` and `keras_half_precision`. A release without
+such a name is reported by `private`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs on inputs of every kind: conversations, bad lines, changed data, each kind of reference."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,6 +129,7 @@ def preset(tmp_path_factory):
     ("changes", "reference"),
     [
         ({"model": {"lora_rank": 2}}, "adapters_off"),
+        ({"model": {"lora_rank": 2, "quantization": "int4"}}, "adapters_off"),
         ({"model": {"lora_rank": 2}, "warmup": {"batch_size": 8, "learning_rate": 1e-3}}, "frozen"),
         ({"reference": "SELF"}, "model"),
         ({"loss": {"type": "simpo", "beta": 2.0, "gamma": 0.5}}, "none"),
@@ -155,6 +157,9 @@ def test_references_of_every_kind(preset, tmp_path, changes, reference):
     if "lora_rank" in changes["model"]:
         reloaded = load_model(result.directory + "/policy")
         assert not any("lora" in weight.path for weight in reloaded.weights), "adapters are merged"
+    # No other place has the model that the policy was compared with.
+    only_here = "quantization" in changes["model"] or changes["warmup"] is not None
+    assert Path(result.directory, "reference").exists() == only_here
 
 
 def test_a_reference_with_another_vocabulary_ends_before_any_training(llama, tmp_path, capsys):
