@@ -1,0 +1,105 @@
+"""Loads what `round_trip.py` wrote with `transformers` and `peft`, and compares. No dpo_keras here.
+
+    python _round_trip_rival.py FOLDER
+
+Prints one JSON object: for each case the largest difference of the log-probs of its responses, and
+how many greedy continuations are the same.
+"""
+
+import json
+import pathlib
+import sys
+import warnings
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
+
+
+def load(case, folder):
+    """Load a model, and report weights that were missing or not expected."""
+    if case["format"] == "transformers":
+        model, said = AutoModelForCausalLM.from_pretrained(
+            folder / case["directory"], output_loading_info=True, dtype="auto"
+        )
+        problems = {key: sorted(map(str, said[key])) for key in said if said[key]}
+        return model.eval(), problems
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    base = AutoModelForCausalLM.from_pretrained(folder / case["base"], dtype="auto")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, folder / case["directory"])
+    problems = {"peft": [str(w.message) for w in heard if "adapter keys" in str(w.message)]}
+    with safe_open(folder / case["directory"] / "adapter_model.safetensors", "pt") as written:
+        count = sum(key.endswith("lora_A.weight") for key in written.keys())
+    loaded = sum("lora_A" in name for name, _ in model.named_parameters())
+    if loaded != count:
+        problems["adapters"] = [f"{count} written, {loaded} loaded"]
+    return model.eval(), {key: value for key, value in problems.items() if value}
+
+
+def log_prob(model, prompt, response):
+    """Return the log-probability of a response's ids after a prompt's."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0].float()
+    steps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+    return steps[torch.arange(len(response)), torch.tensor(response)].sum().item()
+
+
+def greedy(model, prompt, case):
+    """Return the ids of the likeliest continuation, without the end."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=case["new_tokens"],
+        eos_token_id=case["ends"],
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    stop = next((place for place, token in enumerate(found) if token in case["ends"]), len(found))
+    return found[:stop]
+
+
+def tokens(case, folder):
+    """Return how many texts get other ids than in training, and how many renderings do."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / case["directory"])
+    texts = [tokenizer(text)["input_ids"] != ids for text, ids in case["texts"]]
+    chats = [
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        != ids
+        for messages, ids in case["chats"]
+    ]
+    return {"texts": sum(texts), "chats": sum(chats)}
+
+
+def compare(case, folder):
+    """Return how a case's model compares."""
+    try:
+        model, problems = load(case, folder)
+        found = [log_prob(model, p, r) for p, r in zip(case["prompts"], case["responses"])]
+        differences = [abs(a - b) for a, b in zip(found, case["log_probs"], strict=True)]
+        texts = [greedy(model, prompt, case) for prompt in case["prompts"]]
+        same = sum(one == other for one, other in zip(texts, case["greedy"], strict=True))
+        result = {"difference": max(differences), "same": same, "of": len(texts)}
+        if case.get("texts"):
+            result["tokens"] = tokens(case, folder)
+        return {**result, "problems": problems}
+    except Exception as error:
+        if "--raise" in sys.argv:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"[:400]}
+
+
+if __name__ == "__main__":
+    folder = pathlib.Path(sys.argv[1])
+    cases = json.loads((folder / "cases.json").read_text())
+    only = [a for a in sys.argv[2:] if not a.startswith("--")]
+    chosen = {name: case for name, case in cases.items() if not only or name in only}
+    print(json.dumps({name: compare(case, folder) for name, case in chosen.items()}))
