@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpo_keras.app.config_sections import Model, Scratch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets, save_preset
+from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets
 from dpo_keras.utils.text import nearest, shortened
 
 if TYPE_CHECKING:
@@ -240,10 +240,32 @@ def check_length(policy: keras.Model, max_length: int) -> None:
 
 def save_policy(policy: keras.Model, directory: Path) -> None:
     """Write a policy as a KerasHub preset directory, whole, with LoRA merged into the weights."""
+    from dpo_keras.serving.pretrained import write_preset
     from dpo_keras.utils.keras_internals import raise_failed_writes
 
     with replaced(directory) as partial, raise_failed_writes():
-        save_preset(policy, partial)
+        write_preset(policy, partial)
+
+
+def save_adapters(policy: keras.Model, path: Path) -> None:
+    """Write what a policy with LoRA has trained, not merged; nothing for a policy without."""
+    import numpy as np
+
+    from dpo_keras.scoring.lora import adapted_layers
+
+    if adapted_layers(policy):
+        trained = {str(i): np.asarray(v) for i, v in enumerate(policy.trainable_variables)}
+        with replaced(path) as partial:
+            np.savez(partial, **trained)
+
+
+def load_adapters(policy: keras.Model, path: Path) -> None:
+    """Read what `save_adapters` wrote into a policy with the same LoRA settings."""
+    import numpy as np
+
+    with np.load(path) as trained:
+        for number, variable in enumerate(policy.trainable_variables):
+            variable.assign(trained[str(number)])
 
 
 class Family(NamedTuple):

@@ -10,7 +10,7 @@ import keras
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.keras_hub_exporters import exporter_config
+from dpo_keras.utils.keras_hub_exporters import exporter_config, layer_at
 
 Config = dict[str, JSON]
 
@@ -119,15 +119,17 @@ def qwen3(backbone: keras.Model) -> Config:
 
 
 def qwen3_moe(backbone: keras.Model) -> Config:
-    """Qwen 3 with experts. KerasHub's attention has no window, whatever its setting says."""
+    """Qwen 3 with experts."""
     config = _decoder(backbone, "Qwen3MoeForCausalLM", "qwen3_moe")
+    window = backbone.sliding_window_size
     config |= _linear_scaling(backbone)
     return config | {
         "head_dim": _head_dim(backbone),
         "attention_bias": False,
         "max_position_embeddings": 40960,
-        "use_sliding_window": False,
-        "sliding_window": None,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": backbone.num_layers if window is None else 0,
         "moe_intermediate_size": backbone.moe_intermediate_dim,
         "num_experts": backbone.num_experts,
         "num_experts_per_tok": backbone.top_k,
@@ -140,12 +142,12 @@ def qwen3_moe(backbone: keras.Model) -> Config:
 
 
 def mixtral(backbone: keras.Model) -> Config:
-    """Mixtral. KerasHub's attention has no window, whatever its setting says."""
+    """Mixtral."""
     config = _decoder(backbone, "MixtralForCausalLM", "mixtral")
     return config | {
         "head_dim": _head_dim(backbone),
         "max_position_embeddings": 32768,
-        "sliding_window": None,
+        "sliding_window": backbone.sliding_window,
         "num_local_experts": backbone.num_experts,
         "num_experts_per_tok": backbone.top_k,
         "router_aux_loss_coef": backbone.router_aux_loss_coef,
@@ -257,8 +259,11 @@ def gemma(backbone: keras.Model) -> Config:
 
 
 def _query_scalar(backbone: keras.Model) -> int:
-    """Return the number by whose root queries are divided."""
-    if backbone.query_head_dim_normalize:
+    """Return the number by whose root queries are divided.
+
+    It is read off a layer: KerasHub's Gemma 2 does not hand the backbone's setting on.
+    """
+    if layer_at(backbone.transformer_layers[0], "attention.query_head_dim_normalize"):
         return int(backbone.head_dim)
     return int(backbone.hidden_dim // backbone.num_query_heads)
 
@@ -268,7 +273,6 @@ def _check_first_gemma(backbone: keras.Model) -> None:
         "attention_logit_soft_cap": backbone.attention_logit_soft_cap,
         "final_logit_soft_cap": backbone.final_logit_soft_cap,
         "use_sliding_window_attention": backbone.use_sliding_window_attention or None,
-        "query_head_dim_normalize=False": not backbone.query_head_dim_normalize or None,
     }
     if found := [name for name, value in rules.items() if value is not None]:
         rule = f"has {', '.join(found)}, which Hugging Face's Gemma (the first) does not know"
@@ -277,9 +281,10 @@ def _check_first_gemma(backbone: keras.Model) -> None:
 
 def gemma3(backbone: keras.Model) -> Config:
     """Gemma 3. KerasHub swaps the ids of start and end, and leaves out the logits' soft caps."""
-    if not backbone.use_query_key_norm:
-        rule = "must have use_query_key_norm=True: Hugging Face's Gemma 3 always normalizes them"
-        raise InputError(InputProblem("model", rule))
+    needed = ("use_query_key_norm", "use_post_ffw_norm", "use_post_attention_norm")
+    if missing := [name for name in needed if not getattr(backbone, name)]:
+        rule = f"must have {', '.join(f'{name}=True' for name in missing)}, as all of Hugging "
+        raise InputError(InputProblem("model", f"{rule}Face's Gemma 3 models have"))
     config = exporter_config(backbone)
     text = config.get("text_config", config)
     text |= {
@@ -299,18 +304,25 @@ def gemma3(backbone: keras.Model) -> Config:
 
 
 def gemma4(backbone: keras.Model) -> Config:
-    """Gemma 4. KerasHub names architectures that transformers does not have."""
+    """Gemma 4. KerasHub names architectures that do not exist, and leaves out shared K and V."""
     config = exporter_config(backbone)
     text_only = "text_config" not in config
     names = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
-    tied = {"tie_word_embeddings": backbone.token_embedding.tie_weights}
-    if not text_only:
-        config["text_config"] |= tied
-    return {**config, "architectures": [names[not text_only]], **tied}
+    mended = {
+        "tie_word_embeddings": backbone.token_embedding.tie_weights,
+        "attention_k_eq_v": backbone.num_global_key_value_heads is not None,
+    }
+    (config if text_only else config["text_config"]).update(mended)
+    mended.pop("attention_k_eq_v")
+    return {**config, "architectures": [names[not text_only]], **mended}
 
 
 def qwen3_5(backbone: keras.Model) -> Config:
     """Qwen 3.5. KerasHub writes text models as vision models without a vision part."""
+    window, longest = backbone.sliding_window_size, 32768  # KerasHub's own setting of all presets
+    if window is not None and window < longest:
+        rule = f"has a sliding window of {window} tokens, and Hugging Face's Qwen 3.5 has none"
+        raise InputError(InputProblem("model", rule))
     config = exporter_config(backbone)
     config["text_config"] |= {"mtp_num_hidden_layers": 0}
     if "vision_config" in config:

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
 
 
 def load(case, folder):
@@ -42,27 +44,43 @@ def load(case, folder):
     return model.eval(), {key: value for key, value in problems.items() if value}
 
 
-def log_prob(model, prompt, response):
-    """Return the log-probability of a response's ids after a prompt's."""
+def log_probs(model, case):
+    """Return the log-probability of each response's ids after its prompt's."""
+    pairs = list(zip(case["prompts"], case["responses"], strict=True))
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    # What stands behind a text changes nothing before it.
+    ids = torch.tensor([(p + r + [0] * length)[:length] for p, r in pairs])
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0].float()
-    steps = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
-    return steps[torch.arange(len(response)), torch.tensor(response)].sum().item()
+        steps = torch.log_softmax(model(input_ids=ids).logits.float(), -1)
+    return [
+        steps[row, torch.arange(len(r)) + len(p) - 1, torch.tensor(r)].sum().item()
+        for row, (p, r) in enumerate(pairs)
+    ]
 
 
-def greedy(model, prompt, case):
-    """Return the ids of the likeliest continuation, without the end."""
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=case["new_tokens"],
-        eos_token_id=case["ends"],
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()
-    stop = next((place for place, token in enumerate(found) if token in case["ends"]), len(found))
-    return found[:stop]
+def greedy(model, case):
+    """Return the ids of the likeliest continuation of each prompt, without the end."""
+    by_length = {}
+    for place, prompt in enumerate(case["prompts"]):
+        by_length.setdefault(len(prompt), []).append(place)
+    rows = {}
+    for length, places in by_length.items():  # so that nothing is padded
+        ids = torch.tensor([case["prompts"][place] for place in places])
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=case["new_tokens"],
+            eos_token_id=case["ends"],
+            pad_token_id=0,
+        )[:, length:].tolist()
+        rows |= dict(zip(places, found, strict=True))
+    ends = set(case["ends"])
+    stops = {
+        place: next((i for i, token in enumerate(row) if token in ends), len(row))
+        for place, row in rows.items()
+    }
+    return [rows[place][: stops[place]] for place in sorted(rows)]
 
 
 def tokens(case, folder):
@@ -83,9 +101,9 @@ def compare(case, folder):
     """Return how a case's model compares."""
     try:
         model, problems = load(case, folder)
-        found = [log_prob(model, p, r) for p, r in zip(case["prompts"], case["responses"])]
+        found = log_probs(model, case)
         differences = [abs(a - b) for a, b in zip(found, case["log_probs"], strict=True)]
-        texts = [greedy(model, prompt, case) for prompt in case["prompts"]]
+        texts = greedy(model, case)
         same = sum(one == other for one, other in zip(texts, case["greedy"], strict=True))
         result = {"difference": max(differences), "same": same, "of": len(texts)}
         if case.get("texts"):

@@ -22,6 +22,17 @@ FAMILIES = (
     *("gpt2", "llama", "llama3", "mistral", "gemma", "gemma2", "gemma3", "gemma4", "gemma4_moe"),
     *("qwen", "qwen3", "qwen3_5", "qwen3_moe", "mixtral", "phi3", "smollm3", "gpt_oss"),
 )
+# Settings without which `transformers` has no such model.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma3": {"use_post_ffw_norm": True, "use_post_attention_norm": True},
+    "qwen3_5": {"sliding_window_size": None},
+}
+# Attention and MLP, in every family's words.
+TARGETS = [
+    *("query", "key", "value", "attention_output", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("feedforward_gate_dense", "feedforward_intermediate_dense", "feedforward_output_dense"),
+    *("gate_proj", "down_proj", "ffw_gating", "ffw_linear", "in_proj_qkv", "out_proj"),
+]
 RESPONSES = 50
 NEW_TOKENS = 8
 TOLERANCE = 1e-4
@@ -35,7 +46,7 @@ def write(names: list[str], folder: pathlib.Path) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for name in names:
         for adapters in (False, True):
-            policy = families.ALL_FAMILIES[name]()
+            policy = families.ALL_FAMILIES[name](**SETTINGS.get(name, {}))
             label = f"{name} LoRA" if adapters else name
             try:
                 cases |= write_one(label, policy, folder, adapters)
@@ -52,7 +63,7 @@ def write_one(label: str, policy: Any, folder: pathlib.Path, adapters: bool) -> 
     place = label.replace(" ", "_")
     if adapters:
         dpo_keras.save_pretrained(policy, folder / f"{place}_base", "transformers")
-        policy.backbone.enable_lora(4)
+        policy.backbone.enable_lora(4, target_layer_names=TARGETS)
     train(policy)
     answers = answers_of(policy)
     cases = {label: {"format": "transformers", "directory": place, **answers}}
@@ -91,17 +102,36 @@ def answers_of(policy: Any) -> dict[str, Any]:
     letters = tiny.Letters()
     encoder = TextEncoder(letters)
     log_probs, _ = dpo_keras.response_log_probs(policy, prompts, responses, preprocessor=letters)
-    texts = dpo_keras.generate_responses(
-        policy, prompts, max_new_tokens=NEW_TOKENS, temperature=0, preprocessor=letters
-    )
+    prompt_ids = encoder.prompts(prompts).tolist()
     return {
-        "prompts": encoder.prompts(prompts).tolist(),
+        "prompts": prompt_ids,
         "responses": encoder.responses(responses).tolist(),
         "log_probs": [float(value) for value in log_probs],
-        "greedy": letters.tokenize(texts),
+        "greedy": greedy(policy, prompt_ids, encoder.ends),
         "ends": sorted(encoder.ends),
         "new_tokens": NEW_TOKENS,
     }
+
+
+def greedy(policy: Any, prompts: list[list[int]], ends: frozenset[int]) -> list[list[int]]:
+    """Return the likeliest continuations, from forward passes without a cache."""
+    import numpy as np
+
+    rows = [list(prompt) for prompt in prompts]
+    length = max(map(len, rows)) + NEW_TOKENS
+    for _ in range(NEW_TOKENS):
+        ids = np.zeros((len(rows), length), "int32")
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = row
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        if "position_ids" in policy.backbone.input:
+            inputs["position_ids"] = np.tile(np.arange(length, dtype="int32"), (len(rows), 1))
+        logits = np.asarray(policy(inputs))
+        for place, row in enumerate(rows):
+            if row[-1] not in ends or len(row) == len(prompts[place]):
+                row.append(int(logits[place, len(row) - 1].argmax()))
+    new = (row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True))
+    return [row[:-1] if row[-1] in ends else row for row in new]
 
 
 def main() -> int:
