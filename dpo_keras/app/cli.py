@@ -225,9 +225,7 @@ def generate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
 @app.command()
 def export(
     run: Run,
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="saved_models/<name>/<version>, or a directory.")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="saved_models/<name>/<version>")],
     format: Annotated[
         str, typer.Option(help="saved_model, keras_hub, transformers, or peft (adapters alone).")
     ] = "saved_model",
@@ -241,17 +239,14 @@ def export(
     """Write a run's policy: a SavedModel, verified without Keras, or files for other libraries."""
     with reporting(as_json, debug) as terminal:
         check_format(format, force, max_new_tokens)
-        if format == "saved_model":
-            with working(terminal) as progress:
+        with working(terminal) as progress:
+            if format != "saved_model":
+                result = export_pretrained(run, path, format, overwrite=force, progress=progress)
+            else:
                 result = runs.export_run(
                     run, path, max_new_tokens=max_new_tokens, progress=progress
                 )
-            terminal.result(result, *views.export_views(result))
-            return
-        with working(terminal) as progress:
-            result = export_pretrained(run, path, format, overwrite=force, progress=progress)
-        shown = "\n".join(f"  {name}: {size:,} bytes" for name, size in result["files"].items())
-        terminal.result(result, f"{result['path']}, for {format}:\n{shown}")
+        terminal.result(result, *views.export_views(result))
 
 
 @app.command()

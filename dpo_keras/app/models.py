@@ -247,27 +247,6 @@ def save_policy(policy: keras.Model, directory: Path) -> None:
         write_preset(policy, partial)
 
 
-def save_adapters(policy: keras.Model, path: Path) -> None:
-    """Write what a policy with LoRA has trained, not merged; nothing for a policy without."""
-    import numpy as np
-
-    from dpo_keras.scoring.lora import adapted_layers
-
-    if adapted_layers(policy):
-        trained = {str(i): np.asarray(v) for i, v in enumerate(policy.trainable_variables)}
-        with replaced(path) as partial:
-            np.savez(partial, **trained)
-
-
-def load_adapters(policy: keras.Model, path: Path) -> None:
-    """Read what `save_adapters` wrote into a policy with the same LoRA settings."""
-    import numpy as np
-
-    with np.load(path) as trained:
-        for number, variable in enumerate(policy.trainable_variables):
-            variable.assign(trained[str(number)])
-
-
 class Family(NamedTuple):
     """An architecture that can be built from scratch."""
 

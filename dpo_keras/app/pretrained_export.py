@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dpo_keras.app.config import Config
 from dpo_keras.app.console import Progress, Silent
-from dpo_keras.app.models import load_adapters, load_model, load_policy
+from dpo_keras.app.models import load_model, load_policy
 from dpo_keras.app.run_directory import RunDirectory, open_run, writable
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
+from dpo_keras.utils.atomic_files import replaced
 
 if TYPE_CHECKING:
     import keras
@@ -84,6 +87,23 @@ def _policy(run: RunDirectory, config: Config, format: str) -> keras.Model:
     policy = load_policy(config.model)
     load_adapters(policy, run.adapters)
     return policy
+
+
+def save_adapters(policy: keras.Model, path: Path) -> None:
+    """Write what a policy with LoRA has trained, not merged; nothing for a policy without."""
+    from dpo_keras.scoring.lora import adapted_layers
+
+    if adapted_layers(policy):
+        trained = {str(i): np.asarray(v) for i, v in enumerate(policy.trainable_variables)}
+        with replaced(path) as partial:
+            np.savez(partial, **trained)
+
+
+def load_adapters(policy: keras.Model, path: Path) -> None:
+    """Read what `save_adapters` wrote into a policy with the same LoRA settings."""
+    with np.load(path) as trained:
+        for number, variable in enumerate(policy.trainable_variables):
+            variable.assign(trained[str(number)])
 
 
 def facts_of_run(run: RunDirectory, config: Config) -> ModelFacts:

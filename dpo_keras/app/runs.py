@@ -16,7 +16,8 @@ from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
-from dpo_keras.app.models import check_length, load_policy, save_adapters, save_policy
+from dpo_keras.app.models import check_length, load_policy, save_policy
+from dpo_keras.app.pretrained_export import save_adapters
 from dpo_keras.app.run_directory import (
     RunDirectory,
     check_run,

@@ -90,6 +90,40 @@ def train(policy: Any) -> None:
     model.fit(dataset, epochs=1, verbose=0)
 
 
+def write_tokens(folder: pathlib.Path) -> dict[str, Any]:
+    """Write policies with real tokenizers; return the ids of texts and chats in training."""
+    import families
+    import serving_tiny
+
+    import dpo_keras
+    from dpo_keras.batching import TextEncoder
+
+    preprocessors = {
+        "gpt2": (serving_tiny.gpt2().preprocessor, "human_assistant"),
+        "qwen": (serving_tiny.qwen(), "chatml"),
+        "llama": (serving_tiny.llama().preprocessor, "llama2"),
+        "gemma3": (serving_tiny.gemma3().preprocessor, "gemma"),
+    }
+    talk = [{"role": "user", "content": "Hello, how are you?"}]
+    cases: dict[str, Any] = {}
+    for name, (preprocessor, template) in preprocessors.items():
+        settings = {"vocabulary_size": preprocessor.tokenizer.vocabulary_size()}
+        policy = families.ALL_FAMILIES[name](**SETTINGS.get(name, {}), **settings)
+        written = dpo_keras.save_pretrained(
+            policy, folder / f"{name}_tokens", preprocessor=preprocessor, template=template
+        )
+        texts = [*serving_tiny.CORPUS[:4], "  two spaces", "Hello\n"]
+        ids = TextEncoder(preprocessor).prompts(texts).tolist()
+        pair = dpo_keras.PreferencePair(tuple(talk), "Fine.", "No.")
+        tokenized = dpo_keras.tokenize_pairs([pair], preprocessor, template=template)
+        cases[f"{name} tokens"] = {
+            "directory": written.name,
+            "texts": list(zip(texts, ids, strict=True)),
+            "chats": [[talk, tokenized.prompt.tolist()[0]]],
+        }
+    return cases
+
+
 def answers_of(policy: Any) -> dict[str, Any]:
     """Return log-probs of responses and greedy continuations, with their ids."""
     import tiny
@@ -144,7 +178,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        cases = write(given.family, folder)
+        cases = write(given.family, folder) | write_tokens(folder)
         written = {name: case for name, case in cases.items() if "error" not in case}
         (folder / "cases.json").write_text(json.dumps(written))
         script = pathlib.Path(__file__).with_name("_round_trip_rival.py")
@@ -158,6 +192,8 @@ def main() -> int:
     for name, row in found.items():
         if "error" in row:
             print(f"| {name} | | | {row['error']} |")
+        elif "tokens" in row:
+            print(f"| {name} | | | other ids: {row['tokens']} |")
         else:
             shown = json.dumps(row["problems"]) if row["problems"] else ""
             print(f"| {name} | {row['difference']:.1e} | {row['same']} of {row['of']} | {shown} |")
@@ -168,6 +204,8 @@ def main() -> int:
 
 def is_equal(row: dict[str, Any]) -> bool:
     """Tell whether a case answers there as here."""
+    if "tokens" in row:
+        return not any(row["tokens"].values())
     whole = not row.get("error") and not row["problems"] and row["same"] == row["of"]
     return bool(whole and row["difference"] <= TOLERANCE)
 
