@@ -8,7 +8,7 @@ Preference pairs flow in one direction, and each stage is one subpackage:
     losses        S = beta (log pi - log pi_ref) -> softmax -> LLR -> cross-entropy + penalties
     training      DPOModel: a keras.Model whose train_step takes that gradient
     evaluation    held-out accuracy, calibration, samples before and after
-    serving       SavedModel: strings in, log-probs, preferences and text out; KerasHub, Hugging Face
+    serving       SavedModel: strings in, log-probs, preferences, text out; Hugging Face files
     legacy        the same training for models of tf-keras, and on parameter servers
     feedback      people choose between responses: store, page, quality, pairs for training
 

@@ -1,4 +1,4 @@
-"""A run's policy for other libraries: what `dpo-keras export --format …` does beside SavedModels."""
+"""A run's policy for other libraries: `dpo-keras export --format …` beside SavedModels."""
 
 from __future__ import annotations
 
