@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,7 +94,9 @@ def save_adapters(policy: keras.Model, path: Path) -> None:
     from dpo_keras.scoring.lora import adapted_layers
 
     if adapted_layers(policy):
-        trained = {str(i): np.asarray(v) for i, v in enumerate(policy.trainable_variables)}
+        trained: dict[str, Any] = {
+            str(i): np.asarray(v) for i, v in enumerate(policy.trainable_variables)
+        }
         with replaced(path) as partial:
             np.savez(partial, **trained)
 

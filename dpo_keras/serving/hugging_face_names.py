@@ -197,7 +197,7 @@ QWEN3_5 = {
     },
     "linear_attn.out_proj": "_linear_attn.out_proj",
 }
-PHI3 = {
+PHI3: dict[str, Paths] = {
     "self_attn.qkv_proj": ("attention.query_dense", "attention.key_dense", "attention.value_dense"),
     "self_attn.o_proj": "attention.output_dense",
     "mlp.gate_up_proj": ("feedforward_gate_dense", "feedforward_intermediate_dense"),
@@ -223,7 +223,7 @@ GPT_OSS = {
     **_attention("self_attention_layer", ""),
     "mlp.router": "sparse_moe_block.router.router_dense",
 }
-GPT2 = {
+GPT2: dict[str, Paths] = {
     "attn.c_attn": tuple(
         f"_self_attention_layer._{part}_dense" for part in ("query", "key", "value")
     ),

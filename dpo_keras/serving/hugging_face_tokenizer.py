@@ -170,7 +170,7 @@ def _ends(encoder: TextEncoder, template: ChatTemplate | None, others: JSON) -> 
 
 def _turn_end(encoder: TextEncoder, template: ChatTemplate) -> list[int]:
     """Return the id of the first special token behind an answer; empty where there is none."""
-    variables = {
+    variables: dict[str, Any] = {
         name: getattr(encoder.tokenizer, attribute, None) or ""
         for name, attribute in (("bos_token", "start_token"), ("eos_token", "end_token"))
     }

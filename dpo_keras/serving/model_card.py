@@ -60,7 +60,12 @@ def facts_of(model: keras.Model) -> ModelFacts:
     """Return what a model itself tells: the loss that it was compiled with."""
     loss = getattr(model, "loss", None)
     supervised = type(model).__name__ == "SupervisedModel"
-    if supervised or not hasattr(model, "policy") or not hasattr(loss, "get_config"):
+    if (
+        supervised
+        or not hasattr(model, "policy")
+        or loss is None
+        or not hasattr(loss, "get_config")
+    ):
         return ModelFacts(method="sft" if supervised else "dpo")
     settings = {key: value for key, value in loss.get_config().items() if _is_set(value)}
     settings.pop("name", None)
