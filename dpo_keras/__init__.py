@@ -8,7 +8,7 @@ Preference pairs flow in one direction, and each stage is one subpackage:
     losses        S = beta (log pi - log pi_ref) -> softmax -> LLR -> cross-entropy + penalties
     training      DPOModel: a keras.Model whose train_step takes that gradient
     evaluation    held-out accuracy, calibration, samples before and after
-    serving       SavedModel: strings in, log-probs, preferences and text out
+    serving       SavedModel: strings in, log-probs, preferences, text out; Hugging Face files
     legacy        the same training for models of tf-keras, and on parameter servers
     feedback      people choose between responses: store, page, quality, pairs for training
 
@@ -58,6 +58,7 @@ _HOME = {
     "load_model": "dpo_keras.app.models",
     "strategy": "dpo_keras.training",
     "export": "dpo_keras.serving",
+    "save_pretrained": "dpo_keras.serving",
 }
 _STAGES = {
     "app",
@@ -90,7 +91,7 @@ if TYPE_CHECKING:
         write_preferences,
     )
     from dpo_keras.scoring import cache_reference, enable_lora, quantize, response_log_probs
-    from dpo_keras.serving import export
+    from dpo_keras.serving import export, save_pretrained
     from dpo_keras.training import (
         DPOModel,
         SupervisedModel,
@@ -118,6 +119,7 @@ __all__ = [
     "quantize",
     "read_preferences",
     "response_log_probs",
+    "save_pretrained",
     "strategy",
     "tokenize_pairs",
     "write_preferences",

@@ -27,6 +27,7 @@ from dpo_keras.app.console import (
     working,
 )
 from dpo_keras.app.feedback_commands import annotate, feedback
+from dpo_keras.app.pretrained_export import check_format, export_pretrained
 from dpo_keras.cluster import StopRequest, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import audit, build_preferences, read_preferences
@@ -225,16 +226,26 @@ def generate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
 def export(
     run: Run,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="saved_models/<name>/<version>")],
+    format: Annotated[
+        str, typer.Option(help="saved_model, keras_hub, transformers, or peft (adapters alone).")
+    ] = "saved_model",
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default: the configuration's.")
     ] = None,
+    force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's policy as a SavedModel and verify it in a process without Keras."""
+    """Write a run's policy: a SavedModel, verified without Keras, or files for other libraries."""
     with reporting(as_json, debug) as terminal:
+        check_format(format, force, max_new_tokens)
         with working(terminal) as progress:
-            result = runs.export_run(run, path, max_new_tokens=max_new_tokens, progress=progress)
+            if format != "saved_model":
+                result = export_pretrained(run, path, format, overwrite=force, progress=progress)
+            else:
+                result = runs.export_run(
+                    run, path, max_new_tokens=max_new_tokens, progress=progress
+                )
         terminal.result(result, *views.export_views(result))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dpo_keras.app.config_sections import Model, Quantization, Scratch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets, save_preset
+from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets
 from dpo_keras.utils.text import nearest, shortened
 
 if TYPE_CHECKING:
@@ -277,10 +277,11 @@ def save_policy(policy: keras.Model, directory: Path) -> None:
     A quantized policy is written in floating point: rounding merged kernels anew would change it.
     """
     from dpo_keras.scoring import dequantized
+    from dpo_keras.serving.pretrained import write_preset
     from dpo_keras.utils.keras_internals import raise_failed_writes
 
     with replaced(directory) as partial, raise_failed_writes():
-        save_preset(dequantized(policy), partial)
+        write_preset(dequantized(policy), partial)
 
 
 class Family(NamedTuple):

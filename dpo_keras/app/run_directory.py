@@ -43,6 +43,7 @@ class RunDirectory:
         self.writes = writes  # False on workers that only take part
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
+        self.adapters = self.path / "adapters.npz"  # only of a policy with LoRA
         self.reference = self.path / "reference"
 
     @property

@@ -17,6 +17,7 @@ from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_policy, save_policy
+from dpo_keras.app.pretrained_export import save_adapters
 from dpo_keras.app.run_directory import (
     RunDirectory,
     check_run,
@@ -182,6 +183,7 @@ def _run_stages(context: Context) -> RunResult:
     if not run.writes:
         return RunResult(str(run.path), steps, counts)
     save_policy(policy, run.policy)
+    save_adapters(policy, run.adapters)
     report = {}
     if before is not None and after is not None:
         report = report_training(context, sides.held_out, before, after)

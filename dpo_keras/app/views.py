@@ -166,7 +166,12 @@ def evaluation_views(result: Mapping[str, JSON]) -> list[RenderableType]:
 
 
 def export_views(result: Mapping[str, JSON]) -> list[RenderableType]:
-    """Draw an export and what it answered, from `runs.export_run`."""
+    """Draw an export and what it answered, or the files of `export_pretrained`."""
+    if "files" in result:
+        table = _table(f"{result['format']} in {result['path']}", "file", "bytes", numbers=(1,))
+        for name, size in result["files"].items():
+            table.add_row(name, f"{size:,}")
+        return [table]
     title = "The exported model, asked in a process without Keras"
     table = _table(title, "signature", "request", "response")
     for name, call in result["answer"].items():
