@@ -21,6 +21,8 @@ from dpo_keras.scoring.model_inputs import (
     TextRows,
     check_inputs,
     declared_inputs,
+    image_inputs,
+    image_overrides,
     model_inputs,
     response_mask,
     text_overrides,
@@ -134,7 +136,8 @@ class ResponseScorer:
 
     def _overrides(self, batch: PreparedBatch) -> list[Override]:
         """Collect what the model's layers do differently while this batch runs."""
-        overrides = low_rank_overrides(self._body) + text_overrides(self._body)
+        overrides = low_rank_overrides(self._body) + text_overrides(self._body, batch)
+        overrides += image_overrides(self._body, batch)
         overrides += recurrence_overrides(self._body)
         if "layout" in batch:
             overrides += tree_overrides(self._body, batch["layout"])
@@ -166,7 +169,7 @@ class ResponseScorer:
         if "response_mask" in declared_inputs(self._body):
             response = response_mask(batch["source"], batch["owner"], batch["padding_mask"])
         text = TextRows(flat("token_ids"), flat("padding_mask"), positions, response)
-        return model_inputs(self._body, text)
+        return model_inputs(self._body, text, image_inputs(self._body, batch))
 
     def _token_values(
         self, batch: PreparedBatch, training: bool, statistics: tuple[str, ...]
