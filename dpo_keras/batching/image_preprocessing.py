@@ -78,7 +78,7 @@ class ImagePreprocessor:
         converted = [[self._convert(decode(image)) for image in images] for images in rows]
         sample = next((one for row in converted for one in row), None)
         if sample is None:  # rows of text alone
-            sample = self._convert(np.zeros((8, 8, 3), np.uint8))
+            sample = self._convert(np.zeros((8, 8, 3), np.float32))
         arrays = {}
         for name, value in sample.items():
             arrays[name] = np.zeros((len(rows), most, *value.shape), value.dtype)
@@ -135,7 +135,7 @@ def _gemma4(preprocessor: Any, key: str) -> ImagePreprocessor:
 
     def convert(image: np.ndarray) -> dict[str, np.ndarray]:
         # Not __call__: KerasHub's own preprocessor calls `call` too.
-        made = preprocessor.image_converter.call(image[None].astype("float32"))
+        made = preprocessor.image_converter.call(image[None])
         return {name: _one(made[name]) for name in ("pixel_values", "pixel_position_ids")}
 
     return ImagePreprocessor(
@@ -203,7 +203,8 @@ class PairImages:
     def of(cls, pairs: Sequence[PreferencePair], preprocessor: ImagePreprocessor) -> PairImages:
         """Return the images of pairs."""
         rows = np.empty(len(pairs), object)
-        rows[:] = [pair.images for pair in pairs]
+        for row, pair in enumerate(pairs):  # NumPy would make an array of tuples two-dimensional
+            rows[row] = pair.images
         return cls(rows, preprocessor, max((len(pair.images) for pair in pairs), default=0))
 
     def __getitem__(self, rows: np.ndarray) -> PairImages:
@@ -241,7 +242,7 @@ class PairImages:
 
 
 def decode(image: Image) -> np.ndarray:
-    """Return an image's pixels, uint8 `[height, width, 3]`.
+    """Return an image's pixels, 0 to 255, float32 `[height, width, 3]`: resized without rounding.
 
     Raises:
         InputError: the content cannot be decoded.
@@ -251,8 +252,10 @@ def decode(image: Image) -> np.ndarray:
     content = image.read()
     try:
         if media_type(content) == "image/webp":
-            return tf.io.decode_webp(content, channels=3).numpy()[0]
-        return tf.io.decode_image(content, channels=3, expand_animations=False).numpy()
+            pixels = tf.io.decode_webp(content, channels=3)[0]
+        else:
+            pixels = tf.io.decode_image(content, channels=3, expand_animations=False)
+        return pixels.numpy().astype(np.float32)
     except tf.errors.InvalidArgumentError as error:
         name = image.path or f"of {len(content):,} bytes"
         reason = str(error.message).splitlines()[0][:200]

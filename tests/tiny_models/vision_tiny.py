@@ -59,7 +59,11 @@ def gemma4():
         patch_size=PATCH_SIZE, max_soft_tokens=4, pooling_kernel_size=2, scale=1 / 255
     )
     preprocessor = keras_hub.models.Gemma4CausalLMPreprocessor(
-        tokenizer, converter, sequence_length=LENGTH, num_vision_tokens_per_image=4
+        tokenizer,
+        converter,
+        sequence_length=LENGTH,
+        num_vision_tokens_per_image=4,
+        audio_input_feat_size=0,  # the model has no audio encoder
     )
     return _attached("gemma4", tokenizer, preprocessor)
 
