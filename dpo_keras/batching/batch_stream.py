@@ -19,7 +19,14 @@ from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
 
 # The dimensions in which batches of different buckets differ.
-DYNAMIC = {"token_ids": 2, "padding_mask": 2, "source": 1, "target": 1, "owner": 1}
+DYNAMIC = {
+    "token_ids": 2,
+    "padding_mask": 2,
+    "source": 1,
+    "target": 1,
+    "owner": 1,
+    "vision_mask": 1,
+}
 
 _mutexes: list[tf.Tensor] = []
 

@@ -56,6 +56,18 @@ class Batch(TypedDict, total=False):
     """int32 `[rows, pairs]`, only where pairs have groups: number of the group, -1 without one."""
     margin: Tensor
     """float32 `[rows, pairs]`, only where pairs have margins: the margin, 0 without one."""
+    images: Tensor
+    """float32 `[rows, images, height, width, 3]`, only where prompts have images, and only for
+    families that take them so, like the next two; PaliGemma's have no dimension of images."""
+    pixel_values: Tensor
+    """float32 `[rows, images, patches, values]`: images in patches."""
+    pixel_position_ids: Tensor
+    """int32 `[rows, images, patches, 2]`: where each patch is."""
+    vision_indices: Tensor
+    """int32 `[rows, images * tokens]`: places of image tokens in either sequence, filled up with
+    0."""
+    vision_mask: Tensor
+    """int32 `[rows, length]`: 1 for image tokens, the same in either sequence."""
 
 
 def collate(
@@ -97,6 +109,10 @@ def collate(
     batch = _pair_per_row(prompt, responses, tokenized.pad, length, slots, batch_size)
     place = (np.arange(len(indices)), 0)
     batch.update(_labels(tokenized, indices, (len(batch["owner"]), 1), place))
+    if tokenized.images is not None:
+        rows, _, length = batch["token_ids"].shape
+        ids = [prompt[row] for row in range(len(prompt))]
+        batch.update(cast(Batch, tokenized.images[indices].tensors(ids, length, rows)))
     return batch
 
 

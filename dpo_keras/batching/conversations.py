@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from dpo_keras.batching.chat_templates import MARKERS, ChatTemplate
 from dpo_keras.batching.encoders import STOPS, TextEncoder
+from dpo_keras.batching.image_preprocessing import SLOT
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenized_pairs import TokenizationReport
 from dpo_keras.errors import InputError, InputProblem
@@ -26,7 +27,11 @@ Pieces: TypeAlias = list[str]
 
 
 def encode_conversations(
-    pairs: Sequence[PreferencePair], encoder: TextEncoder, template: ChatTemplate, first: int = 0
+    pairs: Sequence[PreferencePair],
+    encoder: TextEncoder,
+    template: ChatTemplate,
+    first: int = 0,
+    image: str = "",
 ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
     r"""Render and tokenize pairs with a chat template.
 
@@ -40,9 +45,9 @@ def encode_conversations(
     told from a user's words.
 
     Returns prompts, chosen and rejected, and a report with warnings and counts of special tokens.
-    `first` is the first pair's number in errors.
+    `first` is the first pair's number in errors. `image` takes the place of each `SLOT`.
     """
-    conversations = _ConversationEncoder(encoder, template)
+    conversations = _ConversationEncoder(encoder, template, image)
     rendered: list[tuple[Pieces, Pieces, Pieces]] = []
     problems: list[str] = []
     for number, pair in enumerate(pairs, first):
@@ -111,8 +116,8 @@ def variables_of(encoder: TextEncoder) -> dict[str, JSON]:
 class _ConversationEncoder:
     """Renders conversations, cuts them at special tokens, and tokenizes the pieces."""
 
-    def __init__(self, encoder: TextEncoder, template: ChatTemplate):
-        self.encoder, self.template = encoder, template
+    def __init__(self, encoder: TextEncoder, template: ChatTemplate, image: str = ""):
+        self.encoder, self.template, self.image = encoder, template, image
         self.variables = variables_of(encoder)
         special = special_texts(encoder, template)
         self.special_ids = {
@@ -142,7 +147,7 @@ class _ConversationEncoder:
         if self.template.name == "plain" and (
             isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
         ):
-            return [prompt], [chosen], [rejected]
+            return [prompt.replace(SLOT, self.image)], [chosen], [rejected]
         if prompt not in self._rendered:
             messages = self._messages(prompt, "user")
             self._rendered[prompt] = messages, self._render(messages, True)
@@ -199,6 +204,8 @@ class _ConversationEncoder:
         return self._split(text)
 
     def _split(self, text: str) -> Pieces:
+        # The marks of an image come after the guard, which cuts those that somebody wrote.
+        text = text.replace(SLOT, self.image)
         return [piece for piece in self._boundary.split(text) if piece and piece != CUT]
 
     def _guard(self, role: str, text: str) -> str:

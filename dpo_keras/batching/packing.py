@@ -259,6 +259,9 @@ def _plan_problems(
     if not problems and rows is not None and rows % replicas:
         rule = f"must be a multiple of the {replicas} replicas that share them"
         problems.append(InputProblem("rows", rule, rows))
+    if tokenized.images is not None:
+        rule = "must be 'buckets' for pairs with images: packed rows hold text only"
+        problems.append(InputProblem("batching", rule, "packed"))
     if not len(tokenized):
         problems.append("there is no pair to pack; give at least one.")
     elif (tokenized.prompt.lengths == 0).any():

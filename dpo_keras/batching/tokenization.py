@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,6 +17,13 @@ import numpy as np
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.conversations import encode_conversations, kept_tokens
 from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.image_preprocessing import (
+    SLOT,
+    ImagePreprocessor,
+    PairImages,
+    StoredImages,
+    image_preprocessor,
+)
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.token_cache import FORMAT, Chunk, cached_tokens
 from dpo_keras.batching.tokenized_pairs import (
@@ -29,7 +37,7 @@ from dpo_keras.batching.tokenized_pairs import (
 )
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
-from dpo_keras.preferences.collection import hash64, text_bytes
+from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.utils import JSON
 from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
@@ -102,7 +110,8 @@ def tokenize_pairs(
         raise InputError(problems)
     encoder = TextEncoder(preprocessor)
     least = prompt_share(max_length) if min_prompt_tokens is None else min_prompt_tokens
-    tokenizer = PairTokenizer(encoder, get_template(template), max_length, overlength, least)
+    settings = encoder, get_template(template), max_length, overlength, least
+    tokenizer = PairTokenizer(*settings, preprocessor)
     if isinstance(pairs, StoredPreferences):
         count = len(pairs)
         tokens = cached_tokens(
@@ -113,6 +122,11 @@ def tokenize_pairs(
             pad=encoder.pad,
             max_length=max_length,
         )
+        if pairs.report.with_images:
+            assert tokens.source is not None
+            rows = StoredImages(pairs.whole, tokens.source)
+            images = PairImages(rows, tokenizer.image_family, pairs.report.most_images)
+            tokens = replace(tokens, images=images)
     else:
         records: list[Any] = list(pairs)
         if any(isinstance(pair, Mapping) for pair in records):
@@ -136,10 +150,16 @@ class PairTokenizer:
     max_length: int
     overlength: Overlength
     min_prompt_tokens: int
+    preprocessor: object = None
+
+    @cached_property
+    def image_family(self) -> ImagePreprocessor:
+        """How the model reads images."""
+        return image_preprocessor(self.preprocessor)
 
     def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
-        prompt, chosen, rejected, report = self._encode(records, first)
+        prompt, chosen, rejected, report = self._encode(self._with_slots(records, first), first)
         kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
         whole = [part.take(kept) for part in (prompt, chosen, rejected)]
         limits = (self.max_length, self.encoder.start, self.min_prompt_tokens)
@@ -165,8 +185,9 @@ class PairTokenizer:
             margin=np.array(margins, np.float32) if any_margin else None,
             group_names=names,
             source=first + kept,
-            prompt_hash=np.array([hash64(text_bytes(pair.prompt)) for pair in left], np.uint64),
+            prompt_hash=np.array([hash64(prompt_bytes(pair)) for pair in left], np.uint64),
             max_length=self.max_length,
+            images=PairImages.of(left, self.image_family) if _any_images(left) else None,
         )
         report.pairs, report.dropped = len(records), dropped
         report.count(prompt.lengths, (chosen.lengths, rejected.lengths), uncut)
@@ -199,6 +220,8 @@ class PairTokenizer:
             "max_length": self.max_length,
             "overlength": self.overlength,
             "min_prompt_tokens": self.min_prompt_tokens,
+            # Directories without images keep the key that they had.
+            **({"images": self.image_family.key} if pairs.report.with_images else {}),
             "kept": [] if template is None else sorted(kept_tokens(self.encoder, template)),
         }
 
@@ -206,7 +229,9 @@ class PairTokenizer:
         self, records: list[PreferencePair], first: int
     ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
         if self.template is not None:
-            return encode_conversations(records, self.encoder, self.template, first)
+            return encode_conversations(
+                records, self.encoder, self.template, first, self._expansion(records)
+            )
         messages = [
             number
             for number, pair in enumerate(records, first)
@@ -219,12 +244,47 @@ class PairTokenizer:
             )
             hint = "Give a name such as 'chatml', a Jinja file, or a Hugging Face checkpoint."
             raise InputError(InputProblem("template", rule, hint=hint))
+        expansion = self._expansion(records)
         return (
-            self.encoder.prompts([str(pair.prompt) for pair in records]),
+            self.encoder.prompts(
+                [str(p.prompt).replace(SLOT, expansion) if p.images else p.prompt for p in records]
+            ),
             self.encoder.responses([str(pair.chosen) for pair in records]),
             self.encoder.responses([str(pair.rejected) for pair in records]),
             TokenizationReport(),
         )
+
+    def _expansion(self, records: Sequence[PreferencePair]) -> str:
+        return self.image_family.expansion if _any_images(records) else ""
+
+    def _with_slots(self, records: list[PreferencePair], first: int) -> list[PreferencePair]:
+        """Mark the places of images in the prompts that have any."""
+        if not _any_images(records):
+            return records
+        family, marked, problems = self.image_family, [], []
+        for number, pair in enumerate(records, first):
+            if not pair.images:
+                marked.append(pair)
+                continue
+            prompt = family.prompt(pair.prompt, len(pair.images))
+            if problem := family.count_problem(prompt, len(pair.images)):
+                problems.append(InputProblem("images", f"pair {number} {problem}"))
+            marked.append(replace(pair, prompt=prompt))
+        if problems:
+            raise InputError(problems[:_LISTED])
+        return marked
+
+    def _images_cut(self, records: list[PreferencePair], prompt: Ragged) -> np.ndarray:
+        """Mark the pairs whose prompt holds tokens of images, bool `[N]`; they cannot be cut."""
+        held = np.zeros(len(records), bool)
+        for row, pair in enumerate(records):
+            if pair.images:
+                found, family = len(self.image_family.places(prompt[row])), self.image_family
+                if found != len(pair.images) * family.tokens:
+                    rule = f"pair {row}: its prompt itself holds tokens that stand for images"
+                    raise InputError(InputProblem("images", rule))
+                held[row] = found > 0
+        return held
 
     def _sort_out(
         self,
@@ -243,6 +303,8 @@ class PairTokenizer:
         # A response of the end token alone says nothing.
         rule[self._blank(chosen) | self._blank(rejected)] = "empty_response"
         rule[(prompt.lengths == 0) & (rule == "")] = "empty_prompt"
+        if _any_images(records):
+            rule[over & self._images_cut(records, prompt) & (rule == "")] = "images_cut"
         if self.overlength == "drop":
             rule[over & (rule == "")] = "overlength"
         dropped = [
@@ -276,6 +338,10 @@ class PairTokenizer:
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
         return problems
+
+
+def _any_images(records: Sequence[PreferencePair]) -> bool:
+    return any(pair.images for pair in records)
 
 
 def _length_problems(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_keras.batching.image_preprocessing import PairImages
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
@@ -19,9 +20,19 @@ RULES = {
     "empty_response": "no token of a response is left",
     "empty_prompt": "no prompt token and no start token to predict the response's first token from",
     "overlength": "longer than max_length, and overlength='drop'",
+    "images_cut": "longer than max_length, and cutting its prompt would cut its images",
 }
 # The fields of `TokenizedPairs` with a value per pair.
-COLUMNS = ("preference", "weight", "reference", "group", "margin", "source", "prompt_hash")
+COLUMNS = (
+    "preference",
+    "weight",
+    "reference",
+    "group",
+    "margin",
+    "source",
+    "prompt_hash",
+    "images",
+)
 # A pair before truncation: tokens of its prompt, and of its longer response; whether its responses
 # are identical after it.
 UNCUT = np.dtype([("prompt", "<i4"), ("response", "<i4"), ("identical", "?")])
@@ -202,6 +213,7 @@ class TokenizedPairs:
         max_length: the limit that the pairs were cut to. Buckets are never longer.
         report: what tokenization did.
         identity: the `fingerprint` of tokens on disk, which need not be read for it.
+        images: the images of the prompts, opened when a batch is made; None without any.
     """
 
     prompt: Ragged
@@ -219,6 +231,7 @@ class TokenizedPairs:
     max_length: int | None = None
     report: TokenizationReport = field(default_factory=TokenizationReport)
     identity: str | None = None
+    images: PairImages | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -256,6 +269,8 @@ class TokenizedPairs:
         for part in self.parts:
             digest.update(np.ascontiguousarray(part.row_splits, "<i8").tobytes())
             digest.update(np.ascontiguousarray(part.flat_values, "<i4").tobytes())
+        if self.images is not None:
+            digest.update(self.images.digest_text.encode())
         return digest.hexdigest()
 
     def expect(self, rows: np.ndarray) -> None:

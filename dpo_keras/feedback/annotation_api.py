@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import anyio.to_thread
 
+from dpo_keras.errors import InputError
 from dpo_keras.feedback.assignment import Presentation
 from dpo_keras.feedback.markdown_rendering import render
 from dpo_keras.feedback.request_guard import Refused
@@ -68,6 +69,23 @@ class Api:
                 long = len(shown.left) + len(shown.right) + len(str(shown.prompt)) > MAX_AT_ONCE
                 rendered = await anyio.to_thread.run_sync(_shown, shown) if long else _shown(shown)
                 content["presentations"][place] = rendered
+
+    def image(self, annotator: Annotator, query: Mapping[str, str]) -> bytes:
+        """Return an encoded image of a prompt that the person was shown.
+
+        A request names a presentation and a number, never a file.
+        """
+        numbers = [query.get("presentation", ""), query.get("number", "")]
+        if any(len(n) > 18 or not (n.isascii() and n.isdigit()) for n in numbers):
+            raise Refused(400, "presentation and number must be whole numbers.")
+        image = self.store.image(annotator.id, int(numbers[0]), int(numbers[1]))
+        if image is None:
+            raise Refused(404, "there is no such image.")
+        try:
+            return image.read()
+        except InputError as error:
+            # Where files lie on the server is nothing for annotators.
+            raise Refused(404, "the image is gone; tell whoever runs this round.") from error
 
     def submit(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
         """Record a judgement; the store checks the type of every value."""
@@ -142,7 +160,8 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     if len(prompt) == 1:
         prompt[0]["role"] = None
     sides = {"left": render(presentation.left), "right": render(presentation.right)}
-    return {"id": presentation.id, "prompt": prompt, **sides}
+    images = len(presentation.images)
+    return {"id": presentation.id, "prompt": prompt, "images": images, **sides}
 
 
 class Page(NamedTuple):
@@ -182,6 +201,6 @@ def content_security_policy() -> str:
     return (
         f"default-src 'none'; script-src {annotate.script_source} {admin.script_source}; "
         f"style-src {annotate.style_source}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )

@@ -39,6 +39,7 @@ from dpo_keras.feedback.request_guard import (
     warn_once,
 )
 from dpo_keras.feedback.store import Annotator, Store
+from dpo_keras.preferences.images import media_type
 from dpo_keras.utils import JSON
 
 SESSION_DAYS = 30
@@ -66,6 +67,7 @@ def make_app(
         Route("/", _page("annotate")),
         Route("/admin", _page("admin")),
         Route("/api/next", sessions.endpoint(api.next, finish=api.with_texts)),
+        Route("/api/image", sessions.image_endpoint(api.image)),
         Route("/api/judgements", sessions.endpoint(api.submit), methods=["POST"]),
         Route("/api/undo", sessions.endpoint(api.undo), methods=["POST"]),
         Route("/api/me", sessions.endpoint(lambda annotator, _: api.me(annotator))),
@@ -161,6 +163,19 @@ class _Sessions:
             query = dict(request.query_params)
             content = await anyio.to_thread.run_sync(self._answer, request, work, query)
             return JSONResponse(content)
+
+        return endpoint
+
+    def image_endpoint(self, work: Callable[[Annotator, Mapping[str, str]], bytes]) -> Endpoint:
+        """Make an endpoint that answers with an image."""
+
+        def answer(request: Request) -> bytes:
+            _, annotator = self._signed_in(request)
+            return work(annotator, request.query_params)
+
+        async def endpoint(request: Request) -> Response:
+            content = await anyio.to_thread.run_sync(answer, request)
+            return Response(content, media_type=media_type(content))
 
         return endpoint
 

@@ -1,6 +1,5 @@
 """Which pair a person sees next: leases, overlap, sides, hidden checks and repeats."""
 
-import json
 import math
 import random
 import sqlite3
@@ -8,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.candidates import stored_prompt
+from dpo_keras.preferences import Image
 from dpo_keras.utils import JSON
 
 
@@ -64,6 +65,7 @@ class Presentation:
     prompt: JSON  # text, or a list of role/content mappings
     left: str
     right: str
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def hand_out(
     presentations = []
     for row in connection.execute(_HELD, (annotator, count)):
         left, right = in_sides(row)
-        presentations.append(Presentation(row["id"], json.loads(row["prompt"]), left, right))
+        prompt, images = stored_prompt(row["prompt"])
+        presentations.append(Presentation(row["id"], prompt, left, right, images))
     return presentations
 
 

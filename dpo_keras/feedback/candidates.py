@@ -14,8 +14,8 @@ from pathlib import Path
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.database import has_lone_surrogate, sha256
-from dpo_keras.preferences import Message
-from dpo_keras.preferences.pair import ROLES
+from dpo_keras.preferences import Image, Message
+from dpo_keras.preferences.pair import ROLES, place_faults, read_images
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
@@ -47,6 +47,7 @@ class Candidates:
     group: str | None = None  # kept for group-robust training
     # Index of the response that is known to be better than all others: a check of the annotators.
     gold: int | None = None
+    images: tuple[Image, ...] = ()  # what the prompt shows
 
     def usable(self) -> list[Response]:
         """Return the responses that differ and are not empty."""
@@ -66,7 +67,8 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Candidates]:
 
     Args:
         path: JSONL (`.gz` too). Each line has `prompt` and `responses` (texts), and may have
-            `makers` (a label or the settings of each response), `id`, `group` and `gold`.
+            `makers` (a label or the settings of each response), `id`, `group`, `gold` and `images`
+            (paths from the file's folder, data URLs or base64; `image` for one).
             `response_a` and `response_b`, or `chosen` and `rejected`, stand for two responses too.
 
     Raises:
@@ -89,7 +91,7 @@ def read_candidates(path: str | os.PathLike[str]) -> list[Candidates]:
             continue
         place = f"{path} line {number}:"
         try:
-            found.append(_candidates(_record(line)))
+            found.append(_candidates(_record(line), str(path.parent)))
         except InputError as error:
             problems += [p.renamed(f"{place} {p.argument}".strip()) for p in error.problems]
         except ValueError as error:
@@ -145,7 +147,7 @@ def _mapping(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     return found
 
 
-def _candidates(record: JSON) -> Candidates:
+def _candidates(record: JSON, folder: str = "") -> Candidates:
     if not isinstance(record, dict):
         raise InputError(InputProblem("", f"must be a JSON object, got {type(record).__name__}."))
     prompt, texts = _prompt(record.get("prompt")), _texts(record)
@@ -178,6 +180,7 @@ def _candidates(record: JSON) -> Candidates:
         for name, (kept, rule) in rules.items()
         if not kept
     ]
+    images = _images(record, prompt, folder, problems)
     if has_lone_surrogate(json.dumps(record, ensure_ascii=False)):
         rule = "holds half of a character (a lone surrogate), which is not valid text."
         problems.append(InputProblem("", rule))
@@ -189,7 +192,49 @@ def _candidates(record: JSON) -> Candidates:
         label = maker_label(maker) if described else maker
         responses.append(Response(text, label, maker if described else None))
     names = {n: None if record.get(n) is None else str(record[n]) for n in ("id", "group")}
-    return Candidates(prompt, tuple(responses), gold=gold, **names)
+    return Candidates(prompt, tuple(responses), gold=gold, images=images, **names)
+
+
+def _images(
+    record: dict[str, JSON],
+    prompt: str | tuple[Message, ...] | None,
+    folder: str,
+    problems: list[InputProblem],
+) -> tuple[Image, ...]:
+    """Return the images of a record's prompt; add what is wrong with them to the problems."""
+    values = [record[name] for name in ("images", "image") if record.get(name) is not None]
+    if not values:
+        return ()
+    if len(values) == 2:
+        problems.append(InputProblem("images", "must be given once, as images or as image."))
+    listed = values[0] if isinstance(values[0], list) else [values[0]]
+    images, faults = read_images(listed, folder)
+    if prompt is not None and not faults:
+        faults = place_faults(prompt, images)
+    problems += [InputProblem("", fault.message) for fault in faults]
+    return images
+
+
+def prompt_content(candidates: Candidates) -> str:
+    """Return a prompt as the store keeps it: JSON, with references to its images."""
+    prompt = candidates.prompt
+    content: JSON = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+    if candidates.images:
+        images = [[image.digest, image.path or image.as_text()] for image in candidates.images]
+        content = {"prompt": content, "images": images}
+    return json.dumps(content, ensure_ascii=False, sort_keys=True)
+
+
+def stored_prompt(content: str) -> tuple[JSON, tuple[Image, ...]]:
+    """Return the text or messages, and the images, of a prompt as the store keeps it."""
+    prompt = json.loads(content)
+    if not isinstance(prompt, dict):
+        return prompt, ()
+    images = (
+        Image.of(place) if place.startswith("data:") else Image(digest, place)
+        for digest, place in prompt["images"]
+    )
+    return prompt["prompt"], tuple(images)
 
 
 def _texts(record: dict[str, JSON]) -> list[str]:
@@ -264,9 +309,7 @@ def _add_pairs(
     connection: sqlite3.Connection, chance: random.Random, candidates: Candidates
 ) -> Counter[str]:
     counts: Counter[str] = Counter()
-    prompt = candidates.prompt
-    turns = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
-    content = json.dumps(turns, ensure_ascii=False, sort_keys=True)
+    content = prompt_content(candidates)
     connection.execute(
         "INSERT INTO prompts (hash, content, name, grp) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (sha256(content), content, candidates.id, candidates.group),

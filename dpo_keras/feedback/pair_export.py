@@ -1,6 +1,5 @@
 """Judgements as preference pairs for training."""
 
-import json
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.annotator_quality import DawidSkene, fit_labels
+from dpo_keras.feedback.candidates import stored_prompt
 from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, Table, read_table
 from dpo_keras.feedback.store import Store
 from dpo_keras.preferences import Message, PreferencePair
@@ -160,7 +160,7 @@ def _preference_pair(
     preference: float, work: Table, rows: np.ndarray, text: sqlite3.Row, weight: float
 ) -> PreferencePair:
     """Make a pair of P(first is better) and the judgements in `rows`."""
-    prompt = json.loads(text["prompt"])
+    prompt, images = stored_prompt(text["prompt"])
     responses = [text["first"], text["second"]]
     if not isinstance(prompt, str):
         prompt = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
@@ -182,4 +182,5 @@ def _preference_pair(
         margin=float(strengths.mean()) if len(strengths) and preference != 0.5 else None,
         # Only one judgement has a side.
         swapped=len(rows) == 1 and not better_on_left,
+        images=images,
     )

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback import assignment, judgements
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
-from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates
+from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates, stored_prompt
 from dpo_keras.feedback.database import Database, T, has_lone_surrogate, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
+from dpo_keras.preferences import Image
 
 DAY = 86_400.0  # seconds
 
@@ -66,6 +67,16 @@ class Store:
         return self.database.batched(
             lambda connection: work(connection, self.settings, self.clock(), *values)
         )
+
+    def image(self, annotator: int, presentation: int, number: int) -> Image | None:
+        """Return an image of a prompt that a person was shown; None where there is none such."""
+        found = self.database.rows(
+            "SELECT q.content FROM presentations p JOIN pairs ON pairs.id = p.pair "
+            "JOIN prompts q ON q.id = pairs.prompt WHERE p.id = ? AND p.annotator = ?",
+            (presentation, annotator),
+        )
+        _, images = stored_prompt(found[0]["content"]) if found else (None, ())
+        return images[number] if 0 <= number < len(images) else None
 
     def progress(self) -> Progress:
         """Return how far the round is."""

@@ -171,6 +171,7 @@ class ReadReport:
         omitted: problems and warnings that are only counted, by rule: a stream lists the first
             ones, so that its report stays small.
         with_images: kept records whose prompt has images.
+        most_images: images of the prompt that has most.
 
     Example:
         >>> report = ReadReport(["pairs.jsonl"], read=3, kept=2)
@@ -190,6 +191,7 @@ class ReadReport:
     layouts: Counter[str] = field(default_factory=Counter)
     omitted: Counter[str] = field(default_factory=Counter)
     with_images: int = 0
+    most_images: int = 0
 
     @property
     def dropped(self) -> int:
@@ -208,6 +210,7 @@ class ReadReport:
             "warnings": [problem.as_dict() for problem in self.warnings],
             "omitted": dict(self.omitted),
             "with_images": self.with_images,
+            "most_images": self.most_images,
         }
 
     @classmethod
@@ -222,6 +225,7 @@ class ReadReport:
             Counter(values["layouts"]),
             Counter(values["omitted"]),
             values.get("with_images", 0),
+            values.get("most_images", 0),
         )
 
     def summary(self) -> str:

@@ -173,6 +173,7 @@ class RecordStream(Iterable[PreferencePair]):
             for line, pair in self._good(opened):
                 self.report.kept += 1
                 self.report.with_images += bool(pair.images)
+                self.report.most_images = max(self.report.most_images, len(pair.images))
                 self._weighted |= pair.weight > SMALLEST
                 finder.add(pair)
                 source.append(len(sources) - 1)

@@ -14,11 +14,13 @@ from typing import NamedTuple, TypeAlias
 import keras
 from keras import ops
 
+from dpo_keras.batching.image_preprocessing import IMAGE_KEYS
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import (
     drafts_for_another_model,
+    image_encoder,
     media_encoders,
     reversed_embedding,
 )
@@ -171,6 +173,48 @@ def _no_embeddings(*_: object, **__: object) -> Tensor:
 
 def _text_alone(*_: object, text_embeddings: Tensor, **__: object) -> Tensor:
     return text_embeddings
+
+
+def image_inputs(model: object, batch: Mapping[str, Tensor]) -> Inputs:
+    """Return the images of a batch as a model takes them: places for each sequence, images once.
+
+    `image_overrides` gives both sequences of a row the states of its images.
+
+    Raises:
+        InputError: the model reads no images.
+    """
+    given = {name: batch[name] for name in IMAGE_KEYS if name in batch}
+    declared = declared_inputs(model)
+    if given and not given.keys() <= declared.keys():
+        rule = (
+            f"need a policy with a vision encoder, and {type(model).__name__} takes "
+            f"{sorted(declared)}"
+        )
+        hint = "Load a preset that has one, or leave the column out."
+        raise InputError(InputProblem("images", rule, hint=hint))
+    sequences = batch[_IDS].shape[1]
+    return {
+        name: ops.repeat(value, sequences, axis=0) if name.startswith("vision_") else value
+        for name, value in given.items()
+    }
+
+
+def image_overrides(model: object, batch: Mapping[str, Tensor]) -> list[Override]:
+    """Encode the images of each row once, and repeat their states for each of its sequences."""
+    encoder = image_encoder(getattr(model, "backbone", model))
+    sequences = batch[_IDS].shape[1]
+    if encoder is None or sequences == 1 or not any(name in batch for name in IMAGE_KEYS):
+        return []
+    encode = encoder.call
+    rows = ops.shape(batch[_IDS])[0]
+
+    def repeated(*inputs: Tensor, **options: object) -> Tensor:
+        states = encode(*inputs, **options)
+        by_row = ops.reshape(states, (rows, -1, *states.shape[1:]))
+        both = ops.repeat(by_row, sequences, axis=0)
+        return ops.reshape(both, (-1, *states.shape[1:]))
+
+    return [Override(encoder, "call", repeated)]
 
 
 def full_logits(model: keras.Model, text: TextRows) -> Tensor:

@@ -22,6 +22,8 @@ from dpo_keras.scoring.model_inputs import (
     TextRows,
     check_inputs,
     declared_inputs,
+    image_inputs,
+    image_overrides,
     model_inputs,
     response_mask,
     text_overrides,
@@ -140,7 +142,8 @@ class ResponseScorer:
         self, batch: PreparedBatch, collected: list[Tensor] | None = None
     ) -> list[Override]:
         """Collect what the model's layers do differently while this batch runs."""
-        overrides = low_rank_overrides(self._body) + text_overrides(self._body)
+        overrides = low_rank_overrides(self._body) + text_overrides(self._body, batch)
+        overrides += image_overrides(self._body, batch)
         overrides += recurrence_overrides(self._body)
         if "layout" in batch:
             overrides += tree_overrides(self._body, batch["layout"])
@@ -175,7 +178,7 @@ class ResponseScorer:
         if "response_mask" in declared_inputs(self._body):
             response = response_mask(batch["source"], batch["owner"], batch["padding_mask"])
         text = TextRows(flat(batch["token_ids"]), flat(batch["padding_mask"]), positions, response)
-        return model_inputs(self._body, text)
+        return model_inputs(self._body, text, image_inputs(self._body, batch))
 
     def _token_values(
         self,

@@ -35,6 +35,11 @@ def media_encoders(backbone: object) -> list[MediaEncoder]:
     return found
 
 
+def image_encoder(backbone: object) -> keras.layers.Layer | None:
+    """Return the encoder of images of a backbone (PaliGemma calls it `vit_encoder`)."""
+    return getattr(backbone, "vision_encoder", None) or getattr(backbone, "vit_encoder", None)
+
+
 def leading_image_states(backbone: object) -> int | None:
     """Return how many states of an image precede those of tokens; None where none ever do."""
     for name in ("image_sequence_length", "num_query_tokens"):  # PaliGemma, BLIP-2

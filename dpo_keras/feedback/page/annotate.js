@@ -78,8 +78,17 @@ function highlight() {
 // --- showing -----------------------------------------------------------------------------------
 function fill(element, nodes) { element.replaceChildren(...nodes.map(build)); }
 
-function drawPrompt(turns) {
-  $("prompt-body").replaceChildren(...turns.map((turn) => {
+function drawImage(presentation, number, count) {
+  const image = document.createElement("img");
+  image.src = `./api/image?presentation=${presentation}&number=${number}`;
+  image.alt = `Image ${number + 1} of ${count}`;
+  image.className = "shown";
+  return image;
+}
+
+function drawPrompt(turns, presentation, images) {
+  const shown = Array.from({ length: images || 0 }, (_, number) => drawImage(presentation, number, images));
+  $("prompt-body").replaceChildren(...shown, ...turns.map((turn) => {
     const box = document.createElement("div");
     box.className = "turn";
     if (turn.role) {
@@ -108,7 +117,7 @@ function draw() {
     waitTimer = setTimeout(refresh, 15000);
   } else if (drawn !== current.id) {
     drawn = current.id;
-    drawPrompt(current.prompt);
+    drawPrompt(current.prompt, current.id, current.images);
     fill($("left-body"), current.left);
     fill($("right-body"), current.right);
     highlight();
