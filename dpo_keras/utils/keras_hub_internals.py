@@ -117,12 +117,16 @@ def fast_byte_pair_encoding(tokenizer: object) -> Callable[[list[str]], list[lis
 # -- blocks, norms and embeddings (written for KerasHub 0.32) ------------------------------
 
 _NORMS = (
+    "GptOssLayerNormalization",
     "LayerNormalization",
     "LlamaLayerNorm",
     "MistralLayerNormalization",
+    "MixtralLayerNormalization",
     "Phi3LayerNorm",
     "Qwen3LayerNorm",
+    "Qwen3MoeLayerNorm",
     "QwenLayerNorm",
+    "QwenMoeLayerNorm",
     "RMSNormalization",
 )
 
