@@ -50,12 +50,16 @@ def private(owner: object, name: str, library: Library) -> Any:
 # -- blocks, norms and embeddings (written for KerasHub 0.32) ------------------------------
 
 _NORMS = (
+    "GptOssLayerNormalization",
     "LayerNormalization",
     "LlamaLayerNorm",
     "MistralLayerNormalization",
+    "MixtralLayerNormalization",
     "Phi3LayerNorm",
     "Qwen3LayerNorm",
+    "Qwen3MoeLayerNorm",
     "QwenLayerNorm",
+    "QwenMoeLayerNorm",
     "RMSNormalization",
 )
 

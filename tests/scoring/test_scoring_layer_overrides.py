@@ -37,7 +37,7 @@ def test_a_fused_function_has_its_value_and_gradient():
     assert (float(y), float(tape.gradient(y, x))) == (9.0, 6.0)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_oss"])
 def test_a_backbone_with_fused_layers_is_the_same_backbone(family):
     backbone = FAMILIES[family]().backbone
     ids = np.random.default_rng(0).integers(0, 97, (2, 8))
