@@ -242,6 +242,7 @@ def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> ke
 def _enable_lora(policy: keras.Model, model: Model) -> None:
     from dpo_keras.scoring import enable_lora
 
+    assert model.lora_rank is not None
     try:
         enable_lora(
             policy, model.lora_rank, model.lora_alpha, model.lora_targets, model.lora_scaling

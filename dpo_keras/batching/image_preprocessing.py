@@ -110,6 +110,7 @@ def image_preprocessor(preprocessor: object) -> ImagePreprocessor:
     if rule is not None:
         hint = "Leave the column out, or take another model."
         raise InputError(InputProblem("images", rule, hint=hint))
+    assert converter is not None
     settings = json.dumps(converter.get_config(), sort_keys=True, default=str)
     make = next(_FAMILIES[name] for name in sorted(names & _FAMILIES.keys()))
     return make(family, f"{own} {settings}")

@@ -247,7 +247,10 @@ class PairTokenizer:
         expansion = self._expansion(records)
         return (
             self.encoder.prompts(
-                [str(p.prompt).replace(SLOT, expansion) if p.images else p.prompt for p in records]
+                [
+                    str(p.prompt).replace(SLOT, expansion) if p.images else str(p.prompt)
+                    for p in records
+                ]
             ),
             self.encoder.responses([str(pair.chosen) for pair in records]),
             self.encoder.responses([str(pair.rejected) for pair in records]),

@@ -15,7 +15,7 @@ from typing import Any
 from dpo_keras.batching import ChatTemplate, TextEncoder
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
-from dpo_keras.utils.keras_hub_internals import python_tokenizer
+from dpo_keras.utils.keras_hub_tokenizers import python_tokenizer
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),

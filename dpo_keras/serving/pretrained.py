@@ -22,7 +22,7 @@ from dpo_keras.serving.model_card import ModelFacts, facts_of, write_model_card
 from dpo_keras.serving.peft_adapters import peft_files
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
-from dpo_keras.utils.keras_hub_internals import save_preset
+from dpo_keras.utils.keras_hub_exporters import save_preset
 from dpo_keras.utils.keras_internals import all_layers, raise_failed_writes, unmerged_weights
 
 FORMATS = ("keras_hub", "transformers", "peft")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,30 +179,3 @@ def listed_presets() -> frozenset[str]:
             text = file.read_text(encoding="utf-8")
             found.update(re.findall(r'^    "([^"]+)": \{', text, re.MULTILINE))
     return frozenset(found)
-
-
-def save_preset(model: Any, directory: Path) -> None:
-    """Write a preset directory that loads again.
-
-    KerasHub 0.32 leaves `tie_word_embeddings`, without which no tied model loads, out of Llama's,
-    and knows nothing of a checkpoint's rules for cutting text.
-    """
-    from dpo_keras.utils import keras_hub_tokenizers as tokenizers
-
-    model.save_to_preset(str(directory))
-    tokenizers.write_rules(model, directory)
-    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
-    tied = getattr(model.backbone, "tie_word_embeddings", None)
-    if "tie_word_embeddings" in model.backbone.get_config():
-        tied = None
-    for path in directory.glob("*.json"):
-        if path.name == tokenizers.RULES_FILE:
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        changed = tokenizers.complete_tokenizer_config(content, tokenizer)
-        if tied is not None and path.name in ("config.json", "task.json"):
-            backbone = content if path.name == "config.json" else content["config"]["backbone"]
-            backbone["config"]["tie_word_embeddings"] = tied
-            changed = True
-        if changed:
-            path.write_text(json.dumps(content, indent=4), encoding="utf-8")
