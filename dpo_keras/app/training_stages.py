@@ -198,8 +198,8 @@ def build_model(
         if held_out is not None:
             held_out = _with_reference(context, policy, held_out, "held_out")
     with context.strategy.scope():
-        options = {"remat": settings.remat, "auxiliary_loss": settings.auxiliary_loss}
-        model = DPOModel(policy, reference=reference, **options)
+        kept = settings.auxiliary_loss
+        model = DPOModel(policy, reference, remat=settings.remat, auxiliary_loss=kept)
         if reference == "cached":
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True

@@ -189,8 +189,8 @@ def _floating(structure: object) -> list[Tensor]:
 
 def _replaced(structure: object, values: Sequence[Tensor]) -> Any:
     """Put other tensors in the places of a structure's floating-point tensors, in order."""
-    values = iter(values)
-    return keras.tree.map_structure(lambda v: next(values) if _is_floating(v) else v, structure)
+    others = iter(values)
+    return keras.tree.map_structure(lambda v: next(others) if _is_floating(v) else v, structure)
 
 
 def _set_apart(
