@@ -232,17 +232,15 @@ def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> ke
     else:
         policy = load_model(str(model.path), model.dtype)
     if model.lora_rank is not None:
-        _enable_lora(policy, model)
+        _enable_lora(policy, model, model.lora_rank)
     return policy
 
 
-def _enable_lora(policy: keras.Model, model: Model) -> None:
+def _enable_lora(policy: keras.Model, model: Model, rank: int) -> None:
     from dpo_keras.scoring import enable_lora
 
     try:
-        enable_lora(
-            policy, model.lora_rank, model.lora_alpha, model.lora_targets, model.lora_scaling
-        )
+        enable_lora(policy, rank, model.lora_alpha, model.lora_targets, model.lora_scaling)
     except InputError as error:
         names = ("alpha", "targets", "scaling")
         keys = {name: f"model.lora_{name}" for name in names}

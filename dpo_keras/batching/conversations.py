@@ -189,7 +189,7 @@ class _ConversationEncoder:
         ]
 
     def _messages(self, text: Text, role: str) -> Turns:
-        turns = [{"role": role, "content": text}]
+        turns: Turns = [{"role": role, "content": text}]
         if not isinstance(text, str):
             turns = [turn.as_dict() for turn in text]
         return [

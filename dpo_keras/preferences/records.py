@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from dpo_keras.preferences.pair import (
-    DETAILS,
     Fault,
     InvalidPair,
     Message,
@@ -39,6 +38,7 @@ from dpo_keras.utils.text import nearest, shortened, visible
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 TOOLS = "tools"
+KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id"))
 OPTIONAL = ("preference", "weight", "annotator", "group", "id", "margin", "swapped")
 LAYOUTS = {
     "chosen/rejected": ("chosen", "rejected"),
@@ -226,9 +226,9 @@ class _Fields:
                 self.faults.append(wrong_type(f"{place}: {key}", text, "text"))
         for key in value:
             # Parquet fills keys that only other messages have with None: nothing is lost.
-            if key not in ("role", "content", *DETAILS) and value[key] is not None:
+            if key not in KNOWN_KEYS | details.keys() and value[key] is not None:
                 self.unused[f"message key {key!r}"] += 1
-        return Message(*texts, details)
+        return Message.from_dict({"role": texts[0], "content": texts[1], **details})
 
     def number(self, name: str, default: float | None) -> JSON:
         """Return a number, or whatever stands in its place."""

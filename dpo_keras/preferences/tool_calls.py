@@ -17,13 +17,14 @@ _CALLS = "a list of calls, such as {'function': {'name': …, 'arguments': …}}
 _TOOLS = "a list of JSON schemas of functions, each with a name"
 
 
-def read_details(place: str, message: Mapping[str, JSON]) -> tuple[str, list[Fault]]:
-    """Return what a message has beside role and content, as JSON text, and the broken rules.
+def read_details(place: str, message: Mapping[str, JSON]) -> tuple[dict[str, JSON], list[Fault]]:
+    """Return what a message of tools has beside role and content, and the broken rules.
 
     Keys without a value are left out at any depth: Parquet and data frames fill them in. Arguments
     written as JSON text stay as they are.
     """
-    details = {key: _plain(message.get(key)) for key in DETAILS if key != "tools"}
+    unused = {"tools"} if message.get("role") == "tool" else {"tools", "name"}
+    details = {key: _plain(message.get(key)) for key in DETAILS if key not in unused}
     details = {key: value for key, value in details.items() if value is not None}
     faults = [
         wrong_type(f"{place}: {key}", details[key], "text")
@@ -36,7 +37,7 @@ def read_details(place: str, message: Mapping[str, JSON]) -> tuple[str, list[Fau
             del details["tool_calls"]
         elif not _are_named(calls):
             faults.append(wrong_type(f"{place}: tool_calls", calls, _CALLS))
-    return json.dumps(details, ensure_ascii=False) if details else "", faults
+    return details, faults
 
 
 def read_tools(value: JSON) -> tuple[list[JSON], list[Fault]]:
@@ -55,7 +56,7 @@ def with_tools(prompt: Text, tools: list[JSON]) -> tuple[Message, ...]:
 
 def calls_as_text(record: dict[str, JSON]) -> dict[str, JSON]:
     """Return a record whose tools and calls are JSON text: they have no schema for a table."""
-    texts = {
+    texts: dict[str, JSON] = {
         name: [_turn_as_text(turn) for turn in value]
         for name, value in record.items()
         if isinstance(value, list) and name in ("prompt", "chosen", "rejected")

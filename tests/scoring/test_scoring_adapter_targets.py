@@ -110,7 +110,7 @@ def test_a_pattern_of_paths_chooses_single_blocks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": "qeury"}, r"must match layers of .*, got 'qeury'. Did you mean 'query'\?"),
+        ({"targets": "quuery"}, r"must match layers of .*, got 'quuery'. Did you mean 'query'\?"),
         ({"targets": ["query", "experts*"]}, r"Layers are .*feedforward_gate_dense"),
         ({"targets": "token_embedding"}, "targets must match"),
         ({"targets": []}, "targets must be"),
