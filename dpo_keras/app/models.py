@@ -235,18 +235,16 @@ def load_policy(model: Model, training_texts: Iterable[str] | None = None) -> ke
     if model.quantization is not None:
         _quantize(policy, model.quantization, texts)
     if model.lora_rank is not None:
-        _enable_lora(policy, model)
+        _enable_lora(policy, model, model.lora_rank)
     return policy
 
 
-def _enable_lora(policy: keras.Model, model: Model) -> None:
+def _enable_lora(policy: keras.Model, model: Model, rank: int) -> None:
     from dpo_keras.scoring import enable_lora
 
     assert model.lora_rank is not None
     try:
-        enable_lora(
-            policy, model.lora_rank, model.lora_alpha, model.lora_targets, model.lora_scaling
-        )
+        enable_lora(policy, rank, model.lora_alpha, model.lora_targets, model.lora_scaling)
     except InputError as error:
         names = ("alpha", "targets", "scaling")
         keys = {name: f"model.lora_{name}" for name in names}

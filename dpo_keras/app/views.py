@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dpo_keras.preferences import Message
 from dpo_keras.preferences.audit import share_text
 from dpo_keras.preferences.read_report import grouped
 from dpo_keras.utils import JSON
@@ -217,7 +218,7 @@ def candidate_views(
     views: list[RenderableType] = []
     for record in candidates[:shown]:
         prompt = record["prompt"]
-        last_turn = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        last_turn = prompt if isinstance(prompt, str) else Message.from_dict(prompt[-1]).words
         table = Table(title=_cell(last_turn), title_justify="left")
         table.add_column("")
         table.add_column("response", overflow="fold")

@@ -79,37 +79,50 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, JSON]],
         *,
         add_generation_prompt: bool = False,
+        tools: Sequence[JSON] = (),
         **variables: JSON,
     ) -> str:
         """Render a conversation.
 
         Args:
-            messages: mappings with `role` and `content`.
+            messages: mappings with `role` and `content`; `tool_calls` and the like, too.
             add_generation_prompt: end with what announces the assistant's turn.
+            tools: JSON schemas of the tools that the conversation offers.
             **variables: defaults for the template's variables. The template's own take precedence.
 
         Returns:
             The text.
 
         Raises:
-            InputError: the template refuses the messages, reaches outside the sandbox, calculates
+            InputError: the template writes no tools or no calls, and the conversation has them; it
+                refuses the messages, reaches outside the sandbox, calculates
                 what cannot be, or does not come to an end.
         """
+        self._check_tools(messages, tools)
         values = {"bos_token": "", "eos_token": "", **variables, **self.variables}
         try:
             return _compile(self.source).render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 **{**values, _STEP: _Steps()},
             )
         except _ANY_FAULT as error:
             rule = f"{self.name!r} cannot render these messages: {_reason(error)}"
             raise InputError(InputProblem("template", rule)) from error
+
+    def _check_tools(self, messages: Sequence[Mapping[str, JSON]], tools: Sequence[JSON]) -> None:
+        """Refuse what the template would leave out without a word."""
+        called = any(message.get("tool_calls") for message in messages)
+        for name, present in (("tools", bool(tools)), ("tool_calls", called)):
+            if present and not re.search(rf"\b{name}\b", self.source):
+                rule = f"{self.name!r} does not write {name}, which this conversation has"
+                hint = "Use the template of the model's own checkpoint: its directory."
+                raise InputError(InputProblem("template", rule, hint=hint))
 
 
 def available_templates() -> list[str]:

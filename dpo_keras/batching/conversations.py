@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -24,6 +26,10 @@ OTHER_DELIMITERS = ("<|eom_id|>",)
 
 Pieces: TypeAlias = list[str]
 """A text cut so that each special token of the template is a piece of its own."""
+
+
+Turns: TypeAlias = list[dict[str, JSON]]
+"""Messages as a template sees them."""
 
 
 def encode_conversations(
@@ -127,7 +133,7 @@ class _ConversationEncoder:
         self._forgeable = _any_of(special)
         self._kept = kept_tokens(encoder, template)
         self._boundary = _any_of([CUT, *self.special_ids])
-        self._rendered: dict[Text, tuple[list[dict[str, str]], str]] = {}
+        self._rendered: dict[Text, tuple[Turns, list[JSON], str]] = {}
         self.report = TokenizationReport()
         spelled = ", ".join(
             text
@@ -144,15 +150,18 @@ class _ConversationEncoder:
     def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
         """Render a pair: prompt, chosen, rejected."""
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-        if self.template.name == "plain" and (
-            isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+        if (
+            self.template.name == "plain"
+            and not pair.tools
+            and (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str))
         ):
             return [prompt.replace(SLOT, self.image)], [chosen], [rejected]
         if prompt not in self._rendered:
             messages = self._messages(prompt, "user")
-            self._rendered[prompt] = messages, self._render(messages, True)
-        messages, rendered = self._rendered[prompt]
-        responses = [self._response(messages, rendered, text) for text in (chosen, rejected)]
+            tools = self._guarded("system", pair.tools)
+            self._rendered[prompt] = messages, tools, self._render(messages, True, tools)
+        messages, tools, rendered = self._rendered[prompt]
+        responses = [self._response(messages, tools, rendered, text) for text in (chosen, rejected)]
         return self._split(rendered), responses[0], responses[1]
 
     def ids(self, texts: list[Pieces], first_plain: bool) -> list[list[int]]:
@@ -184,18 +193,29 @@ class _ConversationEncoder:
             for pieces in texts
         ]
 
-    def _messages(self, text: Text, role: str) -> list[dict[str, str]]:
-        turns = [(role, text)] if isinstance(text, str) else [(t.role, t.content) for t in text]
-        return [{"role": role, "content": self._guard(role, words)} for role, words in turns]
+    def _messages(self, text: Text, role: str) -> Turns:
+        turns: Turns = [{"role": role, "content": text}]
+        if not isinstance(text, str):
+            turns = [turn.as_dict() for turn in text]
+        return [
+            {
+                key: value if key == "role" else self._guarded(turn["role"], _arguments(key, value))
+                for key, value in turn.items()
+                if key != "tools"
+            }
+            for turn in turns
+        ]
 
-    def _render(self, messages: list[dict[str, str]], ask: bool) -> str:
-        return self.template.render(messages, add_generation_prompt=ask, **self.variables)
+    def _render(self, messages: Turns, ask: bool, tools: list[JSON]) -> str:
+        return self.template.render(
+            messages, add_generation_prompt=ask, tools=tools, **self.variables
+        )
 
     def _response(
-        self, prompt: list[dict[str, str]], rendered_prompt: str, response: Text
+        self, prompt: Turns, tools: list[JSON], rendered_prompt: str, response: Text
     ) -> Pieces:
         messages = prompt + self._messages(response, "assistant")
-        whole = self._render(messages, False)
+        whole = self._render(messages, False, tools)
         if not whole.startswith(rendered_prompt):
             raise InputError(_prompt_changed(self.template.name, rendered_prompt, whole))
         text = whole[len(rendered_prompt) :]
@@ -208,6 +228,16 @@ class _ConversationEncoder:
         text = text.replace(SLOT, self.image)
         return [piece for piece in self._boundary.split(text) if piece and piece != CUT]
 
+    def _guarded(self, role: str, value: JSON) -> JSON:
+        """Guard every text in a message's value."""
+        if isinstance(value, str):
+            return self._guard(role, value)
+        if isinstance(value, list):
+            return [self._guarded(role, item) for item in value]
+        if isinstance(value, dict):
+            return {self._guard(role, k): self._guarded(role, v) for k, v in value.items()}
+        return value
+
     def _guard(self, role: str, text: str) -> str:
         """Mark where special tokens in a message's own words must be cut."""
         kept = self._kept if role == "assistant" else {}
@@ -218,6 +248,22 @@ class _ConversationEncoder:
             return found[0] if found[0] in kept else found[0][:1] + CUT + found[0][1:]
 
         return self._forgeable.sub(mark, text.replace(CUT, ""))
+
+
+def _arguments(key: str, value: JSON) -> JSON:
+    """Parse arguments that are JSON text, as OpenAI writes them: templates want objects."""
+    if key != "tool_calls":
+        return value
+    calls = [{**call, "function": {**call.get("function", call)}} for call in value]
+    for call in calls:
+        function = call["function"]
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(function["arguments"])
+                function["arguments"] = (
+                    parsed if isinstance(parsed, dict) else function["arguments"]
+                )
+    return calls
 
 
 def _prompt_changed(template: str, prompt: str, whole: str) -> InputProblem:

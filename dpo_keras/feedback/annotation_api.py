@@ -18,6 +18,7 @@ from dpo_keras.feedback.assignment import Presentation
 from dpo_keras.feedback.markdown_rendering import render
 from dpo_keras.feedback.request_guard import Refused
 from dpo_keras.feedback.store import Annotator, Store
+from dpo_keras.preferences import Message
 from dpo_keras.utils import JSON
 
 MAX_AT_ONCE = 8_000  # characters that are rendered while others wait
@@ -154,7 +155,10 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     prompt = [
-        {"role": _ROLES.get(turn["role"], turn["role"]), "body": render(turn["content"])}
+        {
+            "role": _ROLES.get(turn["role"], turn["role"]),
+            "body": render(Message.from_dict(turn).words),
+        }
         for turn in turns
     ]
     if len(prompt) == 1:

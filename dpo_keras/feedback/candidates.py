@@ -255,9 +255,10 @@ def _prompt(prompt: JSON) -> str | tuple[Message, ...] | None:
         return None
     for turn in prompt:
         text = turn.get("content") if isinstance(turn, dict) else None
+        text = "" if text is None and isinstance(turn, dict) and turn.get("tool_calls") else text
         if not isinstance(text, str) or turn.get("role") not in ROLES:
             return None
-    return tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+    return tuple(map(Message.from_dict, prompt))
 
 
 def maker_label(setting: Mapping[str, JSON]) -> str:

@@ -163,7 +163,7 @@ def _preference_pair(
     prompt, images = stored_prompt(text["prompt"])
     responses = [text["first"], text["second"]]
     if not isinstance(prompt, str):
-        prompt = tuple(Message(turn["role"], turn["content"]) for turn in prompt)
+        prompt = tuple(map(Message.from_dict, prompt))
         responses = [(Message("assistant", response),) for response in responses]
     better = FIRST if preference >= 0.5 else SECOND
     groups = {work.groups[number] for number in work.annotator[rows]}

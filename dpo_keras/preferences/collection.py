@@ -23,7 +23,8 @@ def text_bytes(text: Text) -> bytes:
     """Return a text or messages as bytes; different texts never have the same."""
     if isinstance(text, str):
         return b"s" + text.encode()
-    return b"m" + json.dumps([[turn.role, turn.content] for turn in text]).encode()
+    turns = [[turn.role, turn.content, *filter(None, [turn.details])] for turn in text]
+    return b"m" + json.dumps(turns).encode()
 
 
 def prompt_bytes(pair: PreferencePair) -> bytes:

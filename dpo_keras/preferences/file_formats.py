@@ -20,9 +20,10 @@ from typing import BinaryIO, cast
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair
 from dpo_keras.preferences.record_stream import FORMATS, CutOff, Reading, Records, Source
-from dpo_keras.preferences.records import OPTIONAL
+from dpo_keras.preferences.records import OPTIONAL, TOOLS
 from dpo_keras.preferences.tables import import_pyarrow, read_parquet
 from dpo_keras.preferences.text_formats import BOM, CHUNK, read_csv, read_json_list, read_jsonl
+from dpo_keras.preferences.tool_calls import calls_as_text
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.text import QUOTED, without_formulas
@@ -193,6 +194,7 @@ def _as_csv(records: list[dict[str, JSON]]) -> str:
 
 def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
     pyarrow = import_pyarrow()
+    records = [calls_as_text(record) for record in records]
     columns = {name: [record.get(name) for record in records] for name in _columns(records)}
     for name in ("prompt", "chosen", "rejected"):
         if len({isinstance(value, str) for value in columns[name]}) > 1:
@@ -204,4 +206,4 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
 
 def _columns(records: list[dict[str, JSON]]) -> list[str]:
     used = {name for record in records for name in record}
-    return [name for name in ("prompt", "chosen", "rejected", *OPTIONAL) if name in used]
+    return [name for name in ("prompt", "chosen", "rejected", TOOLS, *OPTIONAL) if name in used]

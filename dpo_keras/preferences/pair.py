@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TypeAlias
@@ -13,6 +14,8 @@ from dpo_keras.preferences.images import PLACE, Image, InvalidImage
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
+# What a message may have beside role and content; `tools` stands in a prompt's first message.
+DETAILS = ("tool_calls", "tool_call_id", "name", "tools")
 ROLES = ("system", "user", "assistant", "tool")
 # Larger weights and margins overflow float32 in the loss, where the model would seem at fault.
 LARGEST, BOUNDED = 1e6, "must be in [0, 1e6]"
@@ -24,15 +27,38 @@ class Message:
 
     Args:
         role: "system", "user", "assistant" or "tool".
-        content: the text of the turn.
+        content: the text of the turn; empty where it only calls tools.
+        details: what else it has (`tool_calls`, `tool_call_id`, `name`), a JSON object as text.
+
+    Example:
+        >>> call = {"function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+        >>> turn = Message.from_dict({"role": "assistant", "tool_calls": [call]})
+        >>> print(turn.words)
+        {"name": "add", "arguments": {"a": 2, "b": 2}}
     """
 
     role: str
     content: str
+    details: str = ""
 
-    def as_dict(self) -> dict[str, str]:
+    @classmethod
+    def from_dict(cls, turn: Mapping[str, JSON]) -> Message:
+        """Make a message of a mapping that is known to be well-formed."""
+        details = {key: turn[key] for key in DETAILS if turn.get(key) is not None}
+        text = json.dumps(details, ensure_ascii=False) if details else ""
+        return cls(turn["role"], turn.get("content") or "", text)
+
+    def as_dict(self) -> dict[str, JSON]:
         """Return the message in the form of chat templates and files."""
-        return {"role": self.role, "content": self.content}
+        details = json.loads(self.details) if self.details else {}
+        return {"role": self.role, "content": self.content, **details}
+
+    @property
+    def words(self) -> str:
+        """What the message says, with the tools that it calls, to be shown."""
+        calls = self.as_dict().get("tool_calls") or () if self.details else ()
+        texts = [json.dumps(call.get("function", call), ensure_ascii=False) for call in calls]
+        return "\n".join(filter(None, [self.content, *texts]))
 
 
 Text: TypeAlias = str | tuple[Message, ...]
@@ -112,12 +138,19 @@ class PreferencePair:
         if faults:
             raise InvalidPair(faults)
 
+    @property
+    def tools(self) -> list[JSON]:
+        """The tools that the prompt offers, as JSON schemas."""
+        return offered_tools(self.prompt)
+
     def as_dict(self) -> dict[str, JSON]:
         """Return the pair as a record for files: messages as dicts, optional defaults left out."""
         record: dict[str, JSON] = {}
         for name in ("prompt", "chosen", "rejected"):
             text = getattr(self, name)
             record[name] = text if isinstance(text, str) else [turn.as_dict() for turn in text]
+        if self.tools:
+            record["tools"] = record["prompt"][0].pop("tools")
         record["preference"] = self.preference
         for field in fields(self):
             if field.name not in record and (value := getattr(self, field.name)) != field.default:
@@ -127,6 +160,13 @@ class PreferencePair:
         return record
 
 
+def offered_tools(prompt: Text) -> list[JSON]:
+    """Return the tools that a prompt offers, as JSON schemas."""
+    if isinstance(prompt, str) or not prompt or not prompt[0].details:
+        return []
+    return list(prompt[0].as_dict().get("tools") or ())
+
+
 def plain_text(text: Text) -> str:
     r"""Return the words of a text or of messages, without roles: for lengths and display.
 
@@ -134,7 +174,7 @@ def plain_text(text: Text) -> str:
         >>> plain_text((Message("user", "Hi"), Message("assistant", "Hello!")))
         'Hi\nHello!'
     """
-    return text if isinstance(text, str) else "\n".join(message.content for message in text)
+    return text if isinstance(text, str) else "\n".join(message.words for message in text)
 
 
 def shown(value: object, width: int = 60) -> str:
@@ -270,6 +310,7 @@ def _turn(name: str, number: int, message: Message) -> list[Fault]:
     content = f"{name}: content of message {number}"
     if isinstance(message.content, str):
         faults = _unicode_faults(content, message.content)
+        faults += _unicode_faults(f"{name}: tool calls of message {number}", message.details)
     else:
         faults = [wrong_type(content, message.content, "text")]
     if message.role not in ROLES:

@@ -27,16 +27,19 @@ from dpo_keras.preferences.pair import (
     text_faults,
     wrong_type,
 )
+from dpo_keras.preferences.tool_calls import read_details, read_tools, with_tools
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import nearest, shortened, visible
 
+TOOLS = "tools"
+KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id"))
 OPTIONAL = ("preference", "weight", "annotator", "group", "id", "margin", "swapped", "images")
 LAYOUTS = {
     "chosen/rejected": ("chosen", "rejected"),
     "response_a/response_b": ("response_a", "response_b"),
 }
 _RESPONSES = tuple(name for names in LAYOUTS.values() for name in names)
-COLUMNS = frozenset(("prompt", "image", *OPTIONAL, *_RESPONSES))
+COLUMNS = frozenset(("prompt", "image", TOOLS, *OPTIONAL, *_RESPONSES))
 
 # A CSV cell holds messages as JSON. Cells that only resemble it must not be trained on as text.
 _MESSAGES_JSON = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
@@ -74,11 +77,15 @@ def read_record(
     others: dict[str, JSON] = {key: fields.name(key) for key in ("annotator", "group", "id")}
     swapped = fields.flag("swapped")
     others["images"] = fields.images(texts, LAYOUTS[layout], folder)
+    tools, faults = read_tools(record.get(TOOLS))
+    fields.faults += faults
 
     columns = ("prompt", *LAYOUTS[layout])
     if fields.faults or texts is None:
         # Whatever could be read is checked too, so that one look mends the whole line.
         raise InvalidPair(fields.faults + (text_faults(*texts, columns) if texts else []))
+    if tools:
+        texts = _same_form(with_tools(texts[0], tools), *texts[1:])
     prompt, chosen, rejected = texts
     if preference < 0.5:
         chosen, rejected = rejected, chosen
@@ -210,16 +217,20 @@ class _Fields:
         if not isinstance(value, Mapping):
             self.faults.append(wrong_type(place, value, "a mapping with role and content"))
             return Message("", "")
+        details, faults = read_details(place, value)
+        self.faults += faults
         content = self._joined(name, value.get("content"))
         texts = [_decoded(value.get("role")), _decoded(content)]
+        if texts[1] is None and details:
+            texts[1] = ""  # a message that only calls tools
         for key, text in zip(("role", "content"), texts, strict=True):
             if not isinstance(text, str):
                 self.faults.append(wrong_type(f"{place}: {key}", text, "text"))
         for key in value:
             # Parquet fills keys that only other messages have with None: nothing is lost.
-            if key not in ("role", "content") and value[key] is not None:
+            if key not in KNOWN_KEYS | details.keys() and value[key] is not None:
                 self.unused[f"message key {key!r}"] += 1
-        return Message(*texts)
+        return Message.from_dict({"role": texts[0], "content": texts[1], **details})
 
     def _joined(self, name: str, content: JSON) -> JSON:
         """Return content parts as one text with places for images; other content as it is."""

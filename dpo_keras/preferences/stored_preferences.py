@@ -238,6 +238,8 @@ def to_features(pair: PreferencePair) -> dict[str, JSON]:
     """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
     record = pair.as_dict()
     features: dict[str, JSON] = {name: record[name] for name in TEXTS}
+    if pair.tools:
+        features["prompt"][0]["tools"] = pair.tools
     if messages := not isinstance(pair.prompt, str):
         features = {n: json.dumps(v, ensure_ascii=False) for n, v in features.items()}
     features |= {name: getattr(pair, name) or "" for name in NAMES}
@@ -318,4 +320,4 @@ def _images_from_json(text: str | bytes) -> tuple[Image, ...]:
 
 
 def _messages(text: str) -> tuple[Message, ...]:
-    return tuple(Message(turn["role"], turn["content"]) for turn in json.loads(text))
+    return tuple(map(Message.from_dict, json.loads(text)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_keras.utils import JSON
-from dpo_keras.utils.keras_hub_internals import KERAS_HUB, private
 
 if TYPE_CHECKING:
     import tokenizers
@@ -159,13 +158,13 @@ def mend_word_splits(tokenizer: object) -> bool:
     return True
 
 
-def _backend(tokenizer: object, rules: dict[str, JSON]) -> tokenizers.Tokenizer:
+def _backend(tokenizer: Any, rules: dict[str, JSON]) -> tokenizers.Tokenizer:
     """Return a checkpoint's own tokenizer, which adds no start or end token."""
     from tokenizers import Tokenizer, decoders
 
     added = {token["content"]: token["id"] for token in rules.get("added_tokens") or ()}
-    vocabulary = {**private(tokenizer, "vocabulary", KERAS_HUB), **added}
-    merges = [merge for merge in private(tokenizer, "merges", KERAS_HUB) if "#version" not in merge]
+    vocabulary = {**tokenizer.vocabulary, **added}
+    merges = [merge for merge in tokenizer.merges if "#version" not in merge]
     model = {**rules["model"], "vocab": vocabulary, "merges": merges}
     unused = {"post_processor": None, "truncation": None, "padding": None}
     backend = Tokenizer.from_str(json.dumps({**rules, **unused, "model": model}))

