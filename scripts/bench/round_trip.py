@@ -97,6 +97,7 @@ def write_tokens(folder: pathlib.Path) -> dict[str, Any]:
 
     import dpo_keras
     from dpo_keras.batching import TextEncoder
+    from dpo_keras.preferences import Message
 
     preprocessors = {
         "gpt2": (serving_tiny.gpt2().preprocessor, "human_assistant"),
@@ -114,7 +115,8 @@ def write_tokens(folder: pathlib.Path) -> dict[str, Any]:
         )
         texts = [*serving_tiny.CORPUS[:4], "  two spaces", "Hello\n"]
         ids = TextEncoder(preprocessor).prompts(texts).tolist()
-        pair = dpo_keras.PreferencePair(tuple(talk), "Fine.", "No.")
+        good, bad = ((Message("assistant", text),) for text in ("Fine.", "No."))
+        pair = dpo_keras.PreferencePair((Message("user", talk[0]["content"]),), good, bad)
         tokenized = dpo_keras.tokenize_pairs([pair], preprocessor, template=template)
         cases[f"{name} tokens"] = {
             "directory": written.name,
