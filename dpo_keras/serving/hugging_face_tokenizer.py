@@ -98,11 +98,14 @@ def _make_files(encoder: TextEncoder, directory: Path) -> dict[str, JSON]:
     }
     if kind != "PreTrainedTokenizerFast":
         named["unk_token"] = "<unk>"
+    # SentencePiece puts a word boundary behind the start token, too; the new behavior does not.
+    legacy = {"legacy": True} if kind == "LlamaTokenizer" else {}
     _write(directory / "special_tokens_map.json", named)
     texts = dict.fromkeys([*encoder.special_tokens, *named.values()])
     numbers = {text: encoder.token_id(text) for text in texts if text}
     return {
         "tokenizer_class": kind,
+        **legacy,
         **named,
         "add_bos_token": encoder.start is not None,
         "add_eos_token": False,

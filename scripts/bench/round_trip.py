@@ -90,19 +90,41 @@ def train(policy: Any) -> None:
     model.fit(dataset, epochs=1, verbose=0)
 
 
+def sentence_piece(family: str, **options: Any) -> Any:
+    """Train a vocabulary that leaves white space as it is, as those of the checkpoints do."""
+    import keras_hub
+    import serving_tiny
+    from assembling import sentence_pieces
+
+    same = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    proto = sentence_pieces(serving_tiny.CORPUS, 340, **options, **same)
+    tokenizer = getattr(keras_hub.models, f"{family}Tokenizer")(proto)
+    return getattr(keras_hub.models, f"{family}CausalLMPreprocessor")(tokenizer)
+
+
 def write_tokens(folder: pathlib.Path) -> dict[str, Any]:
     """Write policies with real tokenizers; return the ids of texts and chats in training."""
     import families
     import serving_tiny
+    from assembling import GEMMA_PIECES
 
     import dpo_keras
     from dpo_keras.batching import TextEncoder
+    from dpo_keras.preferences import Message
 
     preprocessors = {
         "gpt2": (serving_tiny.gpt2().preprocessor, "human_assistant"),
         "qwen": (serving_tiny.qwen(), "chatml"),
-        "llama": (serving_tiny.llama().preprocessor, "llama2"),
-        "gemma3": (serving_tiny.gemma3().preprocessor, "gemma"),
+        "llama": (sentence_piece("Llama", pad_id=-1, unk_id=0, bos_id=1, eos_id=2), "llama2"),
+        "gemma3": (
+            sentence_piece(
+                "Gemma",
+                **GEMMA_PIECES,
+                user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+                add_dummy_prefix=False,
+            ),
+            "gemma",
+        ),
     }
     talk = [{"role": "user", "content": "Hello, how are you?"}]
     cases: dict[str, Any] = {}
@@ -112,9 +134,10 @@ def write_tokens(folder: pathlib.Path) -> dict[str, Any]:
         written = dpo_keras.save_pretrained(
             policy, folder / f"{name}_tokens", preprocessor=preprocessor, template=template
         )
-        texts = [*serving_tiny.CORPUS[:4], "  two spaces", "Hello\n"]
+        texts = [*serving_tiny.CORPUS[:4], "Hello\n"]
         ids = TextEncoder(preprocessor).prompts(texts).tolist()
-        pair = dpo_keras.PreferencePair(tuple(talk), "Fine.", "No.")
+        good, bad = ((Message("assistant", text),) for text in ("Fine.", "No."))
+        pair = dpo_keras.PreferencePair((Message("user", talk[0]["content"]),), good, bad)
         tokenized = dpo_keras.tokenize_pairs([pair], preprocessor, template=template)
         cases[f"{name} tokens"] = {
             "directory": written.name,

@@ -240,6 +240,17 @@ def test_a_template_without_a_start_token_gets_it(tmp_path, gemma3):
     assert source.startswith("{{ bos_token }}") and text.startswith("<bos><start_of_turn>user")
 
 
+def test_sentence_pieces_are_written_as_they_are(tmp_path, llama):
+    tokenizer = llama.preprocessor.tokenizer
+    save_pretrained(llama, tmp_path / "out")
+    proto = (tmp_path / "out" / "tokenizer.model").read_bytes()
+    again = keras_hub.models.LlamaTokenizer(proto)
+    assert list(again(serving_tiny.CORPUS[:4])) == list(tokenizer(serving_tiny.CORPUS[:4]))
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "LlamaTokenizer" and settings["legacy"]
+    assert settings["bos_token"] == "<s>" and settings["add_bos_token"]
+
+
 def test_files_of_the_source_are_copied(tmp_path, gpt2):
     source = tmp_path / "source"
     save_pretrained(gpt2, source)
