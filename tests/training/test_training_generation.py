@@ -44,8 +44,12 @@ def test_greedy_text_is_the_same_with_and_without_the_cache(make):
 
 @pytest.mark.parametrize("family", ["gemma4", "qwen3_5", "rwkv7", "pali_gemma"])
 def test_greedy_text_is_that_of_forward_passes_over_each_text_alone(family):
-    """Unlike keys and values, a state counts twice what it reads twice."""
-    policy = ALL_FAMILIES[family]()
+    """A state counts twice what it reads twice; PaliGemma's prompts see themselves as a whole."""
+    policy = ALL_FAMILIES[family](seed=1)
+    if family == "pali_gemma":  # weights so large that what a token sees decides the next one
+        for variable in policy.backbone.trainable_variables:
+            if "kernel" in variable.path and "vit" not in variable.path:
+                variable.assign(3 * variable)
     rows = [[1, 40, 41, 42, 43, 44, 45], [1, 60], [1, 50, 51, 52, 53]]
     ids = tf.ragged.constant(rows).to_tensor(0, shape=(3, 16))
     mask = tf.sequence_mask([len(row) for row in rows], 16)
