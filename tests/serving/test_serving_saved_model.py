@@ -173,10 +173,8 @@ def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures
         assert signatures[request.model_spec.signature_name](**given)
 
 
-@pytest.mark.parametrize(
-    "quantization",
-    ["int4", *(pytest.param(mode, marks=pytest.mark.slow) for mode in (None, "int8"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int4"])
 def test_adapters_and_a_template_are_served(tmp_path, quantization):
     policy = serving_tiny.gemma3()
     if quantization is not None:
