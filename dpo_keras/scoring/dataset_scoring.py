@@ -20,6 +20,7 @@ from dpo_keras.batching import (
     pass_signature,
 )
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.model_inputs import check_images
 from dpo_keras.scoring.packing_check import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.utils import JSON, Tensor
@@ -38,6 +39,7 @@ def _compiled(scorer: ResponseScorer) -> Callable[[Batch], Arrays]:
     def run(batch: Batch) -> Arrays:
         names = tuple(sorted(batch))
         if names not in functions:
+            check_images(scorer.body, names)
             functions[names] = tf.function(
                 lambda given: {key: scorer(given)[key] for key in ("logps", "lengths")},
                 input_signature=[pass_signature(batch)],
