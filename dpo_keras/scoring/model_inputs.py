@@ -212,7 +212,7 @@ def image_overrides(model: object, batch: Mapping[str, Tensor]) -> list[Override
     """Encode the images of each row once, and repeat their states for each of its sequences."""
     encoder = image_encoder(getattr(model, "backbone", model))
     sequences = batch[_IDS].shape[1]
-    if encoder is None or sequences == 1 or not any(name in batch for name in IMAGE_KEYS):
+    if encoder is None or not any(name in batch for name in IMAGE_KEYS):
         return []
     encode = encoder.call
     rows = ops.shape(batch[_IDS])[0]
