@@ -269,7 +269,9 @@ class PairImages:
         digests = [[image.digest for image in images] for images in self.rows.tolist()]
         return json.dumps([self.preprocessor.key, digests])
 
-    def tensors(self, prompts: Ragged, length: int, rows: int) -> dict[str, JSON]:
+    def tensors(
+        self, prompts: Ragged | Sequence[np.ndarray], length: int, rows: int
+    ) -> dict[str, JSON]:
         """Return the arrays of one batch, whose first rows are these pairs, in order.
 
         Args:

@@ -53,6 +53,14 @@ def test_log_probs_are_those_of_the_presets_own_preprocessor(family):
         expected = [plain_forward(model, prompt, r, one.images) for r in (CHOSEN, REJECTED)]
         np.testing.assert_allclose(logps, expected, atol=1e-4)
     assert np.abs(found[0] - found[1]).max() > 1e-3
+    logps, _ = dpo_keras.response_log_probs(
+        model,
+        [one.prompt for one in pairs[:2]],
+        [CHOSEN] * 2,
+        images=[one.images for one in pairs[:2]],
+        batch_size=1,
+    )
+    np.testing.assert_allclose(logps, found[:2, 0], atol=1e-4)
     if family != "pali_gemma":
         alone = dpo_keras.tokenize_pairs(pairs[2:], model.preprocessor)
         np.testing.assert_allclose(found[2], score_pairs(model, alone)[0], atol=1e-4)
