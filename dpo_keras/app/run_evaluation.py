@@ -240,11 +240,13 @@ def evaluate(
     tokenized = tokenize(config.data, pairs, model.policy, "evaluation", progress, directory)
     progress.stage("Evaluation")
     reference = getattr(model.reference, "model", "none")
+    images = tokenized.images is not None
+    layout = layout_of(config, model.policy, reference, progress, images=images)
     held_out = evaluate_preferences(
         model,
         tokenized,
         batch_size=config.evaluation.batch_size,
-        batching=layout_of(config, model.policy, reference, progress).batching,
+        batching=layout.batching,
         on_batch=progress.advance,
     )
     report = write_report(

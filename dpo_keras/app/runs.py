@@ -170,7 +170,8 @@ def _run_stages(context: Context) -> RunResult:
     }
 
     reference = choose_reference(context, policy)
-    context.settle_layout(policy, reference)
+    images = any(side is not None and side.images is not None for side in (pairs, held_out))
+    context.settle_layout(policy, reference, images)
     check_steps(context, pairs)
 
     warm_up_policy(context, policy, pairs)

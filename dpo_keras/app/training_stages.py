@@ -50,10 +50,12 @@ class Context:
                 rule = f"must be a multiple of the {replicas} replicas that share it"
                 raise InputError(InputProblem(f"{name}.batch_size", rule, section.batch_size))
 
-    def settle_layout(self, policy: keras.Model, reference: keras.Model | str) -> None:
+    def settle_layout(
+        self, policy: keras.Model, reference: keras.Model | str, images: bool = False
+    ) -> None:
         """Decide between packed rows and buckets."""
         replicas = self.strategy.num_replicas_in_sync
-        self.layout = layout_of(self.config, policy, reference, self.progress, replicas)
+        self.layout = layout_of(self.config, policy, reference, self.progress, replicas, images)
 
     def fit_options(self) -> dict[str, JSON]:
         """Return the options of `dpo_keras.training` that the warm-up and training share."""
@@ -81,6 +83,7 @@ def layout_of(
     reference: keras.Model | str,
     progress: Progress,
     replicas: int = 1,
+    images: bool = False,
 ) -> Layout:
     """Decide how batches are laid out; a `reference` that is only a kind's name has no say."""
     from dpo_keras.training import choose_layout
@@ -94,6 +97,7 @@ def layout_of(
             buckets=None if settings.buckets == Training().buckets else settings.buckets,
             row_length=settings.row_length,
             replicas=replicas,
+            images=images,
             note=progress.note,
         )
 

@@ -57,15 +57,13 @@ class Batch(TypedDict, total=False):
     margin: Tensor
     """float32 `[rows, pairs]`, only where pairs have margins: the margin, 0 without one."""
     images: Tensor
-    """float32 `[rows, images, height, width, 3]`, only where prompts have images, and only for
-    families that take them so, like the next two; PaliGemma's have no dimension of images."""
+    """float32 `[rows, images, height, width, 3]`, only where prompts have images; PaliGemma's have
+    no dimension of images."""
     pixel_values: Tensor
-    """float32 `[rows, images, patches, values]`: images in patches."""
-    pixel_position_ids: Tensor
-    """int32 `[rows, images, patches, 2]`: where each patch is."""
+    """float32 `[rows, images, patches, values]`, of Gemma 4: images in patches."""
+    pixel_position_ids: Tensor  # int32 `[rows, images, patches, 2]`, of Gemma 4
     vision_indices: Tensor
-    """int32 `[rows, images * tokens]`: places of image tokens in either sequence, filled up with
-    0."""
+    """int32 `[rows, images * tokens]`: places of image tokens in each sequence, then 0."""
     vision_mask: Tensor
     """int32 `[rows, length]`: 1 for image tokens, the same in either sequence."""
 
@@ -111,8 +109,7 @@ def collate(
     batch.update(_labels(tokenized, indices, (len(batch["owner"]), 1), place))
     if tokenized.images is not None:
         rows, _, length = batch["token_ids"].shape
-        ids = [prompt[row] for row in range(len(prompt))]
-        batch.update(cast(Batch, tokenized.images[indices].tensors(ids, length, rows)))
+        batch.update(cast(Batch, tokenized.images[indices].tensors(prompt, length, rows)))
     return batch
 
 

@@ -150,19 +150,20 @@ class _ConversationEncoder:
     def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
         """Render a pair: prompt, chosen, rejected."""
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        image = self.image if pair.images else ""
         if (
             self.template.name == "plain"
             and not pair.tools
             and (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str))
         ):
-            return [prompt.replace(SLOT, self.image)], [chosen], [rejected]
+            return [prompt.replace(SLOT, image)], [chosen], [rejected]
         if prompt not in self._rendered:
             messages = self._messages(prompt, "user")
             tools = self._guarded("system", pair.tools)
             self._rendered[prompt] = messages, tools, self._render(messages, True, tools)
         messages, tools, rendered = self._rendered[prompt]
         responses = [self._response(messages, tools, rendered, text) for text in (chosen, rejected)]
-        return self._split(rendered), responses[0], responses[1]
+        return self._split(rendered, image), responses[0], responses[1]
 
     def ids(self, texts: list[Pieces], first_plain: bool) -> list[list[int]]:
         """Return the ids of each text. Each distinct piece is tokenized once.
@@ -223,9 +224,9 @@ class _ConversationEncoder:
             text = text.rstrip()
         return self._split(text)
 
-    def _split(self, text: str) -> Pieces:
+    def _split(self, text: str, image: str = "") -> Pieces:
         # The marks of an image come after the guard, which cuts those that somebody wrote.
-        text = text.replace(SLOT, self.image)
+        text = text.replace(SLOT, image)
         return [piece for piece in self._boundary.split(text) if piece and piece != CUT]
 
     def _guarded(self, role: str, value: JSON) -> JSON:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Image, Message, PreferencePair, StoredPreferences, Text
 from dpo_keras.preferences.images import PLACE, media_type
@@ -16,6 +17,7 @@ from dpo_keras.utils import JSON
 
 # A Unicode noncharacter, never part of text: stands for an image until its tokens are written.
 SLOT = "\ufdd1"
+_LISTED = 20  # pairs that an error lists
 # What arrays of images are called in a batch: as the backbone's inputs.
 IMAGE_KEYS = ("images", "pixel_values", "pixel_position_ids", "vision_indices", "vision_mask")
 
@@ -56,13 +58,42 @@ class ImagePreprocessor:
             return _before(prompt, SLOT * count)
         return places
 
-    def count_problem(self, prompt: Text, count: int) -> str | None:
-        """Return why a prompt cannot have so many images."""
-        if count > self.limit:
-            return f"has {count} images, and this preprocessor takes {self.limit} in a prompt"
-        if count and _slots(prompt) != count:
-            return f"has {count} images and {_slots(prompt)} places for them"
-        return None
+    def with_slots(self, records: list[PreferencePair], first: int) -> list[PreferencePair]:
+        """Mark the places of images in the prompts that have any; `first` numbers the records.
+
+        Raises:
+            InputError: a prompt has more images than the model takes.
+        """
+        marked, problems = [], []
+        for number, pair in enumerate(records, first):
+            if not pair.images:
+                marked.append(pair)
+                continue
+            count = len(pair.images)
+            if count > self.limit:
+                rule = f"pair {number} has {count} images, and a prompt may have {self.limit}"
+                problems.append(InputProblem("images", f"{rule} (of the preset's preprocessor)"))
+            marked.append(replace(pair, prompt=self.prompt(pair.prompt, count)))
+        if problems:
+            raise InputError(problems[:_LISTED])
+        return marked
+
+    def held(self, records: Sequence[PreferencePair], prompts: Ragged, first: int) -> np.ndarray:
+        """Mark the prompts that hold tokens of images, bool `[N]`: they cannot be cut.
+
+        Raises:
+            InputError: a prompt writes such tokens itself.
+        """
+        held = np.zeros(len(records), bool)
+        for row, pair in enumerate(records):
+            if pair.images:
+                found = len(self.places(prompts[row]))
+                if found != len(pair.images) * self.tokens:
+                    rule = f"pair {first + row}: its prompt itself writes tokens of images"
+                    hint = f"Write {PLACE} once for each image, or nothing."
+                    raise InputError(InputProblem("images", rule, hint=hint))
+                held[row] = found > 0
+        return held
 
     def places(self, ids: np.ndarray) -> np.ndarray:
         """Return the places of image tokens among the ids of a prompt."""
@@ -88,6 +119,17 @@ class ImagePreprocessor:
         if self.placeholder is None:  # the one image of each row has no dimension of its own
             arrays = {name: value[:, 0] for name, value in arrays.items()}
         return arrays
+
+
+def any_images(pairs: Sequence[PreferencePair]) -> bool:
+    """Return whether any prompt has an image."""
+    return any(pair.images for pair in pairs)
+
+
+def expanded(pair: PreferencePair, image: str) -> str:
+    """Return a pair's prompt with a text in the place of each image."""
+    prompt = str(pair.prompt)
+    return prompt.replace(SLOT, image) if pair.images else prompt
 
 
 def image_preprocessor(preprocessor: object) -> ImagePreprocessor:
@@ -208,6 +250,15 @@ class PairImages:
             rows[row] = pair.images
         return cls(rows, preprocessor, max((len(pair.images) for pair in pairs), default=0))
 
+    @classmethod
+    def stored(
+        cls, pairs: StoredPreferences, source: np.ndarray | None, preprocessor: ImagePreprocessor
+    ) -> PairImages:
+        """Return the images of pairs on disk; `source` names them among all of the directory."""
+        assert source is not None
+        rows = StoredImages(pairs.whole, source)
+        return cls(rows, preprocessor, pairs.report.most_images)
+
     def __getitem__(self, rows: np.ndarray) -> PairImages:
         """Return the images of some pairs."""
         return PairImages(self.rows[rows], self.preprocessor, self.most)
@@ -218,7 +269,9 @@ class PairImages:
         digests = [[image.digest for image in images] for images in self.rows.tolist()]
         return json.dumps([self.preprocessor.key, digests])
 
-    def tensors(self, prompts: Sequence[np.ndarray], length: int, rows: int) -> dict[str, JSON]:
+    def tensors(
+        self, prompts: Ragged | Sequence[np.ndarray], length: int, rows: int
+    ) -> dict[str, JSON]:
         """Return the arrays of one batch, whose first rows are these pairs, in order.
 
         Args:
@@ -234,8 +287,8 @@ class PairImages:
             return arrays
         arrays["vision_indices"] = np.zeros((rows, self.most * family.tokens), np.int32)
         arrays["vision_mask"] = np.zeros((rows, length), np.int32)
-        for row, ids in enumerate(prompts):
-            places = family.places(ids)
+        for row in range(len(prompts)):
+            places = family.places(prompts[row])
             if images[row]:
                 arrays["vision_indices"][row, : len(places)] = places
                 arrays["vision_mask"][row, places] = 1

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -18,10 +18,10 @@ from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.conversations import encode_conversations, kept_tokens
 from dpo_keras.batching.encoders import TextEncoder
 from dpo_keras.batching.image_preprocessing import (
-    SLOT,
     ImagePreprocessor,
     PairImages,
-    StoredImages,
+    any_images,
+    expanded,
     image_preprocessor,
 )
 from dpo_keras.batching.ragged import Ragged
@@ -123,9 +123,7 @@ def tokenize_pairs(
             max_length=max_length,
         )
         if pairs.report.with_images:
-            assert tokens.source is not None
-            rows = StoredImages(pairs.whole, tokens.source)
-            images = PairImages(rows, tokenizer.image_family, pairs.report.most_images)
+            images = PairImages.stored(pairs, tokens.source, tokenizer.image_family)
             tokens = replace(tokens, images=images)
     else:
         records: list[Any] = list(pairs)
@@ -159,7 +157,7 @@ class PairTokenizer:
 
     def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
-        prompt, chosen, rejected, report = self._encode(self._with_slots(records, first), first)
+        prompt, chosen, rejected, report = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
         whole = [part.take(kept) for part in (prompt, chosen, rejected)]
         limits = (self.max_length, self.encoder.start, self.min_prompt_tokens)
@@ -187,7 +185,7 @@ class PairTokenizer:
             source=first + kept,
             prompt_hash=np.array([hash64(prompt_bytes(pair)) for pair in left], np.uint64),
             max_length=self.max_length,
-            images=PairImages.of(left, self.image_family) if _any_images(left) else None,
+            images=PairImages.of(left, self.image_family) if any_images(left) else None,
         )
         report.pairs, report.dropped = len(records), dropped
         report.count(prompt.lengths, (chosen.lengths, rejected.lengths), uncut)
@@ -228,10 +226,12 @@ class PairTokenizer:
     def _encode(
         self, records: list[PreferencePair], first: int
     ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
+        image = ""
+        if any_images(records):
+            records = self.image_family.with_slots(records, first)
+            image = self.image_family.expansion
         if self.template is not None:
-            return encode_conversations(
-                records, self.encoder, self.template, first, self._expansion(records)
-            )
+            return encode_conversations(records, self.encoder, self.template, first, image)
         messages = [
             number
             for number, pair in enumerate(records, first)
@@ -244,50 +244,12 @@ class PairTokenizer:
             )
             hint = "Give a name such as 'chatml', a Jinja file, or a Hugging Face checkpoint."
             raise InputError(InputProblem("template", rule, hint=hint))
-        expansion = self._expansion(records)
         return (
-            self.encoder.prompts(
-                [
-                    str(p.prompt).replace(SLOT, expansion) if p.images else str(p.prompt)
-                    for p in records
-                ]
-            ),
+            self.encoder.prompts([expanded(pair, image) for pair in records]),
             self.encoder.responses([str(pair.chosen) for pair in records]),
             self.encoder.responses([str(pair.rejected) for pair in records]),
             TokenizationReport(),
         )
-
-    def _expansion(self, records: Sequence[PreferencePair]) -> str:
-        return self.image_family.expansion if _any_images(records) else ""
-
-    def _with_slots(self, records: list[PreferencePair], first: int) -> list[PreferencePair]:
-        """Mark the places of images in the prompts that have any."""
-        if not _any_images(records):
-            return records
-        family, marked, problems = self.image_family, [], []
-        for number, pair in enumerate(records, first):
-            if not pair.images:
-                marked.append(pair)
-                continue
-            prompt = family.prompt(pair.prompt, len(pair.images))
-            if problem := family.count_problem(prompt, len(pair.images)):
-                problems.append(InputProblem("images", f"pair {number} {problem}"))
-            marked.append(replace(pair, prompt=prompt))
-        if problems:
-            raise InputError(problems[:_LISTED])
-        return marked
-
-    def _images_cut(self, records: list[PreferencePair], prompt: Ragged) -> np.ndarray:
-        """Mark the pairs whose prompt holds tokens of images, bool `[N]`; they cannot be cut."""
-        held = np.zeros(len(records), bool)
-        for row, pair in enumerate(records):
-            if pair.images:
-                found, family = len(self.image_family.places(prompt[row])), self.image_family
-                if found != len(pair.images) * family.tokens:
-                    rule = f"pair {row}: its prompt itself holds tokens that stand for images"
-                    raise InputError(InputProblem("images", rule))
-                held[row] = found > 0
-        return held
 
     def _sort_out(
         self,
@@ -306,8 +268,10 @@ class PairTokenizer:
         # A response of the end token alone says nothing.
         rule[self._blank(chosen) | self._blank(rejected)] = "empty_response"
         rule[(prompt.lengths == 0) & (rule == "")] = "empty_prompt"
-        if _any_images(records):
-            rule[over & self._images_cut(records, prompt) & (rule == "")] = "images_cut"
+        if any_images(records):
+            rule[over & self.image_family.held(records, prompt, first) & (rule == "")] = (
+                "images_cut"
+            )
         if self.overlength == "drop":
             rule[over & (rule == "")] = "overlength"
         dropped = [
@@ -341,10 +305,6 @@ class PairTokenizer:
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
         return problems
-
-
-def _any_images(records: Sequence[PreferencePair]) -> bool:
-    return any(pair.images for pair in records)
 
 
 def _length_problems(

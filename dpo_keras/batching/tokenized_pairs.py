@@ -23,18 +23,9 @@ RULES = {
     "images_cut": "longer than max_length, and cutting its prompt would cut its images",
 }
 # The fields of `TokenizedPairs` with a value per pair.
-COLUMNS = (
-    "preference",
-    "weight",
-    "reference",
-    "group",
-    "margin",
-    "source",
-    "prompt_hash",
-    "images",
-)
-# A pair before truncation: tokens of its prompt, and of its longer response; whether its responses
-# are identical after it.
+_LABELS = ("preference", "weight", "reference", "group", "margin")
+COLUMNS = (*_LABELS, "source", "prompt_hash", "images")
+# A pair before truncation: tokens of its prompt and longer response; same responses after it.
 UNCUT = np.dtype([("prompt", "<i4"), ("response", "<i4"), ("identical", "?")])
 WHOLE_SHARE = 0.95  # of the pairs, that truncation may leave whole without a warning
 

@@ -164,8 +164,8 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     if len(prompt) == 1:
         prompt[0]["role"] = None
     sides = {"left": render(presentation.left), "right": render(presentation.right)}
-    images = len(presentation.images)
-    return {"id": presentation.id, "prompt": prompt, "images": images, **sides}
+    images = {"images": len(presentation.images)} if presentation.images else {}
+    return {"id": presentation.id, "prompt": prompt, **images, **sides}
 
 
 class Page(NamedTuple):

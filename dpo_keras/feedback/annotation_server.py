@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import json
 import signal
 import socket
 import threading
@@ -15,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -27,7 +26,6 @@ from dpo_keras.feedback.judgements import Conflict
 from dpo_keras.feedback.request_guard import (
     KEEP_ALIVE_SECONDS,
     LOOPBACK,
-    MAX_BODY,
     Address,
     GuardedProtocol,
     GuardMiddleware,
@@ -36,6 +34,7 @@ from dpo_keras.feedback.request_guard import (
     check_csrf_token,
     check_origin,
     csrf_token,
+    json_body,
     warn_once,
 )
 from dpo_keras.feedback.store import Annotator, Store
@@ -43,7 +42,6 @@ from dpo_keras.preferences.images import media_type
 from dpo_keras.utils import JSON
 
 SESSION_DAYS = 30
-BODY_SECONDS = 20.0
 QUIET_SECONDS = 5.0  # without a request, after which the log moves into the store's file
 BUSY_SECONDS = 5.0  # after which it does so while requests come
 
@@ -146,7 +144,7 @@ class _Sessions:
 
         async def endpoint(request: Request) -> Response:
             posted = request.method == "POST"
-            body = await _json_body(request) if posted else dict(request.query_params)
+            body = await json_body(request) if posted else dict(request.query_params)
             answer = partial(self._answer, request, work, body)
             # A lease that is lost in a power failure is given again.
             content = await self.together.run(answer, durable=posted)
@@ -202,7 +200,7 @@ class _Sessions:
     async def sign_in(self, request: Request) -> Response:
         """Exchange the token of a link for a cookie."""
         check_origin(request.headers, self.address)
-        token = (await _json_body(request)).get("token")
+        token = (await json_body(request)).get("token")
         if not isinstance(token, str) or not 1 <= len(token) <= 200:
             raise Refused(400, "token must be text of 1 to 200 characters.")
         if not self.sign_ins.allows(sha256(token)):
@@ -247,31 +245,6 @@ class _Sessions:
             )
         if not self.failures.allows(host):
             raise Refused(429, "too many failed attempts; wait a minute.", retry_after=60)
-
-
-async def _json_body(request: Request) -> dict[str, JSON]:
-    """Read a JSON object of a bounded size in a bounded time."""
-    too_large = Refused(413, f"the request must be {MAX_BODY:,} bytes at most.")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > MAX_BODY:
-        raise too_large
-    content = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                content += chunk
-                if len(content) > MAX_BODY:
-                    raise too_large
-        body = json.loads(content)
-    except TimeoutError as error:
-        raise Refused(408, "the request took too long.") from error
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "the request is not JSON.") from error
-    except ClientDisconnect as error:
-        raise Refused(400, "the request broke off.") from error
-    if not isinstance(body, dict):
-        raise Refused(400, "the request must be a JSON object.")
-    return body
 
 
 def _page(name: str) -> Endpoint:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import json
 import logging
 import time
 from collections import OrderedDict
@@ -13,11 +14,13 @@ from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol  # written for uvicorn 0.30 to 0.54
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils import JSON
 
 MAX_BODY = 64 * 1024  # bytes
 MAX_CALLERS = 10_000
@@ -25,6 +28,7 @@ MAX_CONNECTIONS = 500
 MAX_CONNECTIONS_OF_ADDRESS = 100  # a proxy is one address, too
 HEADER_SECONDS = 10.0  # from connecting to the end of the first request's headers
 KEEP_ALIVE_SECONDS = 30.0  # from an answer to the end of the next request's headers
+BODY_SECONDS = 20.0  # for a request's body
 ANSWER_SECONDS = 120.0  # from there to the end of the answer
 CHECK_SECONDS = 2.0  # between two looks at these
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -292,3 +296,28 @@ class RateLimit:
         if len(self._buckets) > MAX_CALLERS:
             self._buckets.popitem(last=False)
         return allowed
+
+
+async def json_body(request: Request) -> dict[str, JSON]:
+    """Read a JSON object of a bounded size in a bounded time."""
+    too_large = Refused(413, f"the request must be {MAX_BODY:,} bytes at most.")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > MAX_BODY:
+        raise too_large
+    content = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > MAX_BODY:
+                    raise too_large
+        body = json.loads(content)
+    except TimeoutError as error:
+        raise Refused(408, "the request took too long.") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "the request is not JSON.") from error
+    except ClientDisconnect as error:
+        raise Refused(400, "the request broke off.") from error
+    if not isinstance(body, dict):
+        raise Refused(400, "the request must be a JSON object.")
+    return body

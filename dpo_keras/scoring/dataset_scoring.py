@@ -19,7 +19,10 @@ from dpo_keras.batching import (
     one_pass,
     pass_signature,
 )
+from dpo_keras.batching.image_preprocessing import PairImages, expanded, image_preprocessor
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.preferences import PreferencePair
+from dpo_keras.scoring.model_inputs import check_images
 from dpo_keras.scoring.packing_check import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.utils import JSON, Tensor
@@ -38,6 +41,7 @@ def _compiled(scorer: ResponseScorer) -> Callable[[Batch], Arrays]:
     def run(batch: Batch) -> Arrays:
         names = tuple(sorted(batch))
         if names not in functions:
+            check_images(scorer.body, names)
             functions[names] = tf.function(
                 lambda given: {key: scorer(given)[key] for key in ("logps", "lengths")},
                 input_signature=[pass_signature(batch)],
@@ -89,6 +93,7 @@ def response_log_probs(
     prompts: Sequence[str],
     responses: Sequence[str],
     *,
+    images: Sequence[Sequence[JSON]] | None = None,
     preprocessor: object = None,
     batch_size: int = 16,
     max_length: int | None = None,
@@ -105,6 +110,8 @@ def response_log_probs(
             `{"token_ids", "padding_mask"}` to logits.
         prompts: N strings.
         responses: N strings.
+        images: N lists of images, as `PreferencePair` takes them; `<image>` in a prompt stands
+            where one belongs. None for none.
         preprocessor: a KerasHub preprocessor or tokenizer; by default `model.preprocessor`.
         batch_size: responses at a time.
         max_length: cut prompts from the left, then responses from the right, to this many tokens;
@@ -136,16 +143,50 @@ def response_log_probs(
     if not prompts:
         return np.zeros(0, np.float32), np.zeros(0, np.int32)
     run = _compiled(ResponseScorer(model))
-    batch = batch_from_strings(preprocessor, prompts, responses, max_length=max_length)
+    shown = None if images is None else _shown_images(preprocessor, prompts, images)
+    texts = prompts if shown is None else shown[0]
+    batch = batch_from_strings(preprocessor, texts, responses, max_length=max_length)
     logps, lengths = [], []
     for start in range(0, len(prompts), batch_size):
         # The last row is repeated to keep one shape; the results of its copies are cut off.
         rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
         part = {name: values[rows] for name, values in cast(Arrays, batch).items()}
+        if shown is not None:
+            part |= _image_arrays(shown[1], rows, part)
         found = run(cast(Batch, part))
         logps.append(found["logps"][:, 0])
         lengths.append(found["lengths"][:, 0])
     return np.concatenate(logps)[: len(prompts)], np.concatenate(lengths)[: len(prompts)]
+
+
+def _shown_images(
+    preprocessor: object, prompts: Sequence[str], images: Sequence[Sequence[JSON]]
+) -> tuple[list[str], PairImages]:
+    """Return prompts with the tokens of their images, and the images."""
+    if len(images) != len(prompts):
+        rule = f"must be as many lists as prompts, got {len(images)} for {len(prompts)}"
+        raise InputError(InputProblem("images", rule))
+    family = image_preprocessor(preprocessor)
+    pairs = [
+        PreferencePair(prompt, " a", " b", images=tuple(own))  # the responses do not matter
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
+    texts = [expanded(pair, family.expansion) for pair in family.with_slots(pairs, 0)]
+    return texts, PairImages.of(pairs, family)
+
+
+def _image_arrays(images: PairImages, rows: np.ndarray, part: Arrays) -> Arrays:
+    """Return the arrays of the images of some rows, given their tokens."""
+    images, family = images[rows], images.preprocessor
+    prompts = [
+        ids[0, : source[0] + 1]
+        for ids, source in zip(part["token_ids"], part["source"], strict=True)
+    ]
+    for row, own, ids in zip(rows, images.rows.tolist(), prompts, strict=True):
+        if len(family.places(ids)) != len(own) * family.tokens:
+            rule = f"leaves out tokens of images, or prompt {row} itself writes such tokens"
+            raise InputError(InputProblem("max_length", rule))
+    return images.tensors(prompts, part["token_ids"].shape[2], len(rows))
 
 
 def cache_reference(

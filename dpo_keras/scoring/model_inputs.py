@@ -8,7 +8,7 @@ A model that needs an image with every text (PaliGemma, BLIP-2) gets a blank one
 preprocessor makes of mid-grey.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypeAlias
 
 import keras
@@ -16,7 +16,7 @@ from keras import ops
 
 from dpo_keras.batching.image_preprocessing import IMAGE_KEYS
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.layer_overrides import Override, overridden_methods
+from dpo_keras.scoring.layer_overrides import Call, Override, overridden_methods
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import (
     drafts_for_another_model,
@@ -175,6 +175,22 @@ def _text_alone(*_: object, text_embeddings: Tensor, **__: object) -> Tensor:
     return text_embeddings
 
 
+def check_images(model: object, names: Collection[str]) -> None:
+    """Check that a model takes the images of batches with these keys.
+
+    Raises:
+        InputError: it reads no images, or other ones.
+    """
+    given, declared = set(IMAGE_KEYS) & set(names), declared_inputs(model)
+    if not given <= declared.keys():
+        rule = (
+            f"need a policy with a vision encoder, and {type(model).__name__} takes "
+            f"{sorted(declared)}"
+        )
+        hint = "Load a preset that has one, or leave the column out."
+        raise InputError(InputProblem("images", rule, hint=hint))
+
+
 def image_inputs(model: object, batch: Mapping[str, Tensor]) -> Inputs:
     """Return the images of a batch as a model takes them: places for each sequence, images once.
 
@@ -183,15 +199,8 @@ def image_inputs(model: object, batch: Mapping[str, Tensor]) -> Inputs:
     Raises:
         InputError: the model reads no images.
     """
-    given = {name: batch[name] for name in IMAGE_KEYS if name in batch}
-    declared = declared_inputs(model)
-    if given and not given.keys() <= declared.keys():
-        rule = (
-            f"need a policy with a vision encoder, and {type(model).__name__} takes "
-            f"{sorted(declared)}"
-        )
-        hint = "Load a preset that has one, or leave the column out."
-        raise InputError(InputProblem("images", rule, hint=hint))
+    check_images(model, batch)
+    given = {name: ops.convert_to_tensor(batch[name]) for name in IMAGE_KEYS if name in batch}
     sequences = batch[_IDS].shape[1]
     return {
         name: ops.repeat(value, sequences, axis=0) if name.startswith("vision_") else value
@@ -203,7 +212,7 @@ def image_overrides(model: object, batch: Mapping[str, Tensor]) -> list[Override
     """Encode the images of each row once, and repeat their states for each of its sequences."""
     encoder = image_encoder(getattr(model, "backbone", model))
     sequences = batch[_IDS].shape[1]
-    if encoder is None or sequences == 1 or not any(name in batch for name in IMAGE_KEYS):
+    if encoder is None or not any(name in batch for name in IMAGE_KEYS):
         return []
     encode = encoder.call
     rows = ops.shape(batch[_IDS])[0]
@@ -214,7 +223,38 @@ def image_overrides(model: object, batch: Mapping[str, Tensor]) -> list[Override
         both = ops.repeat(by_row, sequences, axis=0)
         return ops.reshape(both, (-1, *states.shape[1:]))
 
-    return [Override(encoder, "call", repeated)]
+    overrides = [Override(encoder, "call", repeated)]
+    for found, interleave, _ in media_encoders(getattr(model, "backbone", model)):
+        if found is encoder:
+            overrides.append(Override(interleave, "call", _rows_apart(interleave.call)))
+    return overrides
+
+
+def _rows_apart(interleave: Call) -> Call:
+    """Guard the layer that puts images among tokens against a fault of `keras.ops.add`.
+
+    On TensorFlow, Keras 3.15 takes a column `[n, 1]` for a bias over the last dimension of an
+    `[n, n]` tensor. KerasHub adds such a column to the places of images: where there are as many
+    sequences as image tokens, images would land in other sequences.
+    """
+
+    def guarded(
+        *, image_embeddings: Tensor, text_embeddings: Tensor, vision_indices: Tensor
+    ) -> Tensor:
+        count, tokens = vision_indices.shape
+        values = image_embeddings, text_embeddings, vision_indices
+        names = "image_embeddings", "text_embeddings", "vision_indices"
+        if count != tokens or count == 1:
+            return interleave(**dict(zip(names, values, strict=True)))
+        cuts = image_embeddings.shape[0] // count, 1, 1
+        parts = [
+            [value[:cut] for value, cut in zip(values, cuts, strict=True)],
+            [value[cut:] for value, cut in zip(values, cuts, strict=True)],
+        ]
+        apart = [interleave(**dict(zip(names, part, strict=True))) for part in parts]
+        return ops.concatenate(apart, axis=0)
+
+    return guarded
 
 
 def full_logits(model: keras.Model, text: TextRows) -> Tensor:

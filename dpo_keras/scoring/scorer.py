@@ -83,6 +83,11 @@ class ResponseScorer:
             rule = f"needs a model made of transformer blocks, which {name} does not show"
             raise InputError(InputProblem("remat", rule, hint="Use remat=False."))
 
+    @property
+    def body(self) -> keras.Model:
+        """The model that takes the inputs: the policy's backbone, or the policy itself."""
+        return self._body
+
     def prepared(self, batch: Batch) -> PreparedBatch:
         """Add to a packed batch what several passes over it can share, its `TreeLayout`."""
         if "tree" not in batch or "layout" in batch:

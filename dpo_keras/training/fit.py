@@ -76,6 +76,7 @@ def choose_layout(
     buckets: int | None = None,
     row_length: int | None = None,
     replicas: int = 1,
+    images: bool = False,
     note: Callable[[str], object] = print,
 ) -> Layout:
     """Choose packed rows where every model that scores the pairs can run on them, else buckets.
@@ -86,6 +87,7 @@ def choose_layout(
         buckets: as `Layout` takes; None for its default.
         row_length: as `Layout` takes.
         replicas: as `Layout` takes.
+        images: whether any pair has images, which run in buckets only.
         note: called with the reason for falling back, and with an option that has no effect then.
 
     Raises:
@@ -103,6 +105,8 @@ def choose_layout(
     given = {name: value for name, value in given.items() if value is not None}
     obstacles = [] if batching == "buckets" else map(packing_obstacle, models)
     reason = next((why for why in obstacles if why is not None), None)
+    if images and batching != "buckets":
+        reason = reason or "the pairs have images, and packed rows hold text only"
     if batching == "packed" and reason is not None:
         hint = "Choose 'auto' or 'buckets', which run with every model."
         raise InputError(InputProblem("batching", f"cannot be 'packed': {reason}", hint=hint))
@@ -147,7 +151,7 @@ def warm_up(
     Returns:
         Steps taken in all, earlier runs included.
     """
-    layout = _layout(model, [model.policy], batching, buckets, row_length)
+    layout = _layout(model, [model.policy], tokenized, batching, buckets, row_length)
     pairs = chosen_alone(tokenized) if layout.packed else tokenized
     change = None if layout.packed else supervised_dataset
     stream = _endless(model, layout, pairs, batch_size, seed, change)
@@ -194,7 +198,7 @@ def train_preferences(
     """
     reference = getattr(model.reference, "model", None)
     models = [model.policy] if reference is None else [model.policy, reference]
-    layout = _layout(model, models, batching, buckets, row_length)
+    layout = _layout(model, models, tokenized, batching, buckets, row_length)
     stream = _endless(model, layout, tokenized, batch_size, seed)
     check_groups((model.preference_loss.group_robust or {}).get("groups", 0), tokenized, held_out)
     if held_out is not None and len(held_out):
@@ -237,6 +241,7 @@ class RunOptions:
 def _layout(
     model: PolicyTrainer,
     models: Sequence[keras.Model],
+    tokenized: TokenizedPairs,
     batching: BatchingChoice | Layout,
     buckets: int | None,
     row_length: int | None,
@@ -244,8 +249,9 @@ def _layout(
     if isinstance(batching, Layout):
         return batching
     replicas = model.distribute_strategy.num_replicas_in_sync
+    images = tokenized.images is not None
     return choose_layout(
-        models, batching, buckets=buckets, row_length=row_length, replicas=replicas
+        models, batching, buckets=buckets, row_length=row_length, replicas=replicas, images=images
     )
 
 

@@ -12,7 +12,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
-from dpo_keras.scoring.model_inputs import TextRows, model_inputs
+from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
 from dpo_keras.training.distribution import OneStep, next_steps, sum_over_replicas
@@ -340,6 +340,8 @@ class PolicyTrainer(TensorflowTrainer):
     def _check_batches(self, dataset: object, argument: str = "x") -> None:
         check_batches(dataset, argument)
         # Once, before the first packed batch: whether this model scores packed rows alike.
-        if "tree" in (getattr(dataset, "element_spec", None) or {}) and not self._packing_checked:
+        columns = getattr(dataset, "element_spec", None) or {}
+        check_images(self.scorer.body, columns)
+        if "tree" in columns and not self._packing_checked:
             check_packing(self.scorer)
             self._packing_checked = True

@@ -81,8 +81,8 @@ def test_every_fault_of_a_record_is_named_together(folder):
     ("record", "rule"),
     [
         ({**QUESTION, "images": ["https://host/1.png"]}, "remote image"),
-        ({**QUESTION, "prompt": "<image><image>", "images": ["img/1.png"]}, "places differ"),
-        (turn({"type": "image"}), "places differ"),
+        ({**QUESTION, "prompt": "<image><image>", "images": ["img/1.png"]}, "the prompt's places"),
+        (turn({"type": "image"}), "the prompt's places"),
         ({**QUESTION, "images": ["img/1.png"], "image": "img/2.png"}, "given once"),
         ({**QUESTION, "images": [7]}, "must be a path"),
     ],
