@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
+import tiny
+import vision_tiny
 from families import ALL_FAMILIES
 from scoring_samples import random_pairs
 
 import dpo_keras
 from dpo_keras.batching import collate
+from dpo_keras.preferences import PreferencePair
 from dpo_keras.scoring import ResponseScorer, check_packing
 
 README = Path(__file__).parents[2] / "dpo_keras" / "scoring" / "README.md"
@@ -26,6 +28,7 @@ END = "<!-- end of table -->"
 BATCH = {
     k: tf.constant(v) for k, v in collate(random_pairs([(9, 7, 6), (3, 2, 5)]), [0, 1]).items()
 }
+TEXTS = ("<image>Hello", " I am fine", " don't worry.")
 DATASET = tf.data.Dataset.from_tensors(BATCH)
 
 
@@ -142,10 +145,10 @@ def assert_adapters_train(policy, directory):
     model = dpo_keras.DPOModel(policy)
     assert model.reference.mode == "adapters_off"
     before = model.policy_logps(BATCH)
-    weights = {variable.path: variable.numpy() for variable in policy.weights}
+    weights = [variable.numpy() for variable in policy.weights]
     fit(model)
-    moved = {v.path for v in policy.weights if (v.numpy() != weights[v.path]).any()}
-    assert moved and all("lora_kernel" in path or "lora_emb" in path for path in moved)
+    moved = [v for v, old in zip(policy.weights, weights, strict=True) if (v.numpy() != old).any()]
+    assert moved and all("lora_" in variable.name for variable in moved)
     assert np.abs(model.policy_logps(BATCH) - before).max() > 1e-4
     np.testing.assert_allclose(model.reference_logps(BATCH), before, atol=1e-5)
     assert_loads(model, directory)
@@ -153,19 +156,31 @@ def assert_adapters_train(policy, directory):
 
 def int8(family, directory):
     """A quantized policy with adapters trains and loads."""
-    assert_adapters_train(dpo_keras.quantize(family.make(), "int8"), directory)
+    assert_quantized_trains(family.make(), "int8", directory)
 
 
 def int4(family, directory):
-    assert_adapters_train(dpo_keras.quantize(family.make(), "int4"), directory)
+    """As int8."""
+    assert_quantized_trains(family.make(), "int4", directory)
+
+
+def assert_quantized_trains(policy, mode, directory):
+    full = ResponseScorer(policy)(BATCH)["logps"]
+    dpo_keras.quantize(policy, mode)
+    assert np.abs(ResponseScorer(policy)(BATCH)["logps"] - full).max() > 0, "kernels are rounded"
+    assert_adapters_train(policy, directory)
 
 
 def bfloat16(family, directory):
     """A bfloat16 run follows the float32 run within rounding."""
-    policy = family.make(dtype="bfloat16")
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        policy = family.make(dtype="bfloat16")
+    finally:
+        keras.config.set_dtype_policy("float32")
     for variable, value in zip(policy.trainable_variables, family.weights, strict=True):
         variable.assign(value)
-    assert {v.dtype for v in policy.backbone.token_embedding.weights} == {"bfloat16"}
+    assert "bfloat16" in {variable.dtype for variable in policy.trainable_variables}
     model, expected = dpo_keras.DPOModel(policy), dpo_keras.DPOModel(family.restored())
     np.testing.assert_allclose(model.policy_logps(BATCH), expected.policy_logps(BATCH), rtol=5e-2)
     np.testing.assert_allclose(fit(model, epochs=2), fit(expected, epochs=2), atol=5e-2)
@@ -192,12 +207,61 @@ def save_load(family, directory):
     other.load_weights(directory / "model.weights.h5")
     np.testing.assert_allclose(other.policy_logps(BATCH), expected, atol=1e-5)
     model.policy.save_to_preset(directory / "preset")
-    policy = keras_hub.models.CausalLM.from_preset(str(directory / "preset"), preprocessor=None)
+    policy = type(model.policy).from_preset(str(directory / "preset"), preprocessor=None)
     np.testing.assert_allclose(ResponseScorer(policy)(BATCH)["logps"], expected, atol=1e-5)
 
 
+def images(family, directory):
+    """A pair with an image trains, and another image is another score."""
+    maker = getattr(vision_tiny, family.name.removesuffix("_vision"), None)
+    policy = family.policy if maker is None else maker()
+    tokenizer = policy.preprocessor or tiny.Letters()
+    pairs = [
+        PreferencePair(
+            "<image>Hello", " I am fine", " don't worry.", images=[vision_tiny.png(seed)]
+        )
+        for seed in (1, 2)
+    ]
+    data = dpo_keras.preference_dataset(pairs, tokenizer, batch_size=2, shuffle=False)
+    model = dpo_keras.DPOModel(policy)
+    (batch,) = data
+    found = np.asarray(model.policy_logps(batch))
+    assert np.abs(found[0] - found[1]).min() > 1e-3
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    (loss,) = model.fit(data, verbose=0).history["loss"]
+    assert math.isclose(loss, math.log(2), rel_tol=1e-5)
+    assert np.abs(model.policy_logps(batch) - found).max() > 1e-3
+
+
+def moe_loss(family, directory):
+    """The losses of the routers count unless they are dropped, and then the step is another."""
+    kept = dpo_keras.DPOModel(family.restored(), reference="none")
+    assert kept.has_auxiliary_loss
+    kept.compile(keras.optimizers.SGD(0.1), "simpo", run_eagerly=True)
+    logs = kept.fit(DATASET, verbose=0).history
+    assert logs["auxiliary_loss"][0] > 0
+    weights = [variable.numpy() for variable in family.policy.trainable_variables]
+    dropped = family.step(auxiliary_loss="drop")
+    assert max(np.abs(a - b).max() for a, b in zip(weights, dropped, strict=True)) > 0
+
+
+def hugging_face(family, directory):
+    """What is written for `transformers` is read back with the same log-probs."""
+    policy = family.make(**HUGGING_FACE_READS.get(family.name, {}))
+    dpo_keras.save_pretrained(policy, directory / "out", format="transformers")
+    read = type(policy).from_preset(str(directory / "out"), preprocessor=None, dtype="float32")
+    expected = ResponseScorer(policy)(BATCH)["logps"]
+    np.testing.assert_allclose(ResponseScorer(read)(BATCH)["logps"], expected, atol=1e-4)
+
+
+# KerasHub reads GPT-2 with an MLP of four times the width, and Qwen without its window.
+HUGGING_FACE_READS = {
+    "gpt2": {"intermediate_dim": 128},
+    "qwen": {"use_sliding_window_attention": False},
+}
 CELLS = {
     "text": text,
+    "images": images,
     "packed": packed,
     "LoRA": lora,
     "int8": int8,
@@ -205,7 +269,9 @@ CELLS = {
     "bfloat16": bfloat16,
     "remat": remat,
     "jit": jit,
+    "MoE loss": moe_loss,
     "save and load": save_load,
+    "HF out": hugging_face,
 }
 # In which cells which families give a reason.
 GROUPS = {}
