@@ -12,8 +12,8 @@ from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.lora import adapted_layers
-from dpo_keras.utils.keras_hub_internals import transformer_blocks
-from dpo_keras.utils.keras_internals import all_layers
+from dpo_keras.utils.keras_hub_internals import ROUTERS, transformer_blocks
+from dpo_keras.utils.keras_internals import all_layers, layers_by_path
 from dpo_keras.utils.keras_quantization import (
     DENSE,
     copy_in_floating_point,
@@ -102,21 +102,37 @@ def _checked_layers(
     if any(quantization_mode(layer) is not None for layer in all_layers(policy)):
         hint = "Load it again to quantize it in another way."
         raise InputError(InputProblem("policy", "is quantized already", hint=hint))
+    # Rounded scores would send tokens to other experts.
+    routers = {id(layer) for path, layer in layers_by_path(policy).items() if ROUTERS.search(path)}
     found = [
         layer
         for block in transformer_blocks(getattr(policy, "backbone", None))
         for layer in all_layers(block)
-        if type(layer) in DENSE and layer.built
+        if type(layer) in DENSE and layer.built and id(layer) not in routers
     ]
     if not found:
         rule = f"must have transformer blocks of dense layers; {type(policy).__name__} shows none"
         raise InputError(InputProblem("policy", rule))
+    _check_can_be_saved(policy, found)
     if mode == "gptq" and texts is None:
         hint = "Give some hundred texts of the kind that the policy will read and write."
         raise InputError(InputProblem("texts", "are needed by gptq", hint=hint))
     if mode != "gptq" and texts is not None:
         raise InputError(InputProblem("texts", f"have no effect with {mode}", hint="Leave it out."))
     return list(dict.fromkeys(found))
+
+
+def _check_can_be_saved(policy: keras.Model, layers: list[keras.layers.Layer]) -> None:
+    """Refuse a model whose configuration does not say which layer is quantized."""
+    name = type(policy.backbone).__name__
+    reason = None
+    if len({layer.path for layer in layers}) < len({id(layer) for layer in layers}):
+        reason = f"KerasHub gives layers of {name} one path"
+    elif hasattr(policy.backbone, "qformer"):
+        reason = f"KerasHub leaves the dtypes of its layers out of {name}'s configuration"
+    if reason is not None:
+        rule = f"cannot be saved once it is quantized: {reason}"
+        raise InputError(InputProblem("policy", rule, hint="Train it without quantization."))
 
 
 def _calibrate(

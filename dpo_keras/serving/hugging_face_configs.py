@@ -308,13 +308,15 @@ def gemma4(backbone: keras.Model) -> Config:
     config = exporter_config(backbone)
     text_only = "text_config" not in config
     names = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+    shared = backbone.num_global_key_value_heads
     mended = {
         "tie_word_embeddings": backbone.token_embedding.tie_weights,
-        "attention_k_eq_v": backbone.num_global_key_value_heads is not None,
+        "attention_k_eq_v": shared is not None,
+        "num_global_key_value_heads": shared,  # with a number KerasHub reads K for V
     }
     (config if text_only else config["text_config"]).update(mended)
-    mended.pop("attention_k_eq_v")
-    return {**config, "architectures": [names[not text_only]], **mended}
+    tied = mended["tie_word_embeddings"]
+    return {**config, "architectures": [names[not text_only]], "tie_word_embeddings": tied}
 
 
 def qwen3_5(backbone: keras.Model) -> Config:

@@ -23,6 +23,7 @@ from dpo_keras.serving.peft_adapters import peft_files
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.keras_hub_exporters import save_preset
+from dpo_keras.utils.keras_hub_families import drafts_for_another_model
 from dpo_keras.utils.keras_internals import all_layers, raise_failed_writes, unmerged_weights
 
 FORMATS = ("keras_hub", "transformers", "peft")
@@ -121,7 +122,7 @@ def _check_policy(policy: Any, format: str) -> Family | None:
         raise InputError(InputProblem("model", rule, type(policy).__name__))
     if format == "keras_hub":
         return None
-    family = family_of(policy.backbone)
+    family = None if drafts_for_another_model(policy) else family_of(policy.backbone)
     if family is None:
         rule = f"is a {type(policy).__name__}, which has no Hugging Face exporter"
         hint = f"These have one: {', '.join(FAMILIES)}. Or use format='keras_hub'."
@@ -221,7 +222,7 @@ def _write_weights(weights: Weights, partial: Path) -> None:
         if shards[-1] and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = np.ascontiguousarray(value)
+        shards[-1][name] = np.asarray(value, order="C")  # a scalar stays one
         size += value.nbytes
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -125,6 +125,10 @@ _ROUTERS = {
 }
 
 
+ROUTERS = re.compile(r"sparse_feedforward_gate_dense|router|shared_expert_gate")
+"""Matches the paths of the layers that send tokens to experts."""
+
+
 def router_settings(layer: keras.layers.Layer) -> RouterSettings | None:
     """Read the settings off a mixture of experts that balances them by a loss; None for others."""
     name = _ROUTERS.get(type(layer).__name__)

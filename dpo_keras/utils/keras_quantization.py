@@ -10,6 +10,7 @@ inputs. Three layouts occur:
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import keras
@@ -77,7 +78,9 @@ def serialized_dtypes(backbone: keras.Model) -> dict[str, Any]:
     for layer in private(backbone, "_flatten_layers", KERAS)():
         if quantization_mode(layer) is not None and layer is not backbone:
             config = {**layer.dtype_policy.get_config(), "source_name": float_dtype(layer)}
-            policies[layer.path] = type(layer.dtype_policy).from_config(config)
+            # KerasHub leaves the names of these blocks to Keras, which numbers them as they come.
+            path = re.sub(r"(moe_block)(_\d+)?/", r"\1(_\\d+)?/", layer.path)
+            policies[path] = type(layer.dtype_policy).from_config(config)
     serialized: dict[str, Any] = keras.dtype_policies.serialize(policies)
     return serialized
 
