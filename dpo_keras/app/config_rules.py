@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.app.config_dependencies import OUR_SCHEDULES, reads_reference
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
-from dpo_keras.app.models import source_problem
+from dpo_keras.app.model_sources import source_problem
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Preferences, read_preferences
 from dpo_keras.preferences.record_stream import Reading

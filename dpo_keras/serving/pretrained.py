@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from dpo_keras.batching import ChatTemplate, get_template
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring import dequantized
 from dpo_keras.scoring.lora import adapted_layers
 from dpo_keras.serving.hugging_face_names import FAMILIES, Family, Weights, family_of
 from dpo_keras.serving.hugging_face_tokenizer import write_tokenizer
@@ -25,6 +26,7 @@ from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.keras_hub_exporters import save_preset
 from dpo_keras.utils.keras_hub_families import drafts_for_another_model
 from dpo_keras.utils.keras_internals import all_layers, raise_failed_writes, unmerged_weights
+from dpo_keras.utils.keras_quantization import quantization_mode
 
 FORMATS = ("keras_hub", "transformers", "peft")
 SHARD_BYTES = 5 * 10**9  # as large as Hugging Face's own files
@@ -49,8 +51,9 @@ def save_pretrained(
     | `transformers` | safetensors, tokenizer, chat template and generation config |
     | `peft` | the LoRA adapters alone, for `PeftModel.from_pretrained(base, directory)` |
 
-    LoRA is merged into the weights, except for `peft`. The model itself does not change. The
-    directory is whole or absent.
+    LoRA is merged into the weights, except for `peft`, and quantized weights are written in
+    floating point: both are the same numbers. The model itself does not change. The directory is
+    whole or absent.
 
     Args:
         model: a `DPOModel`, a `SupervisedModel`, or a KerasHub causal language model.
@@ -95,9 +98,12 @@ def save_pretrained(
             else:
                 ids = write_tokenizer(preprocessor, partial, chat, origin)
             if format == "peft":
+                modes = {quantization_mode(layer) for layer in all_layers(policy)} - {None}
+                if modes:
+                    notes.append(f"They were trained on the base model quantized to {modes.pop()}.")
                 _write_adapters(policy, family, base, partial)
             else:
-                _write_checkpoint(policy, family, ids, partial, origin)
+                _write_checkpoint(dequantized(policy), family, ids, partial, origin)
         write_model_card(partial, target, format, base, facts or facts_of(model), notes)
     return target
 
@@ -127,17 +133,7 @@ def _check_policy(policy: Any, format: str) -> Family | None:
         rule = f"is a {type(policy).__name__}, which has no Hugging Face exporter"
         hint = f"These have one: {', '.join(FAMILIES)}. Or use format='keras_hub'."
         raise InputError(InputProblem("model", rule, hint=hint))
-    modes = {mode for layer in all_layers(policy) if (mode := _quantization(layer))}
-    if modes and format == "transformers":
-        rule = f"is quantized ({', '.join(sorted(modes))}), and Keras computes with rounded inputs"
-        rule += " too, which no Hugging Face checkpoint repeats"
-        hint = "Write the adapters with format='peft' for the base model that was quantized."
-        raise InputError(InputProblem("model", rule, hint=hint))
     return family
-
-
-def _quantization(layer: keras.layers.Layer) -> str | None:
-    return getattr(layer, "quantization_mode", None)
 
 
 @contextlib.contextmanager
@@ -164,9 +160,9 @@ def merged_adapters(policy: keras.Model) -> Iterator[None]:
 
 
 def write_preset(policy: keras.Model, directory: Path) -> None:
-    """Write a KerasHub preset with LoRA merged; Keras itself merges into quantized weights."""
-    quantized = any(map(_quantization, all_layers(policy)))
-    with contextlib.nullcontext() if quantized else merged_adapters(policy):
+    """Write a KerasHub preset in floating point, with LoRA merged."""
+    policy = dequantized(policy)
+    with merged_adapters(policy):
         save_preset(policy, directory)
 
 

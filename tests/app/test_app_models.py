@@ -11,6 +11,7 @@ import pytest
 from app_tiny import SIZES, TEXTS, same_logits
 
 from dpo_keras.app.config_sections import Model, Scratch
+from dpo_keras.app.model_sources import source_problem
 from dpo_keras.app.models import (
     FAMILIES,
     check_length,
@@ -18,7 +19,6 @@ from dpo_keras.app.models import (
     load_policy,
     load_reference,
     save_policy,
-    source_problem,
     train_tokenizer,
 )
 from dpo_keras.errors import InputError

@@ -36,7 +36,7 @@ def trained(quantization=None):
 # KerasHub leaves closing a SentencePiece file to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("quantization", [None])
+@pytest.mark.parametrize("quantization", [None, "int8"])
 def test_gemma4_with_adapters_is_trained_saved_and_served(quantization, tmp_path):
     model, dataset = trained(quantization)
     policy = model.policy

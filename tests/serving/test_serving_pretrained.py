@@ -77,6 +77,24 @@ def test_keras_hub_reads_back_the_hugging_face_directory_with_merged_adapters(
     assert np.abs(base - expected).max() > 10 * tolerance  # the adapters are felt
 
 
+def test_a_quantized_policy_is_written_as_the_numbers_that_it_computes_with(tmp_path):
+    policy = plain("llama")
+    dpo_keras.quantize(policy, "int4", group_size=8)
+    dpo_keras.enable_lora(policy, 2)
+    for variable in policy.trainable_variables:
+        variable.assign(keras.random.normal(variable.shape, stddev=0.1, seed=0))
+    expected = np.asarray(policy.backbone(BATCH))
+    save_pretrained(policy, tmp_path / "hf", "transformers")
+    save_pretrained(policy, tmp_path / "preset", "keras_hub")
+    for name in ("hf", "preset"):
+        back = keras_hub.models.Backbone.from_preset(str(tmp_path / name))
+        np.testing.assert_allclose(np.asarray(back(BATCH)), expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(policy.backbone(BATCH)), expected, atol=1e-6)
+    save_pretrained(policy, tmp_path / "peft", "peft", source="some/base")
+    card = (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
+    assert "quantized to int4" in card
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma", "phi3", "smollm3", "gpt_oss", "qwen"])
 def test_peft_adapters_make_the_merged_weights_of_the_base_weights(tmp_path, family):
     policy = adapted(family)
@@ -190,13 +208,6 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, make, ar
     with pytest.raises(InputError, match=said):
         save_pretrained(make(), tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_quantized_policy_is_refused_with_the_way_out(tmp_path):
-    policy = tiny.gpt2()
-    policy.backbone.transformer_layers[0]._feedforward_output_dense.quantize("int8")
-    with pytest.raises(InputError, match=r"int8.*format='peft'"):
-        save_pretrained(policy, tmp_path / "out")
 
 
 def test_a_directory_is_not_replaced_unasked(tmp_path):
