@@ -190,13 +190,19 @@ def bfloat16(family, directory):
     finally:
         keras.config.set_dtype_policy("float32")
     for variable, value in zip(policy.trainable_variables, family.weights, strict=True):
-        variable.assign(value)
+        # Logits as small as those of fresh weights, so that rounding does not drown the step.
+        variable.assign(value / 4 if value.ndim > 1 else value)
     assert "bfloat16" in {variable.dtype for variable in policy.trainable_variables}
-    model, expected = dpo_keras.DPOModel(policy), dpo_keras.DPOModel(family.restored())
+    float32 = family.restored()
+    for variable, value in zip(
+        float32.trainable_variables, policy.trainable_variables, strict=True
+    ):
+        variable.assign(tf.cast(value, "float32"))
+    model, expected = dpo_keras.DPOModel(policy), dpo_keras.DPOModel(float32)
     assert_same([model.policy_logps(BATCH)], [expected.policy_logps(BATCH)], tolerance=5e-2)
-    losses = [fit(one, epochs=2, learning_rate=1e-3) for one in (model, expected)]
-    np.testing.assert_allclose(*losses, atol=2e-2)
-    assert losses[0][1] < losses[0][0]
+    losses = [fit(one, epochs=2, learning_rate=0.03) for one in (model, expected)]
+    np.testing.assert_allclose(*losses, atol=3e-2)
+    assert losses[0][1] < losses[0][0] - 1e-2
 
 
 def remat(family, directory):
@@ -225,7 +231,8 @@ def save_load(family, directory):
 
 
 def _qwen3_5_preprocessor():
-    words = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab")
+    special = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
+    words = (*(f"<|{name}|>" for name in special.split()), "a", "b", "ab")
     vocabulary = {word: place for place, word in enumerate(words)}
     tokenizer = keras_hub.models.Qwen3_5Tokenizer(vocabulary=vocabulary, merges=["a b"])
     return keras_hub.models.Qwen3_5CausalLMPreprocessor(tokenizer)
