@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 from pathlib import Path
 
-from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets
+from dpo_keras.utils.keras_hub_internals import TOKENIZER_FILES, listed_presets, preset_file
+from dpo_keras.utils.keras_hub_tokenizers import RULES_FILE
 from dpo_keras.utils.text import nearest, shortened
 
 
@@ -26,6 +28,23 @@ def source_problem(path: str) -> str | None:
     if "/" in path or path.startswith(".") or place.suffix == ".keras":
         return f"{path} does not exist; give a model directory, a .keras file or a preset name."
     return _preset_problem(path)
+
+
+def local_directory(path: str) -> Path | None:
+    """Return where the tokenizer's files of a directory or a repository lie; None without any.
+
+    KerasHub keeps the files of a repository of Hugging Face in one folder. For families with a
+    SentencePiece model it does not fetch the tokenizer.json.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not path.startswith("hf://"):
+        return None
+    found = None
+    for name in (RULES_FILE, "tokenizer.json"):
+        with contextlib.suppress(FileNotFoundError):
+            found = preset_file(path, name).parent
+    return found
 
 
 def _preset_problem(name: str) -> str | None:

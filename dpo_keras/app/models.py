@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_keras.app.config_sections import Model, Quantization, Scratch
-from dpo_keras.app.model_sources import source_problem
+from dpo_keras.app.model_sources import local_directory, source_problem
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.text import shortened
@@ -23,10 +23,11 @@ def load_model(path: str, dtype: str = "float32") -> keras.Model:
     """Load a `keras_hub.models.CausalLM` from a directory, a file or a preset name.
 
     Beyond `keras_hub.models.CausalLM.from_preset`, it names what is missing or damaged, and lets a
-    Hugging Face directory's own `tokenizer.json` decide how text becomes tokens.
+    Hugging Face checkpoint's own `tokenizer.json` decide how text becomes tokens.
 
     Args:
-        path: a directory of KerasHub or Hugging Face, a `.keras` file, or the name of a preset.
+        path: a directory of KerasHub or Hugging Face, a `.keras` file, the name of a preset, or
+            `"hf://OWNER/MODEL"`.
         dtype: of weights and computation; a `.keras` file keeps its own.
 
     Returns:
@@ -59,10 +60,11 @@ def load_model(path: str, dtype: str = "float32") -> keras.Model:
             raise RuntimeError(f"the preset {path} could not be fetched: {error}") from error
         raise InputError(f"{path} could not be loaded as a model: {_reason(error)}") from error
     _check_language_model(model, path)
-    if Path(path).is_dir():
+    directory = local_directory(path)
+    if directory is not None:
         from dpo_keras.batching.encoders import follow_checkpoint
 
-        follow_checkpoint(model.preprocessor.tokenizer, Path(path))
+        follow_checkpoint(model.preprocessor.tokenizer, directory)
     return model
 
 

@@ -183,3 +183,10 @@ def listed_presets() -> frozenset[str]:
             text = file.read_text(encoding="utf-8")
             found.update(re.findall(r'^    "([^"]+)": \{', text, re.MULTILINE))
     return frozenset(found)
+
+
+def preset_file(preset: str, name: str) -> Path:
+    """Return where a file of a preset lies, and fetch it where it must be; FileNotFoundError."""
+    from keras_hub.src.utils import preset_utils
+
+    return Path(private(preset_utils, "get_file", KERAS_HUB)(preset, name))

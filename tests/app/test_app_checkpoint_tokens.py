@@ -8,6 +8,7 @@ import pytest
 import serving_tiny
 import tensorflow as tf
 from assembling import assemble
+from huggingface_hub.errors import EntryNotFoundError
 from tokenizers import Tokenizer
 
 import dpo_keras
@@ -191,6 +192,21 @@ def texts(count=200, seed=0):
 def expected(place, given):
     theirs = Tokenizer.from_file(str(place / "tokenizer.json"))
     return [item.ids for item in theirs.encode_batch(given, add_special_tokens=False)]
+
+
+def test_a_repository_of_hugging_face_is_read_as_its_directory(checkpoint, monkeypatch):
+    name = next(iter(FILES))
+    place, given = checkpoint(name), texts()
+
+    def fetch(repo_id, filename):
+        assert repo_id == "someone/model"
+        if not (place / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(place / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    policy = dpo_keras.load_model("hf://someone/model")
+    assert TextEncoder(policy.preprocessor).tokenize(given) == expected(place, given)
 
 
 @pytest.mark.parametrize("name", FILES)
