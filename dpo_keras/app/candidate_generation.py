@@ -7,21 +7,37 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from dpo_keras.app.config import Config, load_config, read_text
 from dpo_keras.app.console import Progress, Silent, check_output
 from dpo_keras.app.models import load_model
 from dpo_keras.app.run_directory import open_run
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.candidates import record_images
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
 
 if TYPE_CHECKING:
     import keras
 
-Prompt: TypeAlias = JSON  # text, or the ids of a rendered conversation
+    from dpo_keras.batching.image_preprocessing import PairImages
+
 REDRAWS = 3
+
+
+class Inputs(NamedTuple):
+    """What `generate_responses` takes: texts, or ids of rendered conversations; and images."""
+
+    prompts: Sequence[JSON]
+    images: PairImages | None
+
+    def at(self, places: Sequence[int]) -> Inputs:
+        """Return the inputs of some places."""
+        images = None if self.images is None else self.images[np.array(places)]
+        return Inputs([self.prompts[place] for place in places], images)
 
 
 class Candidate(NamedTuple):
@@ -41,14 +57,15 @@ class Maker:
     options: dict[str, JSON]  # max_new_tokens, temperature, top_p
 
     def respond(
-        self, policy: keras.Model, prompts: Sequence[Prompt], seed: int, progress: Progress
+        self, policy: keras.Model, inputs: Inputs, seed: int, progress: Progress
     ) -> list[Candidate]:
         """Sample one response to each prompt."""
         from dpo_keras.training import generate_responses
 
         texts = generate_responses(
             policy,
-            prompts,
+            inputs.prompts,
+            images=inputs.images,
             seed=seed,
             batch_size=self.config.evaluation.batch_size,
             max_length=self.config.data.max_length,
@@ -98,7 +115,7 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
             policy = None  # frees the last one before the next
             progress.stage("Policy" if len(makers) == 1 else f"Policy {maker.name}")
             policy, loaded = load_model(*wanted), wanted
-        inputs = [_model_input(record["prompt"], maker.config, policy) for record in records]
+        inputs = _model_inputs(records, maker.config, policy)
         for number in range(turn, responses, len(makers)):
             progress.stage(f"Candidate {number + 1} of {responses}")
             draws = 1 if maker.options["temperature"] == 0 else REDRAWS + 1
@@ -118,9 +135,17 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
             "--max-new-tokens."
         )
     if output is not None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in candidates)
-        write_text(output, text)
-    return candidates
+        folder = Path(output).absolute().parent
+        lines = [json.dumps(_as_text(line, folder), ensure_ascii=False) for line in candidates]
+        write_text(output, "".join(line + "\n" for line in lines))
+    return [_as_text(line) for line in candidates]
+
+
+def _as_text(record: dict[str, JSON], folder: Path | None = None) -> dict[str, JSON]:
+    """Return a record with its images as paths, those in the folder relative to it."""
+    if "images" not in record:
+        return record
+    return {**record, "images": [image.as_text(folder) for image in record["images"]]}
 
 
 def _check_number(responses: int, makers: Sequence[Maker]) -> None:
@@ -136,17 +161,17 @@ def _check_number(responses: int, makers: Sequence[Maker]) -> None:
 def _draw(
     maker: Maker,
     policy: keras.Model,
-    inputs: Sequence[Prompt],
+    inputs: Inputs,
     number: int,
     seeds: Sequence[int],
     drawn: list[dict[int, Candidate]],
     progress: Progress,
 ) -> Counter[str]:
     """Add candidate `number` of every prompt to `drawn`; count what the last draw left out."""
-    left = list(range(len(inputs)))
+    left = list(range(len(inputs.prompts)))
     why: Counter[str] = Counter()
     for seed in seeds:
-        found = maker.respond(policy, [inputs[place] for place in left], seed, progress)
+        found = maker.respond(policy, inputs.at(left), seed, progress)
         again, why = [], Counter()
         for place, candidate in zip(left, found, strict=True):
             fault = _fault(candidate, drawn[place].values())
@@ -205,7 +230,7 @@ def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Co
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, JSON]]:
-    """Read `{"prompt", "id"}` records from JSONL, or a prompt from each line of a text."""
+    """Read records of `prompt`, `id` and `images` from JSONL, or a prompt from each line."""
     lines = [(n, line) for n, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     if path.suffix not in (".jsonl", ".json"):
         records = [{"prompt": line} for _, line in lines]
@@ -213,7 +238,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, JSON]]:
         records, problems = [], []
         for number, line in lines:
             try:
-                records.append(_prompt_record(line))
+                records.append(_prompt_record(line, path.parent))
             except ValueError as error:
                 problems.append(f"{path} line {number}: {error}.")
         if problems:
@@ -223,7 +248,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[dict[str, JSON]]:
     return records[:limit]
 
 
-def _prompt_record(line: str) -> dict[str, JSON]:
+def _prompt_record(line: str, folder: Path) -> dict[str, JSON]:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -231,7 +256,15 @@ def _prompt_record(line: str) -> dict[str, JSON]:
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not _is_prompt(prompt):
         raise ValueError(f"prompt must be text, or a list of role/content messages, got {prompt!r}")
-    return {name: record[name] for name in ("id", "prompt") if name in record}
+    found = {name: record[name] for name in ("id", "prompt") if name in record}
+    problems: list[InputProblem] = []
+    text = prompt if isinstance(prompt, str) else None
+    images = record_images(record, text, str(folder), problems)
+    if problems:
+        raise ValueError("; ".join(map(str, problems)))
+    if images:
+        found["images"] = images
+    return found
 
 
 def _is_prompt(prompt: JSON) -> bool:
@@ -243,21 +276,27 @@ def _is_prompt(prompt: JSON) -> bool:
     return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
 
 
-def _model_input(prompt: JSON, config: Config, policy: keras.Model) -> Prompt:
-    """Return what `generate_responses` takes: text, or the ids of a rendered conversation."""
+def _model_inputs(
+    records: Sequence[dict[str, JSON]], config: Config, policy: keras.Model
+) -> Inputs:
+    """Return the prompts, as training reads them, and their images."""
     from dpo_keras.batching import tokenize_pairs
 
     template = config.data.template
-    if template is None:
-        if isinstance(prompt, str):
-            return prompt
+    prompts = [record["prompt"] for record in records]
+    if template is None and not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(
             "prompts: messages need a chat template to become text; give data.template."
         )
-    # A pair with placeholder responses takes the same path as training pairs.
-    pair: dict[str, JSON] = {"prompt": prompt, "chosen": "a", "rejected": "b"}
-    if not isinstance(prompt, str):
-        for side in ("chosen", "rejected"):
-            pair[side] = [{"role": "assistant", "content": pair[side]}]
-    tokenized = tokenize_pairs([pair], policy.preprocessor, max_length=2**20, template=template)
-    return tokenized.prompt[0].tolist()
+    if template is None and not any("images" in record for record in records):
+        return Inputs(prompts, None)
+    # Pairs with placeholder responses take the same path as training pairs.
+    pairs = []
+    for record in records:
+        pair: dict[str, JSON] = {**record, "chosen": "a", "rejected": "b"}
+        if not isinstance(record["prompt"], str):
+            for side in ("chosen", "rejected"):
+                pair[side] = [{"role": "assistant", "content": pair[side]}]
+        pairs.append(pair)
+    tokenized = tokenize_pairs(pairs, policy.preprocessor, max_length=2**20, template=template)
+    return Inputs(tokenized.prompt.tolist(), tokenized.images)

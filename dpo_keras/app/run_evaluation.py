@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import keras
 
     from dpo_keras.batching import TokenizedPairs
+    from dpo_keras.batching.image_preprocessing import PairImages
     from dpo_keras.evaluation import HeldOut, Report, Samples
     from dpo_keras.preferences import PreferencePair
     from dpo_keras.training import DPOModel
@@ -66,17 +67,44 @@ class Examiner:
         self.tokenized = tokenized
         self.chosen: list[PreferencePair] = []
         self._prompts: list[JSON] = []
+        self._images: PairImages | None = None
         if tokenized is not None and pairs is not None:
             config = context.config
-            rows = choose_rows(tokenized, pairs, config.evaluation.prompts, config.seed)
+            count, answerable = config.evaluation.prompts, self._answerable(tokenized)
+            rows = choose_rows(tokenized, pairs, count, config.seed, answerable)
             sources = range(len(pairs)) if tokenized.source is None else tokenized.source
             self.chosen = [pairs[int(sources[row])] for row in rows]
-            # A chat template places special tokens that no text can stand for: ids are exact.
+            if any(pair.images for pair in self.chosen):
+                assert tokenized.images is not None
+                self._images = tokenized.images[np.array(rows)]
+            # A chat template places special tokens that no text can stand for: ids are exact. So
+            # do images.
             self._prompts = (
                 [plain_text(pair.prompt) for pair in self.chosen]
-                if config.data.template is None
+                if config.data.template is None and self._images is None
                 else [tokenized.prompt[row].tolist() for row in rows]
             )
+
+    def _answerable(self, tokenized: TokenizedPairs) -> np.ndarray:
+        """Mark the prompts that are answered whole, with their images."""
+        answerable = np.ones(len(tokenized), bool)
+        if tokenized.images is not None:
+            from dpo_keras.training.decoding import generates_from_images
+
+            config = self.context.config
+            sees = generates_from_images(self.model.policy)
+            room = config.data.max_length - config.evaluation.max_new_tokens
+            for row, images in enumerate(tokenized.images.rows.tolist()):
+                if images:
+                    answerable[row] = sees and len(tokenized.prompt[row]) <= room
+            left_out = int((~answerable).sum())
+            if left_out:
+                why = (
+                    f"longer than {room} tokens" if sees else "this policy generates from text only"
+                )
+                note = f"{left_out:,} prompts with images are not answered in samples: {why}"
+                self.context.progress.note(note)
+        return answerable
 
     def measure(self, name: str) -> Measured | None:
         """Measure, or load what the folder `name` has; None without pairs, or on mere workers."""
@@ -125,6 +153,7 @@ class Examiner:
             batch_size=config.evaluation.batch_size,
             max_length=config.data.max_length,
             on_batch=progress.advance,
+            images=self._images,
         )
         good = samples.figures.get("preferred")
         judged = "" if good is None else f": {good} are good by the data's ground truth"
@@ -132,13 +161,15 @@ class Examiner:
         return samples
 
 
-def choose_rows(tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int) -> list[int]:
-    """Draw at most `count` rows of `tokenized` with different prompts, to sample responses to."""
+def choose_rows(
+    tokenized: TokenizedPairs, pairs: Pairs, count: int, seed: int, answerable: np.ndarray
+) -> list[int]:
+    """Draw at most `count` answerable rows with different prompts, to sample responses to."""
     prompts = pairs.prompt_hashes
     if tokenized.source is not None:
         prompts = prompts[tokenized.source]
     _, first_rows = np.unique(prompts, return_index=True)
-    distinct = sorted(first_rows.tolist())
+    distinct = [row for row in sorted(first_rows.tolist()) if answerable[row]]
     return sorted(random.Random(seed).sample(distinct, min(count, len(distinct))))
 
 

@@ -121,6 +121,7 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
     max_length: int | None = None,
     preprocessor: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
+    images: Any = None,
 ) -> Samples:
     """Sample a policy's responses, judge them and count.
 
@@ -138,6 +139,7 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         max_length: longest prompt and response together, in tokens.
         preprocessor: `policy.preprocessor` by default.
         on_batch: called with (responses done, N).
+        images: of the prompts, as `generate_responses` takes them.
 
     Returns:
         Records and figures. Figures: `preferred` and the verdict's other fields (shares) if there
@@ -182,6 +184,7 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         max_length=max_length,
         preprocessor=preprocessor,
         on_batch=on_batch,
+        images=images,
     )
     encoder = TextEncoder(preprocessor or policy.preprocessor)
     rows = encoder.responses(list(responses)).tolist() if responses else []

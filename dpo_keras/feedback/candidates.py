@@ -180,7 +180,7 @@ def _candidates(record: JSON, folder: str = "") -> Candidates:
         for name, (kept, rule) in rules.items()
         if not kept
     ]
-    images = _images(record, prompt, folder, problems)
+    images = record_images(record, prompt, folder, problems)
     if has_lone_surrogate(json.dumps(record, ensure_ascii=False)):
         rule = "holds half of a character (a lone surrogate), which is not valid text."
         problems.append(InputProblem("", rule))
@@ -195,7 +195,7 @@ def _candidates(record: JSON, folder: str = "") -> Candidates:
     return Candidates(prompt, tuple(responses), gold=gold, images=images, **names)
 
 
-def _images(
+def record_images(
     record: dict[str, JSON],
     prompt: str | tuple[Message, ...] | None,
     folder: str,

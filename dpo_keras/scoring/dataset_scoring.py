@@ -143,7 +143,7 @@ def response_log_probs(
     if not prompts:
         return np.zeros(0, np.float32), np.zeros(0, np.int32)
     run = _compiled(ResponseScorer(model))
-    shown = None if images is None else _shown_images(preprocessor, prompts, images)
+    shown = None if images is None else shown_images(preprocessor, prompts, images)
     texts = prompts if shown is None else shown[0]
     batch = batch_from_strings(preprocessor, texts, responses, max_length=max_length)
     logps, lengths = [], []
@@ -152,14 +152,18 @@ def response_log_probs(
         rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
         part = {name: values[rows] for name, values in cast(Arrays, batch).items()}
         if shown is not None:
-            part |= _image_arrays(shown[1], rows, part)
+            prompt = [
+                ids[0, : source[0] + 1]
+                for ids, source in zip(part["token_ids"], part["source"], strict=True)
+            ]
+            part |= image_arrays(shown[1], rows, prompt, part["token_ids"].shape[2])
         found = run(cast(Batch, part))
         logps.append(found["logps"][:, 0])
         lengths.append(found["lengths"][:, 0])
     return np.concatenate(logps)[: len(prompts)], np.concatenate(lengths)[: len(prompts)]
 
 
-def _shown_images(
+def shown_images(
     preprocessor: object, prompts: Sequence[str], images: Sequence[Sequence[JSON]]
 ) -> tuple[list[str], PairImages]:
     """Return prompts with the tokens of their images, and the images."""
@@ -175,18 +179,21 @@ def _shown_images(
     return texts, PairImages.of(pairs, family)
 
 
-def _image_arrays(images: PairImages, rows: np.ndarray, part: Arrays) -> Arrays:
-    """Return the arrays of the images of some rows, given their tokens."""
+def image_arrays(
+    images: PairImages, rows: np.ndarray, prompts: Sequence[Sequence[int]], length: int
+) -> Arrays:
+    """Return the arrays of the images of some rows, given the ids of their prompts.
+
+    Raises:
+        InputError: tokens of images were cut off, or a prompt writes such tokens itself.
+    """
     images, family = images[rows], images.preprocessor
-    prompts = [
-        ids[0, : source[0] + 1]
-        for ids, source in zip(part["token_ids"], part["source"], strict=True)
-    ]
-    for row, own, ids in zip(rows, images.rows.tolist(), prompts, strict=True):
+    tokens = [np.asarray(ids) for ids in prompts]
+    for row, own, ids in zip(rows, images.rows.tolist(), tokens, strict=True):
         if len(family.places(ids)) != len(own) * family.tokens:
             rule = f"leaves out tokens of images, or prompt {row} itself writes such tokens"
             raise InputError(InputProblem("max_length", rule))
-    return images.tensors(prompts, part["token_ids"].shape[2], len(rows))
+    return images.tensors(tokens, length, len(rows))
 
 
 def cache_reference(

@@ -5,14 +5,22 @@ server runs.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import keras_hub
 import tensorflow as tf
 
-from dpo_keras.scoring.model_inputs import TextRows, blank_images, declared_inputs, full_logits
+from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.layer_overrides import overridden_methods
+from dpo_keras.scoring.model_inputs import (
+    TextRows,
+    blank_images,
+    declared_inputs,
+    full_logits,
+    image_overrides,
+)
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import RecurrentDecoding, recurrent_decoding
 
@@ -30,6 +38,7 @@ def decode(
     stops: Sequence[int],
     choose: Choose,
     max_new_tokens: int | Tensor,
+    images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Write a response behind each prompt, token by token, until every row has a stop.
 
@@ -37,14 +46,15 @@ def decode(
     more tokens while longer ones are completed, which `new_tokens` cuts. Any other model runs one
     forward pass over the whole text per token. `token_ids` and the result are int32
     `[batch, length]`, prompts on the left, with room for the responses; `mask` is True for the
-    prompts' tokens, at least one per row. What follows a row's first stop is undefined.
+    prompts' tokens, at least one per row. What follows a row's first stop is undefined. `images`
+    are those of the prompts, as in a batch; see `check_generates_from_images`.
     """
     loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose)
     recurrent = recurrent_decoding(policy)
     if recurrent is not None:
         return _decode_with_state(recurrent, token_ids, loop)
     if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
-        return _decode_with_cache(policy, token_ids, mask, stops, loop)
+        return _decode_with_cache(policy, token_ids, mask, stops, loop, images or {})
     length = tf.shape(token_ids)[1]
     prompted = tf.cast(mask, tf.int32)
 
@@ -55,6 +65,19 @@ def decode(
 
     lengths = tf.reduce_sum(prompted, axis=1)
     return loop(logits_at, token_ids, (), lengths, steps=max_new_tokens)
+
+
+def generates_from_images(policy: keras.Model) -> bool:
+    """Tell whether `decode` shows the policy images: a state reads prompts token by token."""
+    cached = isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache")
+    return cached and recurrent_decoding(policy) is None
+
+
+def check_generates_from_images(policy: keras.Model) -> None:
+    """Refuse images where `decode` does not show them to the policy."""
+    if not generates_from_images(policy):
+        rule = f"are not read in the generation of {type(policy).__name__}"
+        raise InputError(InputProblem("images", rule, hint="Give prompts without images."))
 
 
 def _decode_with_state(
@@ -81,11 +104,12 @@ def _decode_with_cache(
     mask: Tensor,
     stops: Sequence[int],
     loop: Callable[..., Tensor],
+    images: Mapping[str, Tensor],
 ) -> Tensor:
     """Decode with KerasHub's cache of keys and values."""
     rows, length = tf.unstack(tf.shape(token_ids))
-    # Where prompts see themselves as a whole, their cache is kept as it was filled.
-    keep = "response_mask" in declared_inputs(policy)
+    # Where prompts see themselves as a whole, or images, their cache is kept as it was filled.
+    keep = "response_mask" in declared_inputs(policy) or bool(images)
 
     def sampler(
         *, next: Callable[..., Tensor], prompt: Tensor, cache: Tensor, index: Tensor, **_: Any
@@ -102,8 +126,11 @@ def _decode_with_cache(
     # `generate_step` fills the cache with the prompts and leaves the loop to the sampler.
     policy.sampler = sampler
     try:
-        inputs = {"token_ids": token_ids, "padding_mask": mask, **blank_images(policy, token_ids)}
-        return policy.generate_step(inputs, list(stops))["token_ids"]
+        inputs = {"token_ids": token_ids, "padding_mask": mask}
+        inputs |= images or blank_images(policy, token_ids)
+        rows_of_one = {**images, "token_ids": token_ids[:, None]}
+        with overridden_methods(image_overrides(policy, rows_of_one)):
+            return policy.generate_step(inputs, list(stops))["token_ids"]
     finally:
         policy.sampler = before
 

@@ -10,12 +10,19 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching import Ragged, TextEncoder
+from dpo_keras.batching.image_preprocessing import PairImages
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.scoring.dataset_scoring import image_arrays, shown_images
 from dpo_keras.scoring.model_inputs import check_inputs
-from dpo_keras.training.decoding import decode, new_tokens, token_choice
-from dpo_keras.utils import Tensor
+from dpo_keras.training.decoding import (
+    check_generates_from_images,
+    decode,
+    new_tokens,
+    token_choice,
+)
+from dpo_keras.utils import JSON, Tensor
 
-_Compiled: TypeAlias = tuple[Callable[[Tensor, Tensor, Tensor], Tensor], keras.random.SeedGenerator]
+_Compiled: TypeAlias = tuple[Callable[..., Tensor], keras.random.SeedGenerator]
 
 # Compiled once per policy and setting. The functions read the weights as they are at each call.
 _compiled_functions: weakref.WeakKeyDictionary[
@@ -36,6 +43,7 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     preprocessor: object | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     return_ended: bool = False,
+    images: Sequence[Sequence[JSON]] | PairImages | None = None,
 ) -> Any:
     """Sample one response to each prompt, tokenized exactly as for training.
 
@@ -54,13 +62,16 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
         preprocessor: what tokenizes; by default `policy.preprocessor`.
         on_batch: called with (responses done, N) after each batch.
         return_ended: whether to return which responses ended by themselves, too.
+        images: N lists of images, as `PreferencePair` takes them, for prompts that are strings;
+            `TokenizedPairs.images` of the same rows for prompts that are ids.
 
     Returns:
         N strings without special tokens. With `return_ended` a tuple of those and N booleans, False
         where a response was cut off at `max_new_tokens`.
 
     Raises:
-        InputError: an argument is out of range, or there is no preprocessor.
+        InputError: an argument is out of range, there is no preprocessor, or the policy does not
+            generate from images.
 
     Example:
         >>> class Letters:
@@ -85,6 +96,7 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
         rule = f"must leave room for a prompt in {limit} tokens"
         raise InputError(InputProblem("max_new_tokens", rule, max_new_tokens))
     check_inputs(policy)
+    prompts, shown = _shown(policy, preprocessor, prompts, images)
     encoder = TextEncoder(preprocessor)
     stops = sorted(encoder.ends)
     room = None if limit is None else limit - max_new_tokens
@@ -101,16 +113,34 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     ended: list[bool] = []
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
-        filled = chunk + chunk[-1:] * (batch_size - len(chunk))
+        # The last row is repeated to keep one shape; the responses of its copies are cut off.
+        places = np.minimum(np.arange(start, start + batch_size), len(rows) - 1)
+        filled = [rows[place] for place in places]
         token_ids, mask = _right_padded(filled, length, encoder.pad)
         lengths = np.array([len(row) for row in chunk])
-        found = run(token_ids, mask, steps)[: len(chunk)]
+        seen = {} if shown is None else image_arrays(shown, places, filled, length)
+        found = run(token_ids, mask, steps, seen)[: len(chunk)]
         new = new_tokens(found, lengths, stops, max_new_tokens).to_list()
         responses += detokenized(encoder, new)
         ended += [len(row) < max_new_tokens for row in new]
         if on_batch is not None:
             on_batch(len(responses), len(rows))
     return (responses, ended) if return_ended else responses
+
+
+def _shown(
+    policy: keras.Model,
+    preprocessor: object,
+    prompts: Any,
+    images: Sequence[Sequence[JSON]] | PairImages | None,
+) -> tuple[Any, PairImages | None]:
+    """Return prompts with the tokens of their images, and the images."""
+    if images is None:
+        return prompts, None
+    check_generates_from_images(policy)
+    if isinstance(images, PairImages):
+        return prompts, images
+    return shown_images(preprocessor, prompts, images)
 
 
 def decoding_problems(max_new_tokens: int, temperature: float, top_p: float) -> list[InputProblem]:
@@ -151,7 +181,9 @@ def _compiled(
         # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model
         # of the user's own may hold operations that XLA does not have.
         @tf.function(jit_compile=isinstance(policy, keras_hub.models.CausalLM))
-        def run(token_ids: Tensor, mask: Tensor, max_new_tokens: Tensor) -> Tensor:
+        def run(
+            token_ids: Tensor, mask: Tensor, max_new_tokens: Tensor, images: dict[str, Tensor]
+        ) -> Tensor:
             return decode(
                 borrowed(),
                 token_ids,
@@ -159,6 +191,7 @@ def _compiled(
                 stops=stops,
                 choose=token_choice(temperature, top_p, draw),
                 max_new_tokens=max_new_tokens,
+                images=images,
             )
 
         known[key] = (run, generator)
