@@ -99,10 +99,8 @@ class Examiner:
                     answerable[row] = sees and len(tokenized.prompt[row]) <= room
             left_out = int((~answerable).sum())
             if left_out:
-                why = (
-                    f"longer than {room} tokens" if sees else "this policy generates from text only"
-                )
-                note = f"{left_out:,} prompts with images are not answered in samples: {why}"
+                why = f"longer than {room} tokens" if sees else "it generates from text only"
+                note = f"prompts with images not answered in samples: {left_out:,} ({why})"
                 self.context.progress.note(note)
         return answerable
 
