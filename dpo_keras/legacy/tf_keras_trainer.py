@@ -106,6 +106,8 @@ class PolicyTrainer(tf_keras.Model):
     what they measure in `metric_names`, as those of `dpo_keras.training.PolicyTrainer` do.
     """
 
+    has_auxiliary_loss = False  # losses of the policy's own layers are those of KerasHub's models
+
     def __init__(self, policy: tf_keras.Model, dropout: bool = False, **options: object):
         call = PolicyCall(policy)
         # Labels and weights stay float32 whatever the policy computes in.

@@ -27,9 +27,10 @@ def recurrence_overrides(model: keras.Model) -> list[Override]:
         "gated_delta_rule": gated_delta_rule,
         "generalized_delta_rule": generalized_delta_rule,
     }
+    owners = recurrence_owners(model) if isinstance(model, keras.Model) else {}  # not of tf-keras
     return [
         Override(owner, name, rules[rule])
-        for rule, found in recurrence_owners(model).items()
+        for rule, found in owners.items()
         for owner, name in found
     ]
 

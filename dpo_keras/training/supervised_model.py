@@ -59,7 +59,7 @@ class SupervisedModel(PolicyTrainer):
         """Update the policy on the chosen responses of one batch."""
 
         def step_loss() -> tuple[Tensor, MetricSums]:
-            return self._step_loss(batch, training=self.dropout)
+            return _step_loss(self, batch, training=self.dropout)
 
         gradients, sums = self.gradients(step_loss)
         norm = self.update(gradients, weight=sums["loss"][1])
@@ -67,12 +67,7 @@ class SupervisedModel(PolicyTrainer):
 
     def test_step(self, batch: Batch) -> MetricSums:
         """Measure the policy on one batch."""
-        return self.report(batch, self._step_loss(batch, training=False)[1])
-
-    def _step_loss(self, batch: Batch, training: bool) -> tuple[Tensor, MetricSums]:
-        collected: list[Tensor] | None = [] if self.has_auxiliary_loss else None
-        scored = self.scorer(batch, training, collected=collected)
-        return with_auxiliary_loss(*_mean_nll(batch, scored), collected)
+        return self.report(batch, _step_loss(self, batch, training=False)[1])
 
     def metric_names(self) -> list[str]:
         """Return `loss`, in nats per token, and `chosen_logps`, in nats per response."""
@@ -113,6 +108,12 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
 
     options = preferences.options()
     return preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _step_loss(model: SupervisedModel, batch: Batch, training: bool) -> tuple[Tensor, MetricSums]:
+    collected: list[Tensor] | None = [] if model.has_auxiliary_loss else None
+    scored = model.scorer(batch, training, collected=collected)
+    return with_auxiliary_loss(*_mean_nll(batch, scored), collected)
 
 
 def _mean_nll(batch: Batch, scored: dict[str, Tensor]) -> tuple[Tensor, MetricSums]:
