@@ -1,4 +1,4 @@
-"""Gemma 4 with adapters goes all the way: train, evaluate, sample, save, export, serve strings."""
+"""A quantized Gemma 4 with adapters goes all the way: train, evaluate, save, export, serve."""
 
 import keras
 import numpy as np
@@ -16,10 +16,9 @@ PAIRS = [
 PROMPTS = [pair["prompt"] for pair in PAIRS]
 
 
-def trained(quantization=None):
+def trained():
     policy = serving_tiny.gemma4()
-    if quantization is not None:
-        dpo_keras.quantize(policy, quantization)
+    dpo_keras.quantize(policy, "int4")
     policy.backbone.enable_lora(4)
     dataset = dpo_keras.preference_dataset(
         dpo_keras.read_preferences(PAIRS),
@@ -36,9 +35,8 @@ def trained(quantization=None):
 # KerasHub leaves closing a SentencePiece file to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_gemma4_with_adapters_is_trained_saved_and_served(quantization, tmp_path):
-    model, dataset = trained(quantization)
+def test_quantized_gemma4_with_adapters_is_trained_saved_and_served(tmp_path):
+    model, dataset = trained()
     policy = model.policy
     assert model.reference.mode == "adapters_off"
     before = model.evaluate(dataset, verbose=0, return_dict=True)

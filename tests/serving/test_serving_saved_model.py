@@ -12,7 +12,7 @@ from serving_messages import serving_messages, texts_of
 from dpo_keras.batching import batch_from_strings
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
-from dpo_keras.scoring import quantize, response_log_probs
+from dpo_keras.scoring import response_log_probs
 from dpo_keras.serving import (
     export,
     inspect_graph,
@@ -174,11 +174,8 @@ def test_an_export_holds_a_request_for_each_of_its_signatures(report, signatures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", [None, "int4"])
-def test_adapters_and_a_template_are_served(tmp_path, quantization):
+def test_adapters_and_a_template_are_served(tmp_path):
     policy = serving_tiny.gemma3()
-    if quantization is not None:
-        quantize(policy, quantization)
     policy.backbone.enable_lora(4)
     model = DPOModel(policy, reference="adapters_off")
     model.compile(optimizer="sgd", loss=DPOLoss("sigmoid", beta=0.5))
