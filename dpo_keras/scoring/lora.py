@@ -6,6 +6,7 @@ are multiplied as x W + scale (x A) B, so that no other tensor of W's size is ma
 
 import functools
 import inspect
+import warnings
 from collections.abc import Mapping, MutableMapping
 
 import keras
@@ -48,6 +49,17 @@ def adapted_layers(policy: keras.Model) -> list[keras.layers.Layer]:
 def adapter_variables(layers: list[keras.layers.Layer]) -> list[keras.Variable]:
     """Return the variables that LoRA added to layers."""
     return [variable for layer in layers for variable in layer.weights if "lora_" in variable.name]
+
+
+def warn_of_frozen_kernels(policy: keras.Model) -> None:
+    """Warn where kernels are quantized and no adapters train on top of them."""
+    if any(map(quantization_mode, all_layers(policy))) and not adapted_layers(policy):
+        warnings.warn(
+            "policy is quantized and has no adapters: quantized kernels do not train, only what "
+            "was left in floating point. Call dpo_keras.enable_lora(policy) before training.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def adapters_are_fresh(policy: keras.Model) -> bool:

@@ -275,7 +275,7 @@ class PolicyTrainer(TensorflowTrainer):
     ):
         if not isinstance(policy, keras.Model):
             rule = f"must be a keras.Model, got {type(policy).__name__}"
-            hint = "Load one with keras_hub.models.CausalLM.from_preset(…)."
+            hint = "Load one with dpo_keras.load_model(…)."
             raise InputError(InputProblem("policy", rule, hint=hint))
         super().__init__(**kwargs)
         if not policy.built:
@@ -306,6 +306,7 @@ class PolicyTrainer(TensorflowTrainer):
         self._check_batches(kwargs.get("validation_data"), "validation_data")
         if self.optimizer is not None:
             warn_of_lost_updates(self.optimizer, self.trainable_variables)
+        lora.warn_of_frozen_kernels(self.policy)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:

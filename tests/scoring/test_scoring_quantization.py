@@ -1,5 +1,6 @@
 """Quantized policies: scored exactly, adapted, saved with their scales, written as numbers."""
 
+import contextlib
 from types import SimpleNamespace
 
 import keras
@@ -231,6 +232,19 @@ def test_a_file_without_scales_is_refused(batch):
     kept = {key: value for key, value in store.items() if "scale" not in key}
     with pytest.raises(InputError, match=r"policy .*kernel_scale"):
         model.policy_adapters.load_own_variables(kept)
+
+
+def test_training_without_adapters_on_quantized_kernels_is_warned_of(batch):
+    policy = quantized("gpt2", "int8")
+    dataset = tf.data.Dataset.from_tensors(batch)
+    for adapters in (False, True):
+        if adapters:
+            policy.backbone.enable_lora(2)
+        model = DPOModel(policy)
+        model.compile(keras.optimizers.SGD(1e-2), run_eagerly=True)
+        warned = pytest.warns(UserWarning, match=r"quantized and has no adapters.*enable_lora")
+        with contextlib.nullcontext() if adapters else warned:
+            model.fit(dataset, verbose=0)
 
 
 def test_what_cannot_be_quantized_is_refused():
