@@ -19,7 +19,7 @@ from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
 
 # The dimensions in which batches of different buckets differ.
-DYNAMIC = {
+_DYNAMIC = {
     "token_ids": 2,
     "padding_mask": 2,
     "source": 1,
@@ -27,6 +27,9 @@ DYNAMIC = {
     "owner": 1,
     "vision_mask": 1,
 }
+
+# Where the size of an image decides on the number of its patches.
+_DYNAMIC_PATCHES = {"pixel_values": 1}
 
 _mutexes: list[tf.Tensor] = []
 
@@ -82,11 +85,12 @@ class Source(NamedTuple):
     signature: dict[str, tf.TensorSpec]
 
 
-def signature_of(
-    sample: Mapping[str, object], dynamic: Mapping[str, int]
-) -> dict[str, tf.TensorSpec]:
-    """Return the specs of batches like a sample; None in the dimension that `dynamic` names."""
-    signature = {}
+def signature_of(sample: Mapping[str, object], static: bool) -> dict[str, tf.TensorSpec]:
+    """Return the specs of batches like a sample; those of other buckets, too, unless `static`."""
+    signature: dict[str, tf.TensorSpec] = {}
+    dynamic = {} if static else _DYNAMIC
+    if not static and "image_grid_thw" in sample:
+        dynamic = {**dynamic, **_DYNAMIC_PATCHES}
     for name, value in sample.items():
         array = np.asarray(value)
         shape: list[int | None] = list(array.shape)
@@ -196,7 +200,7 @@ def pass_signature(batch: Mapping[str, object]) -> dict[str, tf.TensorSpec]:
     Returns:
         A spec per key.
     """
-    return signature_of(batch, {} if "tree" in batch else DYNAMIC)
+    return signature_of(batch, static="tree" in batch)
 
 
 def batch_from_strings(
