@@ -11,7 +11,7 @@ import numpy as np
 from dpo_keras.batching.image_decoding import decode, pixel_size
 from dpo_keras.batching.image_preprocessing import BatchSizes, ImagePreprocessor
 from dpo_keras.batching.ragged import Ragged
-from dpo_keras.errors import InputError
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Image
 
 _PROMPTS_AT_ONCE = 4096  # that are read from a disk
@@ -90,22 +90,22 @@ class PatchPreprocessor(ImagePreprocessor):
             "vision_mask": np.zeros((len(rows), sizes.length), np.int32),
         }
         for row, (images, prompt) in enumerate(zip(rows, prompts, strict=False)):
-            end = 0
+            end, found = 0, self.places(prompt)
             for place, image in enumerate(images):
                 made = self._converted(image)
                 begin, end = end, end + len(made["patches"])
                 arrays["pixel_values"][row, begin:end] = made["patches"]
                 arrays["image_grid_thw"][row, place] = made["grid_thw"]
+            if images and end != len(found) * self.merge**2:
+                rule = f"make {end} patches, and their prompt has {len(found)} tokens for them"
+                raise InputError(InputProblem("images", rule))
             if images:
-                arrays["vision_mask"][row, self.places(prompt)] = 1
+                arrays["vision_mask"][row, found] = 1
         return arrays
 
     def _converted(self, image: Image) -> dict[str, np.ndarray]:
         """Return an image's patches, square by square, and its grid (1, down, across)."""
         made = self._convert(decode(image))
-        patches, (_, down, across), side = made["patches"], made["grid_thw"].tolist(), self.merge
-        if (down, across) != self.grid(*pixel_size(image)):
-            name = type(self.converter).__name__
-            raise InputError(f"image {image.path or ''}: {name} makes another grid than expected.")
+        (_, down, across), side, patches = made["grid_thw"], self.merge, made["patches"]
         squares = patches.reshape(down // side, side, across // side, side, *patches.shape[1:])
         return {**made, "patches": squares.swapaxes(1, 2).reshape(patches.shape)}
