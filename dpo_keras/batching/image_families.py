@@ -84,9 +84,15 @@ def _pali_gemma(preprocessor: Any, key: str) -> ImagePreprocessor:
     )
 
 
+_QWEN_MARKS = ("vision_start", "vision_end", "image")
+
+
 def _qwen3_5(preprocessor: Any, key: str) -> ImagePreprocessor:
-    start, end = preprocessor.tokenizer.vision_start_token, preprocessor.tokenizer.vision_end_token
-    mark, converter = preprocessor.image_token, preprocessor.image_converter
+    tokenizer, converter = preprocessor.tokenizer, preprocessor.image_converter
+    if preprocessor.image_token_id is None:
+        rule = f"need a tokenizer with image tokens; this {type(tokenizer).__name__} has none"
+        raise InputError(InputProblem("images", rule, hint="Make it with has_vision_tokens=True."))
+    start, end, mark = (getattr(tokenizer, f"{n}_token") for n in _QWEN_MARKS)
 
     def convert(image: np.ndarray) -> dict[str, np.ndarray]:
         made = converter(image)

@@ -106,15 +106,19 @@ class ImagePreprocessor:
         """Mark the prompts that hold tokens of images, bool `[N]`: they cannot be cut.
 
         Raises:
-            InputError: a prompt writes such tokens itself.
+            InputError: a prompt writes such tokens itself, or has lost some.
         """
         held = np.zeros(len(records), bool)
         for row, pair in enumerate(records):
             if pair.images:
-                found = len(self.places(prompts[row]))
-                if found != self.count(pair.images):
+                found, expected = len(self.places(prompts[row])), self.count(pair.images)
+                if found != expected:
                     rule = f"pair {first + row}: its prompt itself writes tokens of images"
                     hint = f"Write {PLACE} once for each image, or nothing."
+                    if found < expected:
+                        rule = f"pair {first + row}: {found} of {expected} image tokens are left"
+                        hint = "The template must write the prompt as it is, and the tokenizer "
+                        hint += "must have image tokens among its `unsplittable_tokens`."
                     raise InputError(InputProblem("images", rule, hint=hint))
                 held[row] = found > 0
         return held

@@ -124,3 +124,15 @@ def test_pairs_on_disk_have_the_same_batches(tmp_path):
 def test_a_prompt_that_writes_more_places_than_it_has_images_is_refused():
     with pytest.raises(InputError, match="itself writes tokens of images"):
         tokenized(pair((8, 8), prompt=f"<image>{MARK}"))
+
+
+def test_a_tokenizer_that_cuts_image_tokens_is_refused():
+    own = preprocessor()
+    words = {"vocabulary": own.tokenizer.vocabulary, "merges": own.tokenizer.merges}
+    plain = type(own.tokenizer)(**words)
+    other = type(own)(plain, own.image_converter)
+    with pytest.raises(InputError, match="0 of 1 image tokens are left"):
+        dpo_keras.tokenize_pairs([pair((8, 8))], other)
+    blind = type(own.tokenizer)(has_vision_tokens=False, **words)
+    with pytest.raises(InputError, match="need a tokenizer with image tokens"):
+        dpo_keras.tokenize_pairs([pair((8, 8))], type(own)(blind, own.image_converter))
