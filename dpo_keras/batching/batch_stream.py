@@ -18,7 +18,6 @@ from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
 
-# The dimensions in which batches of different buckets differ.
 _DYNAMIC = {
     "token_ids": 2,
     "padding_mask": 2,
@@ -27,7 +26,6 @@ _DYNAMIC = {
     "owner": 1,
     "vision_mask": 1,
 }
-
 # Where the size of an image decides on the number of its patches.
 _DYNAMIC_PATCHES = {"pixel_values": 1}
 
@@ -85,12 +83,16 @@ class Source(NamedTuple):
     signature: dict[str, tf.TensorSpec]
 
 
-def signature_of(sample: Mapping[str, object], static: bool) -> dict[str, tf.TensorSpec]:
-    """Return the specs of batches like a sample; those of other buckets, too, unless `static`."""
-    signature: dict[str, tf.TensorSpec] = {}
-    dynamic = {} if static else _DYNAMIC
-    if not static and "image_grid_thw" in sample:
-        dynamic = {**dynamic, **_DYNAMIC_PATCHES}
+def dynamic_dimensions(sample: Mapping[str, object]) -> dict[str, int]:
+    """Return the dimensions in which batches like a sample differ between buckets."""
+    return {**_DYNAMIC, **(_DYNAMIC_PATCHES if "image_grid_thw" in sample else {})}
+
+
+def signature_of(
+    sample: Mapping[str, object], dynamic: Mapping[str, int]
+) -> dict[str, tf.TensorSpec]:
+    """Return the specs of batches like a sample; None in the dimension that `dynamic` names."""
+    signature = {}
     for name, value in sample.items():
         array = np.asarray(value)
         shape: list[int | None] = list(array.shape)
@@ -200,7 +202,7 @@ def pass_signature(batch: Mapping[str, object]) -> dict[str, tf.TensorSpec]:
     Returns:
         A spec per key.
     """
-    return signature_of(batch, static="tree" in batch)
+    return signature_of(batch, {} if "tree" in batch else dynamic_dimensions(batch))
 
 
 def batch_from_strings(

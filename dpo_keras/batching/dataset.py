@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.batch_stream import Source, signature_of, stream
+from dpo_keras.batching.batch_stream import Source, dynamic_dimensions, signature_of, stream
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.collate import Batch, collate, collate_packed
@@ -230,7 +230,7 @@ def _bucketed(
     rows = batch_size // (1 if worker is None else worker[1])
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], rows)
     # Batches of one bucket are static throughout. Else only lengths and slots are left open.
-    signature = signature_of(sample, static=len(plan.lengths) == 1)
+    signature = signature_of(sample, {} if len(plan.lengths) == 1 else dynamic_dimensions(sample))
     steps = steps_per_epoch(tokenized, batch_size, options["drop_remainder"])
     return Source(steps, make, signature)
 
@@ -246,7 +246,7 @@ def _packed(tokenized: TokenizedPairs, plan: PackingPlan, worker: tuple[int, int
         grid = _share(tokenized, order(epoch if plan.shuffle else 0).pairs, step, worker)
         return collate_packed(tokenized, grid, plan.length, plan.slots)
 
-    return Source(plan.steps, make, signature_of(make(0, 0), static=True))
+    return Source(plan.steps, make, signature_of(make(0, 0), {}))
 
 
 def _share(
