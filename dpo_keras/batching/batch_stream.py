@@ -18,8 +18,7 @@ from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
 
-# The dimensions in which batches of different buckets differ.
-DYNAMIC = {
+_DYNAMIC = {
     "token_ids": 2,
     "padding_mask": 2,
     "source": 1,
@@ -27,6 +26,8 @@ DYNAMIC = {
     "owner": 1,
     "vision_mask": 1,
 }
+# Where the size of an image decides on the number of its patches.
+_DYNAMIC_PATCHES = {"pixel_values": 1}
 
 _mutexes: list[tf.Tensor] = []
 
@@ -80,6 +81,11 @@ class Source(NamedTuple):
     steps: int
     make: Callable[[int, int], Mapping[str, object]]
     signature: dict[str, tf.TensorSpec]
+
+
+def dynamic_dimensions(sample: Mapping[str, object]) -> dict[str, int]:
+    """Return the dimensions in which batches like a sample differ between buckets."""
+    return {**_DYNAMIC, **(_DYNAMIC_PATCHES if "image_grid_thw" in sample else {})}
 
 
 def signature_of(
@@ -196,7 +202,7 @@ def pass_signature(batch: Mapping[str, object]) -> dict[str, tf.TensorSpec]:
     Returns:
         A spec per key.
     """
-    return signature_of(batch, {} if "tree" in batch else DYNAMIC)
+    return signature_of(batch, {} if "tree" in batch else dynamic_dimensions(batch))
 
 
 def batch_from_strings(

@@ -60,10 +60,14 @@ class Batch(TypedDict, total=False):
     """float32 `[rows, images, height, width, 3]`, only where prompts have images; PaliGemma's have
     no dimension of images."""
     pixel_values: Tensor
-    """float32 `[rows, images, patches, values]`, of Gemma 4: images in patches."""
+    """float32 `[rows, images, patches, values]`, of Gemma 4: images in patches. Of Qwen 3.5
+    `[rows, patches, frames, side, side, 3]`: the patches of all images of a row, then 0."""
     pixel_position_ids: Tensor  # int32 `[rows, images, patches, 2]`, of Gemma 4
+    image_grid_thw: Tensor
+    """int32 `[rows, images, 3]`, of Qwen 3.5: 1, patches down and patches across; then 0."""
     vision_indices: Tensor
-    """int32 `[rows, images * tokens]`: places of image tokens in each sequence, then 0."""
+    """int32 `[rows, images * tokens]`, not of Qwen 3.5: places of image tokens in each sequence,
+    then 0."""
     vision_mask: Tensor
     """int32 `[rows, length]`: 1 for image tokens, the same in either sequence."""
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from dpo_keras.batching.chat_templates import MARKERS, ChatTemplate
 from dpo_keras.batching.encoders import STOPS, TextEncoder
-from dpo_keras.batching.image_preprocessing import SLOT
+from dpo_keras.batching.image_preprocessing import ImagePreprocessor, filled
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenized_pairs import TokenizationReport
 from dpo_keras.errors import InputError, InputProblem
@@ -37,7 +37,7 @@ def encode_conversations(
     encoder: TextEncoder,
     template: ChatTemplate,
     first: int = 0,
-    image: str = "",
+    images: ImagePreprocessor | None = None,
 ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
     r"""Render and tokenize pairs with a chat template.
 
@@ -51,9 +51,9 @@ def encode_conversations(
     told from a user's words.
 
     Returns prompts, chosen and rejected, and a report with warnings and counts of special tokens.
-    `first` is the first pair's number in errors. `image` takes the place of each `SLOT`.
+    `first` is the first pair's number in errors. `images` writes the images of prompts.
     """
-    conversations = _ConversationEncoder(encoder, template, image)
+    conversations = _ConversationEncoder(encoder, template, images)
     rendered: list[tuple[Pieces, Pieces, Pieces]] = []
     problems: list[str] = []
     for number, pair in enumerate(pairs, first):
@@ -122,8 +122,10 @@ def variables_of(encoder: TextEncoder) -> dict[str, JSON]:
 class _ConversationEncoder:
     """Renders conversations, cuts them at special tokens, and tokenizes the pieces."""
 
-    def __init__(self, encoder: TextEncoder, template: ChatTemplate, image: str = ""):
-        self.encoder, self.template, self.image = encoder, template, image
+    def __init__(
+        self, encoder: TextEncoder, template: ChatTemplate, images: ImagePreprocessor | None = None
+    ):
+        self.encoder, self.template, self.images = encoder, template, images
         self.variables = variables_of(encoder)
         special = special_texts(encoder, template)
         self.special_ids = {
@@ -150,20 +152,20 @@ class _ConversationEncoder:
     def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
         """Render a pair: prompt, chosen, rejected."""
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-        image = self.image if pair.images else ""
+        images = self.images.texts(pair.images) if self.images is not None else []
         if (
             self.template.name == "plain"
             and not pair.tools
             and (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str))
         ):
-            return [prompt.replace(SLOT, image)], [chosen], [rejected]
+            return [filled(prompt, images)], [chosen], [rejected]
         if prompt not in self._rendered:
             messages = self._messages(prompt, "user")
             tools = self._guarded("system", pair.tools)
             self._rendered[prompt] = messages, tools, self._render(messages, True, tools)
         messages, tools, rendered = self._rendered[prompt]
         responses = [self._response(messages, tools, rendered, text) for text in (chosen, rejected)]
-        return self._split(rendered, image), responses[0], responses[1]
+        return self._split(rendered, images), responses[0], responses[1]
 
     def ids(self, texts: list[Pieces], first_plain: bool) -> list[list[int]]:
         """Return the ids of each text. Each distinct piece is tokenized once.
@@ -224,9 +226,9 @@ class _ConversationEncoder:
             text = text.rstrip()
         return self._split(text)
 
-    def _split(self, text: str, image: str = "") -> Pieces:
+    def _split(self, text: str, images: Sequence[str] = ()) -> Pieces:
         # The marks of an image come after the guard, which cuts those that somebody wrote.
-        text = text.replace(SLOT, image)
+        text = filled(text, images)
         return [piece for piece in self._boundary.split(text) if piece and piece != CUT]
 
     def _guarded(self, role: str, value: JSON) -> JSON:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tensorflow as tf
 
-from dpo_keras.batching.batch_stream import DYNAMIC, Source, signature_of, stream
+from dpo_keras.batching.batch_stream import Source, dynamic_dimensions, signature_of, stream
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate
 from dpo_keras.batching.collate import Batch, collate, collate_packed
@@ -230,7 +230,7 @@ def _bucketed(
     rows = batch_size // (1 if worker is None else worker[1])
     sample = collate(tokenized, [0], plan.lengths[-1], plan.slots[-1], rows)
     # Batches of one bucket are static throughout. Else only lengths and slots are left open.
-    signature = signature_of(sample, {} if len(plan.lengths) == 1 else DYNAMIC)
+    signature = signature_of(sample, {} if len(plan.lengths) == 1 else dynamic_dimensions(sample))
     steps = steps_per_epoch(tokenized, batch_size, options["drop_remainder"])
     return Source(steps, make, signature)
 

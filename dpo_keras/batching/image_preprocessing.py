@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from dpo_keras.batching.image_decoding import decode
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import Image, Message, PreferencePair, StoredPreferences, Text
-from dpo_keras.preferences.images import PLACE, media_type
+from dpo_keras.preferences import Image, PreferencePair, StoredPreferences, Text
+from dpo_keras.preferences.images import PLACE
 from dpo_keras.utils import JSON
 
 # A Unicode noncharacter, never part of text: stands for an image until its tokens are written.
 SLOT = "\ufdd1"
 _LISTED = 20  # pairs that an error lists
 # What arrays of images are called in a batch: as the backbone's inputs.
-IMAGE_KEYS = ("images", "pixel_values", "pixel_position_ids", "vision_indices", "vision_mask")
-
-_NO_ROTARY_POSITIONS = (
-    "cannot be trained on: KerasHub's forward pass of Qwen 3.5 takes no M-RoPE positions, which "
-    "its generation uses for images, so that log-probs would not be those of what it generates"
+IMAGE_KEYS = (
+    "image_grid_thw",
+    "images",
+    "pixel_position_ids",
+    "pixel_values",
+    "vision_indices",
+    "vision_mask",
 )
+
+
+class BatchSizes(NamedTuple):
+    """What the images of a batch's rows have room for."""
+
+    most: int  # images of a row
+    room: int  # placeholders of a row
+    length: int  # tokens per sequence
 
 
 @dataclass(frozen=True)
@@ -33,27 +44,40 @@ class ImagePreprocessor:
 
     Attributes:
         expansion: text that stands for an image in a prompt.
-        written: what the family's own prompts write for an image; "" where they write nothing.
+        written: what the family's own prompts write for an image, longest first; () where they
+            write nothing.
         placeholder: id of the token that an image's states replace; None where they precede the
             text.
         tokens: placeholders of one image.
-        limit: images that a prompt may have.
+        limit: images that a prompt may have; None for any number.
         key: what batches depend on, besides the images.
     """
 
     expansion: str
-    written: str
+    written: tuple[str, ...]
     placeholder: int | None
     tokens: int
-    limit: int
+    limit: int | None
     key: str
     _convert: Callable[[np.ndarray], dict[str, np.ndarray]] = field(repr=False)
+
+    def texts(self, images: Sequence[Image]) -> list[str]:
+        """Return the text that stands for each image in its prompt."""
+        return [self.expansion] * len(images)
+
+    def count(self, images: Sequence[Image]) -> int:
+        """Return the number of placeholders of some images."""
+        return len(images) * self.tokens
+
+    def room(self, prompts: Ragged, most: int) -> int:
+        """Return how many placeholders a prompt has at most, if it has `most` images at most."""
+        return most * self.tokens
 
     def prompt(self, prompt: Text, count: int) -> Text:
         """Return a prompt with `SLOT` in the place of each of its images."""
         places = _marked(prompt, PLACE)
         if _slots(places) == 0 and self.written:
-            places = _marked(prompt, self.written)
+            places = _marked(prompt, *self.written)
         if _slots(places) == 0:  # before the text of the first turn of the user
             return _before(prompt, SLOT * count)
         return places
@@ -70,7 +94,7 @@ class ImagePreprocessor:
                 marked.append(pair)
                 continue
             count = len(pair.images)
-            if count > self.limit:
+            if self.limit is not None and count > self.limit:
                 rule = f"pair {number} has {count} images, and a prompt may have {self.limit}"
                 problems.append(InputProblem("images", f"{rule} (of the preset's preprocessor)"))
             marked.append(replace(pair, prompt=self.prompt(pair.prompt, count)))
@@ -82,15 +106,19 @@ class ImagePreprocessor:
         """Mark the prompts that hold tokens of images, bool `[N]`: they cannot be cut.
 
         Raises:
-            InputError: a prompt writes such tokens itself.
+            InputError: a prompt writes such tokens itself, or has lost some.
         """
         held = np.zeros(len(records), bool)
         for row, pair in enumerate(records):
             if pair.images:
-                found = len(self.places(prompts[row]))
-                if found != len(pair.images) * self.tokens:
+                found, expected = len(self.places(prompts[row])), self.count(pair.images)
+                if found != expected:
                     rule = f"pair {first + row}: its prompt itself writes tokens of images"
                     hint = f"Write {PLACE} once for each image, or nothing."
+                    if found < expected:
+                        rule = f"pair {first + row}: {found} of {expected} image tokens are left"
+                        hint = "The template must write the prompt as it is, and the tokenizer "
+                        hint += "must have image tokens among its `unsplittable_tokens`."
                     raise InputError(InputProblem("images", rule, hint=hint))
                 held[row] = found > 0
         return held
@@ -101,7 +129,23 @@ class ImagePreprocessor:
             return np.zeros(0, np.int64)
         return np.flatnonzero(ids == self.placeholder)
 
-    def arrays(self, rows: Sequence[tuple[Image, ...]], most: int) -> dict[str, np.ndarray]:
+    def tensors(
+        self, rows: Sequence[tuple[Image, ...]], prompts: Sequence[np.ndarray], sizes: BatchSizes
+    ) -> dict[str, np.ndarray]:
+        """Return the arrays of one batch; the first rows have prompts of these ids."""
+        arrays = self._arrays(rows, sizes.most)
+        if self.placeholder is None:
+            return arrays
+        arrays["vision_indices"] = np.zeros((len(rows), sizes.room), np.int32)
+        arrays["vision_mask"] = np.zeros((len(rows), sizes.length), np.int32)
+        for row, (images, prompt) in enumerate(zip(rows, prompts, strict=False)):
+            places = self.places(prompt)
+            if images:
+                arrays["vision_indices"][row, : len(places)] = places
+                arrays["vision_mask"][row, places] = 1
+        return arrays
+
+    def _arrays(self, rows: Sequence[tuple[Image, ...]], most: int) -> dict[str, np.ndarray]:
         """Open and convert the images of some rows: arrays `[rows, most, …]`.
 
         Each image is converted alone. Where a row has fewer than `most`, the rest is 0.
@@ -126,90 +170,22 @@ def any_images(pairs: Sequence[PreferencePair]) -> bool:
     return any(pair.images for pair in pairs)
 
 
-def expanded(pair: PreferencePair, image: str) -> str:
-    """Return a pair's prompt with a text in the place of each image."""
+def expanded(pair: PreferencePair, family: ImagePreprocessor | None) -> str:
+    """Return a pair's prompt with the texts that stand for its images."""
     prompt = str(pair.prompt)
-    return prompt.replace(SLOT, image) if pair.images else prompt
+    if family is None or not pair.images:
+        return prompt
+    return filled(prompt, family.texts(pair.images))
 
 
-def image_preprocessor(preprocessor: object) -> ImagePreprocessor:
-    """Return how a KerasHub preprocessor reads images.
+def filled(text: str, images: Sequence[str]) -> str:
+    """Put the texts of images in the places of `SLOT`s, in order; the last one in all that follow.
 
-    Raises:
-        InputError: it reads none, or dpo_keras cannot train on what it makes of them.
+    A template may write a place twice. `ImagePreprocessor.held` refuses what comes of it.
     """
-    names = {kind.__name__ for kind in type(preprocessor).__mro__}
-    family: Any = preprocessor
-    converter = getattr(preprocessor, "image_converter", None)
-    own = type(preprocessor).__name__
-    rule = None
-    if "Qwen3_5CausalLMPreprocessor" in names:
-        rule = _NO_ROTARY_POSITIONS
-    elif converter is None:
-        rule = f"need a preset with a vision encoder; {own} has no image converter"
-    elif not names & _FAMILIES.keys():
-        rule = f"are read for {', '.join(sorted(_FAMILIES))}, got {own}"
-    if rule is not None:
-        hint = "Leave the column out, or take another model."
-        raise InputError(InputProblem("images", rule, hint=hint))
-    assert converter is not None
-    settings = json.dumps(converter.get_config(), sort_keys=True, default=str)
-    make = next(_FAMILIES[name] for name in sorted(names & _FAMILIES.keys()))
-    return make(family, f"{own} {settings}")
-
-
-def _gemma3(preprocessor: Any, key: str) -> ImagePreprocessor:
-    placeholders = preprocessor.image_placeholder * preprocessor.num_vision_tokens_per_image
-    start, end = preprocessor.start_of_image_token, preprocessor.end_of_image_token
-    return ImagePreprocessor(
-        expansion=f"\n\n{start}{placeholders}{end}\n\n",
-        written=start,
-        placeholder=preprocessor.tokenizer.image_placeholder_id,
-        tokens=preprocessor.num_vision_tokens_per_image,
-        limit=preprocessor.max_images_per_prompt,
-        key=f"{key} {preprocessor.num_vision_tokens_per_image}",
-        _convert=lambda image: {"images": _one(preprocessor.image_converter(image[None]))},
-    )
-
-
-def _gemma4(preprocessor: Any, key: str) -> ImagePreprocessor:
-    mark = preprocessor.image_placeholder
-    placeholders = mark * preprocessor.num_vision_tokens_per_image
-
-    def convert(image: np.ndarray) -> dict[str, np.ndarray]:
-        # Not __call__: KerasHub's own preprocessor calls `call` too.
-        made = preprocessor.image_converter.call(image[None])
-        return {name: _one(made[name]) for name in ("pixel_values", "pixel_position_ids")}
-
-    return ImagePreprocessor(
-        expansion=f"{preprocessor.start_of_image_token}{placeholders}"
-        f"{preprocessor.end_of_image_token}",
-        written=mark,
-        placeholder=preprocessor.tokenizer.image_placeholder_id,
-        tokens=preprocessor.num_vision_tokens_per_image,
-        limit=preprocessor.max_images_per_prompt,
-        key=f"{key} {preprocessor.num_vision_tokens_per_image}",
-        _convert=convert,
-    )
-
-
-def _pali_gemma(preprocessor: Any, key: str) -> ImagePreprocessor:
-    return ImagePreprocessor(
-        expansion="",
-        written="",
-        placeholder=None,
-        tokens=0,
-        limit=1,
-        key=key,
-        _convert=lambda image: {"images": _one(preprocessor.image_converter(image[None]))},
-    )
-
-
-_FAMILIES: dict[str, Callable[[Any, str], ImagePreprocessor]] = {
-    "Gemma3CausalLMPreprocessor": _gemma3,
-    "Gemma4CausalLMPreprocessor": _gemma4,
-    "PaliGemmaCausalLMPreprocessor": _pali_gemma,
-}
+    parts = text.split(SLOT)
+    texts = [images[min(n, len(images) - 1)] if images else "" for n in range(len(parts) - 1)]
+    return "".join(part + shown for part, shown in zip(parts, [*texts, ""], strict=True))
 
 
 @dataclass(frozen=True)
@@ -236,11 +212,13 @@ class PairImages:
         rows: for each pair a tuple of `Image`, as an object array `[N]`; or `StoredImages`.
         preprocessor: how the model reads them.
         most: images that a row has room for.
+        room: placeholders that a row has room for.
     """
 
     rows: np.ndarray | StoredImages
     preprocessor: ImagePreprocessor
     most: int
+    room: int
 
     @classmethod
     def of(cls, pairs: Sequence[PreferencePair], preprocessor: ImagePreprocessor) -> PairImages:
@@ -248,20 +226,26 @@ class PairImages:
         rows = np.empty(len(pairs), object)
         for row, pair in enumerate(pairs):  # NumPy would make an array of tuples two-dimensional
             rows[row] = pair.images
-        return cls(rows, preprocessor, max((len(pair.images) for pair in pairs), default=0))
+        most = max((len(pair.images) for pair in pairs), default=0)
+        room = max((preprocessor.count(pair.images) for pair in pairs), default=0)
+        return cls(rows, preprocessor, most, room)
 
     @classmethod
     def stored(
-        cls, pairs: StoredPreferences, source: np.ndarray | None, preprocessor: ImagePreprocessor
+        cls,
+        pairs: StoredPreferences,
+        source: np.ndarray | None,
+        prompts: Ragged,
+        preprocessor: ImagePreprocessor,
     ) -> PairImages:
         """Return the images of pairs on disk; `source` names them among all of the directory."""
         assert source is not None
-        rows = StoredImages(pairs.whole, source)
-        return cls(rows, preprocessor, pairs.report.most_images)
+        rows, most = StoredImages(pairs.whole, source), pairs.report.most_images
+        return cls(rows, preprocessor, most, preprocessor.room(prompts, most))
 
     def __getitem__(self, rows: np.ndarray) -> PairImages:
         """Return the images of some pairs."""
-        return PairImages(self.rows[rows], self.preprocessor, self.most)
+        return replace(self, rows=self.rows[rows])
 
     @property
     def digest_text(self) -> str:
@@ -281,43 +265,8 @@ class PairImages:
         """
         images = self.rows.tolist()
         images += [()] * (rows - len(images))
-        family = self.preprocessor
-        arrays = family.arrays(images, self.most)
-        if family.placeholder is None:
-            return arrays
-        arrays["vision_indices"] = np.zeros((rows, self.most * family.tokens), np.int32)
-        arrays["vision_mask"] = np.zeros((rows, length), np.int32)
-        for row in range(len(prompts)):
-            places = family.places(prompts[row])
-            if images[row]:
-                arrays["vision_indices"][row, : len(places)] = places
-                arrays["vision_mask"][row, places] = 1
-        return arrays
-
-
-def decode(image: Image) -> np.ndarray:
-    """Return an image's pixels, 0 to 255, float32 `[height, width, 3]`: resized without rounding.
-
-    Raises:
-        InputError: the content cannot be decoded.
-    """
-    import tensorflow as tf
-
-    content = image.read()
-    try:
-        if media_type(content) == "image/webp":
-            pixels = tf.io.decode_webp(content, channels=3)[0]
-        else:
-            pixels = tf.io.decode_image(content, channels=3, expand_animations=False)
-        return pixels.numpy().astype(np.float32)
-    except tf.errors.InvalidArgumentError as error:
-        name = image.path or f"of {len(content):,} bytes"
-        reason = str(error.message).splitlines()[0][:200]
-        raise InputError(f"image {name} cannot be decoded: {reason}") from error
-
-
-def _one(values: Any) -> np.ndarray:
-    return np.asarray(values)[0]
+        ids = [prompts[row] for row in range(len(prompts))]
+        return self.preprocessor.tensors(images, ids, BatchSizes(self.most, self.room, length))
 
 
 def _slots(text: Text) -> int:
@@ -332,15 +281,15 @@ def _before(prompt: Text, slots: str) -> Text:
     users = [n for n, message in enumerate(prompt) if message.role == "user"]
     first = users[0] if users else len(prompt) - 1
     return tuple(
-        Message(message.role, (slots if n == first else "") + message.content.replace(SLOT, ""))
-        for n, message in enumerate(prompt)
+        replace(turn, content=(slots if n == first else "") + turn.content.replace(SLOT, ""))
+        for n, turn in enumerate(prompt)
     )
 
 
-def _marked(prompt: Text, mark: str) -> Text:
-    if isinstance(prompt, str):
-        return prompt.replace(SLOT, "").replace(mark, SLOT)
-    return tuple(
-        Message(message.role, message.content.replace(SLOT, "").replace(mark, SLOT))
-        for message in prompt
-    )
+def _marked(prompt: Text, *marks: str) -> Text:
+    if not isinstance(prompt, str):
+        return tuple(replace(turn, content=str(_marked(turn.content, *marks))) for turn in prompt)
+    prompt = prompt.replace(SLOT, "")
+    for mark in marks:
+        prompt = prompt.replace(mark, SLOT)
+    return prompt

@@ -17,12 +17,12 @@ import numpy as np
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.conversations import encode_conversations, kept_tokens
 from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.image_families import image_preprocessor
 from dpo_keras.batching.image_preprocessing import (
     ImagePreprocessor,
     PairImages,
     any_images,
     expanded,
-    image_preprocessor,
 )
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.token_cache import FORMAT, Chunk, cached_tokens
@@ -123,7 +123,7 @@ def tokenize_pairs(
             max_length=max_length,
         )
         if pairs.report.with_images:
-            images = PairImages.stored(pairs, tokens.source, tokenizer.image_family)
+            images = PairImages.stored(pairs, tokens.source, tokens.prompt, tokenizer.image_family)
             tokens = replace(tokens, images=images)
     else:
         records: list[Any] = list(pairs)
@@ -226,12 +226,11 @@ class PairTokenizer:
     def _encode(
         self, records: list[PreferencePair], first: int
     ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
-        image = ""
-        if any_images(records):
-            records = self.image_family.with_slots(records, first)
-            image = self.image_family.expansion
+        family = self.image_family if any_images(records) else None
+        if family is not None:
+            records = family.with_slots(records, first)
         if self.template is not None:
-            return encode_conversations(records, self.encoder, self.template, first, image)
+            return encode_conversations(records, self.encoder, self.template, first, family)
         messages = [
             number
             for number, pair in enumerate(records, first)
@@ -245,7 +244,7 @@ class PairTokenizer:
             hint = "Give a name such as 'chatml', a Jinja file, or a Hugging Face checkpoint."
             raise InputError(InputProblem("template", rule, hint=hint))
         return (
-            self.encoder.prompts([expanded(pair, image) for pair in records]),
+            self.encoder.prompts([expanded(pair, family) for pair in records]),
             self.encoder.responses([str(pair.chosen) for pair in records]),
             self.encoder.responses([str(pair.rejected) for pair in records]),
             TokenizationReport(),

@@ -19,7 +19,8 @@ from dpo_keras.batching import (
     one_pass,
     pass_signature,
 )
-from dpo_keras.batching.image_preprocessing import PairImages, expanded, image_preprocessor
+from dpo_keras.batching.image_families import image_preprocessor
+from dpo_keras.batching.image_preprocessing import PairImages, expanded
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.scoring.model_inputs import check_images
@@ -175,7 +176,7 @@ def shown_images(
         PreferencePair(prompt, " a", " b", images=tuple(own))  # the responses do not matter
         for prompt, own in zip(prompts, images, strict=True)
     ]
-    texts = [expanded(pair, family.expansion) for pair in family.with_slots(pairs, 0)]
+    texts = [expanded(pair, family) for pair in family.with_slots(pairs, 0)]
     return texts, PairImages.of(pairs, family)
 
 
@@ -190,7 +191,7 @@ def image_arrays(
     images, family = images[rows], images.preprocessor
     tokens = [np.asarray(ids) for ids in prompts]
     for row, own, ids in zip(rows, images.rows.tolist(), tokens, strict=True):
-        if len(family.places(ids)) != len(own) * family.tokens:
+        if len(family.places(ids)) != family.count(own):
             rule = f"leaves out tokens of images, or prompt {row} itself writes such tokens"
             raise InputError(InputProblem("max_length", rule))
     return images.tensors(tokens, length, len(rows))

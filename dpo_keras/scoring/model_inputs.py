@@ -17,6 +17,7 @@ from keras import ops
 from dpo_keras.batching.image_preprocessing import IMAGE_KEYS
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.layer_overrides import Call, Override, overridden_methods
+from dpo_keras.scoring.patch_images import patch_overrides
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import (
     drafts_for_another_model,
@@ -182,6 +183,8 @@ def check_images(model: object, names: Collection[str]) -> None:
         InputError: it reads no images, or other ones.
     """
     given, declared = set(IMAGE_KEYS) & set(names), declared_inputs(model)
+    if "image_grid_thw" in given:
+        given.discard("vision_mask")  # `patch_overrides` reads it
     if not given <= declared.keys():
         rule = (
             f"need a policy with a vision encoder, and {type(model).__name__} takes "
@@ -210,6 +213,8 @@ def image_inputs(model: object, batch: Mapping[str, Tensor]) -> Inputs:
 
 def image_overrides(model: object, batch: Mapping[str, Tensor]) -> list[Override]:
     """Encode the images of each row once, and repeat their states for each of its sequences."""
+    if "image_grid_thw" in batch:
+        return patch_overrides(model, batch)
     encoder = image_encoder(getattr(model, "backbone", model))
     sequences = batch[_IDS].shape[1]
     if encoder is None or not any(name in batch for name in IMAGE_KEYS):

@@ -40,6 +40,27 @@ def image_encoder(backbone: object) -> keras.layers.Layer | None:
     return getattr(backbone, "vision_encoder", None) or getattr(backbone, "vit_encoder", None)
 
 
+def patch_encoder(backbone: object) -> MediaEncoder | None:
+    """Return Qwen 3.5's encoder of images, which are of any size; None for other models.
+
+    KerasHub 0.32 computes positions and windows in Python from the sizes of images, so that it
+    does not run in a graph, and makes one batch of all rows.
+    """
+    found = media_encoders(backbone)
+    if not found or type(found[0].encoder).__name__ != "Qwen3_5VisionEncoder":
+        return None
+    return found[0]
+
+
+def rotary_attention_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers whose `call` takes positions in images, as `position_ids` (M-RoPE).
+
+    KerasHub 0.32 gives them any in generation only.
+    """
+    layers = [layer for layer in all_layers(model) if type(layer).__name__ == "Qwen3_5Attention"]
+    return [layer for layer in layers if layer.mrope_section is not None]
+
+
 def leading_image_states(backbone: object) -> int | None:
     """Return how many states of an image precede those of tokens; None where none ever do."""
     for name in ("image_sequence_length", "num_query_tokens"):  # PaliGemma, BLIP-2

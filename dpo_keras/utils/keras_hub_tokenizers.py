@@ -22,25 +22,42 @@ RULES_FILE = "tokenizer_rules.json"
 """Where a KerasHub preset that this package wrote keeps a checkpoint's rules."""
 _RULES, _FOLLOWED = "checkpoint_rules", "backend_of_checkpoint_rules"
 
-# How each family cuts text into words before it merges bytes. Llama 3's and Qwen's differ in the
-# number of digits that a word may hold.
+# How each family cuts text into words before it merges bytes, as its tokenizer.json says. Llama 3's
+# and Qwen's differ in the number of digits that a word may hold; Qwen 3.5 takes combining marks for
+# letters.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # openai/gpt-2
 _MODERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}"
+    r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3 = _MODERN.format(digits=r"\p{N}{1,3}")
-QWEN = _MODERN.format(digits=r"\p{N}")
+LLAMA3 = _MODERN.format(letters=r"\p{L}", digits=r"\p{N}{1,3}")
+QWEN = _MODERN.format(letters=r"\p{L}", digits=r"\p{N}")
+QWEN3_5 = _MODERN.format(letters=r"\p{L}\p{M}", digits=r"\p{N}")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_OSS = (  # o200k_base of openai/tiktoken
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 # By the names of KerasHub's classes; other families keep what they have.
 WORD_SPLITS = {
     "GPT2Tokenizer": GPT2,
     "OPTTokenizer": GPT2,
+    "FalconTokenizer": GPT2,
     "GPTNeoXTokenizer": GPT2,
     "Llama3Tokenizer": LLAMA3,
     "SmolLM3Tokenizer": LLAMA3,
     "QwenTokenizer": QWEN,
     "Qwen3Tokenizer": QWEN,
+    "QwenMoeTokenizer": QWEN,
+    "Qwen3MoeTokenizer": QWEN,
+    "Qwen3_5Tokenizer": QWEN3_5,
+    "Qwen3_5MoeTokenizer": QWEN3_5,
+    "GptOssTokenizer": GPT_OSS,
+    "BloomTokenizer": BLOOM,
 }
 
 

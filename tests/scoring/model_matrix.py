@@ -230,14 +230,6 @@ def save_load(family, directory):
     np.testing.assert_allclose(ResponseScorer(policy)(BATCH)["logps"], expected, atol=1e-5)
 
 
-def _qwen3_5_preprocessor():
-    special = "endoftext im_start im_end vision_start vision_end image_pad video_pad"
-    words = (*(f"<|{name}|>" for name in special.split()), "a", "b", "ab")
-    vocabulary = {word: place for place, word in enumerate(words)}
-    tokenizer = keras_hub.models.Qwen3_5Tokenizer(vocabulary=vocabulary, merges=["a b"])
-    return keras_hub.models.Qwen3_5CausalLMPreprocessor(tokenizer)
-
-
 def _blip2_preprocessor():
     words = ("<s>", "<pad>", "</s>", "\u010a", "<image>", "a", "b", "ab")
     vocabulary = {word: place for place, word in enumerate(words)}
@@ -251,8 +243,9 @@ SEEING = {
     "gemma3_vision": vision_tiny.gemma3,
     "gemma4_vision": vision_tiny.gemma4,
     "pali_gemma": vision_tiny.pali_gemma,
+    "qwen3_5_vision": vision_tiny.qwen3_5,
 }
-READERS = {"qwen3_5_vision": _qwen3_5_preprocessor, "blip2_vision": _blip2_preprocessor}
+READERS = {"blip2_vision": _blip2_preprocessor}
 
 
 def images(family, directory):

@@ -33,7 +33,6 @@ VISION = "gemma3_vision gemma4_vision qwen3_5_vision pali_gemma blip2 blip2_visi
 GROUPS = {
     "images": {
         f"{DENSE} {MIXTURES} qwen3_5 qwen3_5_moe rwkv7 blip2 gemma4_assistant": NO_IMAGES,
-        "qwen3_5_vision": Reason("positions of images not passed on", "ositions"),
         "blip2_vision": Reason("preprocessor not read", "are read for Gemma3"),
     },
     "packed": {

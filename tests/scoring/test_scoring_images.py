@@ -9,7 +9,7 @@ import tensorflow as tf
 import vision_tiny
 
 import dpo_keras
-from dpo_keras.batching.image_preprocessing import decode
+from dpo_keras.batching.image_decoding import decode
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.scoring import score_pairs

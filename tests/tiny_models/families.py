@@ -9,6 +9,7 @@ GROUPED = {"num_query_heads": HEADS, "num_key_value_heads": 2}
 WINDOW = 6  # shorter than the texts, so that it is felt
 IMAGE_SIZE = 16
 PATCH_SIZE = 4
+MROPE = [2, 1, 1]  # sections of time, height and width
 
 
 def _policy(name, backbone, **arguments):
@@ -83,7 +84,7 @@ def _gemma4_encoder(dtype):
     )
 
 
-def _qwen3_5_encoder(dtype):
+def qwen3_5_encoder(dtype):
     from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import Qwen3_5VisionEncoder
 
     return Qwen3_5VisionEncoder(
@@ -323,9 +324,7 @@ ALL_FAMILIES = {
     "rwkv7": _make("RWKV7", sizes=RWKV7),
     "gemma3_vision": _make("Gemma3", encoder=_gemma3_encoder, **{**GEMMA3, "num_layers": 2}),
     "gemma4_vision": _make("Gemma4", encoder=_gemma4_encoder, **GEMMA4),
-    "qwen3_5_vision": _make(
-        "Qwen3_5", encoder=_qwen3_5_encoder, **QWEN3_5, mrope_section=[2, 1, 1]
-    ),
+    "qwen3_5_vision": _make("Qwen3_5", encoder=qwen3_5_encoder, **QWEN3_5, mrope_section=MROPE),
     "pali_gemma": _make("PaliGemma", **PALI_GEMMA),
     "blip2": _make_blip2(query_tokens=0),
     "blip2_vision": _make_blip2(query_tokens=4),

@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 import serving_tiny
 from assembling import GEMMA_PIECES, sentence_pieces
-from families import ALL_FAMILIES, IMAGE_SIZE, PATCH_SIZE
+from families import ALL_FAMILIES, IMAGE_SIZE, MROPE, PATCH_SIZE, qwen3_5_encoder
 
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
 PIECES = {
@@ -15,6 +15,7 @@ PIECES = {
     "gemma4": ["<|image>", "<|image|>", "<image|>", "<|video|>", "<|turn>", "<turn|>"],
     "pali_gemma": [],
 }
+QWEN_MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 SCALE = {"scale": 1 / 127.5, "offset": -1.0}
 LENGTH = 64
 
@@ -37,9 +38,9 @@ def pieces(family):
     return sentence_pieces(serving_tiny.CORPUS, 340, **options)
 
 
-def _attached(family, tokenizer, preprocessor):
-    name = {"gemma3": "gemma3_vision", "gemma4": "gemma4_vision"}.get(family, family)
-    policy = ALL_FAMILIES[name](vocabulary_size=tokenizer.vocabulary_size())
+def _attached(family, tokenizer, preprocessor, **settings):
+    make = ALL_FAMILIES.get(f"{family}_vision") or ALL_FAMILIES[family]
+    policy = make(vocabulary_size=tokenizer.vocabulary_size(), **settings)
     policy.preprocessor = preprocessor
     return policy
 
@@ -66,6 +67,28 @@ def gemma4():
         audio_input_feat_size=0,  # the model has no audio encoder
     )
     return _attached("gemma4", tokenizer, preprocessor)
+
+
+def qwen3_5(moe=False):
+    """Qwen 3.5, dense or a mixture of experts."""
+    family = "Qwen3_5Moe" if moe else "Qwen3_5"
+    vocabulary, merges = serving_tiny.bpe()
+    marks = ["<|im_start|>", "<|im_end|>", *QWEN_MARKS]
+    known = {mark: len(vocabulary) + place for place, mark in enumerate(marks)}
+    # As KerasHub reads a Hugging Face directory.
+    tokenizer = getattr(keras_hub.models, f"{family}Tokenizer")(
+        {**vocabulary, **known}, merges, unsplittable_tokens=["<|endoftext|>", *marks]
+    )
+    converter = keras_hub.layers.Qwen3_5ImageConverter(
+        patch_size=PATCH_SIZE, min_pixels=64, max_pixels=IMAGE_SIZE * IMAGE_SIZE, **SCALE
+    )
+    preprocessor = getattr(keras_hub.models, f"{family}CausalLMPreprocessor")(
+        tokenizer, converter, sequence_length=LENGTH
+    )
+    if not moe:
+        return _attached("qwen3_5", tokenizer, preprocessor)
+    seeing = {"vision_encoder": qwen3_5_encoder("float32"), "mrope_section": MROPE}
+    return _attached("qwen3_5_moe", tokenizer, preprocessor, **seeing)
 
 
 def pali_gemma():

@@ -7,7 +7,7 @@ from families import ALL_FAMILIES
 from tiny import Letters
 
 import dpo_keras
-from dpo_keras.batching.image_preprocessing import decode
+from dpo_keras.batching.image_decoding import decode
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Image, PreferencePair
 

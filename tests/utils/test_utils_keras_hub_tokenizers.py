@@ -4,9 +4,11 @@ import json
 
 import keras_hub
 import pytest
+import tensorflow as tf
 from tokenizers import ByteLevelBPETokenizer, Regex, pre_tokenizers
 
 from dpo_keras.batching import TextEncoder
+from dpo_keras.serving.word_patterns import WordPattern
 from dpo_keras.utils.keras_hub_tokenizers import (
     WORD_SPLITS,
     fast_byte_pair_encoding,
@@ -68,6 +70,24 @@ def test_llama_3_cuts_numbers_by_three_digits_and_qwen_by_one(name, words):
         " ",
         " c",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("Qwen3MoeTokenizer", "e\u0301t", ["e", "\u0301t"]),
+        ("Qwen3_5Tokenizer", "e\u0301t", ["e\u0301t"]),
+        ("GptOssTokenizer", "helloWorld's 12345", ["hello", "World's", " ", "123", "45"]),
+        ("BloomTokenizer", "don't (stop), 12a", ["don't", " (", "stop", "),", " 12a"]),
+        ("FalconTokenizer", "don't 12a", ["don", "'t", " 12", "a"]),
+    ],
+)
+def test_each_family_cuts_words_as_its_vocabulary_was_made_for(name, text, words):
+    split = pre_tokenizers.Split(Regex(WORD_SPLITS[name]), behavior="isolated")
+    assert [word for word, _ in split.pre_tokenize_str(text)] == words
+    # A served graph does the same.
+    found = WordPattern.read({"Regex": WORD_SPLITS[name]}).split(tf.constant([text]))
+    assert [word.decode() for word in found[0].numpy()] == words
 
 
 def test_other_tokenizers_stay_as_they_are():
