@@ -10,8 +10,10 @@ import vision_tiny
 
 import dpo_keras
 from dpo_keras.batching.image_decoding import decode
+from dpo_keras.batching.image_preprocessing import SLOT, image_preprocessor
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.preferences.pair import Message
 from dpo_keras.scoring import score_pairs
 
 PROMPT, CHOSEN, REJECTED = "Hello, how are you?", " I am fine", " don't worry."
@@ -144,6 +146,14 @@ def test_a_template_puts_the_image_where_its_part_stands():
     assert ids[first : first + 6] == [start, mark, mark, mark, mark, end]
     # The user's own words cannot end the turn.
     assert ids.count(lookup("<end_of_turn>")) == 1
+
+
+@pytest.mark.parametrize("text", ["Look: <image>", "Look"])
+def test_tool_calls_stay_where_a_conversation_has_images(text):
+    call = Message("assistant", "", '{"tool_calls": [{"function": {"name": "zoom"}}]}')
+    family = image_preprocessor(policy("gemma3").preprocessor)
+    marked = family.prompt((Message("user", text), call), 1)
+    assert marked[1] == call and marked[0].content.count(SLOT) == 1
 
 
 def test_pairs_on_disk_keep_their_images(tmp_path):
