@@ -10,7 +10,8 @@ import vision_tiny
 
 import dpo_keras
 from dpo_keras.batching.image_decoding import decode
-from dpo_keras.batching.image_preprocessing import SLOT, image_preprocessor
+from dpo_keras.batching.image_families import image_preprocessor
+from dpo_keras.batching.image_preprocessing import SLOT
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.preferences.pair import Message
