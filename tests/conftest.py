@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 
 import pytest
 
@@ -23,3 +24,9 @@ def garbage_is_of_one_file():
     yield
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that have most slow tests, so that parallel workers end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

@@ -15,6 +15,8 @@ from dpo_keras.evaluation import evaluate_preferences
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import supervised_dataset
 
+pytestmark = pytest.mark.slow
+
 FLAVOURS = {keras: dpo_keras, tf_keras: legacy}
 
 

@@ -18,6 +18,8 @@ from dpo_keras.app.config import parse_config
 from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(__file__).parent
 CLUSTER = {
     "chief": ["127.0.0.1:1"],

@@ -14,6 +14,8 @@ from model_reasons import BEGIN, END, README, REASONS, table
 
 from dpo_keras.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @functools.lru_cache(maxsize=1)  # the cells of a family are run one after the other
 def family_of(name):

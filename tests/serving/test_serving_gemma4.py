@@ -7,6 +7,8 @@ import serving_tiny
 
 import dpo_keras
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     {"prompt": "Hello, how are you?", "chosen": " I am fine, thanks", "rejected": " lazy dog"},
     {"prompt": "Please reset", "chosen": " my password for account 99-12", "rejected": " No"},

@@ -15,6 +15,8 @@ from dpo_keras.scoring import ResponseScorer
 from dpo_keras.scoring.auxiliary_loss import auxiliary_loss
 from dpo_keras.training import DPOModel, SupervisedModel, strategy, supervised_dataset
 
+pytestmark = pytest.mark.slow
+
 ROUTED = ("mixtral", "qwen_moe", "qwen3_moe", "qwen3_5_moe")
 
 

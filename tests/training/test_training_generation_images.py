@@ -11,6 +11,8 @@ from dpo_keras.batching.image_decoding import decode
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import Image, PreferencePair
 
+pytestmark = pytest.mark.slow
+
 NEW = 4
 # Prompts of different length, and what each family's own prompts write for an image.
 PROMPTS = ["Hello, how are you?<image>", "Hi <image>"]
