@@ -32,9 +32,10 @@ def image_preprocessor(preprocessor: object) -> ImagePreprocessor:
         hint = "Leave the column out, or take another model."
         raise InputError(InputProblem("images", rule, hint=hint))
     assert converter is not None
-    settings = json.dumps(converter.get_config(), sort_keys=True, default=str)
+    # Keras numbers the layers of a process by their names.
+    settings = {name: value for name, value in converter.get_config().items() if name != "name"}
     make = next(_FAMILIES[name] for name in sorted(names & _FAMILIES.keys()))
-    return make(family, f"{own} {settings}")
+    return make(family, f"{own} {json.dumps(settings, sort_keys=True, default=str)}")
 
 
 def _gemma3(preprocessor: Any, key: str) -> ImagePreprocessor:

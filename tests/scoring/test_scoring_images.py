@@ -171,8 +171,10 @@ def test_pairs_on_disk_keep_their_images(tmp_path):
 
 
 def test_another_image_is_another_reference_cache():
+    # Loaded once more, a preset is the same one.
+    presets = [policy("gemma3"), vision_tiny.gemma3(), policy("gemma3")]
     prints = [
-        dpo_keras.tokenize_pairs([pair(seed)], policy("gemma3").preprocessor).fingerprint
-        for seed in (1, 1, 2)
+        dpo_keras.tokenize_pairs([pair(seed)], preset.preprocessor).fingerprint
+        for seed, preset in zip((1, 1, 2), presets, strict=True)
     ]
     assert prints[0] == prints[1] != prints[2]
