@@ -2,7 +2,7 @@
 
 A cell that begins to work, or fails otherwise than by the reason given, fails its test.
 `python scripts/model_table.py` runs all cells and writes the table anew; the suite runs those of
-`REPRESENTATIVES`, but for the slowest one.
+`REPRESENTATIVES`.
 """
 
 import functools
@@ -23,8 +23,7 @@ def family_of(name):
 
 
 def marked(family, cell):
-    in_suite = family in REPRESENTATIVES and (family, cell) != ("rwkv7", "jit")
-    marks = () if in_suite else pytest.mark.table
+    marks = () if family in REPRESENTATIVES else pytest.mark.table
     return pytest.param(family, cell, marks=marks, id=f"{family}-{cell.replace(' ', '_')}")
 
 
