@@ -88,7 +88,7 @@ def step(variant: str, args: argparse.Namespace) -> dict[str, float]:
     model = DPOModel(policy)
     model.scorer = ResponseScorer(policy, plain=variant.endswith("full logits"))
     if variant.endswith(", full logits"):
-        model.scorer._overrides = lambda batch: []  # as without dpo_keras.quantize
+        model.scorer._overrides = lambda *_: []  # as without dpo_keras.quantize
     model.compile(keras.optimizers.SGD(1e-3))
     random, half = np.random.default_rng(0), args.length // 2
     token_ids = random.integers(3, args.vocabulary, (args.pairs, 2, args.length)).astype(np.int32)
