@@ -299,4 +299,6 @@ def _model_inputs(
                 pair[side] = [{"role": "assistant", "content": pair[side]}]
         pairs.append(pair)
     tokenized = tokenize_pairs(pairs, policy.preprocessor, max_length=2**20, template=template)
+    if tokenized.report.dropped:  # the rest would answer the wrong prompts
+        raise InputError([f"prompts: {dropped}." for dropped in tokenized.report.dropped])
     return Inputs(tokenized.prompt.tolist(), tokenized.images)

@@ -1,8 +1,10 @@
 """Candidates: who made what, several policies and settings, and what is drawn again."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from tiny import Letters
 
 from dpo_keras.app import candidate_generation as module
 from dpo_keras.app.candidate_generation import generate
@@ -62,6 +64,19 @@ def test_each_response_says_what_made_it(scripted, prompts, tmp_path):
     read = read_candidates(tmp_path / "c.jsonl")
     assert [response.text for response in read[0].responses] == found[0]["responses"]
     assert read[0].responses[0].maker == read[0].responses[1].maker, "seeds are no policies"
+
+
+def test_a_prompt_without_tokens_is_named_rather_than_given_the_next_ones_responses():
+    class Quiet(Letters):
+        start_token_id = None
+
+        def tokenize(self, texts):
+            return super().tokenize([text.replace("?", "") for text in texts])
+
+    settings = Config(model={"path": "m"}, data={"path": "builtin:support", "template": "plain"})
+    records = [{"prompt": "a"}, {"prompt": "?"}, {"prompt": "b"}]
+    with pytest.raises(InputError, match="prompts: pair 1: no prompt token"):
+        module._model_inputs(records, settings, SimpleNamespace(preprocessor=Quiet()))
 
 
 def test_policies_and_temperatures_take_turns(scripted, prompts):
