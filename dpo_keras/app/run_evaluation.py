@@ -88,10 +88,10 @@ class Examiner:
     def _answerable(self, tokenized: TokenizedPairs) -> np.ndarray:
         """Mark the prompts that are answered whole, with their images."""
         answerable = np.ones(len(tokenized), bool)
-        if tokenized.images is not None:
+        config = self.context.config
+        if tokenized.images is not None and config.evaluation.prompts:
             from dpo_keras.training.decoding import generates_from_images
 
-            config = self.context.config
             sees = generates_from_images(self.model.policy)
             room = config.data.max_length - config.evaluation.max_new_tokens
             for row, images in enumerate(tokenized.images.rows.tolist()):

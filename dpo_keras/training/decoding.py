@@ -53,7 +53,7 @@ def decode(
     recurrent = recurrent_decoding(policy)
     if recurrent is not None:
         return _decode_with_state(recurrent, token_ids, loop)
-    if isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache"):
+    if generates_from_images(policy):
         return _decode_with_cache(policy, token_ids, mask, stops, loop, images or {})
     length = tf.shape(token_ids)[1]
     prompted = tf.cast(mask, tf.int32)
@@ -68,7 +68,7 @@ def decode(
 
 
 def generates_from_images(policy: keras.Model) -> bool:
-    """Tell whether `decode` shows the policy images: a state reads prompts token by token."""
+    """Tell whether `decode` uses KerasHub's cache of keys and values, its only path with images."""
     cached = isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache")
     return cached and recurrent_decoding(policy) is None
 
