@@ -128,7 +128,8 @@ def facts_of_run(run: RunDirectory, config: Config) -> ModelFacts:
         exclude_none=True,
     )
     settings = {"loss": loss, "reference": config.reference, "training": training}
-    settings["model"] = config.model.model_dump(exclude={"path", "scratch"}, exclude_none=True)
+    unread = {"path", "scratch"} | ({"lora_scaling"} if config.model.lora_rank is None else set())
+    settings["model"] = config.model.model_dump(exclude=unread, exclude_none=True)
     return ModelFacts(
         data=data,
         objective={name: plain(value) for name, value in settings.items()},

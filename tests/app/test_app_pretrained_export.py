@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from dpo_keras.app.cli import main
 from dpo_keras.app.config_sections import Model
 from dpo_keras.app.models import load_policy, save_policy
-from dpo_keras.app.pretrained_export import save_adapters
+from dpo_keras.app.pretrained_export import facts_of_run, save_adapters
 from dpo_keras.app.run_directory import RunDirectory, versions
 from dpo_keras.serving import save_pretrained
 
@@ -54,6 +54,12 @@ def test_a_run_goes_out_with_a_card_of_its_data_objective_and_figures(
     assert "| pairs from | builtin:support |" in card and "| train pairs | 40 |" in card
     assert "`f00d`" in card and "beta 0.1" in card
     assert "| reward_accuracy | 0.5 (0.4 to 0.6) | 0.75 (0.7 to 0.8) |" in card
+
+
+@pytest.mark.parametrize(("rank", "said"), [(None, False), (2, True)])
+def test_a_card_says_how_adapters_are_scaled_where_there_are_any(run, rank, said):
+    config = settings(run.path, model={"lora_rank": rank})
+    assert ("lora_scaling" in facts_of_run(run, config).objective["model"]) == said
 
 
 def test_adapters_of_a_run_are_those_that_were_trained(run, tmp_path):
