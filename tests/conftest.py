@@ -12,6 +12,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 # Graphs are many small objects. By Python's own thresholds a search for garbage begins every few
 # traces, through all that is alive.
 gc.set_threshold(100_000, 10, 10)
+# Runs leave the collector alone where something is frozen already: the fixture below sees to it.
+gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,6 +26,7 @@ from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 from dpo_keras.utils.deferred_imports import quiet_tensorflow
+from dpo_keras.utils.garbage_collection import freeze_until_exit
 from dpo_keras.utils.text import shortened, visible
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -266,6 +267,7 @@ def prepare_keras() -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"
     with quiet_tensorflow():
         import keras  # noqa: F401 (so that its own notices are held back too)
+    freeze_until_exit()
 
 
 _TYPES = {bool: "", int: "NUMBER", float: "NUMBER", Path: "PATH", str: "TEXT"}

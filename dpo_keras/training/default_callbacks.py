@@ -4,6 +4,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.metrics import STOP
 from dpo_keras.utils import JSON
+from dpo_keras.utils.garbage_collection import freeze_graphs
 
 
 class StartsAtReference(keras.callbacks.Callback):
@@ -94,21 +96,45 @@ class Throughput(keras.callbacks.Callback):
 
 
 class ReleasesTracing(keras.callbacks.Callback):
-    """Trim from C's heap the near hundred megabytes that tracing left: steps use TensorFlow's."""
+    """Put away what tracing has left, once it is over.
 
-    due = False
+    Python's garbage collector need not walk over graphs again (see `dpo_keras.utils.
+    garbage_collection`). C's heap gives back near a hundred megabytes: steps use TensorFlow's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_train_begin()
 
     def on_train_begin(self, logs: dict[str, JSON] | None = None) -> None:
-        """Expect a trace: every `fit` may make one."""
-        self.due = True
+        """Expect traces: every `fit` may make some."""
+        # By the end of an epoch every shape of a bucketed batch has been traced.
+        self.expected = {"train step", "test step", "epoch"}
 
     def on_train_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
-        """Trim the heap once, after the first step."""
-        if self.due and sys.platform == "linux":
+        """Put away the graph of the first step."""
+        self._put_away("train step", self.model.train_function)
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Put away the graph of the first evaluation step."""
+        self._put_away("test step", self.model.test_function)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
+        """Put away the graphs of other shapes."""
+        self._put_away("epoch", self.model.train_function)
+
+    def _put_away(self, moment: str, step: Any) -> None:
+        if moment not in self.expected:
+            return
+        self.expected.remove(moment)
+        # A program may call `fit` once per epoch. It shall not wait for a collection each time.
+        known: set[str] = vars(step).setdefault("put_away", set())
+        freeze_graphs(collect=moment not in known)
+        known.add(moment)
+        if sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if trim is not None:  # not every C library has it
                 trim(0)
-        self.due = False
 
 
 class StopTogether(keras.callbacks.Callback):

@@ -19,6 +19,7 @@ from dpo_keras.training.distribution import OneStep, next_steps, sum_over_replic
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name, step_counts
 from dpo_keras.utils import JSON, Tensor, keras_internals
+from dpo_keras.utils.garbage_collection import frozen_graphs
 from dpo_keras.utils.keras_half_precision import (
     scaling_losses,
     update_in_float32,
@@ -162,7 +163,8 @@ class TensorflowTrainer(keras.Model):
         """Train as `keras.Model.fit` does, on dict batches; tokens per second are logged, too."""
         callbacks = with_defaults(callbacks, self.default_callbacks())
         # Keras warns that it cannot shuffle a tf.data dataset, unless it is told not to.
-        return super().fit(*args, callbacks=callbacks, **{"shuffle": False, **kwargs})
+        with frozen_graphs():
+            return super().fit(*args, callbacks=callbacks, **{"shuffle": False, **kwargs})
 
     def reset_metrics(self) -> None:
         """Start all means anew; Keras calls it at the start of an epoch."""
@@ -312,8 +314,10 @@ class PolicyTrainer(TensorflowTrainer):
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Evaluate as `keras.Model.evaluate` does, on a dataset of dict batches."""
         self._check_batches(x)
-        callbacks = with_defaults(kwargs.pop("callbacks", None), [ShortProgress()])
-        return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
+        defaults = [ReleasesTracing(), ShortProgress()]
+        callbacks = with_defaults(kwargs.pop("callbacks", None), defaults)
+        with frozen_graphs():
+            return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
 
     def predict(self, x: object, *args: object, **kwargs: object) -> Any:
         """Score as `keras.Model.predict` does, a dataset of dict batches."""
