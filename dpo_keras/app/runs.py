@@ -290,41 +290,41 @@ def _export(
     progress: Progress,
     run: RunDirectory | None = None,
 ) -> dict[str, JSON]:
-    """Export a model, and put one request, of the first plain-text pair, to each signature.
+    """Export a model, and show what it answered to the first plain-text pair.
 
     A `run` that goes on after this uses what it has exported before.
     """
-    from dpo_keras.serving import EXAMPLES, export, run_standalone
+    from dpo_keras.serving import EXAMPLES, export
     from dpo_keras.serving.verification import calls
 
     progress.stage("Export")
     exported = None if run is None else run.read(_EXPORTED)
-    if exported is None or not Path(exported["path"]).is_dir():
-        report = export(
-            model,
-            settings.path or f"saved_models/{config.name}",
-            max_length=config.data.max_length,
-            template=config.data.template,
-            on_stage=progress.note,
-            **settings.model_dump(exclude={"path"}),
-        )
-        progress.note(report.summary())
-        exported = report.as_dict()
-        if run is not None:
-            run.write(_EXPORTED, exported)
-    progress.stage("One request to the exported model")
+    if exported is not None and Path(exported["path"]).is_dir():
+        return dict(exported)
     texts = [
         (prompt, chosen, rejected)
         for prompt, chosen, rejected in ((p.prompt, p.chosen, p.rejected) for p in pairs)
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
     ]
-    requests = calls(list(exported["signatures"]), texts[:1] or EXAMPLES[:1])
-    outputs = run_standalone(exported["path"], requests)["outputs"]
+    examples = (*texts[:1], *EXAMPLES)
+    report = export(
+        model,
+        settings.path or f"saved_models/{config.name}",
+        max_length=config.data.max_length,
+        template=config.data.template,
+        on_stage=progress.note,
+        examples=examples,
+        **settings.model_dump(exclude={"path"}),
+    )
+    progress.note(report.summary())
     answer = {
         name: {
             "request": {key: value[0] for key, value in inputs.items()},
-            "response": {key: value[0] for key, value in found.items()},
+            "response": {key: value[0] for key, value in report.answers[name].items()},
         }
-        for (name, inputs), found in zip(requests, outputs, strict=True)
+        for name, inputs in calls(list(report.signatures), examples)
     }
-    return {**exported, "answer": answer}
+    exported = {**report.as_dict(), "answer": answer}
+    if run is not None:
+        run.write(_EXPORTED, exported)
+    return exported

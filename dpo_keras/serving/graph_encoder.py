@@ -150,7 +150,9 @@ def check_tokenization(
     kept = range(len(pairs)) if expected.source is None else expected.source
     kind = type(TextEncoder(preprocessor).tokenizer).__name__
     try:
-        prompt, parts = tf.function(graph.encode, autograph=False)(
+        # The tokenizer runs as a graph here, too. What the encoder adds runs op by op: to trace it
+        # takes longer, and each signature does so later.
+        prompt, parts = graph.encode(
             tf.constant(texts), [tf.constant(others), tf.fill([len(texts)], "x")]
         )
     except (ValueError, TypeError, tf.errors.OpError) as error:
@@ -182,7 +184,7 @@ def rows_of(token: int, wanted: Tensor) -> tf.RaggedTensor:
     """Return one token in each row where it is wanted `[batch]`, none in the others."""
     count = tf.cast(wanted, tf.int64)
     tokens = tf.repeat(tf.constant(token, tf.int32), tf.reduce_sum(count))
-    return tf.RaggedTensor.from_row_lengths(tokens, count)
+    return tf.RaggedTensor.from_row_lengths(tokens, count, validate=False)
 
 
 def _among(ids: tf.RaggedTensor, wanted: Sequence[int]) -> tf.RaggedTensor:

@@ -73,7 +73,7 @@ class Turn:
         is_kept = tf.reduce_any(matches, axis=1)
         number = tf.argmax(tf.cast(tf.boolean_mask(matches, is_kept), tf.int32), axis=1)
         ids = tf.gather(tf.constant([*self.kept.values(), 0], tf.int32), number)
-        alone = tf.RaggedTensor.from_row_lengths(ids, tf.cast(is_kept, tf.int64))
+        alone = tf.RaggedTensor.from_row_lengths(ids, tf.cast(is_kept, tf.int64), validate=False)
         return tf.where(is_kept, "", pieces), alone
 
 

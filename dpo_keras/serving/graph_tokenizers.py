@@ -63,10 +63,6 @@ class BytePairGraph(GraphTokenizer):
             spelled = all(c in byte_of for c in token)
             self.texts[number] = bytes(byte_of[c] for c in token) if spelled else token.encode()
 
-        # Traced once for all signatures that tokenize.
-        self._traced = tf.function(
-            self._tokenize, input_signature=[tf.TensorSpec([None], tf.string)], autograph=False
-        )
         added = specification["added_tokens"]
         # Tokens of the first kind are found in the text as it was written.
         self.written, self.normalized = (
@@ -78,6 +74,11 @@ class BytePairGraph(GraphTokenizer):
             words = specification["model"]["vocab"].items()
             ids = [number for token, number in words if set(token) <= byte_of.keys()]
             self.whole_words = _table([self.texts[number] for number in ids], ids, default=-1)
+        # Traced once, for all signatures. String ops and lookup tables run on the CPU only.
+        texts = [tf.TensorSpec([None], tf.string)]
+        with tf.device("CPU:0"):
+            tokenize = tf.function(self._tokenize, input_signature=texts, autograph=False)
+            self._traced = tokenize.get_concrete_function()
 
     def _read_merges(self, model: dict[str, JSON], byte_of: dict[str, int]) -> None:
         vocabulary = model["vocab"]
@@ -121,7 +122,10 @@ class BytePairGraph(GraphTokenizer):
         cut = tf.pad((word[1:] != word[:-1]) | ~joined, [[1, 0]])[: tf.size(ids)]
         ids, word = self._merge(ids, word, tf.cumsum(tf.cast(cut, tf.int32)))
         return tf.RaggedTensor.from_value_rowids(
-            tf.cast(ids, tf.int32), tf.gather(row, word), nrows=tf.size(texts, tf.int64)
+            tf.cast(ids, tf.int32),
+            tf.gather(row, word),
+            nrows=tf.size(texts, tf.int64),
+            validate=False,
         )
 
     def _words(self, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +200,8 @@ def _cut(
     words: Tensor, row: Tensor, special: Tensor, split: Callable[[Tensor], tf.RaggedTensor]
 ) -> tuple[Tensor, ...]:
     """Cut words into pieces; a special token stays whole."""
-    whole = _where(tf.RaggedTensor.from_uniform_row_length(words, 1), special >= 0)
+    each = tf.RaggedTensor.from_row_splits(words, tf.range(tf.size(words, tf.int64) + 1), False)
+    whole = _where(each, special >= 0)
     pieces = tf.concat([whole, _where(split(words), special < 0)], axis=1)
     origin = pieces.value_rowids()
     return pieces.values, tf.gather(row, origin), tf.gather(special, origin)
@@ -228,7 +233,8 @@ def _first_of_each(chosen: Tensor, stretch: Tensor) -> Tensor:
 def _where(rows: tf.RaggedTensor, keep: Tensor) -> tf.RaggedTensor:
     """Empty the rows that are not kept."""
     values = tf.boolean_mask(rows.values, tf.gather(keep, rows.value_rowids()))
-    return tf.RaggedTensor.from_row_lengths(values, tf.where(keep, rows.row_lengths(), 0))
+    lengths = tf.where(keep, rows.row_lengths(), 0)
+    return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
 
 
 def _table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -25,6 +26,7 @@ from dpo_keras.serving.signatures import (
     missing_reference,
     trace,
 )
+from dpo_keras.serving.standalone_process import StandaloneProcess
 from dpo_keras.serving.verification import (
     EMPTY,
     EXAMPLES,
@@ -32,7 +34,6 @@ from dpo_keras.serving.verification import (
     Examples,
     calls,
     check_graph,
-    run_standalone,
 )
 from dpo_keras.utils import JSON
 from dpo_keras.version import __version__
@@ -200,26 +201,29 @@ def export(  # noqa: PLR0913 - public API, options by keyword
         raise InputError(problems)
     names, notes = kept
 
-    stage("tokenizer")
-    encoder = GraphEncoder(preprocessor, max_length, chat)
-    check_tokenization(encoder, preprocessor, chat)
-    tokenizer = getattr(preprocessor, "tokenizer", None) or preprocessor
-    special = tuple(getattr(tokenizer, "special_token_ids", None) or ())
-    served = ServedModel(model, encoder, decoding, special)
-    stage("tracing")
-    keeper, functions = trace(served, names)
-    verified: dict[str, JSON] = {}
-    with staged(target) as partial:
-        stage("writing")
-        default = {"serving_default": functions[names[0]]}
-        tf.saved_model.save(keeper, str(partial), signatures={**default, **functions})
-        write_warmup_requests(partial, target.parent.name, calls(names, examples))
-        _write_settings(partial, encoder, decoding, chat, names)
-        check_graph(partial)
-        if verify:
-            stage("verifying")
-            verified = _verify(partial, Comparison(served, preprocessor, chat), names, examples)
-        size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    # It imports TensorFlow while this process traces and writes.
+    with StandaloneProcess() if verify else contextlib.nullcontext() as process:
+        stage("tokenizer")
+        encoder = GraphEncoder(preprocessor, max_length, chat)
+        check_tokenization(encoder, preprocessor, chat)
+        tokenizer = getattr(preprocessor, "tokenizer", None) or preprocessor
+        special = tuple(getattr(tokenizer, "special_token_ids", None) or ())
+        served = ServedModel(model, encoder, decoding, special)
+        stage("tracing")
+        keeper, functions = trace(served, names)
+        verified: dict[str, JSON] = {}
+        with staged(target) as partial:
+            stage("writing")
+            default = {"serving_default": functions[names[0]]}
+            tf.saved_model.save(keeper, str(partial), signatures={**default, **functions})
+            write_warmup_requests(partial, target.parent.name, calls(names, examples))
+            _write_settings(partial, encoder, decoding, chat, names)
+            check_graph(partial)
+            if process is not None:
+                stage("verifying")
+                comparison = Comparison(served, preprocessor, chat)
+                verified = _verify(process, partial, comparison, names, examples)
+            size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     return ExportReport(
         path=target,
         signatures={
@@ -279,14 +283,21 @@ def _kept_signatures(
 
 
 def _verify(
-    path: Path, comparison: Comparison, names: Sequence[str], examples: Examples
+    process: StandaloneProcess,
+    path: Path,
+    comparison: Comparison,
+    names: Sequence[str],
+    examples: Examples,
 ) -> dict[str, JSON]:
-    found = run_standalone(path, [*calls(names, examples), *calls(names, EMPTY)])
+    """Compare both processes' answers; each computes its own while the other does."""
+    answered = process.ask(path, [*calls(names, examples), *calls(names, EMPTY)])
+    expected = {name: comparison.expected(name, examples) for name in names}
+    found = answered.result()
     answers = dict(zip(names, found["outputs"], strict=False))
     blank = dict(zip(names, found["outputs"][len(names) :], strict=True))
     differences: dict[str, float] = {}
     for name in names:
-        differences |= comparison.check(name, answers[name], examples)
+        differences |= comparison.check(name, answers[name], expected[name])
         comparison.check_finite(name, blank[name])
     custom = tuple(found["custom_operations"])
     return {"answers": answers, "differences": differences, "custom_operations": custom}

@@ -1,7 +1,7 @@
 """Loads a SavedModel as a server would: with TensorFlow and the ops of tensorflow_text, no more.
 
 Run it as a script (`python -I standalone.py < request.json`) in a process of its own, in which
-Keras, KerasHub and this package cannot be imported. It reads
+Keras, KerasHub and this package cannot be imported. After its own imports it reads
 `{"path", "calls": [{"signature", "inputs"}], "operations"}` and prints
 `{"outputs", "signatures", "custom_operations"}` as its last line.
 """
@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-FORBIDDEN = ("keras", "keras_hub", "tf_keras", "dpo_keras")
+FORBIDDEN = ("keras", "keras_hub", "tf_keras", "dpo_keras", "jax")
 
 
 class Hidden(PathFinder):
@@ -35,9 +36,8 @@ def main() -> None:
     """Answer the request on standard input."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    # TensorFlow imports Keras by itself where Keras is installed.
+    # TensorFlow imports Keras and JAX by itself where they are installed.
     sys.meta_path[:] = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
-    request = json.load(sys.stdin)
 
     import tensorflow as tf
 
@@ -46,6 +46,8 @@ def main() -> None:
     assert text is not None and text.origin is not None
     for library in sorted(Path(text.origin).parent.glob("python/ops/_*.so")):
         tf.load_op_library(str(library))
+
+    request = json.load(sys.stdin)
 
     def values(tensor: tf.Tensor) -> list[str | int | float | bool]:
         return [v.decode("utf-8") if isinstance(v, bytes) else v for v in tensor.numpy().tolist()]
@@ -57,11 +59,18 @@ def main() -> None:
         }
 
     loaded = tf.saved_model.load(request["path"])
-    outputs = []
-    for call in request["calls"]:
-        inputs = {name: tf.constant(texts) for name, texts in call["inputs"].items()}
-        found = loaded.signatures[call["signature"]](**inputs)
-        outputs.append({name: values(tensor) for name, tensor in found.items()})
+    outputs: list[dict[str, object]] = [{} for _ in request["calls"]]
+
+    def ask(signature: str) -> None:
+        for number, call in enumerate(request["calls"]):
+            if call["signature"] == signature:
+                inputs = {name: tf.constant(texts) for name, texts in call["inputs"].items()}
+                found = loaded.signatures[signature](**inputs)
+                outputs[number] = {name: values(tensor) for name, tensor in found.items()}
+
+    # The first call of a signature takes long: TensorFlow optimizes its graph.
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(ask, {call["signature"]: None for call in request["calls"]}))
     answer = {
         "outputs": outputs,
         "signatures": {

@@ -1,14 +1,11 @@
 """Checks of an exported model: its graph holds only what a server runs, and its answers are right.
 
-`check_graph` reads the graph, `run_standalone` asks it in a process without Keras, and `Comparison`
-holds the answers against those of the model in Python, computed by other code.
+`check_graph` reads the graph, and `Comparison` holds the answers of a process without Keras
+(`standalone_process`) against those of the model in Python, computed by other code.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,6 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.losses import log_likelihood_ratio, preference_probabilities
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.scoring.model_inputs import TextRows, full_logits
-from dpo_keras.serving import standalone
 from dpo_keras.serving.graph_encoder import neutral_columns
 from dpo_keras.serving.signatures import INPUTS, ServedModel, missing_reference, scores_of
 from dpo_keras.training import outputs_of
@@ -34,6 +30,7 @@ from dpo_keras.utils import JSON, Tensor
 Call: TypeAlias = tuple[str, Mapping[str, Sequence[str]]]  # signature, texts by input name
 Examples: TypeAlias = Sequence[tuple[str, str, str]]  # prompts with two responses each
 Answers: TypeAlias = Mapping[str, Sequence[JSON]]  # by output name, one entry per example
+Expected: TypeAlias = tuple[Mapping[str, Sequence[JSON]], Sequence[int]]  # and of which examples
 
 EXAMPLES: Examples = (
     ("How do I reset my password?", "Open Settings and choose Reset.", "No idea, sorry."),
@@ -123,46 +120,6 @@ def calls(names: Sequence[str], examples: Examples) -> list[Call]:
     return [(name, {key: list(columns[key]) for key in INPUTS[name]}) for name in names]
 
 
-def run_standalone(
-    path: str | Path, calls: Sequence[Call], timeout: float = 900
-) -> dict[str, JSON]:
-    """Call signatures in a fresh process without Keras.
-
-    Args:
-        path: the SavedModel's directory.
-        calls: signature and inputs, in order.
-        timeout: seconds after which the process is stopped.
-
-    Returns:
-        `outputs` (a dict of lists per call), `signatures` (inputs and outputs of each),
-        `custom_operations` (ops that TensorFlow alone does not have).
-
-    Raises:
-        RuntimeError: the process failed. The message holds the end of what it wrote.
-    """
-    request = {
-        "path": str(path),
-        "calls": [{"signature": name, "inputs": dict(inputs)} for name, inputs in calls],
-        "operations": list(inspect_graph(path).operations),
-    }
-    # -I keeps the working directory and PYTHONPATH out of the process.
-    done = subprocess.run(
-        [sys.executable, "-I", standalone.__file__],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        said = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise RuntimeError(
-            f"the exported model at {path} does not run outside Keras (exit {done.returncode}):\n"
-            f"{said}"
-        )
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 class Comparison:
     """Compares answers of an exported model with the model in Python, up to `tolerance`.
 
@@ -179,12 +136,16 @@ class Comparison:
         # Relative to values above 1. In half precision the order of sums shows in the third digit.
         self.tolerance = 1e-4 if backbone.compute_dtype == "float32" else 3e-2
 
-    def check(self, name: str, answers: Answers, examples: Examples) -> dict[str, float]:
+    def expected(self, name: str, examples: Examples) -> Expected:
+        """Return what the model in Python answers, by output, and which examples that is for."""
+        expected: Expected = getattr(self, f"_{name}")(examples)
+        return expected
+
+    def check(self, name: str, answers: Answers, expected: Expected) -> dict[str, float]:
         """Return the largest difference of each output; refuse one above the tolerance."""
-        expected, kept = getattr(self, f"_{name}")(examples)
         differences = {}
-        for output, values in expected.items():
-            found = [answers[output][row] for row in kept]
+        for output, values in expected[0].items():
+            found = [answers[output][row] for row in expected[1]]
             difference = differences[f"{name}.{output}"] = largest_difference(found, values)
             if not difference <= self.tolerance:
                 raise RuntimeError(
@@ -203,8 +164,6 @@ class Comparison:
                     f"the exported model answers empty texts with {key}={list(values)}; the policy "
                     "or its reference gives no finite log-probs for them."
                 )
-
-    # Each of these returns the expected values by output, and the examples that they belong to.
 
     def _score(self, examples: Examples) -> tuple[dict[str, list[float]], list[int]]:
         # Beside the shortest response there is, so that it does not shorten the prompt.

@@ -70,7 +70,12 @@ def split(texts: Tensor, pattern: str) -> tf.RaggedTensor:
 def split_at(texts: Tensor, separator: bytes) -> tf.RaggedTensor:
     """Cut texts `[n]` at a separator; drop the separators and empty pieces."""
     pieces = tf.strings.split(texts, separator)
-    return tf.ragged.boolean_mask(pieces, pieces != "")
+    kept = pieces.values != ""
+    # tf.ragged.boolean_mask gives the same in ten times as many operations.
+    count = tf.pad(tf.cumsum(tf.cast(kept, tf.int64)), [[1, 0]])
+    splits = tf.gather(count, pieces.row_splits)
+    values = tf.boolean_mask(pieces.values, kept)
+    return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
 
 
 def literal(text: str) -> str:
