@@ -1,6 +1,7 @@
 """The command line. It parses and prints; the work is library calls in `dpo_keras.app.runs`.
 
-Neither TensorFlow nor Keras is imported here, so that `--help` answers at once.
+What a command works with is imported when it begins, so that `--help` answers at once; TensorFlow
+and Keras only where they are needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,6 @@ from typing import Annotated
 
 import typer
 
-from dpo_keras.app import runs, views
-from dpo_keras.app.config import build_config, config_document, given_text
 from dpo_keras.app.console import (
     AsJson,
     Debug,
@@ -27,12 +26,23 @@ from dpo_keras.app.console import (
     working,
 )
 from dpo_keras.app.feedback_commands import annotate, feedback
-from dpo_keras.app.pretrained_export import check_format, export_pretrained
 from dpo_keras.cluster import StopRequest, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import audit, build_preferences, read_preferences
 from dpo_keras.utils import JSON
+from dpo_keras.utils.deferred_imports import Deferred, deferred_function
 from dpo_keras.version import __version__
+
+runs = Deferred("dpo_keras.app.runs")
+views = Deferred("dpo_keras.app.views")
+build_config = deferred_function("dpo_keras.app.config", "build_config")
+config_document = deferred_function("dpo_keras.app.config", "config_document")
+given_text = deferred_function("dpo_keras.app.config", "given_text")
+check_format = deferred_function("dpo_keras.app.pretrained_export", "check_format")
+export_pretrained = deferred_function("dpo_keras.app.pretrained_export", "export_pretrained")
+audit = deferred_function("dpo_keras.preferences", "audit")
+build_preferences = deferred_function("dpo_keras.preferences", "build_preferences")
+open_run = deferred_function("dpo_keras.app.run_directory", "open_run")
+read_preferences = deferred_function("dpo_keras.preferences", "read_preferences")
 
 app = typer.Typer(
     name="dpo-keras",
@@ -159,6 +169,7 @@ def evaluate(
 ) -> None:
     """Measure a run's policy on preference pairs and write a report into the run."""
     with reporting(as_json, debug) as terminal:
+        open_run(run)  # before anybody waits for TensorFlow
         with working(terminal) as progress:
             result = runs.evaluate(run, file, limit=limit, progress=progress)
         terminal.result(result, *views.evaluation_views(result))
@@ -239,6 +250,7 @@ def export(
     """Write a run's policy: a SavedModel, verified without Keras, or files for other libraries."""
     with reporting(as_json, debug) as terminal:
         check_format(format, force, max_new_tokens)
+        open_run(run)
         with working(terminal) as progress:
             if format != "saved_model":
                 result = export_pretrained(run, path, format, overwrite=force, progress=progress)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_keras.app.config import read_text
-from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.console import AsJson, Debug, Force, Terminal, check_output, reporting
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
+from dpo_keras.utils.deferred_imports import deferred_function
 
 if TYPE_CHECKING:
     from dpo_keras.feedback import Store
+
+read_text = deferred_function("dpo_keras.app.config", "read_text")
+keys_for_arguments = deferred_function("dpo_keras.app.config_rules", "keys_for_arguments")
 
 feedback = typer.Typer(
     help="Look at people's judgements, and make training pairs of them.", no_args_is_help=True

@@ -36,6 +36,21 @@ class Deferred:
 ops: Any = Deferred("keras.ops")
 
 
+def deferred_function(module: str, name: str) -> Callable[..., Any]:
+    """Stand in for a function and import its module at the first call.
+
+    Example:
+        >>> sqrt = deferred_function("math", "sqrt")
+        >>> sqrt(9.0)
+        3.0
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
+
+
 def deferred_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a `__getattr__` for a package, which imports a name from its module in `homes`."""
 
