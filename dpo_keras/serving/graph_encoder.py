@@ -59,9 +59,8 @@ class GraphEncoder(tf.Module):
                 ids = self.tokenizer.tokenize(tf.strings.join([anchor, texts]))[:, length:]
             else:
                 ids = self._turns[1].tokenize(texts, self.tokenizer, *self._anchor)
-        count = ids.row_lengths()
-        last = _cut(ids, tf.maximum(count - 1, 0), count)
-        ended = tf.reduce_any(_among(last, self.ends), axis=1)
+        last = tf.gather(tf.pad(ids.values, [[1, 0]], constant_values=-1), ids.row_limits())
+        ended = (ids.row_lengths() > 0) & _among(last, self.ends)
         return tf.concat([ids, rows_of(self.end, ~ended)], axis=1)
 
     def truncate_prompts(self, ids: tf.RaggedTensor, room: Tensor) -> tf.RaggedTensor:
@@ -125,8 +124,8 @@ class GraphEncoder(tf.Module):
     def _begins(self, ids: tf.RaggedTensor) -> Tensor:
         """Tell which rows begin with the start token."""
         starts = [] if self.start is None else [self.start]
-        first = _first(ids, tf.minimum(ids.row_lengths(), 1))
-        return tf.reduce_any(_among(first, starts), axis=1)
+        first = tf.gather(tf.pad(ids.values, [[0, 1]], constant_values=-1), ids.row_starts())
+        return (ids.row_lengths() > 0) & _among(first, starts)
 
 
 def neutral_columns(rows: int | Tensor) -> Batch:
@@ -187,9 +186,8 @@ def rows_of(token: int, wanted: Tensor) -> tf.RaggedTensor:
     return tf.RaggedTensor.from_row_lengths(tokens, count, validate=False)
 
 
-def _among(ids: tf.RaggedTensor, wanted: Sequence[int]) -> tf.RaggedTensor:
-    matches = ids.values[:, None] == tf.constant(list(wanted), tf.int32)[None, :]
-    return ids.with_values(tf.reduce_any(matches, axis=1))
+def _among(ids: Tensor, wanted: Sequence[int]) -> Tensor:
+    return tf.reduce_any(ids[:, None] == tf.constant(list(wanted), tf.int32)[None, :], axis=1)
 
 
 def _cut(ids: tf.RaggedTensor, starts: Tensor, stops: Tensor) -> tf.RaggedTensor:

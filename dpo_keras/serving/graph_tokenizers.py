@@ -12,7 +12,13 @@ import tensorflow_text as tf_text
 import tokenizers
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.serving.word_patterns import BYTE_CHARACTERS, literal, read_rules, split
+from dpo_keras.serving.word_patterns import (
+    BYTE_CHARACTERS,
+    kept_places,
+    literal,
+    read_rules,
+    split,
+)
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_tokenizers import python_tokenizer
 
@@ -116,8 +122,8 @@ class BytePairGraph(GraphTokenizer):
         data = tf.cast(tf.io.decode_raw(tf.strings.reduce_join(spelled), tf.uint8), tf.int32)
         given = tf.gather(special, word)
         ids = tf.where(given >= 0, given, tf.gather(tf.constant(self.byte_ids), data))
-        known = ids >= 0  # the tokenizers library skips bytes that have no token
-        ids, word, data = (tf.boolean_mask(values, known) for values in (ids, word, data))
+        known = kept_places(ids >= 0)  # the tokenizers library skips bytes that have no token
+        ids, word, data = (tf.gather(values, known) for values in (ids, word, data))
         joined = tf.gather(tf.constant(self.neighbours), data[:-1] * 256 + data[1:])
         cut = tf.pad((word[1:] != word[:-1]) | ~joined, [[1, 0]])[: tf.size(ids)]
         ids, word = self._merge(ids, word, tf.cumsum(tf.cast(cut, tf.int32)))
@@ -166,8 +172,8 @@ class BytePairGraph(GraphTokenizer):
         ) -> tuple[Tensor, ...]:
             made = tf.gather(tf.constant(self.made), tf.where(chosen, ranks, 0))
             ids = tf.concat([tf.where(chosen, made, ids[:-1]), ids[-1:]], axis=0)
-            left = tf.concat([[True], ~chosen], axis=0)
-            ids, word, stretch = (tf.boolean_mask(v, left) for v in (ids, word, stretch))
+            left = kept_places(tf.concat([[True], ~chosen], axis=0))
+            ids, word, stretch = (tf.gather(values, left) for values in (ids, word, stretch))
             return ids, word, stretch, *find(ids, stretch)
 
         ids, word, *_ = tf.while_loop(
@@ -200,11 +206,11 @@ def _cut(
     words: Tensor, row: Tensor, special: Tensor, split: Callable[[Tensor], tf.RaggedTensor]
 ) -> tuple[Tensor, ...]:
     """Cut words into pieces; a special token stays whole."""
-    each = tf.RaggedTensor.from_row_splits(words, tf.range(tf.size(words, tf.int64) + 1), False)
-    whole = _where(each, special >= 0)
-    pieces = tf.concat([whole, _where(split(words), special < 0)], axis=1)
+    pieces = split(tf.where(special < 0, words, "x"))  # one letter is one piece
     origin = pieces.value_rowids()
-    return pieces.values, tf.gather(row, origin), tf.gather(special, origin)
+    kind = tf.gather(special, origin)
+    values = tf.where(kind < 0, pieces.values, tf.gather(words, origin))
+    return values, tf.gather(row, origin), kind
 
 
 def _spaced(words: Tensor, row: Tensor, special: Tensor) -> tuple[Tensor, ...]:
@@ -217,7 +223,7 @@ def _every_other(chosen: Tensor) -> Tensor:
     """Keep every other one of chosen places side by side, which overlap, from the left."""
     first = chosen & ~tf.pad(chosen, [[1, 0]])[:-1]
     place = tf.range(tf.size(chosen))
-    begins = tf.concat([tf.boolean_mask(place, first), [0]], axis=0)
+    begins = tf.concat([tf.gather(place, kept_places(first)), [0]], axis=0)
     begin = tf.gather(begins, tf.maximum(tf.cumsum(tf.cast(first, tf.int32)) - 1, 0))
     return chosen & ((place - begin) % 2 == 0)
 
@@ -228,13 +234,6 @@ def _first_of_each(chosen: Tensor, stretch: Tensor) -> Tensor:
     candidates = tf.where(chosen, place, place.dtype.max)
     first = tf.math.unsorted_segment_min(candidates, stretch, tf.size(chosen) + 1)
     return chosen & (place == tf.gather(first, stretch))
-
-
-def _where(rows: tf.RaggedTensor, keep: Tensor) -> tf.RaggedTensor:
-    """Empty the rows that are not kept."""
-    values = tf.boolean_mask(rows.values, tf.gather(keep, rows.value_rowids()))
-    lengths = tf.where(keep, rows.row_lengths(), 0)
-    return tf.RaggedTensor.from_row_lengths(values, lengths, validate=False)
 
 
 def _table(

@@ -70,12 +70,19 @@ def split(texts: Tensor, pattern: str) -> tf.RaggedTensor:
 def split_at(texts: Tensor, separator: bytes) -> tf.RaggedTensor:
     """Cut texts `[n]` at a separator; drop the separators and empty pieces."""
     pieces = tf.strings.split(texts, separator)
-    kept = pieces.values != ""
-    # tf.ragged.boolean_mask gives the same in ten times as many operations.
-    count = tf.pad(tf.cumsum(tf.cast(kept, tf.int64)), [[1, 0]])
-    splits = tf.gather(count, pieces.row_splits)
-    values = tf.boolean_mask(pieces.values, kept)
-    return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
+    # Not tf.ragged.boolean_mask, nor tf.boolean_mask, which take ten times as many operations.
+    places = kept_places(pieces.values != "")
+    return tf.RaggedTensor.from_value_rowids(
+        tf.gather(pieces.values, places),
+        tf.gather(pieces.value_rowids(), places),
+        nrows=tf.size(texts, tf.int64),
+        validate=False,
+    )
+
+
+def kept_places(mask: Tensor) -> Tensor:
+    """Return the places at which a mask `[n]` is True: int64 `[kept]`."""
+    return tf.where(mask)[:, 0]
 
 
 def literal(text: str) -> str:

@@ -131,17 +131,13 @@ def test_a_place_for_the_export_that_is_taken_is_refused_before_any_training(tmp
 
 def test_a_run_that_was_stopped_after_its_export_does_not_export_again(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "run")
-    run.write("export.json", {"path": str(tmp_path), "signatures": {"score": {}}})
+    answer = {"score": {"response": {"reward": 1.0}}}
+    run.write("export.json", {"path": str(tmp_path), "answer": answer})
     config = settings(run.path, export=Export(path=str(tmp_path / "1")))
-    monkeypatch.setattr(
-        serving,
-        "run_standalone",
-        lambda path, calls: {"outputs": [{"reward": [path]}] * len(calls)},
-    )
     monkeypatch.setattr(serving, "export", None)
     runs._check_export(config, run)
     exported = runs._export(config, config.export, None, (), Heard(), run)
-    assert exported["answer"]["score"]["response"] == {"reward": str(tmp_path)}
+    assert exported["answer"] == answer
 
 
 def test_resuming_with_another_configuration_names_the_keys_that_differ(trained):

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 import serving_tiny
 import tensorflow as tf
 from serving_messages import serving_messages, texts_of
+from tensorflow.core.protobuf import saved_model_pb2
 
 from dpo_keras.batching import batch_from_strings
 from dpo_keras.errors import InputError
@@ -18,10 +20,10 @@ from dpo_keras.serving import (
     inspect_graph,
     next_version,
     run_standalone,
-    saved_model,
     version_path,
 )
 from dpo_keras.serving.model_versions import WARMUP_REQUESTS
+from dpo_keras.serving.standalone_process import StandaloneProcess
 from dpo_keras.training import DPOModel
 
 PROMPTS = ["Hello, how are you?", "a", "12345 " * 40]
@@ -138,6 +140,15 @@ def test_words_served_leave_nothing_behind(report):
     operations = inspect_graph(report.path).operations
     assert not [op for op in operations if "Insert" in op or "MutableHashTable" in op]
     assert not [op for op in operations if op.startswith("Xla") or "PyFunc" in op]
+
+
+def test_the_tokenizer_is_in_the_graph_once(report):
+    saved = saved_model_pb2.SavedModel.FromString((report.path / "saved_model.pb").read_bytes())
+    functions = saved.meta_graphs[0].graph_def.library.function
+    tokenizers = [f for f in functions if "_tokenize_" in f.signature.name]
+    assert len(tokenizers) == 1
+    # It was 1,723 operations; the shapes of ragged tensors took most of them.
+    assert len(tokenizers[0].node_def) < 600
 
 
 @pytest.mark.slow
@@ -334,16 +345,16 @@ def test_a_failed_export_leaves_nothing(llama, tmp_path, monkeypatch, fault, err
 
 
 def test_an_export_that_answers_wrongly_is_not_kept(llama, tmp_path, monkeypatch):
-    def altered(path, calls):
+    def altered(process, path, calls):
         rows = len(calls[0][1]["prompt"])
         blank = len(calls[1][1]["prompt"])
         score = {"log_prob": [-1.0] * rows, "tokens": [1] * rows}
-        return {
-            "outputs": [score, {"log_prob": [0.0] * blank}],
-            "custom_operations": [],
-        }
+        answer = Future()
+        outputs = [score, {"log_prob": [0.0] * blank}]
+        answer.set_result({"outputs": outputs, "custom_operations": []})
+        return answer
 
-    monkeypatch.setattr(saved_model, "run_standalone", altered)
+    monkeypatch.setattr(StandaloneProcess, "ask", altered)
     with pytest.raises(RuntimeError, match="answers otherwise than the model in Python: score"):
         export(llama, tmp_path / "wrong" / "1", signatures=("score",))
     assert not (tmp_path / "wrong" / "1").exists()

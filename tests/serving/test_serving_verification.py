@@ -138,6 +138,10 @@ def serve(model, **decoding):
     return served, Comparison(served, preprocessor, None)
 
 
+def check(comparison, name, found):
+    return comparison.check(name, found, comparison.expected(name, EXAMPLES))
+
+
 def answers(served, name, examples=EXAMPLES):
     ((_, inputs),) = calls([name], examples)
     found = getattr(served, name)(*(tf.constant(texts) for texts in inputs.values()))
@@ -165,7 +169,7 @@ def test_rewards_and_preferences_are_those_that_the_loss_compares(trained, loss)
     trained.compile(optimizer="sgd", loss=loss)
     served, comparison = serve(trained)
     for name in ("score", "prefer"):
-        found = comparison.check(name, answers(served, name), EXAMPLES)
+        found = check(comparison, name, answers(served, name))
         assert max(found.values()) < 1e-4
     assert np.abs(answers(served, "prefer")["llr"]).min() > 1e-6
 
@@ -177,15 +181,15 @@ def test_a_wrong_number_and_a_wrong_text_are_refused(trained):
     scored = answers(served, "score")
     scored["reward"][1] += 2e-4
     with pytest.raises(RuntimeError, match="score.reward differs by 2.0"):
-        comparison.check("score", scored, EXAMPLES)
+        check(comparison, "score", scored)
     generated = answers(served, "generate")
-    assert comparison.check("generate", generated, EXAMPLES) == {
+    assert check(comparison, "generate", generated) == {
         "generate.text": 0.0,
         "generate.tokens": 0.0,
         "generate.finished": 0.0,
     }
     with pytest.raises(RuntimeError, match="generate.text differs"):
-        comparison.check("generate", {**generated, "text": ["", *generated["text"][1:]]}, EXAMPLES)
+        check(comparison, "generate", {**generated, "text": ["", *generated["text"][1:]]})
 
 
 def test_a_cache_that_disagrees_with_the_forward_pass_is_refused(trained, monkeypatch):
@@ -194,19 +198,19 @@ def test_a_cache_that_disagrees_with_the_forward_pass_is_refused(trained, monkey
     wrong = tf.ragged.constant([[7, 8], [9], [10, 11]], dtype=tf.int32)
     monkeypatch.setattr(served, "continue_ids", lambda ids: wrong)
     with pytest.raises(RuntimeError, match="does not agree with its forward pass"):
-        comparison.check("generate", {"text": ["", "", ""]}, EXAMPLES)
+        check(comparison, "generate", {"text": ["", "", ""]})
 
 
 def test_where_rounding_decides_the_text_is_not_compared(trained, monkeypatch):
     served, comparison = serve(trained)
     comparison.tolerance = 1e9
     wrong = {"text": ["", "", ""], "tokens": [0, 0, 0], "finished": [True, True, True]}
-    assert set(comparison.check("generate", wrong, EXAMPLES).values()) == {0.0}
+    assert set(check(comparison, "generate", wrong).values()) == {0.0}
 
 
 def test_sampled_text_is_not_compared(trained):
     served, comparison = serve(trained, temperature=1.0)
-    assert comparison.check("generate", {"text": ["a", "b", "c"]}, EXAMPLES) == {}
+    assert check(comparison, "generate", {"text": ["a", "b", "c"]}) == {}
 
 
 def test_answers_to_empty_texts_must_be_finite(trained):
