@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,6 +13,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
+from dpo_keras.scoring.batch_layout import laid_out
 from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
@@ -302,8 +304,10 @@ class PolicyTrainer(TensorflowTrainer):
 
     def fit(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Train, see `TensorflowTrainer.fit`."""
-        self._check_batches(x)
-        self._check_batches(kwargs.get("validation_data"), "validation_data")
+        x = self._batches(x)
+        if "validation_data" in kwargs:
+            held_out = kwargs["validation_data"]
+            kwargs["validation_data"] = self._batches(held_out, "validation_data")
         if self.optimizer is not None:
             warn_of_lost_updates(self.optimizer, self.trainable_variables)
         lora.warn_of_frozen_kernels(self.policy)
@@ -311,12 +315,15 @@ class PolicyTrainer(TensorflowTrainer):
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Evaluate as `keras.Model.evaluate` does, on a dataset of dict batches."""
-        self._check_batches(x)
+        x = self._batches(x)
         callbacks = with_defaults(kwargs.pop("callbacks", None), [ShortProgress()])
         return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
 
     def predict(self, x: object, *args: object, **kwargs: object) -> Any:
-        """Score as `keras.Model.predict` does, a dataset of dict batches."""
+        """Score as `keras.Model.predict` does, a dataset of dict batches.
+
+        The results stand in the order of iteration, so `batching="auto"` means buckets here.
+        """
         check_batches(x)
         return super().predict(x, *args, **kwargs)
 
@@ -338,11 +345,24 @@ class PolicyTrainer(TensorflowTrainer):
         lora.restore_adapters(policy, config.pop("adapters", None))
         return cls(policy, **config)
 
-    def _check_batches(self, dataset: object, argument: str = "x") -> None:
-        check_batches(dataset, argument)
-        # Once, before the first packed batch: whether this model scores packed rows alike.
+    def scoring_models(self) -> list[keras.Model]:
+        """Return the models that score a batch in a step."""
+        return [self.policy]
+
+    def _batches(self, given: Any, argument: str = "x") -> Any:
+        """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
+        check_batches(given, argument)
+        dataset: Any = laid_out(given, self.scoring_models(), self.distribute_strategy)
         columns = getattr(dataset, "element_spec", None) or {}
         check_images(self.scorer.body, columns)
+        # Once, before the first packed batch: whether this model scores packed rows alike.
         if "tree" in columns and not self._packing_checked:
-            check_packing(self.scorer)
+            try:
+                check_packing(self.scorer)
+            except InputError as error:
+                if dataset is given:
+                    raise
+                warnings.warn(f"buckets instead of packed rows: {error}", stacklevel=3)
+                return given
             self._packing_checked = True
+        return dataset
