@@ -72,8 +72,13 @@ __all__ = [
 
 # Templates and tokens are known without TensorFlow, of which batches are made.
 _OF_STREAMS = ("Part", "batch_from_strings", "one_pass", "pass_signature")
-_OF_DATASETS = ("Batching", "BatchingChoice", "UndecidedLayout")
-_OF_DATASETS += ("preference_dataset", "steps_per_epoch")
+_OF_DATASETS = (
+    "Batching",
+    "BatchingChoice",
+    "UndecidedLayout",
+    "preference_dataset",
+    "steps_per_epoch",
+)
 __getattr__ = deferred_names(
     __name__,
     {**dict.fromkeys(_OF_STREAMS, "batch_stream"), **dict.fromkeys(_OF_DATASETS, "dataset")},
