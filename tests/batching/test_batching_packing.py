@@ -178,8 +178,6 @@ def test_what_cannot_be_packed_is_refused_by_name(tokens):
         preference_dataset(tokens, row_length=512, rows=2, batching="buckets")
     assert [problem.argument for problem in error.value.problems] == ["row_length", "rows"]
     with pytest.raises(InputError, match="must be 'auto', 'packed' or 'buckets', got 'pack'"):
-        InputError, match="batching must be 'auto', 'packed' or 'buckets', got 'pack'"
-    ):
         preference_dataset(tokens, batching="pack")
     with pytest.raises(InputError, match="drop_remainder has no effect"):
         preference_dataset(tokens, batching="packed", drop_remainder=True)
