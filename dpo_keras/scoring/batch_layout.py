@@ -116,7 +116,10 @@ def choose_layout(
 
 
 def laid_out(
-    dataset: object, models: Sequence[keras.Model], strategy: tf.distribute.Strategy
+    dataset: object,
+    models: Sequence[keras.Model],
+    strategy: tf.distribute.Strategy,
+    check: Callable[[], object],
 ) -> object:
     """Return the batches that models run on: of `batching="auto"` packed rows, where they can.
 
@@ -124,17 +127,31 @@ def laid_out(
         dataset: of `preference_dataset`. Anything else is returned as it is.
         models: as `choose_layout` takes.
         strategy: of the models; packed rows are made for the number of its replicas.
+        check: raises InputError where the policy scores packed rows otherwise; called before any
+            packed rows are returned.
 
     Warns:
         UserWarning: the models or the pairs need buckets, or an option has no effect.
+
+    Raises:
+        InputError: of `check`, on packed rows that the user insists on.
     """
     pairs = UndecidedLayout.of(dataset)
     if pairs is None:
+        if "tree" in (getattr(dataset, "element_spec", None) or {}):
+            check()
         return dataset
     replicas = math.lcm(pairs.replicas, strategy.num_replicas_in_sync)
     images = pairs.tokenized.images is not None
     layout = choose_layout(models, replicas=replicas, images=images, note=_warn, **pairs.given)
-    return pairs.packed(replicas) if layout.packed else dataset
+    if not layout.packed:
+        return dataset
+    try:
+        check()
+    except InputError as error:
+        _warn(f"buckets instead of packed rows: {error}")
+        return dataset
+    return pairs.packed(replicas)
 
 
 def _warn(line: str) -> None:

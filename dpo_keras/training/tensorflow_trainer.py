@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -305,13 +304,11 @@ class PolicyTrainer(TensorflowTrainer):
     def fit(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Train, see `TensorflowTrainer.fit`."""
         x = self._batches(x)
-        if "validation_data" in kwargs:
-            held_out = kwargs["validation_data"]
-            kwargs["validation_data"] = self._batches(held_out, "validation_data")
+        held_out = self._batches(kwargs.pop("validation_data", None), "validation_data")
         if self.optimizer is not None:
             warn_of_lost_updates(self.optimizer, self.trainable_variables)
         lora.warn_of_frozen_kernels(self.policy)
-        return super().fit(x, *args, **kwargs)
+        return super().fit(x, *args, **kwargs | {"validation_data": held_out})
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Evaluate as `keras.Model.evaluate` does, on a dataset of dict batches."""
@@ -320,22 +317,19 @@ class PolicyTrainer(TensorflowTrainer):
         return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
 
     def predict(self, x: object, *args: object, **kwargs: object) -> Any:
-        """Score as `keras.Model.predict` does, a dataset of dict batches.
-
-        The results stand in the order of iteration, so `batching="auto"` means buckets here.
-        """
+        """Score as `keras.Model.predict` does; of `batching="auto"` the batches of an iteration."""
         check_batches(x)
         return super().predict(x, *args, **kwargs)
 
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
-        options = {"dropout": self.dropout, "remat": self.scorer.remat}
-        parts = {"policy": lora.serialized_policy(self.policy)}
         return {
             **super().get_config(),
-            **parts,
+            "policy": lora.serialized_policy(self.policy),
             "adapters": lora.adapter_config(self.policy),
-        } | options
+            "dropout": self.dropout,
+            "remat": self.scorer.remat,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
@@ -352,17 +346,12 @@ class PolicyTrainer(TensorflowTrainer):
     def _batches(self, given: Any, argument: str = "x") -> Any:
         """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
         check_batches(given, argument)
-        dataset: Any = laid_out(given, self.scoring_models(), self.distribute_strategy)
-        columns = getattr(dataset, "element_spec", None) or {}
-        check_images(self.scorer.body, columns)
-        # Once, before the first packed batch: whether this model scores packed rows alike.
-        if "tree" in columns and not self._packing_checked:
-            try:
-                check_packing(self.scorer)
-            except InputError as error:
-                if dataset is given:
-                    raise
-                warnings.warn(f"buckets instead of packed rows: {error}", stacklevel=3)
-                return given
-            self._packing_checked = True
+        strategy = self.distribute_strategy
+        dataset: Any = laid_out(given, self.scoring_models(), strategy, self._check_packing)
+        check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
         return dataset
+
+    def _check_packing(self) -> None:
+        if not self._packing_checked:  # once, before the first packed batch
+            check_packing(self.scorer)
+            self._packing_checked = True
