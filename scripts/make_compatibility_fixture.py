@@ -323,7 +323,8 @@ def make_models() -> None:
     ]
     read = dpo_keras.read_preferences(records)
     tokenized = dpo_keras.tokenize_pairs(read, Letters(), max_length=48)
-    dataset = dpo_keras.preference_dataset(tokenized, batch_size=3, buckets=1, shuffle=False)
+    options = {"batch_size": 3, "buckets": 1, "shuffle": False, "batching": "buckets"}
+    dataset = dpo_keras.preference_dataset(tokenized, **options)
     supervised = SupervisedModel(small(dropout=0.0))
     supervised.compile(keras.optimizers.Adam(1e-2))
     models = {**preference_models(), "supervised": supervised, "legacy": legacy_model()}

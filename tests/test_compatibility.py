@@ -153,7 +153,8 @@ def tokenized(before):
 
 @pytest.fixture(scope="module")
 def dataset(tokenized):
-    return dpo_keras.preference_dataset(tokenized, batch_size=3, buckets=1, shuffle=False)
+    options = {"batch_size": 3, "buckets": 1, "shuffle": False, "batching": "buckets"}
+    return dpo_keras.preference_dataset(tokenized, **options)
 
 
 def load_model(before, name, **options):

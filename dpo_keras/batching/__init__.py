@@ -28,11 +28,18 @@ if TYPE_CHECKING:
         one_pass,
         pass_signature,
     )
-    from dpo_keras.batching.dataset import Batching, preference_dataset, steps_per_epoch
+    from dpo_keras.batching.dataset import (
+        Batching,
+        BatchingChoice,
+        UndecidedLayout,
+        preference_dataset,
+        steps_per_epoch,
+    )
 
 __all__ = [
     "Batch",
     "Batching",
+    "BatchingChoice",
     "BucketPlan",
     "ChatTemplate",
     "DroppedPair",
@@ -44,6 +51,7 @@ __all__ = [
     "TextEncoder",
     "TokenizationReport",
     "TokenizedPairs",
+    "UndecidedLayout",
     "available_templates",
     "batch_from_strings",
     "collate",
@@ -64,7 +72,13 @@ __all__ = [
 
 # Templates and tokens are known without TensorFlow, of which batches are made.
 _OF_STREAMS = ("Part", "batch_from_strings", "one_pass", "pass_signature")
-_OF_DATASETS = ("Batching", "preference_dataset", "steps_per_epoch")
+_OF_DATASETS = (
+    "Batching",
+    "BatchingChoice",
+    "UndecidedLayout",
+    "preference_dataset",
+    "steps_per_epoch",
+)
 __getattr__ = deferred_names(
     __name__,
     {**dict.fromkeys(_OF_STREAMS, "batch_stream"), **dict.fromkeys(_OF_DATASETS, "dataset")},

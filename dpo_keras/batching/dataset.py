@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +21,7 @@ from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 
 Batching = Literal["buckets", "packed"]
+BatchingChoice = Literal["auto", "packed", "buckets"]
 
 AHEAD = 32  # batches that disks are told of before they are needed
 
@@ -69,6 +71,47 @@ def steps_per_epoch(
     return count // batch_size if drop_remainder else -(-count // batch_size)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UndecidedLayout:
+    """What a dataset of `batching="auto"` carries, so that a model can have its pairs packed.
+
+    Args:
+        tokenized: the pairs.
+        given: the options that only one of the layouts reads.
+        replicas: number that the rows of a batch shall be a multiple of.
+        order: the other options of `preference_dataset`.
+    """
+
+    tokenized: TokenizedPairs
+    given: Mapping[str, Any]
+    replicas: int
+    order: Mapping[str, Any]
+    _made: dict[int, tf.data.Dataset] = field(default_factory=dict)
+
+    @staticmethod
+    def of(dataset: object) -> UndecidedLayout | None:
+        """Return what a dataset carries; None of any other, and of what tf.data made of one."""
+        return getattr(dataset, "undecided_layout", None)
+
+    def attached_to(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Let a dataset of the same pairs in buckets carry this."""
+        dataset.undecided_layout = self
+        return dataset
+
+    def packed(self, replicas: int) -> tf.data.Dataset:
+        """Return the pairs as packed rows, planned once, so that each iteration continues."""
+        if replicas not in self._made:
+            options = {name: self.given[name] for name in ("row_length", "rows")}
+            self._made[replicas] = preference_dataset(
+                self.tokenized, batching="packed", replicas=replicas, **options, **self.order
+            )
+        return self._made[replicas]
+
+    def with_pairs(self, tokenized: TokenizedPairs) -> UndecidedLayout:
+        """Return the same options for other pairs."""
+        return replace(self, tokenized=tokenized, _made={})
+
+
 def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by name
     pairs: Iterable[Any] | TokenizedPairs,
     preprocessor: object = None,
@@ -82,15 +125,19 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     seed: int = 0,
     epochs: int | None = 1,
     start_step: int = 0,
-    buckets: int | Sequence[int] = 4,
+    buckets: int | Sequence[int] | None = None,
     drop_remainder: bool = False,
-    batching: Batching = "buckets",
+    batching: BatchingChoice = "auto",
     row_length: int | None = None,
     rows: int | None = None,
     replicas: int = 1,
     worker: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
     """Make the batches that `DPOModel.fit` and `evaluate` take. An epoch has each pair once.
+
+    * `"auto"`: `fit` and `evaluate` of a `DPOModel` or a `SupervisedModel` run packed rows where
+      policy, reference and pairs allow it, else buckets, with a warning that says why. For anyone
+      else (iteration, `predict`, `take`, `map`) the dataset holds buckets.
 
     * `"buckets"`, for any model: every batch has exactly `batch_size` rows, one pair each as two
       padded sequences, in one of a few static shapes. Only the last batch of an epoch may hold
@@ -116,12 +163,13 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         epochs: epochs in one iteration; None never ends.
         start_step: number of the first batch, over all epochs, from 0.
         buckets: maximum number of static lengths, or the lengths (see `plan_buckets`). 1 gives one
-            static shape. Packed batches ignore it.
+            static shape; None means 4. Packed batches ignore it.
         drop_remainder: leave out the short last batch of each epoch. Packed batches have none.
-        batching: "buckets" or "packed".
+        batching: "auto", "buckets" or "packed".
         row_length: tokens per row of packed batches; None chooses (see `plan_packing`).
         rows: rows per packed batch, over all replicas; None chooses.
-        replicas: number of replicas that share a packed batch in equal numbers of rows.
+        replicas: number of replicas that share a packed batch in equal numbers of rows. "auto"
+            also knows those of the model's strategy.
         worker: (index, count): make the rows of this worker only; None makes all.
 
     Warns:
@@ -171,15 +219,31 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         source = _packed(pairs, plan, worker)
     else:
         order = {"seed": seed, "shuffle": shuffle, "drop_remainder": drop_remainder}
-        source = _bucketed(pairs, batch_size, buckets, order, worker)
+        source = _bucketed(pairs, batch_size, 4 if buckets is None else buckets, order, worker)
     if source.steps == 0:
         rule = f"leaves no batch: {len(pairs)} pairs, batch_size {batch_size}"
         raise InputError(InputProblem("drop_remainder", rule))
-    total = None if epochs is None else epochs * source.steps
+    dataset = stream(source, start_step, _total(source.steps, epochs, start_step, batching))
+    if batching != "auto":
+        return dataset
+    return UndecidedLayout(
+        tokenized=pairs,
+        given={"buckets": buckets, "drop_remainder": drop_remainder, **only_packed},
+        replicas=replicas,
+        order={"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "epochs": epochs}
+        | {"start_step": start_step, "worker": worker},
+    ).attached_to(dataset)
+
+
+def _total(steps: int, epochs: int | None, start_step: int, batching: str) -> int | None:
+    """Return the number of batches in all epochs, of `steps` each; None never ends."""
+    total = None if epochs is None else epochs * steps
     if total is not None and start_step >= total:
         rule = f"must be less than the {total} batches of {epochs} epochs"
-        raise InputError(InputProblem("start_step", rule, start_step))
-    return stream(source, start_step, total)
+        hint = "Counted in buckets; for packed rows pass batching='packed'."
+        hint = hint if batching == "auto" else ""
+        raise InputError(InputProblem("start_step", rule, start_step, hint))
+    return total
 
 
 def _batching_problems(
@@ -190,16 +254,17 @@ def _batching_problems(
     worker: tuple[int, int] | None,
 ) -> list[InputProblem]:
     problems = []
-    if batching not in get_args(Batching):
-        problems.append(InputProblem("batching", "must be 'buckets' or 'packed'", batching))
+    if batching not in get_args(BatchingChoice):
+        rule = "must be 'auto', 'packed' or 'buckets'"
+        problems.append(InputProblem("batching", rule, batching))
     rule = "has no effect {} batching='packed'"
-    if batching != "packed":
+    if batching == "buckets":
         problems += [
             InputProblem(name, rule.format("without"), value, "Leave it out.")
             for name, value in only_packed.items()
             if value is not None
         ]
-    elif drop_remainder:
+    elif batching == "packed" and drop_remainder:
         problems.append(InputProblem("drop_remainder", rule.format("with"), hint="Leave it out."))
     if worker is not None and not 0 <= worker[0] < worker[1]:
         rule = "must be (index, count) with 0 <= index < count"

@@ -9,11 +9,12 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import Batch, Batching, Part, TokenizedPairs, one_pass, pass_signature
+from dpo_keras.batching import Batch, BatchingChoice, Part, TokenizedPairs, one_pass, pass_signature
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
 from dpo_keras.scoring import check_packing
+from dpo_keras.scoring.batch_layout import scoring_layout
 from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils import Tensor
 
@@ -23,7 +24,7 @@ def evaluate_preferences(
     tokenized: TokenizedPairs,
     *,
     batch_size: int = 16,
-    batching: Batching = "buckets",
+    batching: BatchingChoice = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> HeldOut:
     """Measure a policy on preference pairs, pair by pair.
@@ -35,7 +36,7 @@ def evaluate_preferences(
         model: a compiled `DPOModel`. It is not changed.
         tokenized: the pairs, N >= 1.
         batch_size: pairs per batch; on average, if packed.
-        batching: "buckets", or "packed" for models without a packing obstacle.
+        batching: "packed" for models without a packing obstacle, else "buckets"; "auto" chooses.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
@@ -73,6 +74,7 @@ def evaluate_preferences(
         problems.append(InputProblem("batch_size", "must be an integer >= 1", batch_size))
     if problems:
         raise InputError(problems)
+    batching = scoring_layout(*model.scoring_models(), tokenized=tokenized, batching=batching)
     if batching == "packed":
         check_packing(model.scorer)
     measured: dict[str, np.ndarray] = {}

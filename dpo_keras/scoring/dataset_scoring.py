@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from dpo_keras.batching import (
     Batch,
-    Batching,
+    BatchingChoice,
     TokenizedPairs,
     batch_from_strings,
     one_pass,
@@ -23,6 +23,7 @@ from dpo_keras.batching.image_families import image_preprocessor
 from dpo_keras.batching.image_preprocessing import PairImages, expanded
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
+from dpo_keras.scoring.batch_layout import scoring_layout
 from dpo_keras.scoring.model_inputs import check_images
 from dpo_keras.scoring.packing_check import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
@@ -57,7 +58,7 @@ def score_pairs(
     tokenized: TokenizedPairs,
     *,
     batch_size: int = 16,
-    batching: Batching = "buckets",
+    batching: BatchingChoice = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Compute the log-probs of both responses of every pair.
@@ -67,7 +68,7 @@ def score_pairs(
             logits.
         tokenized: N pairs.
         batch_size: pairs at a time; on average, where packed.
-        batching: "buckets", or "packed" for models without a `packing_obstacle`.
+        batching: "packed" for models without a `packing_obstacle`, else "buckets"; "auto" chooses.
         on_batch: called with (pairs done, N) after each batch.
 
     Returns:
@@ -77,6 +78,7 @@ def score_pairs(
         InputError: `batching` is "packed", and the model cannot run on packed rows.
     """
     scorer = ResponseScorer(model)
+    batching = scoring_layout(model, tokenized=tokenized, batching=batching)
     if batching == "packed":
         check_packing(scorer)
     run = _compiled(scorer)
@@ -204,7 +206,7 @@ def cache_reference(
     *,
     template: object = None,
     batch_size: int = 16,
-    batching: Batching = "buckets",
+    batching: BatchingChoice = "auto",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> TokenizedPairs:
     """Add reference log-probs to pairs, so that every batch carries them (`reference="cached"`).

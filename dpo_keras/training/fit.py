@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
-from dpo_keras.batching import Batching, TokenizedPairs, preference_dataset, steps_per_epoch
+from dpo_keras.batching import BatchingChoice, TokenizedPairs
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring import packing_obstacle
+from dpo_keras.scoring.batch_layout import Layout, choose_layout
 from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
 from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
@@ -31,96 +31,7 @@ from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, s
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON
 
-BatchingChoice = Literal["auto", "packed", "buckets"]
-READ_BY = {"packed": {"row_length"}, "buckets": {"buckets"}}  # options of each layout
 Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How all datasets of a training lay out pairs.
-
-    Args:
-        batching: "buckets" or "packed".
-        buckets: number of lengths that bucketed batches come in.
-        row_length: tokens per packed row; None chooses.
-        replicas: number of replicas that share a batch.
-    """
-
-    batching: Batching = "buckets"
-    buckets: int = 4
-    row_length: int | None = None
-    replicas: int = 1
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows hold several pairs."""
-        return self.batching == "packed"
-
-    def dataset(
-        self, tokenized: TokenizedPairs, batch_size: int, **options: Any
-    ) -> tf.data.Dataset:
-        """Make batches, with `options` as `preference_dataset` takes them."""
-        return preference_dataset(tokenized, batch_size=batch_size, **asdict(self), **options)
-
-    def steps(self, tokenized: TokenizedPairs, batch_size: int, seed: int = 0) -> int:
-        """Count the steps of an epoch; with packing they depend on the order, so on its seed."""
-        options = {name: value for name, value in asdict(self).items() if name != "buckets"}
-        return steps_per_epoch(tokenized, batch_size, seed=seed, **options)
-
-
-def choose_layout(
-    models: Sequence[keras.Model],
-    batching: BatchingChoice = "auto",
-    *,
-    buckets: int | None = None,
-    row_length: int | None = None,
-    replicas: int = 1,
-    images: bool = False,
-    note: Callable[[str], object] = print,
-) -> Layout:
-    """Choose packed rows where every model that scores the pairs can run on them, else buckets.
-
-    Args:
-        models: the policy, and the reference where it is a model of its own.
-        batching: "auto" falls back to buckets and says why; "packed" insists.
-        buckets: as `Layout` takes; None for its default.
-        row_length: as `Layout` takes.
-        replicas: as `Layout` takes.
-        images: whether any pair has images, which run in buckets only.
-        note: called with the reason for falling back, and with an option that has no effect then.
-
-    Raises:
-        InputError: an unknown name; "packed" where it is impossible; an option of the other layout.
-
-    Example:
-        >>> plain = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-        >>> choose_layout([plain], "auto", note=lambda line: None).batching
-        'buckets'
-    """
-    if batching not in get_args(BatchingChoice):
-        names = ", ".join(map(repr, get_args(BatchingChoice)))
-        raise InputError(InputProblem("batching", f"must be one of {names}", batching))
-    given: dict[str, Any] = {"buckets": buckets, "row_length": row_length}
-    given = {name: value for name, value in given.items() if value is not None}
-    obstacles = [] if batching == "buckets" else map(packing_obstacle, models)
-    reason = next((why for why in obstacles if why is not None), None)
-    if images and batching != "buckets":
-        reason = reason or "the pairs have images, and packed rows hold text only"
-    if batching == "packed" and reason is not None:
-        hint = "Choose 'auto' or 'buckets', which run with every model."
-        raise InputError(InputProblem("batching", f"cannot be 'packed': {reason}", hint=hint))
-    chosen: Batching = "packed" if batching != "buckets" and reason is None else "buckets"
-    if chosen == "buckets" and batching == "auto":
-        note(f"batching: buckets instead of packed rows, because {reason}.")
-    unread = given.keys() - READ_BY[chosen]
-    rule = f"has no effect with batching={chosen!r}"
-    problems = [InputProblem(name, rule, given.pop(name), "Leave it out.") for name in unread]
-    if problems and batching != "auto":
-        raise InputError(problems)
-    for problem in problems:  # it is for the layout that "auto" might have chosen
-        note(f"warning: {problem}")
-    return Layout(chosen, replicas=replicas, **given)
 
 
 def warm_up(
@@ -151,7 +62,7 @@ def warm_up(
     Returns:
         Steps taken in all, earlier runs included.
     """
-    layout = _layout(model, [model.policy], tokenized, batching, buckets, row_length)
+    layout = _layout(model, tokenized, batching, buckets, row_length)
     pairs = chosen_alone(tokenized) if layout.packed else tokenized
     change = None if layout.packed else supervised_dataset
     stream = _endless(model, layout, pairs, batch_size, seed, change)
@@ -196,9 +107,7 @@ def train_preferences(
         RuntimeError: the loss became NaN or infinite, or did not start at policy = reference.
         RunStopped: the run was asked to stop; the step in progress has ended and is saved.
     """
-    reference = getattr(model.reference, "model", None)
-    models = [model.policy] if reference is None else [model.policy, reference]
-    layout = _layout(model, models, tokenized, batching, buckets, row_length)
+    layout = _layout(model, tokenized, batching, buckets, row_length)
     stream = _endless(model, layout, tokenized, batch_size, seed)
     check_groups((model.preference_loss.group_robust or {}).get("groups", 0), tokenized, held_out)
     if held_out is not None and len(held_out):
@@ -240,7 +149,6 @@ class RunOptions:
 
 def _layout(
     model: PolicyTrainer,
-    models: Sequence[keras.Model],
     tokenized: TokenizedPairs,
     batching: BatchingChoice | Layout,
     buckets: int | None,
@@ -248,10 +156,13 @@ def _layout(
 ) -> Layout:
     if isinstance(batching, Layout):
         return batching
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    images = tokenized.images is not None
     return choose_layout(
-        models, batching, buckets=buckets, row_length=row_length, replicas=replicas, images=images
+        model.scoring_models(),
+        batching,
+        buckets=buckets,
+        row_length=row_length,
+        replicas=model.distribute_strategy.num_replicas_in_sync,
+        images=tokenized.images is not None,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.batching import Batch, Ragged, TokenizedPairs
+from dpo_keras.batching import Batch, Ragged, TokenizedPairs, UndecidedLayout
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
@@ -107,7 +107,11 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
         }
 
     options = preferences.options()
-    return preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
+    dataset = preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
+    undecided = UndecidedLayout.of(preferences)
+    if undecided is None:
+        return dataset
+    return undecided.with_pairs(chosen_alone(undecided.tokenized)).attached_to(dataset)
 
 
 def _step_loss(model: SupervisedModel, batch: Batch, training: bool) -> tuple[Tensor, MetricSums]:

@@ -12,6 +12,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
+from dpo_keras.scoring.batch_layout import laid_out
 from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
@@ -304,35 +305,35 @@ class PolicyTrainer(TensorflowTrainer):
 
     def fit(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Train, see `TensorflowTrainer.fit`."""
-        self._check_batches(x)
-        self._check_batches(kwargs.get("validation_data"), "validation_data")
+        x = self._batches(x)
+        held_out = self._batches(kwargs.pop("validation_data", None), "validation_data")
         if self.optimizer is not None:
             warn_of_lost_updates(self.optimizer, self.trainable_variables)
         lora.warn_of_frozen_kernels(self.policy)
-        return super().fit(x, *args, **kwargs)
+        return super().fit(x, *args, **kwargs | {"validation_data": held_out})
 
     def evaluate(self, x: object = None, *args: object, **kwargs: object) -> Any:
         """Evaluate as `keras.Model.evaluate` does, on a dataset of dict batches."""
-        self._check_batches(x)
+        x = self._batches(x)
         defaults = [ReleasesTracing(), ShortProgress()]
         callbacks = with_defaults(kwargs.pop("callbacks", None), defaults)
         with frozen_graphs():
             return super().evaluate(x, *args, callbacks=callbacks, **kwargs)
 
     def predict(self, x: object, *args: object, **kwargs: object) -> Any:
-        """Score as `keras.Model.predict` does, a dataset of dict batches."""
+        """Score as `keras.Model.predict` does; of `batching="auto"` the batches of an iteration."""
         check_batches(x)
         return super().predict(x, *args, **kwargs)
 
     def get_config(self) -> dict[str, JSON]:
         """Return what the model is rebuilt from."""
-        options = {"dropout": self.dropout, "remat": self.scorer.remat}
-        parts = {"policy": lora.serialized_policy(self.policy)}
         return {
             **super().get_config(),
-            **parts,
+            "policy": lora.serialized_policy(self.policy),
             "adapters": lora.adapter_config(self.policy),
-        } | options
+            "dropout": self.dropout,
+            "remat": self.scorer.remat,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> PolicyTrainer:
@@ -342,11 +343,19 @@ class PolicyTrainer(TensorflowTrainer):
         lora.restore_adapters(policy, config.pop("adapters", None))
         return cls(policy, **config)
 
-    def _check_batches(self, dataset: object, argument: str = "x") -> None:
-        check_batches(dataset, argument)
-        # Once, before the first packed batch: whether this model scores packed rows alike.
-        columns = getattr(dataset, "element_spec", None) or {}
-        check_images(self.scorer.body, columns)
-        if "tree" in columns and not self._packing_checked:
+    def scoring_models(self) -> list[keras.Model]:
+        """Return the models that score a batch in a step."""
+        return [self.policy]
+
+    def _batches(self, given: Any, argument: str = "x") -> Any:
+        """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
+        check_batches(given, argument)
+        strategy = self.distribute_strategy
+        dataset: Any = laid_out(given, self.scoring_models(), strategy, self._check_packing)
+        check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
+        return dataset
+
+    def _check_packing(self) -> None:
+        if not self._packing_checked:  # once, before the first packed batch
             check_packing(self.scorer)
             self._packing_checked = True

@@ -109,7 +109,9 @@ def run(policy: Any, train: TokenizedPairs, held: TokenizedPairs, args: Any) -> 
     start = policy.get_weights()
     model = DPOModel(policy, reference="cached")
     model.reference.starts_as_policy = True
-    measured = preference_dataset(held, batch_size=args.batch_size, buckets=1, shuffle=False)
+    measured = preference_dataset(
+        held, batch_size=args.batch_size, buckets=1, batching="buckets", shuffle=False
+    )
     steps = args.epochs * steps_per_epoch(args.pairs, args.batch_size)
     records: list[dict] = []
     for name, rate in cells(args.rates):

@@ -117,7 +117,7 @@ def iterate(args: argparse.Namespace) -> dict[str, float]:
         for count, pairs in sets.items():
             # A stream of its own for each turn: none makes batches while the other is measured.
             dataset = preference_dataset(
-                pairs, batch_size=args.batch_size, epochs=None, start_step=start
+                pairs, batch_size=args.batch_size, batching="buckets", epochs=None, start_step=start
             )
             begun = time.perf_counter()
             for batch in itertools.islice(dataset, min(TURN, steps - start)):

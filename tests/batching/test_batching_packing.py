@@ -175,9 +175,9 @@ def test_what_cannot_be_packed_is_refused_by_name(tokens):
     with pytest.raises(InputError, match="prompt 1 has no token"):
         plan_packing(of_lengths([2, 0], [1, 1], [1, 1]))
     with pytest.raises(InputError) as error:
-        preference_dataset(tokens, row_length=512, rows=2)
+        preference_dataset(tokens, row_length=512, rows=2, batching="buckets")
     assert [problem.argument for problem in error.value.problems] == ["row_length", "rows"]
-    with pytest.raises(InputError, match="batching must be 'buckets' or 'packed', got 'pack'"):
+    with pytest.raises(InputError, match="must be 'auto', 'packed' or 'buckets', got 'pack'"):
         preference_dataset(tokens, batching="pack")
     with pytest.raises(InputError, match="drop_remainder has no effect"):
         preference_dataset(tokens, batching="packed", drop_remainder=True)

@@ -24,7 +24,7 @@ SIGMOID = DPOLoss(
 @pytest.fixture(scope="module")
 def measured(moved, tokenized):
     moved.compile(loss=SIGMOID)
-    return evaluate_preferences(moved, tokenized, batch_size=5)
+    return evaluate_preferences(moved, tokenized, batch_size=5, batching="buckets")
 
 
 def same_as_evaluate(model, tokenized, found):

@@ -254,7 +254,8 @@ def images(family, directory):
     policy = family.policy if maker is None else maker()
     tokenizer = policy.preprocessor or READERS.get(family.name, tiny.Letters)()
     pairs = [PreferencePair(*TEXTS, images=[vision_tiny.png(seed)]) for seed in (1, 2)]
-    data = dpo_keras.preference_dataset(pairs, tokenizer, batch_size=2, shuffle=False)
+    options = {"batch_size": 2, "shuffle": False, "batching": "buckets"}
+    data = dpo_keras.preference_dataset(pairs, tokenizer, **options)
     model = dpo_keras.DPOModel(policy)
     (batch,) = data
     found = np.asarray(model.policy_logps(batch))

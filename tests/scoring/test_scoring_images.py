@@ -92,6 +92,7 @@ def test_training_reaches_the_vision_encoder():
         batch_size=3,
         max_length=vision_tiny.LENGTH,
         buckets=1,
+        batching="buckets",
         epochs=2,
     )
     dpo = dpo_keras.DPOModel(model, reference="frozen_copy")

@@ -152,6 +152,7 @@ def test_training_in_a_graph_begins_at_log_2_and_is_that_of_eager_steps():
             max_length=vision_tiny.LENGTH,
             shuffle=False,
             buckets=1,
+            batching="buckets",
         )
         dpo = dpo_keras.DPOModel(model)
         dpo.compile(keras.optimizers.SGD(0.1), run_eagerly=run_eagerly)

@@ -22,4 +22,4 @@ def policy():
 @pytest.fixture(scope="session")
 def dataset(tokenized):
     """Three batches of four in one shape, the same at each iteration."""
-    return preference_dataset(tokenized, batch_size=4, buckets=1, shuffle=False)
+    return preference_dataset(tokenized, batch_size=4, buckets=1, shuffle=False, batching="buckets")

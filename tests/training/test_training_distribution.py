@@ -30,7 +30,7 @@ def train(scope, tokenized, supervised=False):
 
         def make(worker):
             data = preference_dataset(
-                tokenized, batch_size=4, buckets=2, epochs=None, worker=worker
+                tokenized, batch_size=4, buckets=2, batching="buckets", epochs=None, worker=worker
             )
             return supervised_dataset(data) if supervised else data
 
@@ -115,7 +115,7 @@ def test_xla_under_two_replicas_is_refused_with_the_reason(tokenized):
     with strategy("mirrored").scope():
         model = DPOModel(gpt2(num_layers=1))
         model.compile(keras.optimizers.Adam(1e-2), jit_compile=True)
-    data = preference_dataset(tokenized, batch_size=4, buckets=1)
+    data = preference_dataset(tokenized, batch_size=4, batching="buckets")
     with pytest.raises(InputError, match="keras#17187"):
         model.fit(data, verbose=0)
 

@@ -170,7 +170,11 @@ def test_eight_accumulated_batches_of_one_are_one_batch_of_eight(tokenized):
             graph=True,
         )
         data = preference_dataset(
-            tokenized.take(np.arange(8)), batch_size=size, buckets=1, shuffle=False
+            tokenized.take(np.arange(8)),
+            batch_size=size,
+            buckets=1,
+            batching="buckets",
+            shuffle=False,
         )
         model.fit(data, epochs=2, verbose=0)
         results.append(weights(model))
@@ -199,7 +203,7 @@ def test_ways_to_run_a_step_give_the_same_weights(options, dataset, weights_of_a
 
 def test_one_trace_serves_all_buckets(policy):
     records = [{"prompt": "a" * n, "chosen": "b" * n, "rejected": "c"} for n in (2, 9, 17, 25) * 2]
-    data = preference_dataset(records, Letters(), batch_size=2, buckets=4)
+    data = preference_dataset(records, Letters(), batch_size=2, buckets=4, batching="buckets")
     assert len({batch["token_ids"].shape for batch in data}) == 4
     traces = []
 
@@ -294,7 +298,7 @@ def test_a_run_that_does_not_start_at_its_reference_is_refused(policy, tokenized
     options = dict(options)
     model.compile(keras.optimizers.SGD(0.1, **options.pop("optimizer", {})), **options)
     with pytest.raises(RuntimeError, match=r"first preference loss is .* must be 0\.693147"):
-        model.fit(preference_dataset(wrong, batch_size=4, buckets=1), verbose=0)
+        model.fit(preference_dataset(wrong, batch_size=4, batching="buckets"), verbose=0)
 
 
 @pytest.mark.parametrize(

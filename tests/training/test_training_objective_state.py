@@ -22,7 +22,7 @@ WITH_MEMORY = {
 def data():
     records = [{**pair, "group": "ab"[number % 2]} for number, pair in enumerate(pairs(8))]
     tokenized = tokenize_pairs(records, Letters(), max_length=48)
-    return preference_dataset(tokenized, batch_size=4, buckets=1, shuffle=False)
+    return preference_dataset(tokenized, batch_size=4, buckets=1, batching="buckets", shuffle=False)
 
 
 def compiled(options):

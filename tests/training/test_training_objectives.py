@@ -50,7 +50,7 @@ def train(scope, tokenized, options):
         loss = DPOLoss(**options)
         model = DPOModel(embedding_policy(), "auto" if loss.needs_reference else "none")
         model.compile(keras.optimizers.SGD(0.2), loss=loss, run_eagerly=True)
-    data = preference_dataset(tokenized, batch_size=4, buckets=1, epochs=None)
+    data = preference_dataset(tokenized, batch_size=4, buckets=1, batching="buckets", epochs=None)
     history = model.fit(data, steps_per_epoch=3, verbose=0).history
     state = [] if model.objective_state is None else model.objective_state.weights
     return [v.numpy() for v in [*model.policy.weights, *state]], history
@@ -78,7 +78,7 @@ def test_groups_that_do_worse_gain_weight_and_the_worst_is_logged(grouped):
 def test_a_loss_that_needs_columns_names_those_that_pairs_lack():
     model = DPOModel(embedding_policy())
     model.compile("sgd", loss=DPOLoss(margin=True), run_eagerly=True)
-    data = preference_dataset(pairs(4), Letters(), batch_size=4)
+    data = preference_dataset(pairs(4), Letters(), batch_size=4, batching="buckets")
     with pytest.raises(InputError, match="needs margin of every pair"):
         model.fit(data, verbose=0)
 
@@ -105,7 +105,7 @@ def test_the_reference_follows_the_policy_every_k_steps(grouped):
             seen.append((policy, self.model.reference.copies[0].numpy()))
 
     start = model.reference.copies[0].numpy()
-    data = preference_dataset(grouped, batch_size=4, buckets=1, epochs=None)
+    data = preference_dataset(grouped, batch_size=4, buckets=1, batching="buckets", epochs=None)
     sync = callbacks.SyncReference(every=2, alpha=0.25)
     model.fit(data, steps_per_epoch=3, verbose=0, callbacks=[sync, Watch()])
     np.testing.assert_array_equal(seen[0][1], start)
@@ -118,7 +118,7 @@ def test_a_reference_that_cannot_move_is_refused(grouped):
     policy.backbone.enable_lora(2)
     model = DPOModel(policy)
     model.compile("sgd")
-    data = preference_dataset(grouped, batch_size=4, buckets=1)
+    data = preference_dataset(grouped, batch_size=4, batching="buckets")
     with pytest.raises(InputError, match="must be reference='frozen_copy', got 'adapters_off'"):
         model.fit(data, verbose=0, callbacks=[callbacks.SyncReference()])
     with pytest.raises(InputError, match=r"every must be >= 1.*\n.*alpha must be in"):
