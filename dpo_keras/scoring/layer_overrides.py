@@ -6,15 +6,18 @@ a function is traced, that decides what is in its graph. Weights and configurati
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
+from dpo_keras.utils.keras_quantization import quantization_mode
 
 Call: TypeAlias = Callable[..., Tensor]
 
@@ -74,7 +77,7 @@ def fused(function: Call) -> Call:
 
 
 def fused_overrides(backbone: keras.Model) -> list[Override]:
-    """Fuse the norms and GELUs of a backbone. Keep the result: it holds the compiled kernels."""
+    """Fuse norms, GELUs and biases of a backbone. Keep the result: it holds compiled kernels."""
     kernels: dict[object, Call] = {}
     overrides = []
     for layer in all_layers(backbone):
@@ -86,7 +89,50 @@ def fused_overrides(backbone: keras.Model) -> list[Override]:
             if activation not in kernels:
                 kernels[activation] = fused(activation)
             overrides.append(Override(layer, "activation", kernels[activation]))
+        if (call := _flat_product(layer)) is not None:
+            overrides.append(Override(layer, "call", call))
     return overrides
+
+
+def _flat_product(layer: keras.layers.Layer) -> Call | None:
+    """Compute a dense layer as one product of two matrices, to which TensorFlow adds the bias.
+
+    Keras reshapes between product and bias, or multiplies each row of the batch by itself and then
+    sums the gradients of the kernel over rows. None for layers that multiply in another way.
+    """
+    axes = _summed_axes(layer)
+    if axes is None or hasattr(layer, "lora_kernel_a") or quantization_mode(layer) is not None:
+        return None
+
+    def call(inputs: Tensor, training: bool | None = None) -> Tensor:
+        kernel = tf.cast(tf.convert_to_tensor(layer.kernel), inputs.dtype)
+        depth, outputs = math.prod(kernel.shape[:axes]), kernel.shape[axes:]
+        kernel = tf.reshape(kernel, (depth, -1))
+        states = tf.matmul(tf.reshape(inputs, (-1, depth)), kernel)
+        if layer.bias is not None:
+            bias = tf.cast(tf.convert_to_tensor(layer.bias), states.dtype)
+            states = tf.nn.bias_add(states, tf.reshape(bias, (-1,)))
+        states = tf.reshape(states, (*ops.shape(inputs)[: len(inputs.shape) - axes], *outputs))
+        return states if layer.activation is None else layer.activation(states)
+
+    return call
+
+
+def _summed_axes(layer: keras.layers.Layer) -> int | None:
+    """Return how many axes, last of the inputs and first of the kernel, a dense layer sums over."""
+    if isinstance(layer, keras.layers.Dense):
+        return 1
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return None
+    arguments, output = layer.equation.split("->")
+    inputs, kernel = arguments.split(",")
+    summed = "".join(letter for letter in inputs if letter not in output)
+    count = len(summed)
+    flat = output == inputs[:-count] + kernel[count:] if count else False
+    if not flat or not inputs.endswith(summed) or not kernel.startswith(summed):
+        return None
+    whole_bias = layer.bias is None or layer.bias.shape == layer.kernel.shape[count:]
+    return count if whole_bias else None
 
 
 def _fused_norm(

@@ -12,6 +12,7 @@ from dpo_keras.scoring.layer_overrides import (
     fused_overrides,
     overridden_methods,
 )
+from dpo_keras.utils.keras_internals import all_layers
 
 
 class Layer:
@@ -55,6 +56,30 @@ def test_a_backbone_with_fused_layers_is_the_same_backbone(family):
     assert len(found[0]) == len(found[1])
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(other).max(), 1.0))
+
+
+def test_dense_layers_without_adapters_are_one_product_with_its_bias():
+    backbone = FAMILIES["gpt2"]().backbone
+    kinds = keras.layers.Dense, keras.layers.EinsumDense
+    dense = [layer for layer in all_layers(backbone) if isinstance(layer, kinds)]
+    dense[0].enable_lora(2)
+
+    def overridden():
+        calls = [o.owner for o in fused_overrides(backbone) if o.name == "call"]
+        return [layer for layer in dense if any(layer is owner for owner in calls)]
+
+    assert overridden() == dense[1:]
+
+    @tf.function
+    def step(states):
+        with overridden_methods(fused_overrides(backbone)):
+            return dense[1](states)
+
+    width = backbone.hidden_dim
+    graph = step.get_concrete_function(tf.TensorSpec((2, 8, width))).graph
+    (bias,) = [node for node in graph.get_operations() if node.type == "BiasAdd"]
+    # Only so does TensorFlow fuse them.
+    assert bias.inputs[0].op.type == "MatMul"
 
 
 def test_norms_of_the_same_settings_share_a_kernel_but_not_their_weights():

@@ -1,5 +1,6 @@
 """Pieces of a packed row: few shapes, whatever the trees, and nothing changed by it."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -68,3 +69,23 @@ def test_filled_up_pieces_attend_as_whole_rows_do(rows, window):
     np.testing.assert_allclose(pieces[0] * real, whole[0] * real, atol=1e-5)
     for ours, theirs in zip(pieces[1:], whole[1:], strict=True):
         np.testing.assert_allclose(ours * real, theirs * real, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_gradient_of_fewer_passes_is_that_of_tensorflow(rows, window):
+    random = np.random.default_rng(7)
+    states = [tf.constant(random.normal(size=(2, LENGTH, 2, 8)), tf.float32) for _ in range(3)]
+    # Keys and values of one head serve two of the queries.
+    states[1:] = [state[:, :, :1] for state in states[1:]]
+    upstream = tf.constant(random.normal(size=(2, LENGTH, 2, 8)), tf.float32)
+    found = []
+    # An active dropout, here of nothing, leaves the gradient to TensorFlow.
+    for dropout in (None, keras.layers.Dropout(0.0)):
+        layout = TreeLayout(*rows, segment=48)
+        with tf.GradientTape() as tape:
+            tape.watch(states)
+            settings = AttentionSettings(0.3, window=window, dropout=dropout)
+            attended = layout.attend(*states, settings, training=True)
+        found.append((attended, *tape.gradient(attended, states, upstream)))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
