@@ -14,8 +14,10 @@ from dpo_keras.app import runs, views
 from dpo_keras.app.config import build_config, config_document, given_text
 from dpo_keras.app.console import (
     AsJson,
+    ConfigFile,
     Debug,
     Force,
+    Overrides,
     Progress,
     Silent,
     TerminalProgress,
@@ -27,6 +29,7 @@ from dpo_keras.app.console import (
     working,
 )
 from dpo_keras.app.feedback_commands import annotate, feedback
+from dpo_keras.app.plan import plan
 from dpo_keras.app.pretrained_export import check_format, export_pretrained
 from dpo_keras.cluster import StopRequest, read_tf_config
 from dpo_keras.errors import InputError, InputProblem
@@ -49,15 +52,7 @@ app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.KEY=VALUE",
-        help="Override the file, for instance training.epochs=2 or model.lora_rank=null.",
-    ),
-]
 PairLimit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Read this many pairs at most.")
 ]
@@ -128,6 +123,9 @@ def train(
             terminal.result(result.as_dict(), *views.run_views(result))
         elif cluster is not None:
             terminal.say(f"{cluster.this} is done; {cluster.chief} has the result.")
+
+
+app.command()(plan)
 
 
 @app.command()
