@@ -31,8 +31,8 @@ from dpo_keras.utils import JSON
 if TYPE_CHECKING:
     from dpo_keras.batching import TokenizedPairs
 
-_STEPS = 3  # of the trial, before and after its evaluation: the first of them holds the trace
-_BATCHES = 3  # of each evaluation
+_STEPS = 5  # of the trial, before and after its evaluation: the first of them holds the trace
+_BATCHES = 4  # of each evaluation
 _GENERATED = 2  # batches of samples
 
 
@@ -170,7 +170,7 @@ class _Trial:
                 "tokens": work.tokens,
                 "fill": work.fill,
                 "batches": work.shape,
-                "seconds_per_step": self.clock.seen[title].mean * self._weight(title),
+                "seconds_per_step": self._per_unit(title),
             }
             for title, work in self.works.items()
         }
@@ -191,19 +191,17 @@ class _Trial:
         whole = self.whole.get(title)
         if whole is None:
             return times.seconds(times.reported)
-        alike = self.clock.seen.get(whole.like or "")
-        pair = 0.0 if alike is None else alike.mean
-        return stretched(times, self.short[title], whole, self._weight(title), pair)
+        pair = self._per_unit(whole.like) if whole.like in self.clock.seen else 0.0
+        return stretched(times, self.short[title], whole, self._per_unit(title), pair)
 
-    def _weight(self, title: str) -> float:
-        """Return the places of a step of the run, by those of a step that was timed."""
+    def _per_unit(self, title: str) -> float:
+        """Return the seconds of a unit of the run: of a step with as many places as the mean."""
+        times = self.clock.seen[title]
         if title not in self.works:
-            return 1.0
-        places, start = self.works[title].step_places, self.context.first_steps[title]
-        taken = np.arange(start, start + self.short[title].units)
-        every = self.short[title].every
-        timed = taken[(taken > start) & (taken % every != 0)] if every else taken[1:]
-        return float(places.mean() / places[timed % len(places)].mean())
+            return times.per_unit_of(lambda unit: 1.0)
+        places = self.works[title].step_places
+        per_place = times.per_unit_of(lambda step: float(places[step % len(places)]))
+        return per_place * float(places.mean())
 
 
 def _by_title(stages: list[Stage]) -> dict[str, Stage]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _RECENT = 50  # units whose median is the speed of a stage
@@ -50,8 +50,8 @@ class StageTimes:
         >>> times = StageTimes(0.0)
         >>> for done, now in ((1, 9.0), (2, 10.0), (3, 11.0), (4, 14.0)):
         ...     times.report(done, now)
-        >>> times.typical, times.mean
-        (1.0, 1.6666666666666667)
+        >>> times.typical
+        1.0
     """
 
     def __init__(self, now: float, every: int = 0):
@@ -59,14 +59,15 @@ class StageTimes:
         self.ended: float | None = None
         self.done, self.reported = 0, now
         self.first: int | None = None  # units done at the first report
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT)
+        # Seconds, units, and units done at the end of them.
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_RECENT)
 
     def report(self, done: int, now: float) -> None:
         """Take the number of units done so far."""
         if self.first is None:
             self.first = done
         elif done > self.done and not (self.every and self.done % self.every == 0):
-            self._recent.append((now - self.reported, done - self.done))
+            self._recent.append((now - self.reported, done - self.done, done))
         self.done, self.reported = done, now
 
     def seconds(self, now: float) -> float:
@@ -81,14 +82,16 @@ class StageTimes:
     @property
     def typical(self) -> float | None:
         """Median of the recent seconds per unit; None before the second unit."""
-        found = [seconds / units for seconds, units in self._recent]
+        found = [seconds / units for seconds, units, _ in self._recent]
         return statistics.median(found) if found else None
 
-    @property
-    def mean(self) -> float:
-        """Mean of the recent seconds per unit; 0 before the second unit."""
-        units = sum(units for _, units in self._recent)
-        return sum(seconds for seconds, _ in self._recent) / units if units else 0.0
+    def per_unit_of(self, work: Callable[[int], float]) -> float:
+        """Return the median seconds per work of a unit, `work(k)` of unit k; 0 if none is timed."""
+        found = [
+            seconds / sum(map(work, range(done - units, done)))
+            for seconds, units, done in self._recent
+        ]
+        return statistics.median(found) if found else 0.0
 
     @property
     def pause(self) -> float:
@@ -137,7 +140,9 @@ def seconds_left(
     return left
 
 
-def stretched(times: StageTimes, trial: Stage, whole: Stage, weight: float, pair: float) -> float:
+def stretched(
+    times: StageTimes, trial: Stage, whole: Stage, per_unit: float, per_pair: float
+) -> float:
     """Predict the seconds of a whole stage from a trial of it that has ended.
 
     The trial's own seconds hold what a stage does once, such as tracing. What the whole has more
@@ -147,16 +152,24 @@ def stretched(times: StageTimes, trial: Stage, whole: Stage, weight: float, pair
         times: of the trial.
         trial: what the trial did.
         whole: what the run does.
-        weight: work of a unit of the whole, by that of a unit timed in the trial.
-        pair: seconds to validate a pair.
+        per_unit: seconds of a unit of the whole.
+        per_pair: seconds to validate a pair.
 
     Returns:
         Seconds.
+
+    Example:
+        >>> times = StageTimes(0.0, every=2)
+        >>> for done, now in ((1, 9.0), (2, 10.0), (3, 14.0), (4, 15.0)):
+        ...     times.report(done, now)
+        >>> times.ended = 17.0
+        >>> trial, whole = (Stage("Training", units, every=2, validated=4) for units in (4, 10))
+        >>> stretched(times, trial, whole, per_unit=1.0, per_pair=0.5)  # 6 steps, 3 pauses more
+        29.0
     """
-    found = times.seconds(times.reported)
-    found += (whole.units - trial.units) * times.mean * weight
+    found = times.seconds(times.reported) + (whole.units - trial.units) * per_unit
     found += (whole.pauses() - trial.pauses()) * times.pause
-    return found + whole.pauses() * (whole.validated - trial.validated) * pair
+    return found + whole.pauses() * (whole.validated - trial.validated) * per_pair
 
 
 def _validation(stage: Stage, pauses: int, alike: StageTimes | None) -> float:

@@ -83,6 +83,7 @@ class RunClock(Progress):
         of = {"seconds": "time up to the report", "peak_bytes": "peak memory"}
         return {
             "step": self.prediction["step"],
+            "stages": {title: times.seconds(self.now()) for title, times in self.seen.items()},
             **{
                 name: {
                     "of": of[name],
