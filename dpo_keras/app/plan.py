@@ -68,7 +68,7 @@ def predict_run(config: Config, progress: Progress) -> dict[str, JSON]:
         writable("output", beside),
         tempfile.TemporaryDirectory(prefix=".dpo-keras-plan-", dir=beside) as folder,
     ):
-        run = RunDirectory(Path(folder) / "run")
+        run = RunDirectory(Path(folder) / "run", temporary=True)
         run.path.mkdir()
         keras.utils.set_random_seed(config.seed)
         settings = config.model_copy(update={"output": str(run.path)})
@@ -213,8 +213,8 @@ def _some(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
     if len(pairs) <= count:
         return pairs
     rows = np.linspace(0, len(pairs) - 1, count).astype(np.int64)
-    rows[-1] = int(pairs.lengths.argmax())
-    return pairs.take(np.unique(rows))
+    longest = int(pairs.lengths.argmax())
+    return pairs.take(rows if longest in rows else np.append(rows[:-1], longest))
 
 
 def plan(

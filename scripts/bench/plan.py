@@ -38,6 +38,7 @@ CONFIGURATIONS = {
         "reference=auto",
         "training.remat=true",
         "model.dtype=mixed_bfloat16",
+        "training.epochs=1",
         "training.max_steps=100",
     ],
     "HH, buckets, cached": [*HH, "training.batching=buckets", "training.epochs=1"],

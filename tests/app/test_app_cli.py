@@ -45,7 +45,7 @@ def test_help_losses_and_validate_answer_without_tensorflow(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "validate", "data inspect", "evaluate", "generate", "export", "losses"],
+    ["train", "plan", "validate", "data inspect", "evaluate", "generate", "export", "losses"],
 )
 def test_every_command_explains_itself_and_takes_json_and_debug(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -81,7 +81,7 @@ def test_validate_prints_the_resolved_configuration(run, gpt2_preset, tmp_path):
 def test_every_fault_is_one_line_on_stderr_without_a_traceback(run, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {path: ./nowhere}\ndata: {pth: x}\nloss: {beta: -1}\n")
-    for command in ("validate", "train"):
+    for command in ("validate", "train", "plan"):
         code, out, err = run(command, path)
         assert code == 2 and out == ""
         assert "Traceback" not in err
