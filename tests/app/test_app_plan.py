@@ -119,13 +119,13 @@ def test_a_short_run_predicts_itself_at_its_half_and_one_step_nothing():
 
 
 @pytest.mark.parametrize("layout", [Layout("buckets", buckets=2), Layout("packed", row_length=64)])
-@pytest.mark.parametrize("steps", [None, 5])
-def test_work_is_what_the_batches_hold(layout, steps):
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"max_steps": 5}])
+def test_work_is_what_the_batches_hold(layout, length):
     tokenized = tokenize_pairs(pairs(11), Letters(), max_length=48)
     config = Config(
         model={"path": "x"},
         data={"path": "y"},
-        training={"batch_size": 4, "epochs": 2, "max_steps": steps},
+        training={"batch_size": 4, **length},
     )
     context = SimpleNamespace(config=config, layout=layout)
     work = work_of(context, config.training, tokenized)
@@ -137,7 +137,7 @@ def test_work_is_what_the_batches_hold(layout, steps):
         weights = [batch["weight"].numpy().any(-1) for batch in batches]
         kept = [mask[real] for mask, real in zip(masks, weights, strict=True)]
         assert work.tokens == sum(mask.sum() for mask in kept)
-    assert work.steps == (steps or 2 * work.per_epoch)
+    assert work.steps == length.get("max_steps", 2 * work.per_epoch)
     first = [mask.size for mask in masks[: work.per_epoch]]
     assert work.step_places[: len(first)].tolist() == first
     assert first[work.longest] == max(first)
