@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,6 +221,16 @@ def _some(pairs: TokenizedPairs, count: int) -> TokenizedPairs:
     return pairs.take(rows if longest in rows else np.append(rows[:-1], longest))
 
 
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the process by way of Python, which removes the trial's directory."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -230,6 +244,6 @@ def plan(
     """
     with reporting(as_json, debug) as terminal:
         settings = build_config(config_document(config, overrides or ()), outside=True)
-        with working(terminal) as progress:
+        with _exit_on_sigterm(), working(terminal) as progress:
             result = predict_run(settings, progress)
         terminal.result(result, *views.plan_views(result))

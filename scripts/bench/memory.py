@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Peak memory of training, by what is switched on and by length.
 
-    python scripts/bench/memory.py --lengths 256 --json memory.json     # and 512, 1024
+    python scripts/bench/memory.py --lengths 128 --json memory.json     # and 256, 512
     python scripts/bench/memory.py --json memory.json --redraw .github/memory.png
 
 A GPT-2 of random weights takes a few steps on random pairs, each variant in a process of its own,
@@ -125,10 +125,10 @@ def main() -> None:
     """Run from the command line."""
     parser = common.parser_of(__doc__)
     parser.add_argument("--redraw", type=pathlib.Path, help="draw --json into this PNG, no more")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--pairs", type=int, default=8, help="pairs per step")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
