@@ -4,7 +4,7 @@ What a command works with is imported when it begins, so that `--help` answers a
 and Keras only where they are needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,10 @@ import typer
 
 from dpo_keras.app.console import (
     AsJson,
+    ConfigFile,
     Debug,
     Force,
+    Overrides,
     Progress,
     Silent,
     TerminalProgress,
@@ -25,10 +27,9 @@ from dpo_keras.app.console import (
     reporting,
     working,
 )
+from dpo_keras.app.data_commands import PairLimit, data
 from dpo_keras.app.feedback_commands import annotate, feedback
 from dpo_keras.cluster import StopRequest, read_tf_config
-from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils import JSON
 from dpo_keras.utils.deferred_imports import Deferred, deferred_function
 from dpo_keras.version import __version__
 
@@ -39,10 +40,8 @@ config_document = deferred_function("dpo_keras.app.config", "config_document")
 given_text = deferred_function("dpo_keras.app.config", "given_text")
 check_format = deferred_function("dpo_keras.app.pretrained_export", "check_format")
 export_pretrained = deferred_function("dpo_keras.app.pretrained_export", "export_pretrained")
-audit = deferred_function("dpo_keras.preferences", "audit")
-build_preferences = deferred_function("dpo_keras.preferences", "build_preferences")
+predict_run = deferred_function("dpo_keras.app.plan", "predict_run")
 open_run = deferred_function("dpo_keras.app.run_directory", "open_run")
-read_preferences = deferred_function("dpo_keras.preferences", "read_preferences")
 
 app = typer.Typer(
     name="dpo-keras",
@@ -54,32 +53,11 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Look at preference data, and make records of it.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SECTION.KEY=VALUE",
-        help="Override the file, for instance training.epochs=2 or model.lora_rank=null.",
-    ),
-]
-PairLimit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Read this many pairs at most.")
-]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--column", help="prompt=question reads the prompt from that column; repeatable."),
-]
-AllowTruncated = Annotated[
-    bool,
-    typer.Option("--allow-truncated", help="Read what is left of files that are cut off."),
-]
-Format = Annotated[str, typer.Option(help="How to read them; auto goes by name and columns.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -138,6 +116,25 @@ def train(
             terminal.result(result.as_dict(), *views.run_views(result))
         elif cluster is not None:
             terminal.say(f"{cluster.this} is done; {cluster.chief} has the result.")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Predict time, memory, steps, tokens and fill of a training, from a trial of a few steps.
+
+    The trial does all that the training does once: warm-up, measurements, samples, export. It works
+    in a temporary directory beside the run's, and leaves nothing behind.
+    """
+    with reporting(as_json, debug) as terminal:
+        settings = build_config(config_document(config, overrides or ()), outside=True)
+        with working(terminal) as progress:
+            result = predict_run(settings, progress)
+        terminal.result(result, *views.plan_views(result))
 
 
 @app.command()
@@ -267,90 +264,6 @@ def losses(as_json: AsJson = False, debug: Debug = False) -> None:
     with reporting(as_json, debug) as terminal:
         rows = views.loss_rows()
         terminal.result({"losses": rows}, *views.loss_views(rows))
-
-
-@data.command("inspect")
-def data_inspect(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Preference files, or builtin:support.")
-    ],
-    format: Format = "auto",
-    column: Columns = None,
-    limit: PairLimit = None,
-    allow_truncated: AllowTruncated = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Show counts, lengths, bad lines, duplicates, contradictions and biases of the data."""
-    with reporting(as_json, debug) as terminal:
-        pairs = read_preferences(
-            files,
-            format=format,
-            columns=_renaming(column or ()),
-            limit=limit,
-            allow_truncated=allow_truncated,
-        )
-        picture = audit(pairs)
-        content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
-        terminal.result(content, *views.data_views(pairs, picture))
-
-
-@data.command("build")
-def data_build(  # noqa: PLR0913, PLR0917 (a parameter is an option)
-    files: Annotated[
-        list[str],
-        typer.Argument(metavar="FILE...", help="Preference files, or tfds:NAME/CONFIG:SPLIT."),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The directory to make; data.path of a run.")
-    ],
-    format: Format = "auto",
-    column: Columns = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Where TensorFlow Datasets keeps its data.")
-    ] = None,
-    on_error: Annotated[
-        str, typer.Option(help="report keeps the good records, fail builds nothing if any is bad.")
-    ] = "report",
-    limit: PairLimit = None,
-    allow_truncated: AllowTruncated = False,
-    shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 256,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Make sharded, checksummed records of data of any size, to train on without loading it."""
-    with reporting(as_json, debug) as terminal:
-        with working(terminal) as progress:
-            progress.stage("Records")
-            stored = build_preferences(
-                files,
-                out,
-                columns=_renaming(column or ()),
-                format=format,
-                data_dir=data_dir,
-                on_error=on_error,
-                limit=limit,
-                allow_truncated=allow_truncated,
-                shard_bytes=shard_megabytes * 2**20,
-                on_pairs=lambda done: progress.advance(done, None),
-            )
-        result: dict[str, JSON] = {
-            "directory": str(out),
-            "pairs": len(stored),
-            "bytes": sum(shard.bytes for shard in stored.shards),
-            "checksum": stored.checksum,
-            "shards": [vars(shard) for shard in stored.shards],
-            "report": stored.report.as_dict(),
-            "summary": stored.report.summary(),
-        }
-        terminal.result(result, *views.build_views(result))
-
-
-def _renaming(columns: Sequence[str]) -> Mapping[str, str]:
-    wrong = [text for text in columns if not all(text.partition("="))]
-    if wrong:
-        raise InputError([InputProblem("--column", "must be ours=theirs", text) for text in wrong])
-    return {ours: theirs for ours, _, theirs in (text.partition("=") for text in columns)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

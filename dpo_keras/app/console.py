@@ -18,7 +18,14 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -32,6 +39,14 @@ from dpo_keras.utils.text import shortened, visible
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SECTION.KEY=VALUE",
+        help="Override the file, for instance training.epochs=2 or model.lora_rank=null.",
+    ),
+]
 
 # 75 is EX_TEMPFAIL of sysexits.h: try again.
 DONE, FAILED, WRONG_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -67,6 +82,30 @@ class Silent(Progress):
     """A `Progress` that says nothing."""
 
 
+def duration(seconds: float) -> str:
+    """Return seconds in words.
+
+    Example:
+        >>> duration(7.24), duration(94), duration(3 * 3600 + 120)
+        ('7 s', '1 min 34 s', '3 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Show the time that is left of the run where it is known, else of the stage."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return super().render(task) if left is None else Text(f"{duration(left)} left")
+
+
 class TerminalProgress:
     """A `Progress` on a console: a bar on a terminal, a line now and then in a log."""
 
@@ -77,7 +116,7 @@ class TerminalProgress:
         self._bar = Bar(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             TextColumn("{task.fields[figures]}"),
             console=console,
             transient=True,
@@ -112,15 +151,18 @@ class TerminalProgress:
         figures = "  ".join(
             f"{label} {values[name]:.3g}" for name, label in _SHOWN.items() if name in values
         )
+        left = values.get("seconds_left")
         if self.console.is_terminal:
+            fields: dict[str, Any] = {"figures": figures, "left": left}
             if self._task is None:
-                self._task = self._bar.add_task("", total=total, figures=figures)
-            self._bar.update(self._task, completed=done, total=total, figures=figures)
+                self._task = self._bar.add_task("", total=total, **fields)
+            self._bar.update(self._task, completed=done, total=total, **fields)
             return
         now = time.monotonic()
         if now - self._said >= self.every or (done == total and figures):
             self._said = now
             of = f" of {total}" if total else ""
+            figures += "" if left is None else f"  {duration(left)} left of the run"
             self.console.print(f"  {done}{of}  {figures}".rstrip(), markup=False)
 
 

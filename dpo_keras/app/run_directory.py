@@ -38,9 +38,10 @@ _HALF_WRITTEN = (".*.partial*", ".*.old")
 class RunDirectory:
     """The paths of a run, and its small files."""
 
-    def __init__(self, path: str | Path, writes: bool = True):
+    def __init__(self, path: str | Path, writes: bool = True, temporary: bool = False):
         self.path = Path(path)
         self.writes = writes  # False on workers that only take part
+        self.temporary = temporary  # of a trial, which leaves nothing behind elsewhere either
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.adapters = self.path / "adapters.npz"  # only of a policy with LoRA

@@ -178,9 +178,16 @@ def judge_of(paths: Sequence[str] | None) -> Judge | None:
 
 
 def report_training(
-    context: Context, held_out: Pairs | None, before: Measured, after: Measured
+    context: Context,
+    held_out: Pairs | None,
+    before: Measured,
+    after: Measured,
+    outcome: Mapping[str, str],
 ) -> dict[str, JSON]:
-    """Write the report of a training into the run, and return what a `RunResult` holds of it."""
+    """Write the report of a training into the run, and return what a `RunResult` holds of it.
+
+    `outcome` compares the run's time and memory with what it predicted of itself.
+    """
     from dpo_keras.evaluation import side_by_side, write_report
 
     run, config = context.run, context.config
@@ -199,7 +206,7 @@ def report_training(
         config_text=config.resolved(),
         pairs=held_out,
         title=config.name,
-        details={"data": ", ".join(config.data.path or ()), **versions()},
+        details={**outcome, "data": ", ".join(config.data.path or ()), **versions()},
         samples_shown=config.evaluation.samples_shown,
     )
     for notice in report.notices:

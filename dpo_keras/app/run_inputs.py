@@ -130,7 +130,7 @@ def tokenize(
 ) -> TokenizedPairs:
     """Tokenize pairs as the configuration says, and report what was cut and dropped.
 
-    The run keeps the tokens of a built directory that cannot be written into.
+    The run keeps the tokens of a built directory that cannot be written into; a trial always does.
     """
     from dpo_keras.batching import tokenize_pairs
 
@@ -151,5 +151,7 @@ def tokenize(
 def _token_folder(pairs: Pairs, data: Data, run: RunDirectory) -> str | Path | None:
     if not isinstance(pairs, StoredPreferences):
         return None
+    if run.temporary:
+        return run.path / "tokens"
     kept_there = data.tokens is not None or os.access(pairs.path, os.W_OK)
     return data.tokens if kept_there else run.path / "tokens"

@@ -18,6 +18,7 @@ from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.pretrained_export import save_adapters
+from dpo_keras.app.run_clock import RunClock, outcome_lines
 from dpo_keras.app.run_directory import (
     RunDirectory,
     check_run,
@@ -27,12 +28,14 @@ from dpo_keras.app.run_directory import (
     writable,
 )
 from dpo_keras.app.run_evaluation import Examiner, evaluate, load_trained, report_training
-from dpo_keras.app.run_inputs import read_sides, record_prompts, texts_of, tokenize
+from dpo_keras.app.run_inputs import Sides, read_sides, record_prompts, texts_of, tokenize
+from dpo_keras.app.run_work import stages_of
 from dpo_keras.app.training_stages import (
     Context,
     build_model,
     check_steps,
     choose_reference,
+    leave_together,
     train_policy,
     warm_up_policy,
 )
@@ -41,7 +44,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 
 if TYPE_CHECKING:
-    import tensorflow as tf
+    import keras
 
     from dpo_keras.batching import TokenizedPairs
     from dpo_keras.preferences import PreferencePair
@@ -65,6 +68,7 @@ class RunResult:
     samples: list[dict[str, JSON]] = field(default_factory=list)  # some of `samples.jsonl`
     report: dict[str, str] = field(default_factory=dict)  # paths of its files, by kind
     findings: list[str] = field(default_factory=list)  # what the report warns about
+    prediction: dict[str, JSON] | None = None  # of time and memory, and what they were
     export: dict[str, JSON] | None = None  # what was exported, and what it answered
     seconds: float = 0.0  # of wall time, of the process that finished the run
 
@@ -112,11 +116,12 @@ def train(
             replicas = strategy(config.training.strategy, watchdog=watchdog)
             run = start_run(config, resume, given, writes)
             keras.utils.set_random_seed(config.seed)
-            context = Context(config, run, resume, progress, replicas, stop, watchdog)
-            result = _run_stages(context)
+            clock = RunClock(progress)
+            context = Context(config, run, resume, clock, replicas, stop, watchdog)
+            result = _run_stages(context, clock)
             result.seconds = time.monotonic() - started
             run.write("result.json", result.as_dict())
-            _leave_together(replicas)
+            leave_together(replicas)
             return result
 
 
@@ -145,10 +150,29 @@ def meet_workers(
     )
 
 
-def _run_stages(context: Context) -> RunResult:
+@dataclass
+class Prepared:
+    """The inputs of a run's stages, whose layout of batches is settled."""
+
+    policy: keras.Model
+    reference: keras.Model | str
+    sides: Sides
+    pairs: TokenizedPairs
+    held_out: TokenizedPairs | None
+    counts: dict[str, int]  # of pairs
+
+
+def _run_stages(context: Context, clock: RunClock) -> RunResult:
+    if context.run.writes:
+        _check_export(context.config, context.run)
+    prepared = prepare(context)
+    clock.expect(stages_of(context, prepared.reference, prepared.pairs, prepared.held_out))
+    return carry_out(context, prepared, clock)
+
+
+def prepare(context: Context) -> Prepared:
+    """Read and tokenize the pairs, load the policy and the reference, and settle the layout."""
     config, run, progress = context.config, context.run, context.progress
-    if run.writes:
-        _check_export(config, run)
     progress.stage("Data")
     sides = read_sides(config, progress, run)
     progress.stage("Policy")
@@ -168,15 +192,22 @@ def _run_stages(context: Context) -> RunResult:
         "held_out": 0 if held_out is None else len(held_out),
         "dropped": sides.dropped + sum(report.pairs - report.kept for report in reports),
     }
-
     reference = choose_reference(context, policy)
     images = any(side is not None and side.images is not None for side in (pairs, held_out))
     context.settle_layout(policy, reference, images)
     check_steps(context, pairs)
+    return Prepared(policy, reference, sides, pairs, held_out, counts)
 
-    warm_up_policy(context, policy, pairs)
-    model, pairs, held_out = build_model(context, policy, reference, pairs, held_out)
-    examiner = Examiner(context, model, held_out, sides.held_out)
+
+def carry_out(context: Context, prepared: Prepared, clock: RunClock) -> RunResult:
+    """Run all stages after `prepare`: warm-up, training, measurements, report and export."""
+    config, run, progress = context.config, context.run, context.progress
+    policy, counts = prepared.policy, prepared.counts
+    warm_up_policy(context, policy, prepared.pairs)
+    model, pairs, held_out = build_model(
+        context, policy, prepared.reference, prepared.pairs, prepared.held_out
+    )
+    examiner = Examiner(context, model, held_out, prepared.sides.held_out)
     before = examiner.measure("before")
     steps = train_policy(context, model, pairs, held_out)
     after = examiner.measure("after")
@@ -186,9 +217,12 @@ def _run_stages(context: Context) -> RunResult:
     save_policy(policy, run.policy)
     save_adapters(policy, run.adapters)
     report = {}
+    prediction = clock.outcome()
     if before is not None and after is not None:
-        report = report_training(context, sides.held_out, before, after)
-    result = RunResult(str(run.path), steps, counts, **report)
+        said = outcome_lines(prediction)
+        report = report_training(context, prepared.sides.held_out, before, after, said)
+    run.write("prediction.json", prediction)
+    result = RunResult(str(run.path), steps, counts, prediction=prediction, **report)
     if config.export is not None:
         # The served model meets new texts, for which nothing is cached.
         cached = model.reference.mode == "cached"
@@ -214,22 +248,6 @@ def _check_same_data(
         why = f": the {changed} pairs are not those that {run.path} was started with; restore the"
         why += " files, or start a new run with output=DIRECTORY."
         raise InputError(InputProblem("data.path", why))
-
-
-def _leave_together(strategy: tf.distribute.Strategy) -> None:
-    """Wait until every worker has come to this line.
-
-    A worker that leaves while the chief still writes would be taken for one that crashed.
-    """
-    import tensorflow as tf
-
-    @tf.function
-    def count_workers() -> tf.Tensor:
-        ones = strategy.run(lambda: tf.constant(1.0))
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, ones, axis=None)
-
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        count_workers()
 
 
 def export_run(

@@ -10,6 +10,7 @@ from dpo_keras.app.config_rules import build_loss, keys_for_arguments
 from dpo_keras.app.config_sections import REFERENCES, Optimization, Training
 from dpo_keras.app.console import Progress
 from dpo_keras.app.models import load_reference, save_policy
+from dpo_keras.app.run_clock import TRAINING, WARM_UP
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
@@ -35,6 +36,7 @@ class Context:
     strategy: tf.distribute.Strategy
     stop: StopRequest
     watchdog: Watchdog | None  # of a cluster's run
+    first_steps: dict[str, int] = field(default_factory=dict)  # of a trial, by the stage's title
     loss: DPOLoss = field(init=False)
     layout: Layout = field(init=False)  # from `settle_layout`, once the models are loaded
 
@@ -57,9 +59,10 @@ class Context:
         replicas = self.strategy.num_replicas_in_sync
         self.layout = layout_of(self.config, policy, reference, self.progress, replicas, images)
 
-    def fit_options(self) -> dict[str, JSON]:
+    def fit_options(self, title: str) -> dict[str, JSON]:
         """Return the options of `dpo_keras.training` that the warm-up and training share."""
         return {
+            "first_step": self.first_steps.get(title, 0),
             "seed": self.config.seed,
             "batching": self.layout,
             "checkpoint_every": self.config.training.checkpoint_every,
@@ -152,7 +155,7 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
     from dpo_keras.training import SupervisedModel, warm_up
     from dpo_keras.training.supervised_model import chosen_alone
 
-    context.progress.stage("Supervised warm-up")
+    context.progress.stage(WARM_UP)
     laid_out = chosen_alone(pairs) if context.layout.packed else pairs
     with context.strategy.scope():
         remat = context.config.training.remat
@@ -171,7 +174,7 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
         checkpoints=run.checkpoints / "warmup",
         keep=1,
         log=run.path / "metrics.warmup.jsonl",
-        **context.fit_options(),
+        **context.fit_options(WARM_UP),
     )
 
 
@@ -197,15 +200,16 @@ def build_model(
     from dpo_keras.training import DPOModel
 
     run, config, settings = context.run, context.config, context.config.training
-    if reference == "cached":
-        pairs = _with_reference(context, policy, pairs, "train")
+    computed = reference == "cached" and pairs.reference is None
+    if computed:
+        pairs = with_reference(context, policy, pairs, "train")
         if held_out is not None:
-            held_out = _with_reference(context, policy, held_out, "held_out")
+            held_out = with_reference(context, policy, held_out, "held_out")
     with context.strategy.scope():
         model = DPOModel(
             policy, reference, remat=settings.remat, auxiliary_loss=settings.auxiliary_loss
         )
-        if reference == "cached":
+        if computed:
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True
         model.compile(
@@ -225,9 +229,10 @@ def build_model(
     return model, pairs, held_out
 
 
-def _with_reference(
+def with_reference(
     context: Context, policy: keras.Model, pairs: TokenizedPairs, name: str
 ) -> TokenizedPairs:
+    """Compute the reference log-probs of the pairs of one side, "train" or "held_out"."""
     from dpo_keras.scoring import cache_reference
 
     context.progress.stage(f"Reference log-probs of the pairs ({name})")
@@ -252,7 +257,7 @@ def train_policy(
     from dpo_keras.training.experiment_loggers import experiment_loggers
 
     config, run, sync = context.config, context.run, context.config.training.sync_reference
-    context.progress.stage("Preference training")
+    context.progress.stage(TRAINING)
     board = keras.callbacks.TensorBoard(run.path / "tensorboard", write_graph=False)
     with experiment_loggers(
         config.training.loggers if run.writes else [],
@@ -274,5 +279,21 @@ def train_policy(
             log=run.path / "metrics.jsonl",
             callbacks=[board, *loggers] if run.writes else [],
             sync_reference=None if sync is None else (sync.every, sync.alpha),
-            **context.fit_options(),
+            **context.fit_options(TRAINING),
         )
+
+
+def leave_together(strategy: tf.distribute.Strategy) -> None:
+    """Wait until every worker has come to this line.
+
+    A worker that leaves while the chief still writes would be taken for one that crashed.
+    """
+    import tensorflow as tf
+
+    @tf.function
+    def count_workers() -> tf.Tensor:
+        ones = strategy.run(lambda: tf.constant(1.0))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, ones, axis=None)
+
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        count_workers()

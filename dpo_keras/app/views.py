@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dpo_keras.app.console import duration
+from dpo_keras.app.run_clock import megabytes, outcome_lines
 from dpo_keras.preferences import Message
 from dpo_keras.preferences.audit import share_text
 from dpo_keras.preferences.read_report import grouped
@@ -150,10 +152,31 @@ def run_views(result: RunResult) -> list[RenderableType]:
     if result.samples:
         views.append(sample_table(result.samples))
     views += [f"The report says: {finding}" for finding in result.findings]
+    views += [f"{what}: {said}" for what, said in outcome_lines(result.prediction).items()]
     if result.export is not None:
         views += export_views(result.export)
     files = {"run": result.directory, **result.report}
     return views + [f"{kind}: {path}" for kind, path in files.items()]
+
+
+def plan_views(result: Mapping[str, JSON]) -> list[RenderableType]:
+    """Draw what `dpo-keras plan` predicts."""
+    work = _table("Steps", "of", "steps", "in an epoch", "tokens", "fill", "per step", "batches")
+    for name, section in result["sections"].items():
+        counts = [f"{section[key]:,}" for key in ("steps", "steps_per_epoch", "tokens")]
+        step = f"{section['seconds_per_step']:,.3g} s"
+        work.add_row(name, *counts, f"{section['fill']:.1%}", step, section["batches"])
+    times = _table("Time", "stage", "in the trial", "in the run", numbers=(1, 2))
+    for title, seconds in result["stages"].items():
+        times.add_row(escape(title), *(duration(seconds[key]) for key in ("trial", "run")))
+    pairs = ", ".join(f"{count:,} {name}" for name, count in result["pairs"].items())
+    return [
+        work,
+        times,
+        f"pairs: {pairs.replace('_', ' ')}",
+        *(f"peak memory of {name}: {megabytes(n)}" for name, n in result["peak_bytes"].items()),
+        f"time in all: {duration(result['seconds'])}",
+    ]
 
 
 def evaluation_views(result: Mapping[str, JSON]) -> list[RenderableType]:

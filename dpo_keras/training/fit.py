@@ -130,6 +130,7 @@ class RunOptions:
     checkpoint_every: int | None = None  # steps between further checkpoints
     keep: int = 2  # number of checkpoints
     resume: bool = False  # from the newest checkpoint
+    first_step: int = 0  # where to begin in the stream, if there is no checkpoint: of a trial
     save: bool = True  # False on workers other than the chief
     log: str | os.PathLike[str] | None = None  # of `callbacks.RunLog`
     log_every: int = 1  # steps between its records
@@ -205,7 +206,8 @@ def _fit(
         log = RunLog(options.log, start_step=start, every=options.log_every)
         callbacks.append(log)
         # Workers of a cluster do not see the log, and could not take part.
-        if options.validation_data is not None and options.watchdog is None and not start % every:
+        again = options.resume and options.watchdog is None and not start % every
+        if options.validation_data is not None and again:
             log.evaluate_again(model, start // every, options.validation_data)
     if options.progress is not None:
         callbacks.append(Progress(options.progress, start_step=start, steps=steps))
@@ -243,7 +245,7 @@ def _fit(
 
 def _first_step(model: PolicyTrainer, options: RunOptions, steps: int) -> int:
     """Return the step to continue at, with the model as it was there."""
-    start = 0
+    start = options.first_step
     load = None
     if options.checkpoints is not None and options.resume:
         load = partial(load_checkpoint, model, options.checkpoints, options.note)
@@ -256,6 +258,6 @@ def _first_step(model: PolicyTrainer, options: RunOptions, steps: int) -> int:
         hint = "All workers must see the same run directory: put it on storage that they share."
         what = "newest checkpoint (its step)"
         start = options.watchdog.agree(what, start, hint=hint, again=load)
-    if start:
+    if start and options.resume:
         options.note(f"resumed after step {start} of {steps}.")
     return start

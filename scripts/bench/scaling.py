@@ -1,132 +1,245 @@
 #!/usr/bin/env python
-"""What a step costs against pairs, length, vocabulary and replicas; and packing against the data.
+"""What a step costs against one thing at a time, and the exponent that arithmetic predicts.
 
-    python scripts/bench/scaling.py
+    python scripts/bench/scaling.py --json scaling.json            # all axes
+    python scripts/bench/scaling.py --axis length --json scaling.json
+    python scripts/bench/scaling.py --json scaling.json --redraw .github/scaling.png
 
-A small GPT-2 of random weights trains on random pairs in packed rows; one thing changes at a time,
-each run in a process of its own. Replicas are logical CPUs of one machine, which share its cores:
-they show what replicas cost, not what they gain. "per token" is a step's time over its tokens,
-which stays level where cost is linear.
+A small GPT-2 of random weights trains on random pairs in packed rows. Each axis is a process of its
+own, in which all values take their steps in turn, round after round; a cost is the median over
+rounds. JSON keeps the axes that were measured before.
 
-Packing is measured alone: tokens at hand, rows of all pairs of an epoch and all its batches.
+The exponent is the slope of log(cost) over log(value), fitted by least squares. Arithmetic's is the
+same slope of the additions and multiplications: for T tokens, R of them responses', and S pairs of
+a token with a token that it sees, 2 T (kernels) + 4 S (width) (layers) + 2 R (width) (vocabulary),
+each prompt and each response counted once. What costs more than it is an overhead; a lower exponent
+has a part that does not grow.
+
+Replicas are logical CPUs of one machine, which share its cores: they show what replicas cost, not
+what they gain. "responses" is the number of responses to each of 4 prompts, all of whose pairs are
+trained on: K (K - 1) / 2. "data" packs all pairs of an epoch and lays out its batches.
 """
 
 import argparse
 import itertools
 import json
+import pathlib
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import _common as common
 
-USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "replicas": 1}
+USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "width": 128, "replicas": 1, "responses": 2}
+AXES = {
+    "pairs": [4, 8, 16, 32],
+    "length": [64, 128, 256, 512],
+    "vocabulary": [2048, 8192, 32_768, 131_072],
+    "width": [64, 128, 256, 512],
+    "replicas": [1, 2, 4],
+    "responses": [2, 3, 4, 6],
+    "data": [1000, 10_000, 100_000],
+}
+PROMPTS = 4  # of a step, where the responses of a prompt vary
 
 
-def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Take a few steps, in this process."""
+def ranked_pairs(prompts: int, responses: int, length: int, vocabulary: int) -> Any:
+    """All pairs of several random responses to each of some random prompts."""
+    import numpy as np
+
+    from dpo_keras.batching import Ragged, TokenizedPairs
+
+    random = np.random.default_rng(0)
+    half = length // 2
+    sides: list[list[Any]] = [[], [], []]
+    for _ in range(prompts):
+        prompt, *answers = (
+            random.integers(2, vocabulary, random.integers(half // 8, half + 1))
+            for _ in range(responses + 1)
+        )
+        for one, other in itertools.combinations(answers, 2):
+            for side, tokens in zip(sides, (prompt, one, other), strict=True):
+                side.append(tokens)
+    count = len(sides[0])
+    ones = np.ones(count, np.float32)
+    number = np.repeat(np.arange(prompts, dtype=np.uint64), count // prompts)
+    prompt, chosen, rejected = map(Ragged.from_lists, sides)
+    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    labels = {"preference": ones, "weight": ones, "prompt_hash": number}
+    return TokenizedPairs(**texts, **labels, max_length=length)
+
+
+def operations(tokenized: Any, layers: int, width: int, vocabulary: int) -> float:
+    """Additions and multiplications of a pass over pairs, each text once for its prompt."""
+    texts: dict[bytes, set[bytes]] = {}
+    for prompt, chosen, rejected in zip(*tokenized.parts, strict=True):
+        own = texts.setdefault(prompt.tobytes(), set())
+        own |= {chosen.tobytes(), rejected.tobytes()}
+    size = tokenized.prompt[0].itemsize
+    tokens = responses = seen = 0
+    for prompt_bytes, answers in texts.items():
+        prompt = len(prompt_bytes) // size
+        lengths = [len(answer) // size for answer in answers]
+        tokens += prompt + sum(lengths)
+        responses += sum(lengths)
+        seen += prompt * (prompt + 1) // 2
+        seen += sum(n * prompt + n * (n + 1) // 2 for n in lengths)
+    kernels = 12 * layers * width**2
+    return float(
+        2 * tokens * kernels + 4 * seen * width * layers + 2 * responses * width * vocabulary
+    )
+
+
+def case(task: Mapping[str, Any]) -> tuple[Any, Any, float]:
+    """Make a run, its dataset, and the operations of one of its steps."""
     import tensorflow as tf
-
-    if task["replicas"] > 1:
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        logical = [tf.config.LogicalDeviceConfiguration()] * task["replicas"]
-        tf.config.set_logical_device_configuration(cpu, logical)
 
     from dpo_keras import preference_dataset
 
-    names = [device.name for device in tf.config.list_logical_devices("CPU")]
-    several = task["replicas"] > 1
-    strategy = tf.distribute.MirroredStrategy(names) if several else tf.distribute.get_strategy()
-    tokenized = common.random_pairs(
-        task["pairs"] * task["steps"], task["length"], task["vocabulary"]
+    steps, vocabulary = task["steps"], task["vocabulary"]
+    pairs = task["pairs"]
+    if task["axis"] == "responses":
+        count = task["responses"]
+        pairs = PROMPTS * count * (count - 1) // 2
+        tokenized = ranked_pairs(PROMPTS * steps, count, task["length"], vocabulary)
+    else:
+        tokenized = common.random_pairs(pairs * steps, task["length"], vocabulary)
+    replicas = task["replicas"]
+    names = [device.name for device in tf.config.list_logical_devices("CPU")][:replicas]
+    strategy = (
+        tf.distribute.MirroredStrategy(names) if replicas > 1 else tf.distribute.get_strategy()
     )
-    dataset = preference_dataset(
-        tokenized, batch_size=task["pairs"], batching="packed", replicas=task["replicas"]
-    )
+    dataset = preference_dataset(tokenized, batch_size=pairs, batching="packed", replicas=replicas)
     with strategy.scope():
-        policy = common.gpt2(task["layers"], task["width"], task["vocabulary"], task["length"])
+        policy = common.gpt2(task["layers"], task["width"], vocabulary, task["length"])
         run = common.Timed(common.dpo_model(policy))
-    before = time.perf_counter()
-    run.fit(dataset)
-    seconds = statistics.median(b - a for a, b in itertools.pairwise(run.ends))
-    rates = run.rates()
+    per_step = operations(tokenized, task["layers"], task["width"], vocabulary)
+    return run, dataset, per_step / int(dataset.cardinality())
+
+
+def train(task: dict[str, Any]) -> dict[str, Any]:
+    """Take steps of all values of an axis in turn, in this process."""
+    import tensorflow as tf
+
+    if task["axis"] == "replicas":
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        logical = [tf.config.LogicalDeviceConfiguration()] * max(task["values"])
+        tf.config.set_logical_device_configuration(cpu, logical)
+    cases = {value: case({**task, task["axis"]: value}) for value in task["values"]}
+    rounds: dict[int, list[float]] = {value: [] for value in cases}
+    for number in range(task["rounds"] + 1):  # the first one traces
+        for value, (run, dataset, _) in cases.items():
+            run.ends.clear()
+            run.fit(dataset)
+            if number:
+                apart = [b - a for a, b in itertools.pairwise(run.ends)]
+                rounds[value].append(statistics.median(apart))
     return {
-        "first_step_seconds": run.ends[0] - before,
-        "step_milliseconds": 1e3 * seconds,
-        "pairs_per_second": rates["steady_pairs_per_second"],
-        "tokens_per_second": rates["steady_tokens_per_second"],
-        "microseconds_per_token": 1e6 / rates["steady_tokens_per_second"],
-        "peak_mb": common.peak_megabytes(),
+        "values": task["values"],
+        "cost": [1e3 * statistics.median(rounds[value]) for value in cases],
+        "rounds": [[1e3 * one for one in rounds[value]] for value in cases],
+        "operations": [per_step for _, _, per_step in cases.values()],
+        "tokens": [run.tokens[-1] for run, _, _ in cases.values()],
+        "of": "ms a step",
     }
 
 
 def pack(task: dict[str, Any]) -> dict[str, Any]:
-    """Packs an epoch and makes its batches, in this process."""
+    """Pack epochs of several sizes and lay out their batches, in this process."""
     from dpo_keras.batching import collate_packed
     from dpo_keras.batching.packing import packed_order, plan_packing
 
-    tokenized = common.random_pairs(task["data"], task["length"], task["vocabulary"])
-    started = time.perf_counter()
-    plan = plan_packing(tokenized, task["pairs"])
-    order = packed_order(plan, epoch=1)
-    packed = time.perf_counter()
-    for pairs in order.pairs:
-        collate_packed(tokenized, pairs, plan.length, plan.slots)
-    made = time.perf_counter()
-    return {
-        "packed_pairs_per_second": task["data"] / (packed - started),
-        "pairs_per_second": task["data"] / (made - started),
-        "fill": plan.fill,
-    }
-
-
-def train_all(args: argparse.Namespace, shared: dict[str, Any]) -> list[dict[str, Any]]:
-    """One run for the usual values, and one for each value that differs."""
-    tasks = [USUAL]
-    for name, usual in USUAL.items():
-        tasks += [{**USUAL, name: value} for value in getattr(args, name) if value != usual]
-    found = []
-    for task in tasks:
-        run = common.in_a_process(__file__, {"what": "train", **task, **shared}, args.launcher)
-        found.append({**task, **run})
+    found: dict[str, Any] = {"values": task["values"], "cost": [], "fill": [], "of": "ms"}
+    for count in task["values"]:
+        tokenized = common.random_pairs(count, task["length"], task["vocabulary"])
+        started = time.perf_counter()
+        plan = plan_packing(tokenized, task["pairs"])
+        for pairs in packed_order(plan, epoch=1).pairs:
+            collate_packed(tokenized, pairs, plan.length, plan.slots)
+        found["cost"].append(1e3 * (time.perf_counter() - started))
+        found["fill"].append(plan.fill)
+    found["operations"] = [float(count) for count in task["values"]]
     return found
+
+
+def slope(values: list[float], costs: list[float]) -> tuple[float, float]:
+    """Fit log(cost) = exponent log(value) + constant, and return both."""
+    import numpy as np
+
+    exponent, constant = np.polyfit(np.log(values), np.log(costs), 1)
+    return float(exponent), float(constant)
+
+
+def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draw a panel for each axis: what was measured, its slope, and arithmetic's."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in AXES if name in figures]
+    figure = Figure(figsize=(9, 2.5 * -(-len(names) // 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(names, start=1):
+        found = figures[name]
+        values, costs = np.array(found["values"], float), np.array(found["cost"])
+        axes = figure.add_subplot(-(-len(names) // 3), 3, number)
+        exponent, constant = slope(found["values"], found["cost"])
+        predicted, _ = slope(found["values"], found["operations"])
+        axes.loglog(values, np.exp(constant) * values**exponent, color="#2a78d6", lw=1)
+        middle = np.exp(np.log(costs).mean() - predicted * np.log(values).mean())
+        axes.loglog(values, middle * values**predicted, "--", color="#8a8a8a", lw=1)
+        axes.loglog(values, costs, "o", color="#2a78d6", ms=4)
+        axes.set_title(f"{name}: {exponent:.2f}, arithmetic {predicted:.2f}", fontsize=9)
+        axes.set_xticks(values, [f"{value:,.0f}" for value in values], fontsize=7)
+        axes.minorticks_off()
+        axes.tick_params(labelsize=7)
+        axes.set_ylabel(found["of"], fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+def table(figures: Mapping[str, Any]) -> None:
+    """Print the costs of all axes, and their exponents."""
+    rows = []
+    for name in (name for name in AXES if name in figures):
+        found = figures[name]
+        costs = ", ".join(
+            f"{value:,}: {cost:,.3g}"
+            for value, cost in zip(found["values"], found["cost"], strict=True)
+        )
+        exponents = (slope(found["values"], found[key])[0] for key in ("cost", "operations"))
+        rows.append((name, f"{costs} {found['of']}", *(f"{value:.2f}" for value in exponents)))
+    common.show("Cost", ("axis", "value: cost", "exponent", "arithmetic's"), rows)
+
+
+def options() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--axis", nargs="*", choices=AXES, default=list(AXES))
+    parser.add_argument("--redraw", type=pathlib.Path, help="draw --json into this PNG, no more")
+    parser.add_argument("--steps", type=int, default=5, help="of each value in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=2)
+    return parser
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = common.parser_of(__doc__)
-    parser.add_argument("--pairs", type=int, nargs="*", default=[4, 16, 32], help="per step")
-    parser.add_argument("--length", type=int, nargs="*", default=[64, 128, 512])
-    parser.add_argument("--vocabulary", type=int, nargs="*", default=[1024, 32_768, 131_072])
-    parser.add_argument("--replicas", type=int, nargs="*", default=[2])
-    parser.add_argument("--data", type=int, nargs="*", default=[1000, 10_000, 100_000])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=128)
-    args = parser.parse_args()
+    args = options().parse_args()
     if args.task:
-        print(json.dumps({"train": train, "pack": pack}[args.task["what"]](args.task)))
+        print(json.dumps((pack if args.task["axis"] == "data" else train)(args.task)))
         return
-    shared = {name: getattr(args, name) for name in ("steps", "layers", "width")}
-    runs = train_all(args, shared)
-    rows = [
-        (
-            " ".join(f"{name} {run[name]}" for name in USUAL if run[name] != USUAL[name])
-            or ", ".join(f"{name} {value}" for name, value in USUAL.items()),
-            *(run[name] for name in run if name not in USUAL),
-        )
-        for run in runs
-    ]
-    columns = ("", "first step s", "step ms", "pairs/s", "tokens/s", "µs per token", "peak MB")
-    common.show(f"Training, {args.layers} layers of width {args.width}", columns, rows)
-    packing = {}
-    for count in args.data:
-        task = {**USUAL, "what": "pack", "data": count}
-        packing[count] = common.in_a_process(__file__, task, args.launcher)
-    rows = [(f"{count:,}", *found.values()) for count, found in packing.items()]
-    columns = ("pairs in the data", "packed pairs/s", "packed and laid out pairs/s", "fill")
-    common.show("Packing", columns, rows)
-    common.write(args.json, {"training": runs, "packing": packing, **shared})
+    figures: dict[str, Any] = {}
+    if args.json is not None and args.json.is_file():
+        figures = json.loads(args.json.read_text(encoding="utf-8"))
+    for axis in [] if args.redraw else args.axis:
+        task = {**USUAL, "axis": axis, "values": AXES[axis]}
+        task |= {name: getattr(args, name) for name in ("steps", "rounds", "layers")}
+        figures[axis] = common.in_a_process(__file__, task, args.launcher)
+        common.write(args.json, figures)
+    table(figures)
+    if args.redraw:
+        draw(figures, args.redraw)
 
 
 if __name__ == "__main__":

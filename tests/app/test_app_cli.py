@@ -54,7 +54,7 @@ def test_commands_answer_without_what_they_do_not_need(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "validate", "data inspect", "evaluate", "generate", "export", "losses"],
+    ["train", "plan", "validate", "data inspect", "evaluate", "generate", "export", "losses"],
 )
 def test_every_command_explains_itself_and_takes_json_and_debug(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -90,7 +90,7 @@ def test_validate_prints_the_resolved_configuration(run, gpt2_preset, tmp_path):
 def test_every_fault_is_one_line_on_stderr_without_a_traceback(run, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {path: ./nowhere}\ndata: {pth: x}\nloss: {beta: -1}\n")
-    for command in ("validate", "train"):
+    for command in ("validate", "train", "plan"):
         code, out, err = run(command, path)
         assert code == 2 and out == ""
         assert "Traceback" not in err
@@ -169,7 +169,7 @@ def test_a_python_warning_is_one_line_without_code(run, monkeypatch):
         warnings.warn("the data are old", UserWarning, stacklevel=1)
         raise InputError("x")
 
-    monkeypatch.setattr("dpo_keras.app.cli.read_preferences", warn)
+    monkeypatch.setattr("dpo_keras.app.data_commands.read_preferences", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         _, _, err = run("data", "inspect", "x.jsonl")
@@ -240,7 +240,7 @@ def test_unforeseen_errors_exit_with_1_and_ctrl_c_with_130(run, monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("dpo_keras.app.cli.read_preferences", fail)
+        monkeypatch.setattr("dpo_keras.app.data_commands.read_preferences", fail)
         found, out, err = run("data", "inspect", "x.jsonl")
         assert found == code and words in err and "Traceback" not in err and out == ""
     assert FAILED == 1

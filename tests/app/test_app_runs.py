@@ -24,6 +24,7 @@ from dpo_keras.app.run_directory import RunDirectory, locked_run
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import read_preferences, write_preferences
 from dpo_keras.training import latest_checkpoint
+from dpo_keras.training.callbacks import StopOnNonFinite
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,11 +58,25 @@ class StoppedError(Exception):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def tokens():
+    """The tokens of each step of `trained`, by the kind of model that was trained."""
+    return {"SupervisedModel": [], "DPOModel": []}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokens):
     """A finished run with everything but an export, and its result."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     config = settings(output, evaluation={"prompts": 3, "samples_shown": 2})
-    return runs.train(config, given="# as given\n"), config
+    check = StopOnNonFinite.on_train_batch_end
+
+    def count(self, batch, logs=None):
+        tokens[type(self.model).__name__].append(float(self.model.step_logs["tokens"]))
+        check(self, batch, logs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnNonFinite, "on_train_batch_end", count)
+        return runs.train(config, given="# as given\n"), config
 
 
 def test_a_run_leaves_all_that_is_needed_to_look_at_it_and_repeat_it(trained):
@@ -80,6 +95,41 @@ def test_a_run_leaves_all_that_is_needed_to_look_at_it_and_repeat_it(trained):
     assert result.samples == samples[:2]
     assert result.steps == 5 and result.pairs == {"train": 40, "held_out": 10, "dropped": 0}
     assert not list(run.path.glob(".*")), "nothing half-written is left"
+
+
+def test_the_report_says_how_far_the_prediction_of_time_and_memory_was_off(trained):
+    result, _ = trained
+    stored = RunDirectory(result.directory).read("prediction.json")
+    assert stored == json.loads(json.dumps(result.prediction))
+    assert stored["step"] == 3, "half of the five steps"
+    time, memory = stored["seconds"], stored["peak_bytes"]
+    assert sum(stored["stages"].values()) <= time["actual"] <= result.seconds
+    assert time["difference"] == pytest.approx(time["predicted"] / time["actual"] - 1)
+    assert 0 < memory["predicted"] <= memory["actual"]
+    report = Path(result.report["markdown"]).read_text()
+    for found in (time, memory):
+        assert f"| {found['of']} |" in report
+        assert f"({100 * found['difference']:+.0f} %)" in report
+
+
+def test_a_plan_counts_the_steps_and_tokens_of_the_run_and_leaves_nothing(
+    trained, tokens, tmp_path, run
+):
+    result, _ = trained
+    path = tmp_path / "a.yaml"
+    path.write_text(settings(tmp_path / "run").resolved())  # the same, but for the samples
+    code, out, _ = run("plan", path, "--json")
+    assert code == 0 and list(tmp_path.iterdir()) == [path]
+    plan = json.loads(out)
+    assert plan["pairs"] == result.pairs
+    for section, kind in (("training", "DPOModel"), ("warmup", "SupervisedModel")):
+        assert plan["sections"][section]["steps"] == len(tokens[kind])
+        assert plan["sections"][section]["tokens"] == sum(tokens[kind])
+    stages = plan["stages"]
+    heard = {title for title in result.prediction["stages"] if "Responses" not in title}
+    assert heard <= set(stages)
+    assert plan["seconds"] == pytest.approx(sum(stage["run"] for stage in stages.values()))
+    assert plan["peak_bytes"]["the process"] >= result.prediction["peak_bytes"]["actual"]
 
 
 def test_the_first_loss_is_log_2_and_training_moves_the_figures(trained):

@@ -45,6 +45,15 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "4/4" in text and "loss 0.25" in text
 
 
+def test_progress_shows_the_time_that_is_left_of_the_whole_run():
+    for terminal, expected in ((False, "2 min 5 s left of the run"), (True, "2 min 5 s left")):
+        target = console(terminal)
+        with TerminalProgress(target, every=0) as progress:
+            progress.stage("Training")
+            progress.advance(1, 4, loss=0.5, seconds_left=124.6)
+        assert expected in target.file.getvalue()
+
+
 def test_what_a_model_writes_can_not_break_the_table():
     sample = {
         "prompt": "[red]x",

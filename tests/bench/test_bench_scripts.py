@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_keras.batching import Ragged, TokenizedPairs
+
 BENCH = Path(__file__).parents[2] / "scripts/bench"
 
 
@@ -21,7 +23,7 @@ def roofline(monkeypatch):
 TREE = np.array([[[0, 0, 1, 2, 2]], [[0, 1, 2, -1, -1]]])
 
 
-@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling", "start"])
+@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling", "start", "plan"])
 def test_every_benchmark_starts_and_can_write_json(name):
     command = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -46,3 +48,25 @@ def test_a_step_is_three_forward_passes_and_one_for_the_reference(roofline):
     assert roofline.forward_flops(sizes, shape) == forward
     assert roofline.step_flops(sizes, shape, reference=False) == 3 * forward
     assert roofline.step_flops(sizes, shape, reference=True) == 4 * forward
+
+
+def test_a_prompt_and_a_response_count_once_however_many_pairs_they_are_in(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    scaling = importlib.import_module("scaling")
+    rows = [[5, 6], [7], [8, 9]]
+    prompt, one, other = (Ragged.from_lists([row]) for row in rows)
+    pair = TokenizedPairs(prompt, one, other, np.ones(1), np.ones(1))
+    # 5 tokens in kernels of 12 * 4 * 4; 13 visible pairs (as above); 3 logits of 10.
+    layer = 2 * 5 * 192 + 4 * 13 * 4
+    assert scaling.operations(pair, 2, 4, 10) == 2 * layer + 2 * 3 * 4 * 10
+    twice = pair.take(np.array([0, 0]))
+    assert scaling.operations(twice, 2, 4, 10) == scaling.operations(pair, 2, 4, 10)
+    ranked = scaling.ranked_pairs(prompts=2, responses=4, length=32, vocabulary=50)
+    assert len(ranked) == 2 * 6 and ranked.prompt_hash.tolist() == [0] * 6 + [1] * 6
+
+
+def test_the_exponent_is_the_slope_in_logarithms(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    scaling = importlib.import_module("scaling")
+    exponent, constant = scaling.slope([1, 2, 4], [3, 12, 48])
+    assert (exponent, np.exp(constant)) == (pytest.approx(2), pytest.approx(3))
