@@ -333,8 +333,8 @@ class _Cached:
         cache = self.caches[self._next]
         slots, heads, length, width = tf.unstack(tf.shape(cache))
         first = tf.reshape(tf.range(slots * heads) * length, (slots, heads))
-        # In place, since nothing else reads the cache of the step before; `tf.tensor_scatter_nd_update`
-        # copies all of it in loops (TensorFlow 2.21).
+        # In place: nothing else reads the cache of the step before. `tf.tensor_scatter_nd_update`
+        # copies all of a cache at each step (TensorFlow 2.21).
         written = tf.raw_ops.InplaceUpdate(
             x=tf.reshape(cache, (-1, width)),
             i=tf.reshape(first + self.positions, [-1]),
@@ -376,9 +376,7 @@ def _repeated(values: Tensor, copies: Tensor) -> Tensor:
     return tf.repeat(values, copies, axis=0)
 
 
-def _recomposed(
-    cache: Tensor, kept: Tensor, new: Tensor, room: Tensor, missing: Tensor
-) -> Tensor:
+def _recomposed(cache: Tensor, kept: Tensor, new: Tensor, room: Tensor, missing: Tensor) -> Tensor:
     """Keep some slots of a cache, add new and `missing` empty ones, all with `room` places."""
 
     def resized(states: Tensor, spare: Tensor | int) -> Tensor:
