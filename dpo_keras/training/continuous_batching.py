@@ -16,14 +16,12 @@ import keras
 import tensorflow as tf
 
 from dpo_keras.scoring.language_model_head import LanguageModelHead, split_backbone_and_head
-from dpo_keras.scoring.layer_overrides import Override, overridden_methods
+from dpo_keras.scoring.layer_overrides import overridden_methods
 from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.model_inputs import TextRows, model_inputs, text_overrides
 from dpo_keras.scoring.packing_check import packing_obstacle
-from dpo_keras.scoring.tree_attention import TreeLayout, tree_overrides
+from dpo_keras.training.cached_attention import CachedAttention, PromptAttention
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_attention import AttentionSettings, is_rotary_table
-from dpo_keras.utils.keras_internals import all_layers
 from dpo_keras.utils.keras_quantization import rounded_inputs
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +33,6 @@ STEPS = 16
 _TOKENS_TOGETHER = 1024
 # Lengths are rounded up to this, since oneDNN keeps a kernel for each shape; so are slots.
 _GRID, _SLOTS_GRID = 32, 8
-_NEVER = -1e9
 
 
 class Slots(NamedTuple):
@@ -151,7 +148,6 @@ class _Decoder:
             Slots(*(tf.TensorShape([None]) for _ in state)),
             [tf.TensorShape([None, cache.shape[1], None, cache.shape[3]]) for cache in caches],
         )
-        # Without gradients there is nothing to keep of past iterations.
         result = tf.while_loop(unfinished, turn, loop, shape_invariants=shapes)[1][:-1]
         stopped = tf.reduce_any(result[..., None] == self.stops, axis=-1)
         return tf.ragged.boolean_mask(result, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)
@@ -187,22 +183,23 @@ class _Decoder:
             state = Slots(empty, empty, empty, empty, tf.zeros([0], tf.bool))
             return state, [cache[:0] for cache in caches]
 
-        return tf.cond(group > 0, read, nothing)
+        found: tuple[Slots, list[Tensor]] = tf.cond(group > 0, read, nothing)
+        return found
 
     def _prompt_states(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
         columns = tf.range(tf.shape(ids)[1])
         # Nothing that matters looks at padding, which is behind it; it has positions all the same.
         positions = tf.minimum(columns, lengths[:, None] - 1)
         mask = tf.cast(columns < lengths[:, None], tf.int32)
-        reading = _Reading(positions)
-        hidden = self._run(ids, mask, positions, tree_overrides(self.backbone, reading))
-        return hidden, reading.found
+        reading = PromptAttention(positions)
+        return self._run(ids, mask, reading), reading.found
 
     def _run(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, overrides: list[Override]
+        self, ids: Tensor, mask: Tensor, attention: PromptAttention | CachedAttention
     ) -> Tensor:
-        inputs = model_inputs(self.backbone, TextRows(ids, mask, positions))
-        overrides = low_rank_overrides(self.backbone) + text_overrides(self.backbone) + overrides
+        inputs = model_inputs(self.backbone, TextRows(ids, mask, attention.positions))
+        overrides = low_rank_overrides(self.backbone) + text_overrides(self.backbone)
+        overrides += attention.overrides(self.backbone)
         with overridden_methods(overrides):
             return self.backbone(inputs, training=False)
 
@@ -238,8 +235,9 @@ class _Decoder:
     def _filled(self, state: Slots) -> tuple[Slots, Tensor]:
         """Add finished slots without a sequence, so that there are few different numbers."""
         missing = -tf.shape(state.row)[0] % _SLOTS_GRID
-        empty = tf.fill([missing], self.rows), *(tf.zeros([missing], tf.int32) for _ in range(3))
-        spare = Slots(*empty, tf.ones([missing], tf.bool))
+        nothing = tf.zeros([missing], tf.int32)
+        done = tf.ones([missing], tf.bool)
+        spare = Slots(tf.fill([missing], self.rows), nothing, nothing, nothing, done)
         return Slots(*(tf.concat(both, 0) for both in zip(state, spare, strict=True))), missing
 
     def _decode(
@@ -254,12 +252,9 @@ class _Decoder:
             result: Tensor, state: Slots, caches: list[Tensor]
         ) -> tuple[Tensor, Slots, list[Tensor]]:
             positions = state.length[:, None]
-            cached = _Cached(positions, caches)
-            overrides = tree_overrides(self.backbone, cached) + _table_overrides(
-                self.backbone, positions, tf.shape(caches[0])[2]
-            )
+            cached = CachedAttention(positions, caches)
             token = state.token[:, None]
-            hidden = self._run(token, tf.ones_like(token), positions, overrides)
+            hidden = self._run(token, tf.ones_like(token), cached)
             found = self._chosen(state, self._logits(hidden[:, 0]))
             # A finished slot stays as it is until the next turn.
             after = Slots(
@@ -268,108 +263,11 @@ class _Decoder:
             row = tf.where(state.done, self.rows, state.row)
             return self._written(result, found._replace(row=row)), after, cached.caches
 
-        return tf.while_loop(unfinished, step, (result, state, caches), maximum_iterations=steps)
-
-
-class _Reading:
-    """Attention of prompts, one in each row, that keeps keys and values `[rows, heads, n, D]`."""
-
-    def __init__(self, positions: Tensor):
-        self.positions = positions
-        self._layout = TreeLayout(positions, tf.zeros_like(positions), dense=True)
-        self.found: list[Tensor] = []
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        settings: AttentionSettings,
-        training: bool | None = False,
-    ) -> Tensor:
-        """Attend to the tokens before."""
-        self.found += [tf.transpose(_own_heads(s, settings), (0, 2, 1, 3)) for s in (key, value)]
-        return self._layout.attend(query, key, value, settings, training)
-
-
-class _Cached:
-    """Attention of one token in each slot to its cache, into which the token goes first.
-
-    `caches` are keys and values of each layer in turn, `[slots, heads, n, D]`.
-    """
-
-    def __init__(self, positions: Tensor, caches: list[Tensor]):
-        self.positions = positions
-        self.caches = list(caches)
-        self._next = 0
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        settings: AttentionSettings,
-        training: bool | None = False,
-    ) -> Tensor:
-        """Attend to what the cache holds of each slot: softmax(cap(scale q k') + bias) v."""
-        keys, values = (self._put(states, settings) for states in (key, value))
-        slots, heads, length, _ = tf.unstack(tf.shape(keys))
-        query = query[:, 0] * tf.cast(settings.scale, query.dtype)
-        groups = query.shape[1] // keys.shape[1]
-        query = tf.reshape(query, (slots, heads, groups, query.shape[2]))
-        # Twice as fast as query by key, in TensorFlow 2.21 on CPUs.
-        scores = tf.cast(tf.matmul(keys, query, transpose_b=True), tf.float32)
-        if groups == 1:
-            scores = tf.reshape(scores, (slots, heads, 1, length))
-        else:
-            scores = tf.linalg.matrix_transpose(scores)
-        weights = tf.cast(self._weights(scores, settings), values.dtype)
-        found = tf.matmul(weights, values)
-        return tf.reshape(found, (slots, 1, keys.shape[1] * groups, values.shape[3]))
-
-    def _put(self, states: Tensor, settings: AttentionSettings) -> Tensor:
-        """Write keys or values of one token in each slot into the next cache, and return it."""
-        states = _own_heads(states, settings)
-        cache = self.caches[self._next]
-        slots, heads, length, width = tf.unstack(tf.shape(cache))
-        first = tf.reshape(tf.range(slots * heads) * length, (slots, heads))
-        # In place: nothing else reads the cache of the step before. `tf.tensor_scatter_nd_update`
-        # copies all of a cache at each step (TensorFlow 2.21).
-        written = tf.raw_ops.InplaceUpdate(
-            x=tf.reshape(cache, (-1, width)),
-            i=tf.reshape(first + self.positions, [-1]),
-            v=tf.reshape(states, (-1, width)),
+        start = (result, state, caches)
+        found: tuple[Tensor, Slots, list[Tensor]] = tf.while_loop(
+            unfinished, step, start, maximum_iterations=steps
         )
-        written = tf.ensure_shape(tf.reshape(written, tf.shape(cache)), cache.shape)
-        self.caches[self._next] = written
-        self._next += 1
-        return written
-
-    def _weights(self, scores: Tensor, settings: AttentionSettings) -> Tensor:
-        """Turn scores `[slots, heads, groups, n]` into weights."""
-        if settings.soft_cap is not None:
-            scores = settings.soft_cap * tf.tanh(scores / settings.soft_cap)
-        place = tf.range(tf.shape(scores)[3])
-        distance = self.positions - place
-        seen = distance >= 0
-        if settings.window is not None:
-            seen &= distance < settings.window
-        scores += tf.where(seen, 0.0, _NEVER)[:, None, None]
-        by_head = (1, *scores.shape[1:3], 1)
-        if settings.slopes is not None:
-            slopes = tf.reshape(tf.constant(settings.slopes, tf.float32), by_head)
-            scores += slopes * tf.cast(place, tf.float32)
-        if settings.sinks is None:
-            return tf.nn.softmax(scores)
-        sinks = tf.reshape(tf.cast(settings.sinks, tf.float32), by_head)
-        sinks = tf.broadcast_to(sinks, [*tf.unstack(tf.shape(scores)[:3]), 1])
-        return tf.nn.softmax(tf.concat([scores, sinks], axis=-1))[..., :-1]
-
-
-def _own_heads(states: Tensor, settings: AttentionSettings) -> Tensor:
-    """Return each head of keys or values once, where a layer repeats them for its queries."""
-    heads = settings.key_value_heads
-    return states if heads is None else states[:, :, :: max(states.shape[2] // heads, 1)]
+        return found
 
 
 def _repeated(values: Tensor, copies: Tensor) -> Tensor:
@@ -384,18 +282,3 @@ def _recomposed(cache: Tensor, kept: Tensor, new: Tensor, room: Tensor, missing:
         return tf.pad(states, [[0, spare], [0, 0], [0, room - tf.shape(states)[2]], [0, 0]])
 
     return tf.concat([resized(tf.gather(cache, kept), 0), resized(new, missing)], axis=0)
-
-
-def _table_overrides(backbone: keras.Model, positions: Tensor, length: Tensor) -> list[Override]:
-    """Look positions up in a table of all places, not in one as long as the row of one token."""
-
-    def at_positions(layer: keras.layers.Layer) -> Override:
-        call = layer.call
-
-        def rows(inputs: Tensor, *_: object, **__: object) -> tuple[Tensor, ...]:
-            table = call(tf.zeros([1, length, 1], inputs.dtype))
-            return tuple(tf.gather(column[0], positions) for column in table)
-
-        return Override(layer, "call", rows)
-
-    return [at_positions(layer) for layer in all_layers(backbone) if is_rotary_table(layer)]

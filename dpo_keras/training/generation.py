@@ -260,9 +260,7 @@ def _compiled(policy: keras.Model, how: str, sampling: _Sampling) -> Callable[..
     return known[key]
 
 
-def _continuous_function(
-    borrowed: Callable[[], Any], sampling: _Sampling
-) -> Callable[..., tf.RaggedTensor]:
+def _continuous_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
     specifications = [
         tf.RaggedTensorSpec([None, None], tf.int32),
         tf.TensorSpec([None, None, None], tf.float32),
@@ -283,7 +281,8 @@ def _continuous_function(
             pad=0,
         )
 
-    return run
+    compiled: Callable[..., Tensor] = run
+    return compiled
 
 
 def _columns_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
@@ -303,7 +302,8 @@ def _columns_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Calla
             images=images,
         )
 
-    return run
+    compiled: Callable[..., Tensor] = run
+    return compiled
 
 
 def _prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:
