@@ -57,23 +57,23 @@ class Maker:
     options: dict[str, JSON]  # max_new_tokens, temperature, top_p
 
     def respond(
-        self, policy: keras.Model, inputs: Inputs, seed: int, progress: Progress
-    ) -> list[Candidate]:
-        """Sample one response to each prompt."""
+        self, policy: keras.Model, inputs: Inputs, seeds: Sequence[int], progress: Progress
+    ) -> list[list[Candidate]]:
+        """Sample a response to each prompt with each seed."""
         from dpo_keras.training import generate_responses
 
         texts = generate_responses(
             policy,
             inputs.prompts,
             images=inputs.images,
-            seed=seed,
+            seed=seeds,
             batch_size=self.config.evaluation.batch_size,
             max_length=self.config.data.max_length,
             on_batch=progress.advance,
             **self.options,
         )
-        setting = {"policy": self.name, **self.options, "seed": seed}
-        return [Candidate(text, setting) for text in texts]
+        settings = [{"policy": self.name, **self.options, "seed": seed} for seed in seeds]
+        return [list(map(Candidate, responses, settings)) for responses in texts]
 
 
 def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
@@ -116,11 +116,14 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
             progress.stage("Policy" if len(makers) == 1 else f"Policy {maker.name}")
             policy, loaded = load_model(*wanted), wanted
         inputs = _model_inputs(records, maker.config, policy)
-        for number in range(turn, responses, len(makers)):
-            progress.stage(f"Candidate {number + 1} of {responses}")
-            draws = 1 if maker.options["temperature"] == 0 else REDRAWS + 1
-            seeds = [first_seed + number + responses * draw for draw in range(draws)]
-            left_out += _draw(maker, policy, inputs, number, seeds, drawn, progress)
+        numbers = range(turn, responses, len(makers))
+        progress.stage(f"Candidates {', '.join(str(n + 1) for n in numbers)} of {responses}")
+        draws = 1 if maker.options["temperature"] == 0 else REDRAWS + 1
+        seeds = [
+            {number: first_seed + number + responses * draw for number in numbers}
+            for draw in range(draws)
+        ]
+        left_out += _draw(maker, policy, inputs, seeds, drawn, progress)
     candidates = []
     for record, found in zip(records, drawn, strict=True):
         if len(found) >= min(2, responses):
@@ -162,27 +165,38 @@ def _draw(
     maker: Maker,
     policy: keras.Model,
     inputs: Inputs,
-    number: int,
-    seeds: Sequence[int],
+    seeds: Sequence[dict[int, int]],
     drawn: list[dict[int, Candidate]],
     progress: Progress,
 ) -> Counter[str]:
-    """Add candidate `number` of every prompt to `drawn`; count what the last draw left out."""
-    left = list(range(len(inputs.prompts)))
+    """Add a maker's candidates of every prompt to `drawn`; count what the last draws left out.
+
+    `seeds` holds the seed of each candidate's number, for the first draw and for each after it.
+    """
+    left = {number: list(range(len(inputs.prompts))) for number in seeds[0]}
     why: Counter[str] = Counter()
-    for seed in seeds:
-        found = maker.respond(policy, inputs.at(left), seed, progress)
-        again, why = [], Counter()
-        for place, candidate in zip(left, found, strict=True):
-            fault = _fault(candidate, drawn[place].values())
-            if fault:
-                again.append(place)
-                why[fault] += 1
-            else:
-                drawn[place][number] = candidate
+    for draw in seeds:
+        # Prompts that all miss the same candidates are read once for all of those.
+        missing: dict[tuple[int, ...], list[int]] = {}
+        for place in range(len(inputs.prompts)):
+            numbers = tuple(number for number in left if place in left[number])
+            if numbers:
+                missing.setdefault(numbers, []).append(place)
+        again: dict[int, list[int]] = {number: [] for number in left}
+        why = Counter()
+        for numbers, places in missing.items():
+            found = maker.respond(
+                policy, inputs.at(places), [draw[number] for number in numbers], progress
+            )
+            for place, candidates in zip(places, found, strict=True):
+                for number, candidate in zip(numbers, candidates, strict=True):
+                    fault = _fault(candidate, drawn[place].values())
+                    if fault:
+                        again[number].append(place)
+                        why[fault] += 1
+                    else:
+                        drawn[place][number] = candidate
         left = again
-        if not left:
-            break
     return why
 
 

@@ -117,7 +117,7 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = 32,
     max_length: int | None = None,
     preprocessor: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -135,10 +135,10 @@ def sample_and_judge(  # noqa: PLR0913 - public: all options of generation
         temperature: of sampling; 0 takes the most probable token.
         top_p: share of the probability to sample from.
         seed: of sampling.
-        batch_size: prompts per batch.
+        batch_size: sequences that are decoded at a time.
         max_length: longest prompt and response together, in tokens.
         preprocessor: `policy.preprocessor` by default.
-        on_batch: called with (responses done, N).
+        on_batch: called with (prompts done, N) now and then.
         images: of the prompts, as `generate_responses` takes them.
 
     Returns:

@@ -284,7 +284,7 @@ def _projected(settings: AttentionSettings, projections: Projections, layout: Tr
         query, key, value = (project(states) for project in projections[:3])
         # None: the dropout layer knows whether the model trains.
         found = layout.attend(query, key, value, settings, training=None)
-        rows, length, heads, width = found.shape
+        rows, length, heads, width = keras.ops.shape(found)
         found = projections.output(tf.reshape(found, (rows, length, heads * width)))
         dropout = settings.output_dropout
         return found if dropout is None else dropout(found)

@@ -13,7 +13,7 @@ from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_
 from dpo_keras.scoring import ResponseScorer
 from dpo_keras.serving.graph_encoder import GraphEncoder, rows_of
 from dpo_keras.training import outputs_of
-from dpo_keras.training.decoding import decode, new_tokens, token_choice
+from dpo_keras.training.decoding import generate_tokens, token_choice
 from dpo_keras.training.generation import decoding_problems
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_internals import native_slice_update
@@ -24,6 +24,9 @@ INPUTS = {
     "generate": ("prompt",),
 }
 SIGNATURES = tuple(INPUTS)
+
+# Prompts of one request that are answered together; further ones take the slots of the first.
+_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -135,23 +138,25 @@ def continue_prompts(
 
     Prompts and new tokens are int32 `[batch, (tokens)]`; a prompt has at least one token.
     """
-    longest = decoding.max_new_tokens
-    token_ids = tf.pad(ids.to_tensor(pad), [[0, 0], [0, longest]], constant_values=pad)
-    lengths = ids.row_lengths()
-    mask = tf.sequence_mask(lengths, tf.shape(token_ids, tf.int64)[1])
-    choose = token_choice(decoding.temperature, decoding.top_p, draw_anew)
+    count, longest = ids.nrows(tf.int32), decoding.max_new_tokens
+    choose = token_choice(decoding.temperature, decoding.top_p)
+    uniforms = tf.zeros if decoding.temperature == 0 else drawn_anew
     with native_slice_update():
-        found = decode(policy, token_ids, mask, stops=stops, choose=choose, max_new_tokens=longest)
-    return new_tokens(found, lengths, stops, longest)
+        return generate_tokens(
+            policy,
+            ids,
+            uniforms((count, 1, longest)),
+            stops=stops,
+            choose=choose,
+            slots=_SLOTS,
+            pad=pad,
+        )
 
 
-def draw_anew(log_probs: Tensor) -> Tensor:
-    """Draw from log-probs `[batch, n]`, differently in every request; int32 `[batch]`."""
+def drawn_anew(shape: Sequence[int | Tensor]) -> Tensor:
+    """Draw uniform numbers in [0, 1), other ones in every request."""
     # Both seeds 0 make the kernel choose a seed; tf.random would write the exporter's seed down.
-    drawn = tf.raw_ops.Multinomial(
-        logits=log_probs, num_samples=1, seed=0, seed2=0, output_dtype=tf.int32
-    )
-    return drawn[:, 0]
+    return tf.raw_ops.RandomUniform(shape=tf.stack(shape), dtype=tf.float32, seed=0, seed2=0)
 
 
 def scores_of(loss: DPOLoss, outputs: Outputs) -> Tensor:

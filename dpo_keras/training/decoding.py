@@ -1,12 +1,13 @@
-"""The decoding loop that samples and exported models share.
+"""The decoder that samples, candidates, evaluation and exported models share.
 
-`dpo_keras.training.generation` compiles it; `dpo_keras.serving` puts it into a graph that a model
-server runs.
+`dpo_keras.training.generation` compiles `generate_tokens`; `dpo_keras.serving` puts it into a graph
+that a model server runs. Policies that run on packed rows decode continuously; `decode` is for the
+others, column by column.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import keras_hub
@@ -21,13 +22,47 @@ from dpo_keras.scoring.model_inputs import (
     full_logits,
     image_overrides,
 )
+from dpo_keras.training.continuous_batching import (
+    Choose,
+    decode_continuously,
+    decodes_continuously,
+)
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import RecurrentDecoding, recurrent_decoding
 
-Draw: TypeAlias = Callable[[Tensor], Tensor]
-"""Draws one index per row from log-probs `[batch, n]`: int32 `[batch]`."""
-Choose: TypeAlias = Callable[[Tensor], Tensor]
-"""Chooses the next token from logits `[batch, vocabulary]`: int32 `[batch]`."""
+# Weights that are added up at a time when a token is drawn.
+_BLOCK = 128
+# Nuclei rarely hold more tokens; sorting the whole vocabulary takes eight times as long.
+_NUCLEUS = 256
+
+
+def generate_tokens(  # noqa: PLR0913 - the one decoder's settings
+    policy: keras.Model,
+    prompts: tf.RaggedTensor,
+    uniforms: Tensor,
+    *,
+    stops: Sequence[int],
+    choose: Choose,
+    slots: int | Tensor,
+    pad: int,
+) -> tf.RaggedTensor:
+    """Generate the responses to prompts of text; leave out the stop that ends them.
+
+    Arguments and result are those of `decode_continuously`, for any policy. `pad` fills the rows of
+    those that do not.
+    """
+    if decodes_continuously(policy):
+        return decode_continuously(
+            policy, prompts, uniforms, stops=stops, choose=choose, slots=slots
+        )
+    copies, longest = tf.unstack(tf.shape(uniforms)[1:])
+    lengths = tf.repeat(prompts.row_lengths(), copies)
+    ids = tf.repeat(prompts.to_tensor(pad), copies, axis=0)
+    ids = tf.pad(ids, [[0, 0], [0, longest]], constant_values=pad)
+    mask = tf.sequence_mask(lengths, tf.shape(ids, tf.int64)[1])
+    drawn = tf.reshape(uniforms, (-1, longest))
+    found = decode(policy, ids, mask, stops=stops, choose=choose, uniforms=drawn)
+    return new_tokens(found, lengths, stops, longest)
 
 
 def decode(
@@ -37,7 +72,7 @@ def decode(
     *,
     stops: Sequence[int],
     choose: Choose,
-    max_new_tokens: int | Tensor,
+    uniforms: Tensor,
     images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Write a response behind each prompt, token by token, until every row has a stop.
@@ -46,10 +81,11 @@ def decode(
     more tokens while longer ones are completed, which `new_tokens` cuts. Any other model runs one
     forward pass over the whole text per token. `token_ids` and the result are int32
     `[batch, length]`, prompts on the left, with room for the responses; `mask` is True for the
-    prompts' tokens, at least one per row. What follows a row's first stop is undefined. `images`
-    are those of the prompts, as in a batch; see `check_generates_from_images`.
+    prompts' tokens, at least one per row. `uniforms` `[batch, T]` are what `choose` draws the T
+    tokens of the longest response by. What follows a row's first stop is undefined. `images` are
+    those of the prompts, as in a batch; see `check_generates_from_images`.
     """
-    loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose)
+    loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose, uniforms=uniforms)
     recurrent = recurrent_decoding(policy)
     if recurrent is not None:
         return _decode_with_state(recurrent, token_ids, loop)
@@ -64,7 +100,7 @@ def decode(
         return tf.gather(logits, place - 1, batch_dims=1), cache
 
     lengths = tf.reduce_sum(prompted, axis=1)
-    return loop(logits_at, token_ids, (), lengths, steps=max_new_tokens)
+    return loop(logits_at, token_ids, (), lengths, steps=tf.shape(uniforms)[1])
 
 
 def generates_from_images(policy: keras.Model) -> bool:
@@ -144,6 +180,7 @@ def _loop(
     mask: Tensor,
     stops: Sequence[int],
     choose: Choose,
+    uniforms: Tensor,
     steps: Tensor,
     keep: bool = False,
 ) -> Tensor:
@@ -152,6 +189,8 @@ def _loop(
     `keep` leaves the cache of a row as it is where the prompt has the token of that place.
     """
     rows = tf.range(tf.shape(token_ids)[0])
+    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
+    last = tf.shape(uniforms)[1] - 1
 
     def unfinished(token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor) -> Tensor:
         return ~tf.reduce_all(done)
@@ -163,7 +202,8 @@ def _loop(
         at = tf.stack([rows, place], axis=1)
         prompted = tf.gather_nd(mask, at)
         cache = _kept(prompted, cache, found) if keep else found
-        token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits))
+        drawn = tf.gather(uniforms, tf.clip_by_value(place - lengths, 0, last), batch_dims=1)
+        token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits, drawn))
         done |= ~prompted & tf.reduce_any(token[:, None] == tf.constant(stops), axis=1)
         return tf.tensor_scatter_nd_update(token_ids, at, token), cache, place + 1, done
 
@@ -180,33 +220,68 @@ def _kept(rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return keras.tree.map_structure(taken, before, after)
 
 
-def token_choice(temperature: float, top_p: float, draw: Draw) -> Choose:
+def token_choice(temperature: float, top_p: float) -> Choose:
     """Return the rule that chooses the next token: at temperature 0 the most likely one.
 
-    Otherwise `draw` samples from the smallest set of most likely tokens whose probabilities reach
-    `top_p` (Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751).
+    Otherwise a uniform number draws from the smallest set of most likely tokens whose probabilities
+    reach `top_p` (Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751).
     """
 
-    def choose(logits: Tensor) -> Tensor:
-        probabilities = tf.nn.softmax(tf.cast(logits, tf.float32) / (temperature or 1.0))
+    def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
+        logits = tf.cast(logits, tf.float32)
         if temperature == 0:
-            return tf.argmax(probabilities, axis=-1, output_type=tf.int32)
+            return tf.argmax(logits, axis=-1, output_type=tf.int32)
+        # In proportion to the probabilities.
+        largest = tf.reduce_max(logits, axis=-1, keepdims=True)
+        weights = tf.exp((logits - largest) / temperature)
         if top_p == 1:
-            return draw(tf.math.log(probabilities))
-        ranked, order = tf.math.top_k(probabilities, tf.shape(probabilities)[-1])
-        before = tf.cumsum(ranked, axis=-1, exclusive=True)
-        # Strictly below, so that the most likely token always stays.
-        drawn = draw(tf.math.log(tf.where(before < top_p, ranked, 0.0)))
-        return tf.gather(order, drawn[:, None], batch_dims=1)[:, 0]
+            return _drawn(weights, uniforms)
+        goal = top_p * tf.reduce_sum(weights, axis=-1, keepdims=True)
+
+        def nucleus(ranked: Tensor, order: Tensor) -> Tensor:
+            before = tf.cumsum(ranked, axis=-1, exclusive=True)
+            # Strictly below, so that the most likely token always stays.
+            drawn = _drawn(tf.where(before < goal, ranked, 0.0), uniforms)
+            return tf.gather(order, drawn, batch_dims=1)
+
+        size = tf.shape(weights)[-1]
+        ranked, order = tf.math.top_k(weights, tf.minimum(size, _NUCLEUS))
+        return tf.cond(
+            tf.reduce_all(tf.reduce_sum(ranked, axis=-1, keepdims=True) >= goal),
+            lambda: nucleus(ranked, order),
+            lambda: nucleus(*tf.math.top_k(weights, size)),
+        )
 
     return choose
 
 
+def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw the index at which the sum of weights `[rows, n]` exceeds each row's share of it."""
+    rows, size = tf.unstack(tf.shape(weights))
+    blocks = tf.pad(weights, [[0, 0], [0, -size % _BLOCK]])
+    blocks = tf.reshape(blocks, (rows, -1, _BLOCK))
+    # First among blocks, then within one: faster and more exact than one long sum.
+    sums = tf.reduce_sum(blocks, axis=-1)
+    ends = tf.cumsum(sums, axis=-1)
+    goal = uniforms[:, None] * ends[:, -1:]
+    block = _count(ends <= goal)
+    inside = tf.gather(blocks, block, batch_dims=1)
+    goal -= tf.gather(ends - sums, block, batch_dims=1)[:, None]
+    place = _count(tf.cumsum(inside, axis=-1) <= goal)
+    # Rounding must not lead to an index of weight 0.
+    last = tf.reduce_max(tf.where(inside > 0, tf.range(_BLOCK), 0), axis=-1)
+    return block * _BLOCK + tf.minimum(place, last)
+
+
+def _count(values: Tensor) -> Tensor:
+    return tf.reduce_sum(tf.cast(values, tf.int32), axis=-1)
+
+
 def new_tokens(
-    token_ids: Tensor, lengths: Tensor, stops: Sequence[int], max_new_tokens: int
+    token_ids: Tensor, lengths: Tensor, stops: Sequence[int], max_new_tokens: int | Tensor
 ) -> tf.RaggedTensor:
     """Cut the responses, without stops, out of what `decode` returns; `lengths` of the prompts."""
-    places = tf.cast(lengths, tf.int64)[:, None] + tf.range(max_new_tokens, dtype=tf.int64)
+    places = tf.cast(lengths, tf.int64)[:, None] + tf.range(tf.cast(max_new_tokens, tf.int64))
     new = tf.gather(token_ids, places, batch_dims=1)
     stopped = tf.reduce_any(new[..., None] == tf.constant(stops), axis=-1)
     return tf.ragged.boolean_mask(new, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)

@@ -1,8 +1,8 @@
 """Responses from a policy: from strings to strings in Python."""
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import keras_hub
@@ -14,20 +14,31 @@ from dpo_keras.batching.image_preprocessing import PairImages
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.dataset_scoring import image_arrays, shown_images
 from dpo_keras.scoring.model_inputs import check_inputs
+from dpo_keras.training.continuous_batching import decodes_continuously
 from dpo_keras.training.decoding import (
     check_generates_from_images,
     decode,
+    generate_tokens,
     new_tokens,
     token_choice,
 )
 from dpo_keras.utils import JSON, Tensor
 
-_Compiled: TypeAlias = tuple[Callable[..., Tensor], keras.random.SeedGenerator]
-
 # Compiled once per policy and setting. The functions read the weights as they are at each call.
-_compiled_functions: weakref.WeakKeyDictionary[
-    object, dict[tuple[float, float, tuple[int, ...]], _Compiled]
-] = weakref.WeakKeyDictionary()
+_compiled_functions: weakref.WeakKeyDictionary[object, dict[object, Callable[..., Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+# Prompts for each slot between two reports of progress: more keep the slots full for longer.
+_PROMPTS_PER_SLOT = 8
+
+
+class _Sampling(NamedTuple):
+    """How tokens are chosen."""
+
+    stops: tuple[int, ...]
+    temperature: float
+    top_p: float
 
 
 def generate_responses(  # noqa: PLR0913 - public API, options by keyword
@@ -37,15 +48,19 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 16,
+    seed: int | Sequence[int] = 0,
+    batch_size: int = 32,
     max_length: int | None = None,
     preprocessor: object | None = None,
     on_batch: Callable[[int, int], None] | None = None,
     return_ended: bool = False,
     images: Sequence[Sequence[JSON]] | PairImages | None = None,
 ) -> Any:
-    """Sample one response to each prompt, tokenized exactly as for training.
+    """Sample responses to prompts, tokenized exactly as for training.
+
+    Policies that can be trained on packed rows read prompts of similar length together, and decode
+    `batch_size` sequences at a time, each of which makes room for the next prompt when it ends. Any
+    other policy decodes batch by batch, and each batch for as long as its longest response takes.
 
     Args:
         policy: a KerasHub causal language model (its key-value cache is used), or any Keras model
@@ -55,19 +70,21 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
         max_new_tokens: the longest response, in tokens.
         temperature: softmax temperature; 0 takes the most likely token.
         top_p: share of the probability to sample from; 1 samples from all tokens.
-        seed: of the sampling. The same seed, prompts and batch size give the same responses.
-        batch_size: prompts per batch.
+        seed: of the sampling. The same seed, prompts and batch size give the same responses. C
+            seeds give C responses to each prompt, which is read once for all of them.
+        batch_size: sequences that are decoded at a time.
         max_length: tokens of prompt and response together; longer prompts are cut from the left. By
             default the number of positions of the model.
         preprocessor: what tokenizes; by default `policy.preprocessor`.
-        on_batch: called with (responses done, N) after each batch.
+        on_batch: called with (prompts done, N) now and then.
         return_ended: whether to return which responses ended by themselves, too.
         images: N lists of images, as `PreferencePair` takes them, for prompts that are strings;
             `TokenizedPairs.images` of the same rows for prompts that are ids.
 
     Returns:
         N strings without special tokens. With `return_ended` a tuple of those and N booleans, False
-        where a response was cut off at `max_new_tokens`.
+        where a response was cut off at `max_new_tokens`. With C seeds there are lists of C in place
+        of strings and booleans.
 
     Raises:
         InputError: an argument is out of range, there is no preprocessor, or the policy does not
@@ -103,29 +120,97 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     rows = _prompt_ids(encoder, [prompts[row] for row in range(len(prompts))], room)
     if not rows:
         return ([], []) if return_ended else []
-    # Few different lengths, because each one is compiled for itself.
-    length = -(-(max(map(len, rows)) + max_new_tokens) // 16) * 16
-    length = length if limit is None else min(length, limit)
-    run, generator = _compiled(policy, stops, temperature, top_p)
-    generator.state.assign([seed, 0])
-    steps = tf.constant(max_new_tokens)
-    responses: list[str] = []
-    ended: list[bool] = []
+    seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    sampling = _Sampling(tuple(stops), temperature, top_p)
+    uniforms = _uniforms(seeds, len(rows), max_new_tokens, temperature)
+    new: list[list[int]] = []
+    if shown is None and decodes_continuously(policy):
+        batches = _continuous(policy, rows, uniforms, sampling, batch_size)
+    else:
+        # Few different lengths, because each one is compiled for itself.
+        length = -(-(max(map(len, rows)) + max_new_tokens) // 16) * 16
+        shape = batch_size, length if limit is None else min(length, limit)
+        batches = _in_columns(policy, rows, uniforms, sampling, shape, encoder.pad, shown)
+    for found in batches:
+        new += found
+        if on_batch is not None:
+            on_batch(len(new) // len(seeds), len(rows))
+    responses: list[Any] = detokenized(encoder, new)
+    ended: list[Any] = [len(row) < max_new_tokens for row in new]
+    if not isinstance(seed, int | np.integer):
+        responses, ended = (_by_prompt(values, len(seeds)) for values in (responses, ended))
+    return (responses, ended) if return_ended else responses
+
+
+def _by_prompt(values: list[Any], copies: int) -> list[list[Any]]:
+    return [values[start : start + copies] for start in range(0, len(values), copies)]
+
+
+def _uniforms(
+    seeds: Sequence[int], prompts: int, max_new_tokens: int, temperature: float
+) -> np.ndarray:
+    """Return what each token is drawn by, float32 `[prompts, seeds, max_new_tokens]` in [0, 1).
+
+    It depends on nothing but the seed and the prompt's number.
+    """
+    shape = (prompts, len(seeds), max_new_tokens)
+    if temperature == 0:
+        return np.zeros(shape, np.float32)
+    drawn = [
+        np.random.default_rng([seed % 2**63, number]).random(max_new_tokens, np.float32)
+        for number in range(prompts)
+        for seed in seeds
+    ]
+    return np.reshape(drawn, shape)
+
+
+def _continuous(
+    policy: keras.Model,
+    rows: list[list[int]],
+    uniforms: np.ndarray,
+    sampling: _Sampling,
+    batch_size: int,
+) -> Iterator[list[list[int]]]:
+    """Generate with slots that are refilled; the new tokens of some prompts at a time."""
+    run = _compiled(policy, "continuous", sampling)
+    slots = tf.constant(batch_size)
+    step = _PROMPTS_PER_SLOT * batch_size
+    for start in range(0, len(rows), step):
+        prompts = tf.ragged.constant(rows[start : start + step], tf.int32, ragged_rank=1)
+        yield run(prompts, uniforms[start : start + step], slots).to_list()
+
+
+def _in_columns(
+    policy: keras.Model,
+    rows: list[list[int]],
+    uniforms: np.ndarray,
+    sampling: _Sampling,
+    shape: tuple[int, int],
+    pad: int,
+    shown: PairImages | None,
+) -> Iterator[list[list[int]]]:
+    """Generate batch by batch; the new tokens of one batch at a time."""
+    run = _compiled(policy, "columns", sampling)
+    batch_size, length = shape
+    copies, longest = uniforms.shape[1:]
     for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
         # The last row is repeated to keep one shape; the responses of its copies are cut off.
         places = np.minimum(np.arange(start, start + batch_size), len(rows) - 1)
         filled = [rows[place] for place in places]
-        token_ids, mask = _right_padded(filled, length, encoder.pad)
-        lengths = np.array([len(row) for row in chunk])
+        token_ids, mask = _right_padded(filled, length, pad)
+        lengths = np.array([len(row) for row in filled])
         seen = {} if shown is None else image_arrays(shown, places, filled, length)
-        found = run(token_ids, mask, steps, seen)[: len(chunk)]
-        new = new_tokens(found, lengths, stops, max_new_tokens).to_list()
-        responses += detokenized(encoder, new)
-        ended += [len(row) < max_new_tokens for row in new]
-        if on_batch is not None:
-            on_batch(len(responses), len(rows))
-    return (responses, ended) if return_ended else responses
+        found = [
+            new_tokens(
+                run(token_ids, mask, uniforms[places, copy], seen),
+                lengths,
+                sampling.stops,
+                longest,
+            ).to_list()
+            for copy in range(copies)
+        ]
+        count = len(rows[start : start + batch_size])
+        yield [found[copy][row] for row in range(count) for copy in range(copies)]
 
 
 def _shown(
@@ -165,37 +250,60 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _compiled(
-    policy: keras.Model, stops: Sequence[int], temperature: float, top_p: float
-) -> _Compiled:
+def _compiled(policy: keras.Model, how: str, sampling: _Sampling) -> Callable[..., Tensor]:
     known = _compiled_functions.setdefault(policy, {})
-    key = (temperature, top_p, tuple(stops))
+    key = (how, sampling)
     if key not in known:
+        make = _continuous_function if how == "continuous" else _columns_function
         # The values of a dictionary with weak keys must not hold the keys.
-        borrowed = weakref.ref(policy)
-        generator = keras.random.SeedGenerator(0)
-
-        def draw(log_probs: Tensor) -> Tensor:
-            return keras.random.categorical(log_probs, 1, dtype="int32", seed=generator)[:, 0]
-
-        # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model
-        # of the user's own may hold operations that XLA does not have.
-        @tf.function(jit_compile=isinstance(policy, keras_hub.models.CausalLM))
-        def run(
-            token_ids: Tensor, mask: Tensor, max_new_tokens: Tensor, images: dict[str, Tensor]
-        ) -> Tensor:
-            return decode(
-                borrowed(),
-                token_ids,
-                mask,
-                stops=stops,
-                choose=token_choice(temperature, top_p, draw),
-                max_new_tokens=max_new_tokens,
-                images=images,
-            )
-
-        known[key] = (run, generator)
+        known[key] = make(weakref.ref(policy), sampling)
     return known[key]
+
+
+def _continuous_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
+    specifications = [
+        tf.RaggedTensorSpec([None, None], tf.int32),
+        tf.TensorSpec([None, None, None], tf.float32),
+        tf.TensorSpec([], tf.int32),
+    ]
+    choose = token_choice(sampling.temperature, sampling.top_p)
+
+    # One trace for all lengths, without XLA, which compiles for each shape and takes seconds.
+    @tf.function(input_signature=specifications, autograph=False)
+    def run(prompts: tf.RaggedTensor, uniforms: Tensor, slots: Tensor) -> tf.RaggedTensor:
+        return generate_tokens(
+            borrowed(),
+            prompts,
+            uniforms,
+            stops=sampling.stops,
+            choose=choose,
+            slots=slots,
+            pad=0,
+        )
+
+    compiled: Callable[..., Tensor] = run
+    return compiled
+
+
+def _columns_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
+    choose = token_choice(sampling.temperature, sampling.top_p)
+
+    # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model of
+    # the user's own may hold operations that XLA does not have.
+    @tf.function(jit_compile=isinstance(borrowed(), keras_hub.models.CausalLM))
+    def run(token_ids: Tensor, mask: Tensor, uniforms: Tensor, images: dict[str, Tensor]) -> Tensor:
+        return decode(
+            borrowed(),
+            token_ids,
+            mask,
+            stops=sampling.stops,
+            choose=choose,
+            uniforms=uniforms,
+            images=images,
+        )
+
+    compiled: Callable[..., Tensor] = run
+    return compiled
 
 
 def _prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:

@@ -6,7 +6,7 @@ Private names of attention and position layers are read here alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_keras.utils.keras_hub_internals import KERAS, KERAS_HUB, Library, private
@@ -41,6 +41,7 @@ class AttentionSettings:
     sinks: keras.Variable | None = None  # a score for each head that takes weight from tokens
     projections: Projections | None = None  # where `call` attends and there is no ATTENTION_METHOD
     output_dropout: keras.layers.Layer | None = None  # behind the projections' output
+    key_value_heads: int | None = None  # those that its weights make; None: as many as it attends
 
 
 def _where(layer: keras.layers.Layer, flag: str, name: str, library: Library = KERAS_HUB) -> Any:
@@ -175,7 +176,7 @@ def attention_settings(layer: keras.layers.Layer) -> AttentionSettings | None:
     settings = read(layer)
     if settings.projections is None:
         private(layer, ATTENTION_METHOD, KERAS_HUB)
-    return settings
+    return replace(settings, key_value_heads=getattr(layer, "num_key_value_heads", None))
 
 
 def is_bidirectional(layer: keras.layers.Layer) -> bool:

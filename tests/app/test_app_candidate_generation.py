@@ -32,8 +32,11 @@ def scripted(monkeypatch):
 
     def respond(policy, inputs, *, seed, temperature, **options):
         calls.append((policy, seed, temperature, list(inputs)))
-        unique = lambda prompt: f"{policy} {seed} {prompt}"  # noqa: E731
-        return [answers.get(seed, unique)(prompt) for prompt in inputs]
+
+        def answer(one, prompt):
+            return answers[one](prompt) if one in answers else f"{policy} {one} {prompt}"
+
+        return [[answer(one, prompt) for one in seed] for prompt in inputs]
 
     monkeypatch.setattr(module, "load_model", lambda path, dtype: str(path))
     monkeypatch.setattr("dpo_keras.training.generate_responses", respond)
@@ -105,21 +108,21 @@ def test_identical_and_empty_responses_are_drawn_again(scripted, prompts):
     found = generate(config("m"), prompts, progress=progress)
     assert [one["responses"] for one in found] == [["same", "m 10 One?"], ["same", "m 10 Two?"]]
     assert found[0]["makers"][1]["seed"] == 10 and progress.notes == []
-    assert [len(call[3]) for call in calls] == [2, 2, 2]
+    # Both candidates of both prompts at once, then the second ones alone.
+    assert [(call[1], len(call[3])) for call in calls] == [([7, 8], 2), ([10], 2)]
 
 
 def test_what_stays_identical_or_empty_is_left_out_and_counted(scripted, prompts, tmp_path):
     calls, answers = scripted
-    stuck = lambda prompt: "same" if prompt == "One?" else f"{len(calls)}"  # noqa: E731
     for seed in range(7, 30):
-        answers[seed] = stuck
+        answers[seed] = lambda prompt, seed=seed: "same" if prompt == "One?" else str(seed)
     progress = Notes()
     found = generate(config("m"), prompts, progress=progress, output=tmp_path / "c.jsonl")
     assert [one["prompt"] for one in found] == ["Two?"]
     assert "1 identical" in progress.notes[0]
     assert "1 prompts without two different responses" in progress.notes[0]
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
-    assert [len(call[3]) for call in calls] == [2, 2, 1, 1, 1]
+    assert [len(call[3]) for call in calls] == [2, 1, 1, 1]
 
 
 def test_nothing_usable_is_an_error(scripted, prompts):

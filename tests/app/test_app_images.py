@@ -48,7 +48,7 @@ def asked(monkeypatch):
     def respond(policy, prompts, *, images=None, seed=0, return_ended=False, **options):
         shown = [[Path(one.path).name for one in row] for row in images.rows.tolist()]
         calls.append((prompts, shown))
-        texts = [f"I am {seed}" for _ in prompts]
+        texts = [f"I am {seed}" if return_ended else [f"I am {s}" for s in seed] for _ in prompts]
         return (texts, [True for _ in prompts]) if return_ended else texts
 
     for place in ("dpo_keras.evaluation.samples", "dpo_keras.training"):

@@ -23,7 +23,7 @@ def roofline(monkeypatch):
 TREE = np.array([[[0, 0, 1, 2, 2]], [[0, 1, 2, -1, -1]]])
 
 
-@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling", "start", "plan"])
+@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling", "start", "plan", "generation"])
 def test_every_benchmark_starts_and_can_write_json(name):
     command = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

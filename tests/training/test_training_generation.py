@@ -13,7 +13,8 @@ from tiny import Letters, gpt2, llama
 
 from dpo_keras.errors import InputError
 from dpo_keras.scoring.model_inputs import TextRows, full_logits
-from dpo_keras.training import generate_responses
+from dpo_keras.training import generate_responses, generation
+from dpo_keras.training.continuous_batching import decode_continuously
 from dpo_keras.training.decoding import decode, new_tokens, token_choice
 
 
@@ -53,8 +54,10 @@ def test_greedy_text_is_that_of_forward_passes_over_each_text_alone(family):
     rows = [[1, 40, 41, 42, 43, 44, 45], [1, 60], [1, 50, 51, 52, 53]]
     ids = tf.ragged.constant(rows).to_tensor(0, shape=(3, 16))
     mask = tf.sequence_mask([len(row) for row in rows], 16)
-    greedy = token_choice(0.0, 1.0, draw=None)
-    run = functools.partial(decode, policy, stops=[2], choose=greedy, max_new_tokens=3)
+    greedy = token_choice(0.0, 1.0)
+    run = functools.partial(
+        decode, policy, stops=[2], choose=greedy, uniforms=tf.zeros((len(rows), 3))
+    )
     found = tf.function(run, autograph=False)(ids, mask)
     for row, prompt in zip(found.numpy(), rows, strict=True):
         text = list(prompt)
@@ -71,6 +74,53 @@ def test_a_seed_repeats_its_samples_and_another_does_not():
     first = generate_responses(model, PROMPTS, seed=1, **options)
     assert generate_responses(model, PROMPTS, seed=1, **options) == first
     assert generate_responses(model, PROMPTS, seed=2, **options) != first
+
+
+def test_several_seeds_give_the_responses_that_each_gives_alone():
+    model = llama()
+    options = {"max_new_tokens": 8, "preprocessor": Letters(), "temperature": 2.0}
+    alone = [generate_responses(model, PROMPTS, seed=seed, **options) for seed in (4, 5, 6)]
+    responses, ended = generate_responses(
+        model, PROMPTS, seed=[4, 5, 6], return_ended=True, batch_size=2, **options
+    )
+    assert responses == [list(three) for three in zip(*alone, strict=True)]
+    assert [len(three) for three in ended] == [3, 3, 3]
+    assert len({text for three in responses for text in three}) == 9
+    columns = generate_responses(Policy(model), PROMPTS, seed=[4, 5, 6], **options)
+    assert columns == responses
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma4_moe", "bloom", "smollm3"])
+def test_slots_that_are_refilled_give_the_tokens_of_forward_passes_over_each_text(family):
+    """Learned and rotary positions, ALiBi, a table; windows, shared keys, fewer heads of keys."""
+    policy = ALL_FAMILIES[family](seed=1)
+    rows = [[1, 40, 41, 42, 43, 44, 45], [1, 60], [1, 50, 51, 52, 53], [1, *range(3, 13)], [1, 33]]
+    uniforms = tf.zeros((len(rows), 2, 6))
+
+    @tf.function(autograph=False)
+    def run(slots):
+        prompts = tf.ragged.constant(rows, dtype=tf.int32)
+        return decode_continuously(
+            policy, prompts, uniforms, stops=[2], choose=token_choice(0.0, 1.0), slots=slots
+        )
+
+    found = run(tf.constant(3)).to_list()
+    assert found[::2] == found[1::2]
+    for row, prompt in zip(found[::2], rows, strict=True):
+        text = tf.constant([[*prompt, *row]])
+        logits = full_logits(policy, TextRows(text, tf.ones_like(text)))
+        likeliest = np.argmax(logits[0, len(prompt) - 1 :], axis=-1).tolist()
+        assert (row + [2])[:6] == likeliest[:6]
+
+
+def test_prompts_of_all_lengths_share_one_trace():
+    model = gpt2(num_layers=1)
+    options = {"max_new_tokens": 2, "preprocessor": Letters(), "temperature": 0}
+    generate_responses(model, ["a"], **options)
+    (known,) = generation._compiled_functions[model].values()
+    generate_responses(model, ["a" * 70, "b"], batch_size=3, **options)
+    assert known.experimental_get_tracing_count() == 1
+    assert len(generation._compiled_functions[model]) == 1
 
 
 def test_generation_follows_the_weights_as_they_are_trained():
@@ -118,25 +168,38 @@ def test_an_end_token_that_is_also_the_pad_does_not_end_generation_at_once():
     assert any(responses)
 
 
-def seeded(log_probs):
-    return keras.random.categorical(log_probs, 1, dtype="int32", seed=3)[:, 0]
-
-
-def test_tokens_are_drawn_by_their_probabilities_within_the_nucleus():
-    logits = tf.constant(np.log([[0.5, 0.3, 0.15, 0.05]] * 20000), tf.float32)
+@pytest.mark.parametrize("size", [4, 600])  # 600: more than one block, and than a nucleus
+def test_tokens_are_drawn_by_their_probabilities_within_the_nucleus(size):
+    rows = 4000
+    likely = np.log([0.5, 0.3, 0.15, 0.05])
+    logits = np.full((rows, size), -1e9 if size > 4 else 0, np.float32)
+    places = [0, 130, 131, 599] if size > 4 else [0, 1, 2, 3]
+    logits[:, places] = likely
+    uniforms = tf.constant((np.arange(rows) + 0.5) / rows, tf.float32)
 
     def shares(temperature, top_p):
-        drawn = token_choice(temperature, top_p, seeded)(logits).numpy()
-        return np.bincount(drawn, minlength=4) / len(drawn)
+        drawn = token_choice(temperature, top_p)(tf.constant(logits), uniforms).numpy()
+        return np.bincount(drawn, minlength=size)[places] / rows
 
-    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    near = functools.partial(np.testing.assert_allclose, atol=1e-3)
+    near(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05])
     # The smallest set that reaches 0.6 or 0.7 holds two tokens.
     for top_p in (0.6, 0.7):
-        np.testing.assert_allclose(shares(1.0, top_p), [0.625, 0.375, 0, 0], atol=0.015)
+        near(shares(1.0, top_p), [0.625, 0.375, 0, 0])
     np.testing.assert_array_equal(shares(0.0, 1.0), [1, 0, 0, 0])
     # A temperature of 1/2 squares the probabilities.
     squares = np.square([0.5, 0.3, 0.15, 0.05])
-    np.testing.assert_allclose(shares(0.5, 1.0), squares / squares.sum(), atol=0.015)
+    near(shares(0.5, 1.0), squares / squares.sum())
+
+
+def test_a_nucleus_of_almost_all_tokens_leaves_out_the_least_likely_ones():
+    probabilities = np.arange(1, 601) / np.arange(1, 601).sum()
+    logits = tf.constant(np.log(probabilities)[None].repeat(2000, axis=0), tf.float32)
+    uniforms = tf.constant(np.arange(2000) / 2000, tf.float32)
+    drawn = token_choice(1.0, 0.95)(logits, uniforms).numpy()
+    left_out = np.cumsum(probabilities) <= 0.05
+    assert not left_out[drawn].any()
+    assert drawn.min() == left_out.sum()
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, Policy], ids=["cache", "no cache"])
@@ -150,8 +213,8 @@ def test_a_row_of_a_batch_gets_the_tokens_that_it_gets_alone(wrap):
         lengths = [len(row) for row in rows]
         mask = tf.sequence_mask(lengths, max(lengths) + 6)
         ids = tf.ragged.constant(rows, dtype=tf.int32).to_tensor(shape=mask.shape)
-        choose = token_choice(0.0, 1.0, seeded)
-        found = decode(wrap(model), ids, mask, stops=stops, choose=choose, max_new_tokens=6)
+        choose, uniforms = token_choice(0.0, 1.0), tf.zeros((len(rows), 6))
+        found = decode(wrap(model), ids, mask, stops=stops, choose=choose, uniforms=uniforms)
         return new_tokens(found, lengths, stops, 6).to_list()
 
     together = greedy(prompts, [96])
