@@ -343,6 +343,6 @@ class PolicyTrainer(TensorflowTrainer):
         # Once, before the first packed batch: whether this model scores packed rows alike.
         columns = getattr(dataset, "element_spec", None) or {}
         check_images(self.scorer.body, columns)
-        if "tree" in columns and not self._packing_checked:
+        if "reach" in columns and not self._packing_checked:
             check_packing(self.scorer)
             self._packing_checked = True

@@ -149,7 +149,7 @@ def test_a_row_may_be_exactly_full_and_responses_and_prompts_of_one_token():
     dataset = preference_dataset(pairs, batching="packed", row_length=11, rows=2, shuffle=False)
     (batch,) = batches(dataset)
     assert batch["padding_mask"].min() == 1
-    assert batch["tree"][0, 0].tolist() == [0, 1, 2] + [3] * 6 + [4, 5]
+    assert batch["reach"][0, 0].tolist() == [3, 1, 1] + [8, 7, 6, 5, 4, 3] + [1, 1]
     assert batch["source"][0, :4].tolist() == [0, 0, 8, 8]
 
 
