@@ -184,7 +184,9 @@ def one_pass(
     if batching == "packed":
         packing = plan_packing(tokenized, batch_size, shuffle=False)
         for grid in packed_order(packing).pairs:
-            batch = collate_packed(tokenized, grid, packing.length, packing.slots)
+            batch = collate_packed(
+                tokenized, grid, packing.length, packing.slots, trees=packing.trees
+            )
             yield Part(grid.reshape(-1), batch)
         return
     plan = plan_buckets(tokenized, batch_size)

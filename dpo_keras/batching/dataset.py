@@ -245,7 +245,7 @@ def _packed(tokenized: TokenizedPairs, plan: PackingPlan, worker: tuple[int, int
 
     def make(epoch: int, step: int) -> Batch:
         grid = _share(tokenized, order(epoch if plan.shuffle else 0).pairs, step, worker)
-        return collate_packed(tokenized, grid, plan.length, plan.slots)
+        return collate_packed(tokenized, grid, plan.length, plan.slots, trees=plan.trees)
 
     return Source(plan.steps, make, signature_of(make(0, 0), {}))
 

@@ -208,7 +208,7 @@ class _Layout:
         return found.reshape(-1, 2)
 
     def _response(self) -> np.ndarray:
-        """Number the different responses of each row: int `[2 n]`."""
+        """Return the number of each response among the different ones of its row: int `[2 n]`."""
         texts = self._texts
         of_rows = np.bincount(texts.row, texts.new, len(self._used)).astype(np.int64)
         return np.cumsum(texts.new) - 1 - (np.cumsum(of_rows) - of_rows)[texts.row]

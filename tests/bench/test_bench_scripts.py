@@ -26,7 +26,7 @@ BATCH = {
 }
 
 
-@pytest.mark.parametrize("name", ["against_trl", "roofline", "memory", "scaling"])
+@pytest.mark.parametrize("name", ["against_trl", "forests", "roofline", "memory", "scaling"])
 def test_every_benchmark_starts_and_can_write_json(name):
     command = [sys.executable, str(BENCH / f"{name}.py"), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -9,32 +9,47 @@ import tiny
 from families import ALL_FAMILIES, FAMILIES
 from scoring_samples import random_pairs
 
-from dpo_keras.batching import collate, collate_packed
+from dpo_keras.batching import Ragged, TokenizedPairs, collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import ResponseScorer, check_packing, packing_obstacle
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
+from dpo_keras.scoring.scorer import compared_tokens, sum_by_response
 from dpo_keras.scoring.tree_attention import TreeLayout, segment_sizes
 
 # Prompt, chosen and rejected: ones of a single token, short trees, and texts of up to 21 tokens.
 LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3), (1, 6, 2), (12, 9, 4), (2, 2, 1), (3, 8, 1)]
-# Many trees in a row, a row exactly full (54 tokens), and a row of one tree.
-ROWS = [[0, 1, 2, 3], [4, 5, 6, 1, 3], [2]]
+# Three responses to one prompt, two of which begin alike, in all pairs; and a turn that goes on
+# from the first. Each number stands for a token.
+PROMPT, ANSWERS = [1, 2, 3, 4, 5, 6], ([7, 8, 9], [7, 8, 1, 2, 3], [4, 2])
+FOREST = [
+    *((PROMPT, ANSWERS[i], ANSWERS[j]) for i, j in ((0, 1), (0, 2), (2, 1))),
+    ([*PROMPT, *ANSWERS[0], 5], [6, 1, 2], [6, 1, 4, 8]),
+]
+# Many trees in a row, a row exactly full (54 tokens), a row of one tree, and a tree of four pairs.
+ROWS = [[0, 1, 2, 3], [4, 5, 6, 1, 3], [2], [7, 8, 9, 10, 1]]
+TREES = np.array([*range(len(LENGTHS)), *[len(LENGTHS)] * len(FOREST)])
 LENGTH = 54
 # Their kernels are so large that the rounding of KerasHub's softmax alone, which is float32 even in
 # float64 models, moves gradients by more than 1e-5. At half their size it moves them by 1e-6.
-STEEP = ("falcon", "smollm3")
+STEEP = ("falcon", "gemma", "smollm3")
 
 
 @pytest.fixture(scope="module")
 def tokenized():
-    return random_pairs(LENGTHS, weighed=True)
+    alone = random_pairs(LENGTHS, weighed=True)
+    parts = [
+        Ragged.from_lists([*part.tolist(), *texts])
+        for part, texts in zip(alone.parts, zip(*FOREST, strict=True), strict=True)
+    ]
+    ones = np.ones(len(TREES), np.float32)
+    return TokenizedPairs(*parts, ones, np.append(alone.weight, ones[: len(FOREST)] * 1.5))
 
 
 @pytest.fixture(scope="module")
 def batches(tokenized):
     order = [pair for row in ROWS for pair in row]
     apart = collate(tokenized, order)
-    packed = collate_packed(tokenized, ROWS, length=LENGTH)
+    packed = collate_packed(tokenized, ROWS, length=LENGTH, trees=TREES)
     assert packed["padding_mask"][1].min() == 1, "the second row is to be exactly full"
     return [{k: tf.constant(v) for k, v in batch.items()} for batch in (apart, packed)]
 
@@ -127,9 +142,9 @@ def test_statistics_and_shared_sums_are_those_of_unpacked_rows(batches):
         one, other = filled(batches[0], apart[name]), filled(batches[1], packed[name])
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     entropies = [
-        np.sort(found["entropy"].numpy()[np.asarray(batch["owner"]) >= 0])
+        filled(batch, sum_by_response(found["entropy"], compared_tokens(batch)))
         for found, batch in zip((apart, packed), batches, strict=True)
-    ]
+    ][::-1]
     np.testing.assert_allclose(*entropies, rtol=1e-5)
 
 
