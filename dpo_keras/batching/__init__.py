@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.batching.bucketing import BucketPlan, EpochOrder, epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate, available_templates, get_template
-from dpo_keras.batching.collate import Batch, collate, collate_packed, collate_single
+from dpo_keras.batching.collate import Batch, collate, collate_single
 from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.forests import collate_packed
 from dpo_keras.batching.packing import PackedOrder, PackingPlan, packed_order, plan_packing
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenization import tokenize_pairs

@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
-from dpo_keras.batching.collate import Batch, collate, collate_packed, collate_single
+from dpo_keras.batching.collate import Batch, collate, collate_single
 from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.forests import collate_packed
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
@@ -183,7 +184,9 @@ def one_pass(
     if batching == "packed":
         packing = plan_packing(tokenized, batch_size, shuffle=False)
         for grid in packed_order(packing).pairs:
-            batch = collate_packed(tokenized, grid, packing.length, packing.slots)
+            batch = collate_packed(
+                tokenized, grid, packing.length, packing.slots, trees=packing.trees
+            )
             yield Part(grid.reshape(-1), batch)
         return
     plan = plan_buckets(tokenized, batch_size)
@@ -202,7 +205,7 @@ def pass_signature(batch: Mapping[str, object]) -> dict[str, tf.TensorSpec]:
     Returns:
         A spec per key.
     """
-    return signature_of(batch, {} if "tree" in batch else dynamic_dimensions(batch))
+    return signature_of(batch, {} if "reach" in batch else dynamic_dimensions(batch))
 
 
 def batch_from_strings(

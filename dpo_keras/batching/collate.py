@@ -1,8 +1,8 @@
-"""The batch contract, and the two layouts that fill it: a pair per row, and packed rows."""
+"""The batch contract, and the layout of a pair per row; `forests.py` has that of packed rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypedDict, cast
 
 import numpy as np
@@ -24,8 +24,9 @@ class Batch(TypedDict, total=False):
 
     * **A pair per row** (`collate`): 2 sequences, prompt + chosen and prompt + rejected; 1 pair
       slot. `collate_single` has 1 sequence, prompt + response.
-    * **Packed rows** (`collate_packed`): 1 sequence of whole trees (prompt, chosen, rejected);
-      several pair slots. A token sees its own response and its own prompt only.
+    * **Packed rows** (`collate_packed`): 1 sequence of whole trees; several pair slots. A tree
+      holds the texts (prompt + response) of one pair or of several, each common beginning once,
+      laid out depth first. A token sees what is before it in its own text only.
     """
 
     token_ids: Tensor
@@ -33,19 +34,25 @@ class Batch(TypedDict, total=False):
     padding_mask: Tensor
     """int32 `[rows, sequences, length]`: 1 for tokens, 0 for padding."""
     positions: Tensor
-    """int32 `[rows, 1, length]`, packed rows only: position of each token in its own text. Both
-    responses continue from the prompt; 0 where padding."""
-    tree: Tensor
-    """int32 `[rows, 1, length]`, packed rows only: 3 * pair slot + (0 prompt, 1 chosen,
-    2 rejected); -1 where padding."""
+    """int32 `[rows, 1, length]`, packed rows only: position of each token in its own text. All
+    responses continue from their prompt; 0 where padding."""
+    reach: Tensor
+    """int32 `[rows, 1, length]`, packed rows only: from each token on, itself included, the number
+    of places that see it; 1 where padding. These are the token and all that follow it in any text,
+    so place i sees place j where 0 <= i - j < reach_j."""
     source: Tensor
     """int32 `[rows, slots]`: for each response token, the place in its row (sequence * length +
     position) whose hidden state predicts it. In a tree, the prompt's last token predicts the first
-    token of both responses."""
+    token of all its responses."""
     target: Tensor
     """int32 `[rows, slots]`: that response token."""
     owner: Tensor
-    """int32 `[rows, slots]`: 2 * pair slot + (0 chosen, 1 rejected); -1 for an empty slot."""
+    """int32 `[rows, slots]`: number of its response in the row; -1 for an empty slot. Without
+    `responses`, a response's number is 2 * pair slot + (0 chosen, 1 rejected)."""
+    responses: Tensor
+    """int32 `[rows, pairs, 2]`, packed rows only: the responses that each pair compares, by their
+    numbers in `owner`; -1 in an empty pair slot. Pairs of one prompt may name the same one, whose
+    tokens are in the row once."""
     preference: Tensor
     """float32 `[rows, pairs]`: probability that chosen is better; 0.5 in an empty pair slot."""
     weight: Tensor
@@ -110,7 +117,7 @@ def collate(
     prompt, *responses = (part.take(indices) for part in tokenized.parts)
     batch = _pair_per_row(prompt, responses, tokenized.pad, length, slots, batch_size)
     place = (np.arange(len(indices)), 0)
-    batch.update(_labels(tokenized, indices, (len(batch["owner"]), 1), place))
+    batch.update(labels(tokenized, indices, (len(batch["owner"]), 1), place))
     if tokenized.images is not None:
         rows, _, length = batch["token_ids"].shape
         batch.update(cast(Batch, tokenized.images[indices].tensors(prompt, length, rows)))
@@ -152,101 +159,12 @@ def collate_single(
     batch = _pair_per_row(prompts, [responses], pad, length, slots, batch_size)
     ones, rows = np.ones(len(prompts), np.float32), np.arange(len(prompts))
     unlabeled = TokenizedPairs(prompts, responses, responses, ones, ones)
-    batch.update(_labels(unlabeled, rows, (len(batch["owner"]), 1), (rows, 0)))
+    batch.update(labels(unlabeled, rows, (len(batch["owner"]), 1), (rows, 0)))
     return batch
 
 
-def collate_packed(
-    tokenized: TokenizedPairs,
-    rows: np.ndarray | Sequence[Sequence[int]],
-    length: int | None = None,
-    slots: int | None = None,
-    pairs: int | None = None,
-) -> Batch:
-    """Lay pairs out as one batch of packed rows.
-
-    Args:
-        tokenized: the pairs.
-        rows: which pairs are in which row: int `[rows, pairs]`, -1 for empty pair slots, such as
-            `PackedOrder.pairs[step]`; or a list of pair numbers per row.
-        length: tokens per row. None takes the longest row, rounded up to a multiple of 8.
-        slots: response tokens per row. None as for `length`.
-        pairs: pair slots per row. None takes the largest number of pairs in a row.
-
-    Returns:
-        The batch. A row without pairs is one prompt of a single padding token, so that attention
-        has something to see.
-
-    Raises:
-        InputError: a row does not fit into `length`, `slots` or `pairs`, or a prompt has no token.
-
-    Example:
-        >>> ones = np.ones(2, np.float32)
-        >>> tokens = [[[1, 5], [1]], [[6, 2], [7]], [[2], [8]]]
-        >>> two = TokenizedPairs(*(Ragged.from_lists(part) for part in tokens), ones, ones)
-        >>> batch = collate_packed(two, [[0, 1]], length=10, slots=6)
-        >>> batch["token_ids"][0, 0].tolist()
-        [1, 5, 6, 2, 2, 1, 7, 8, 0, 0]
-        >>> batch["positions"][0, 0].tolist()
-        [0, 1, 2, 3, 2, 0, 1, 1, 0, 0]
-        >>> batch["tree"][0, 0].tolist()
-        [0, 0, 1, 1, 2, 3, 4, 5, -1, -1]
-        >>> batch["source"].tolist(), batch["owner"].tolist()
-        ([[1, 2, 1, 5, 5, 0]], [[0, 0, 1, 2, 3, -1]])
-    """
-    grid = _grid(rows, pairs)
-    count = len(grid)
-    row, pair_slot = np.nonzero(grid >= 0)
-    numbers = grid[row, pair_slot]
-    parts = [part.take(numbers) for part in tokenized.parts]
-    sizes = np.stack([part.lengths for part in parts])  # [3, n]
-    trees, answers = sizes.sum(0), sizes[1] + sizes[2]
-    used = np.bincount(row, trees, count).astype(np.int64)
-    spent = np.bincount(row, answers, count).astype(np.int64)
-    length, slots = _size(length, used), _size(slots, spent)
-    needed = {"length": (used, length), "slots": (spent, slots)}
-    if problems := _packing_problems(numbers, sizes, needed):
-        raise InputError(problems)
-
-    token_ids = np.full((count, 1, length), tokenized.pad, np.int32)
-    positions = np.zeros_like(token_ids)
-    tree = np.full_like(token_ids, -1)
-    source = np.zeros((count, slots), np.int32)
-    target, owner = np.zeros_like(source), np.full_like(source, -1)
-    # Pairs are in row order: a running sum, less that of the earlier rows, is a place in the row.
-    prompt, begin = sizes[0], _begins(trees, row, used)
-    starts = (begin, begin + prompt, begin + prompt + sizes[1])
-    first_slot = _begins(answers, row, spent) + row * slots
-    for branch, (part, start, size) in enumerate(zip(parts, starts, sizes, strict=True)):
-        place = places(row * length + start, size)
-        token_ids.reshape(-1)[place] = part.flat_values
-        tree.reshape(-1)[place] = np.repeat(3 * pair_slot + branch, size)
-        positions.reshape(-1)[place] = places(prompt * (branch > 0), size)
-        if branch > 0:
-            slot = places(first_slot, size)
-            # Each token is predicted by the one before it, a response's first by its prompt's last.
-            predicts = places(start - 1, size)
-            heads = (np.cumsum(size) - size)[size > 0]
-            predicts[heads] = (begin + prompt - 1)[size > 0]
-            source.reshape(-1)[slot] = predicts
-            target.reshape(-1)[slot] = part.flat_values
-            owner.reshape(-1)[slot] = np.repeat(2 * pair_slot + branch - 1, size)
-            first_slot = first_slot + size
-    tree[used == 0, 0, 0] = 0
-    batch: Batch = {
-        "token_ids": token_ids,
-        "padding_mask": (tree >= 0).astype(np.int32),
-        "positions": positions,
-        "tree": tree,
-        "source": source,
-        "target": target,
-        "owner": owner,
-    }
-    batch.update(_labels(tokenized, numbers, grid.shape, (row, pair_slot)))
-    return batch
-
-
-def _size(given: int | None, needed: np.ndarray) -> int:
+def size_of(given: int | None, needed: np.ndarray) -> int:
+    """Return the given size, or the largest that is needed, rounded up to a multiple of 8."""
     return round_up(max(int(needed.max(initial=0)), 1), 8) if given is None else given
 
 
@@ -262,7 +180,7 @@ def _pair_per_row(
     before = prompt.lengths
     after = np.stack([part.lengths for part in responses])  # [sequences, n]
     longest, most = (before + after).max(initial=0), after.sum(0).max(initial=0)
-    length, slots = _size(length, before + after), _size(slots, after.sum(0))
+    length, slots = size_of(length, before + after), size_of(slots, after.sum(0))
     rows = count if batch_size is None else batch_size
     sizes = {"length": (longest, length), "slots": (most, slots), "batch_size": (count, rows)}
     problems = [
@@ -298,7 +216,7 @@ def _pair_per_row(
     return Batch(token_ids=token_ids, padding_mask=mask, source=source, target=target, owner=owner)
 
 
-def _labels(
+def labels(
     tokenized: TokenizedPairs, pairs: np.ndarray, shape: tuple[int, ...], place: tuple[Tensor, ...]
 ) -> Batch:
     """Put the labels of the pairs at their places, (row, pair slot)."""
@@ -308,47 +226,3 @@ def _labels(
             labels[name] = np.full((*shape, *values.shape[1:]), empty, values.dtype)
             labels[name][place] = values[pairs]
     return cast(Batch, labels)
-
-
-def _grid(rows: np.ndarray | Sequence[Sequence[int]], pairs: int | None) -> np.ndarray:
-    """Return which pair is in which row and pair slot, -1 where none, int64 `[rows, pairs]`."""
-    if not isinstance(rows, np.ndarray):
-        width = max(map(len, rows), default=0)
-        rows = np.array([[*row, *[-1] * (width - len(row))] for row in rows], np.int64)
-        rows = rows.reshape(len(rows), width)
-    if rows.ndim != 2:
-        raise InputError(InputProblem("rows", f"must be int [rows, pairs], got shape {rows.shape}"))
-    width = max(rows.shape[1], 1) if pairs is None else pairs
-    if (rows[:, width:] >= 0).any():
-        rule = f"must be at least {rows.shape[1]} for these rows"
-        raise InputError(InputProblem("pairs", rule, pairs))
-    grid = np.full((len(rows), width), -1, np.int64)
-    grid[:, : rows.shape[1]] = rows[:, :width]
-    return grid
-
-
-def _begins(sizes: np.ndarray, row: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Return the place in its row where each pair begins, `totals` being the sums of the rows."""
-    return np.cumsum(sizes) - sizes - (np.cumsum(totals) - totals)[row]
-
-
-def _packing_problems(
-    numbers: np.ndarray, sizes: np.ndarray, needed: Mapping[str, tuple[np.ndarray, int]]
-) -> list[InputProblem]:
-    trees, length = sizes.sum(0), needed["length"][1]
-    problems = [
-        InputProblem(
-            "length",
-            f"must be at least {trees[i]}: pair {numbers[i]} has {trees[i]} tokens (prompt and "
-            f"both responses) and does not fit into a row of length {length}",
-        )
-        for i in np.flatnonzero(trees > length)
-    ]
-    for name, (total, limit) in needed.items():
-        problems += [
-            InputProblem(name, f"must be at least {total[i]} for the pairs of row {i}", limit)
-            for i in np.flatnonzero(total > limit)
-        ]
-    if (sizes[0] == 0).any():
-        problems.append(prompt_without_tokens(int(numbers[np.argmin(sizes[0])])))
-    return problems

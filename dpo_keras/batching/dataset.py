@@ -14,7 +14,8 @@ import tensorflow as tf
 from dpo_keras.batching.batch_stream import Source, dynamic_dimensions, signature_of, stream
 from dpo_keras.batching.bucketing import epoch_order, plan_buckets
 from dpo_keras.batching.chat_templates import ChatTemplate
-from dpo_keras.batching.collate import Batch, collate, collate_packed
+from dpo_keras.batching.collate import Batch, collate
+from dpo_keras.batching.forests import collate_packed
 from dpo_keras.batching.packing import PackingPlan, not_integers, packed_order, plan_packing
 from dpo_keras.batching.tokenization import Overlength, tokenize_pairs
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs
@@ -309,7 +310,7 @@ def _packed(tokenized: TokenizedPairs, plan: PackingPlan, worker: tuple[int, int
 
     def make(epoch: int, step: int) -> Batch:
         grid = _share(tokenized, order(epoch if plan.shuffle else 0).pairs, step, worker)
-        return collate_packed(tokenized, grid, plan.length, plan.slots)
+        return collate_packed(tokenized, grid, plan.length, plan.slots, trees=plan.trees)
 
     return Source(plan.steps, make, signature_of(make(0, 0), {}))
 

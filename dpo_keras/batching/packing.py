@@ -1,8 +1,8 @@
-"""Packing: rows of one fixed length hold whole trees, each a prompt with both its responses.
+"""Packing: rows of one fixed length hold whole trees, each of one pair or of several.
 
-A tree takes `|prompt| + |chosen| + |rejected|` places, because its prompt is there once. Each epoch
-packs its own shuffled stream of pairs by best fit, so that hardly any place is empty and every
-batch of a run has one static shape.
+A tree holds a prompt once with all responses to it, and with the turns that continue it
+(`prompt_trees.py`). Each epoch packs its own shuffled stream of trees by best fit, so that hardly
+any place is empty and every batch of a run has one static shape.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dpo_keras.batching.prompt_trees import PromptTrees, lone_pairs, prompt_trees
 from dpo_keras.batching.ragged import round_up
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
 
 ROW_LENGTH = 1024  # tokens that rows have at least, unless a step needs fewer
+_TREE_LENGTH = 2048  # tokens of a tree of several pairs, unless rows are shorter
 _FILL = 0.98  # share of the places that best fit fills on ordinary data
-_SAMPLE = 8192  # pairs that the length of rows is tried on
+_SAMPLE = 8192  # trees that the length of rows is tried on
 _GROUP = 16  # steps whose rows are dealt together, so that they hold similar numbers of pairs
 _LISTED = 20  # pairs that an error lists
 
@@ -35,8 +37,8 @@ class PackingPlan:
         steps: batches per epoch, the same for every epoch.
         seed: seed of the order.
         shuffle: whether each epoch has its own order.
-        sizes: tokens of each pair.
-        partition: the pairs of each of the `steps * rows` rows in epoch 0.
+        forest: the trees that pairs form, and their sizes.
+        partition: the trees of each of the `steps * rows` rows in epoch 0.
     """
 
     length: int
@@ -46,8 +48,18 @@ class PackingPlan:
     steps: int
     seed: int
     shuffle: bool
-    sizes: Sizes = field(repr=False)
+    forest: PromptTrees = field(repr=False)
     partition: Rows = field(repr=False)
+
+    @property
+    def trees(self) -> np.ndarray:
+        """The tree of each pair, int32 `[N]`, as `collate_packed` takes it."""
+        return self.forest.of_pairs
+
+    @property
+    def sizes(self) -> Sizes:
+        """What each of the trees takes of a row."""
+        return self.forest.sizes
 
     @property
     def capacity(self) -> Capacity:
@@ -84,12 +96,14 @@ def plan_packing(
     replicas: int = 1,
     seed: int = 0,
     shuffle: bool = True,
+    share_prompts: bool = True,
 ) -> PackingPlan:
     """Choose the shape of packed batches and pack the first epoch.
 
     Steps hold `batch_size` pairs on average. The number of rows is chosen first, so that rows are
     about 1,024 tokens long. Their length, a multiple of 64 tokens (of 8 below 512), is the one that
     comes nearest to `batch_size`. The longest tree always fits, even if that makes a step larger.
+    A tree holds at most the pairs that a replica has in a step.
 
     Args:
         tokenized: the pairs.
@@ -99,6 +113,8 @@ def plan_packing(
         replicas: number that `rows` is a multiple of.
         seed: any integer >= 0.
         shuffle: False packs in file order, each epoch the same.
+        share_prompts: whether pairs of one prompt, and turns that continue it, share a tree. They
+            are then in one step. False makes each pair a tree.
 
     Returns:
         The plan.
@@ -117,23 +133,30 @@ def plan_packing(
     """
     if problems := _plan_problems(tokenized, batch_size, length, rows, replicas):
         raise InputError(problems)
-    sizes = Sizes(tokenized.tree_tokens, tokenized.response_tokens)
-    stream = _stream(len(tokenized), seed, 0, shuffle)
+    forest = lone_pairs(tokenized)
+    if share_prompts:
+        most = max(_TREE_LENGTH, int(forest.sizes.tokens.max())) if length is None else length
+        forest = prompt_trees(tokenized, most, batch_size // replicas, forest)
+    sizes = forest.sizes
+    if length is not None and (sizes.tokens > length).any():
+        raise InputError(_too_long(forest, length))
+    stream = _stream(len(sizes.tokens), seed, 0, shuffle)
     length, rows = _shape(stream, sizes, batch_size, length, rows, replicas)
-    packed = best_fit(stream, sizes, Capacity(length, length, length))
+    packed = best_fit(stream, sizes, _widest(sizes, length))
     # The other epochs are held to what this one needed, and a little more.
-    most_pairs = max(map(len, packed))
+    most_pairs = max(int(sizes.pairs[row].sum()) for row in packed)
     most_slots = max(int(sizes.responses[row].sum()) for row in packed)
+    spare_slots = round_up(most_slots + most_slots // 16, _step(most_slots))
     steps = -(-len(packed) // rows)
     return PackingPlan(
         length=length,
         rows=rows,
-        slots=min(round_up(most_slots + most_slots // 16, _step(most_slots)), length),
+        slots=min(spare_slots, max(length, most_slots)),
         pairs=min(most_pairs + max(most_pairs // 4, 1), len(tokenized)),
         steps=steps,
         seed=seed,
         shuffle=shuffle,
-        sizes=sizes,
+        forest=forest,
         partition=split_rows(packed, steps * rows),
     )
 
@@ -167,8 +190,8 @@ def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
         stream = _stream(len(plan.sizes.tokens), plan.seed, epoch, True)
         rows = _same_number_of_rows(plan, stream) or plan.partition
     grid = np.full((len(rows), plan.pairs), -1, np.int64)
-    counts = np.array([len(row) for row in rows])
-    grid[np.arange(plan.pairs) < counts[:, None]] = np.concatenate(rows)
+    counts = np.array([int(plan.sizes.pairs[row].sum()) for row in rows])
+    grid[np.arange(plan.pairs) < counts[:, None]] = plan.forest.pairs_of(np.concatenate(rows))
     if plan.shuffle:
         # Independent of the random numbers that shuffled the pairs.
         random = np.random.default_rng([plan.seed, epoch, 1])
@@ -221,8 +244,8 @@ def _shape(
 ) -> tuple[int, int]:
     """Choose the length and the number of rows."""
     longest = int(sizes.tokens.max())
-    together = min(batch_size, len(stream))
-    wanted = together * float(sizes.tokens.mean()) / _FILL
+    together = min(batch_size, int(sizes.pairs.sum()))
+    wanted = together * float(sizes.tokens.sum() / sizes.pairs.sum()) / _FILL
     if rows is None:
         usual = max(ROW_LENGTH, longest) if length is None else length
         rows = replicas * max(round(wanted / usual / replicas), 1)
@@ -234,11 +257,29 @@ def _shape(
     sample = stream[:_SAMPLE]
 
     def missed(length: int) -> float:
-        packed = best_fit(sample, sizes, Capacity(length, length, length))
-        return abs(len(sample) * rows / len(packed) - together)
+        packed = best_fit(sample, sizes, _widest(sizes, length))
+        return abs(float(sizes.pairs[sample].sum()) * rows / len(packed) - together)
 
     tried = [near + by * step for by in (0, -1, 1, 2) if near + by * step >= shortest]
     return min(tried, key=missed), rows
+
+
+def _widest(sizes: Sizes, length: int) -> Capacity:
+    """Return the capacity of rows that only their length limits."""
+    return Capacity(length, int(sizes.responses.sum()), int(sizes.pairs.sum()))
+
+
+def _too_long(forest: PromptTrees, length: int) -> list[InputProblem | str]:
+    sizes = forest.sizes.tokens
+    long = np.flatnonzero(sizes > length)
+    rule = (
+        f"must hold the longest pair, {int(sizes.max())} tokens of prompt and both "
+        f"responses, got {length}; {len(long)} pairs are longer."
+    )
+    hint = "Raise it, leave it out, or tokenize with a smaller max_length."
+    pairs = forest.pairs_of(long[:_LISTED])  # a tree longer than a row is of one pair
+    listed = [f"pair {pair}: {sizes[tree]} tokens" for pair, tree in zip(pairs, long, strict=False)]
+    return [InputProblem("row_length", rule, hint=hint), *listed]
 
 
 def not_integers(least: int, **arguments: object) -> list[InputProblem]:
@@ -266,14 +307,4 @@ def _plan_problems(
         problems.append("there is no pair to pack; give at least one.")
     elif (tokenized.prompt.lengths == 0).any():
         problems.append(prompt_without_tokens(int(np.argmin(tokenized.prompt.lengths))))
-    if not problems and length is not None:
-        sizes = tokenized.tree_tokens
-        if len(long := np.flatnonzero(sizes > length)):
-            rule = (
-                f"must hold the longest pair, {int(sizes.max())} tokens of prompt and both "
-                f"responses, got {length}; {len(long)} pairs are longer."
-            )
-            hint = "Raise it, leave it out, or tokenize with a smaller max_length."
-            problems.append(InputProblem("row_length", rule, hint=hint))
-            problems += [f"pair {number}: {sizes[number]} tokens" for number in long[:_LISTED]]
     return problems

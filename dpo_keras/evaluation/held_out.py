@@ -81,7 +81,7 @@ def evaluate_preferences(
     entropy = tokens = 0.0
     done = 0
     for part, values in _measured(model, one_pass(tokenized, batch_size, batching)):
-        count = float((part.batch["owner"] >= 0).sum())
+        count = float(values["chosen_tokens"].sum() + values["rejected_tokens"].sum())
         entropy += float(values.pop("entropy")) * count
         tokens += count
         for name, value in values.items():

@@ -138,7 +138,7 @@ def laid_out(
     """
     pairs = UndecidedLayout.of(dataset)
     if pairs is None:
-        if "tree" in (getattr(dataset, "element_spec", None) or {}):
+        if "reach" in (getattr(dataset, "element_spec", None) or {}):
             check()
         return dataset
     replicas = math.lcm(pairs.replicas, strategy.num_replicas_in_sync)

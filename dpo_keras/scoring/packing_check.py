@@ -23,8 +23,15 @@ from dpo_keras.utils.keras_internals import all_layers
 # Largest difference of a log-prob that is rounding, as a share of the log-prob.
 _TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 _LOW_PRECISION = 5e-2
-# Prompt, chosen and rejected tokens of each trial pair.
+# Prompt, chosen and rejected tokens of each trial pair, a tree of its own.
 _LENGTHS = ((5, 3, 1), (1, 1, 4), (3, 2, 2), (1, 6, 1))
+# A tree of several pairs: three responses to one prompt, two of which begin alike, each in two
+# pairs; and a later turn, whose prompt continues prompt and response. The numbers are tokens.
+_PROMPT, _ANSWERS = (1, 2, 3, 4), ((5, 6, 7), (5, 6, 8, 9), (2, 1))
+_FOREST = (
+    *((_PROMPT, _ANSWERS[i], _ANSWERS[j]) for i, j in ((0, 1), (0, 2), (1, 2))),
+    ((*_PROMPT, *_ANSWERS[0], 3), (4, 2), (4, 3, 1)),
+)
 
 
 def packing_obstacle(policy: object) -> str | None:
@@ -85,7 +92,8 @@ def _counts_positions(layer: keras.layers.Layer) -> bool:
 def check_packing(scorer: ResponseScorer, seed: int = 0) -> float:
     """Score a few pairs of random tokens packed and unpacked, and check that log-probs are equal.
 
-    Among them are prompts and responses of one token, several trees in a row, and a full row.
+    Among them are prompts and responses of one token, several trees in a row, a full row, and a
+    tree of several pairs.
 
     Args:
         scorer: the policy's.
@@ -103,15 +111,17 @@ def check_packing(scorer: ResponseScorer, seed: int = 0) -> float:
         raise _needs_buckets(reason)
     assert scorer.parts is not None
     backbone = scorer.parts[0]
-    tokenized = _random_pairs(backbone.vocabulary_size, seed)
-    count = len(tokenized)
-    rows = [list(range(count)), [0]]
+    tokenized, trees = _trial_pairs(backbone.vocabulary_size, seed)
+    count, alone = len(tokenized), len(_LENGTHS)
+    rows = [list(range(alone)), [0], list(range(alone, count))]
     length = sum(sum(lengths) for lengths in _LENGTHS)
     unpacked = _logps(scorer, collate(tokenized, list(range(count))))
-    packed = _logps(scorer, collate_packed(tokenized, rows, length=length))
+    batch = collate_packed(tokenized, rows, length=length, trees=trees)
+    packed = _logps(scorer, batch)[batch["weight"].reshape(-1) > 0]
     # The first tree stands in a row of its own as well, where it must score the same.
-    expected = np.concatenate([unpacked, unpacked[:1]])
-    share = float(np.abs(packed[: count + 1] - expected).max() / np.abs(expected).max())
+    expected = np.concatenate([unpacked[:alone], unpacked[:1], unpacked[alone:]])
+    differences = np.abs(packed - expected)
+    share = float(differences.max() / np.abs(expected).max())
     tolerance = _TOLERANCE.get(backbone.compute_dtype, _LOW_PRECISION)
     if not share <= tolerance:
         raise _needs_buckets(
@@ -125,16 +135,18 @@ def _needs_buckets(reason: str) -> InputError:
     return InputError(InputProblem("batching", f"must be 'buckets' for this policy: {reason}"))
 
 
-def _random_pairs(vocabulary_size: int, seed: int) -> TokenizedPairs:
+def _trial_pairs(vocabulary_size: int, seed: int) -> tuple[TokenizedPairs, np.ndarray]:
+    """Return the pairs of the trial, and the tree of each."""
     random = np.random.default_rng(seed)
+    words = random.integers(0, vocabulary_size, 10)
 
     def tokens(column: int) -> Ragged:
-        return Ragged.from_lists(
-            [random.integers(0, vocabulary_size, lengths[column]) for lengths in _LENGTHS]
-        )
+        alone = [random.integers(0, vocabulary_size, lengths[column]) for lengths in _LENGTHS]
+        return Ragged.from_lists([*alone, *(words[list(texts[column])] for texts in _FOREST)])
 
-    ones = np.ones(len(_LENGTHS), np.float32)
-    return TokenizedPairs(tokens(0), tokens(1), tokens(2), ones, ones)
+    trees = np.minimum(np.arange(len(_LENGTHS) + len(_FOREST)), len(_LENGTHS))
+    ones = np.ones(len(trees), np.float32)
+    return TokenizedPairs(tokens(0), tokens(1), tokens(2), ones, ones), trees
 
 
 def _logps(scorer: ResponseScorer, batch: Batch) -> np.ndarray:

@@ -90,7 +90,7 @@ class ResponseScorer:
 
     def prepared(self, batch: Batch) -> PreparedBatch:
         """Add to a packed batch what several passes over it can share, its `TreeLayout`."""
-        if "tree" not in batch or "layout" in batch:
+        if "reach" not in batch or "layout" in batch:
             return cast(PreparedBatch, batch)
         if self.parts is None:
             raise InputError(
@@ -98,8 +98,8 @@ class ResponseScorer:
                 f"confined to trees; {type(self.policy).__name__} goes the plain path. Use "
                 "batching='buckets'."
             )
-        tree, positions = batch["tree"][:, 0], batch["positions"][:, 0]
-        return {**batch, "layout": TreeLayout(positions, tree, dense=self.static)}
+        reach, positions = batch["reach"][:, 0], batch["positions"][:, 0]
+        return {**batch, "layout": TreeLayout(positions, reach, dense=self.static)}
 
     def __call__(
         self,
@@ -126,19 +126,17 @@ class ResponseScorer:
             first min(n+, n-) tokens of each response.
         """
         prepared = self.prepared(batch)
-        owner = prepared["owner"]
-        pairs = prepared["weight"].shape[1]
         values = self._token_values(prepared, training, statistics, collected)
-        filled = owner >= 0
+        filled = prepared["owner"] >= 0
         token_logps = ops.where(filled, values[..., 0], 0.0)
+        compared = compared_tokens(prepared)
         results = {
-            "logps": sum_by_owner(token_logps, owner, pairs),
-            "lengths": ops.cast(sum_by_owner(ops.ones_like(token_logps), owner, pairs), "int32"),
+            "logps": sum_by_response(token_logps, compared),
+            "lengths": ops.reshape(ops.sum(ops.cast(compared, "int32"), axis=1), (-1, 2)),
             "token_logps": token_logps,
         }
         if shared:
-            inside = ops.where(shared_length(owner, pairs), token_logps, 0.0)
-            results["shared_logps"] = sum_by_owner(inside, owner, pairs)
+            results["shared_logps"] = sum_by_response(token_logps, within_shorter(compared))
         for column, name in enumerate(statistics, start=1):
             results[name] = ops.stop_gradient(ops.where(filled, values[..., column], 0.0))
         return results
@@ -226,22 +224,29 @@ class ResponseScorer:
         return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
 
 
-def sum_by_owner(values: Tensor, owner: Tensor, pairs: int) -> Tensor:
-    """Sum values of tokens `[rows, slots]` over each response: `[rows * pairs, 2]`.
+def compared_tokens(batch: Batch) -> Tensor:
+    """Tell which tokens are of which response of which pair: bool `[rows, slots, 2 * pairs]`.
 
-    `owner` `[rows, slots]` is 2 * (pair slot) + (0 chosen, 1 rejected), and -1 in empty slots.
+    A response that stands in several pairs is in the row once and compared several times.
     """
-    belongs = owner[..., None] == ops.arange(2 * pairs, dtype="int32")
-    sums = ops.sum(ops.where(belongs, values[..., None], 0.0), axis=1)
+    owner, columns = batch["owner"][..., None], 2 * batch["weight"].shape[1]
+    if "responses" in batch:
+        responses = ops.reshape(batch["responses"], (-1, 1, columns))
+    else:
+        responses = ops.arange(columns, dtype="int32")
+    return ops.logical_and(owner >= 0, owner == responses)
+
+
+def sum_by_response(values: Tensor, compared: Tensor) -> Tensor:
+    """Sum values of tokens `[rows, slots]` over each pair's responses: `[rows * pairs, 2]`."""
+    sums = ops.sum(ops.where(compared, values[..., None], 0.0), axis=1)
     return ops.reshape(sums, (-1, 2))
 
 
-def shared_length(owner: Tensor, pairs: int) -> Tensor:
-    """Mark response tokens before the end of their pair's shorter response: bool, as `owner`."""
-    belongs = ops.cast(owner[..., None] == ops.arange(2 * pairs, dtype="int32"), "int32")
-    lengths = ops.reshape(ops.sum(belongs, axis=1), (-1, pairs, 2))
+def within_shorter(compared: Tensor) -> Tensor:
+    """Keep of `compared_tokens` those before the end of their pair's shorter response."""
+    counts = ops.cast(compared, "int32")
+    lengths = ops.reshape(ops.sum(counts, axis=1), (-1, compared.shape[2] // 2, 2))
     shorter = ops.repeat(ops.min(lengths, axis=-1), 2, axis=-1)
     # The tokens of a response are in order.
-    place = ops.sum(belongs * ops.cumsum(belongs, axis=1), axis=-1)
-    limit = ops.sum(belongs * shorter[:, None, :], axis=-1)
-    return ops.logical_and(place > 0, place <= limit)
+    return ops.logical_and(compared, ops.cumsum(counts, axis=1) <= shorter[:, None, :])

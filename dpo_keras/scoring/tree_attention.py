@@ -1,9 +1,10 @@
-"""Attention in packed rows: within trees of one prompt and two responses.
+"""Attention in packed rows: within trees of token sequences.
 
-A packed row holds trees one after another. A token sees its own prompt and its own response, up to
-itself:
+A packed row holds trees one after another, each laid out depth first: behind a token stand all that
+follow it in some text, and only then its next sibling. So the tokens that see a token, itself and
+its descendants, are one run of places, and its length `reach` is all that the mask needs:
 
-    sees(i, j) = (tree_i = tree_j) and (j <= i) and (branch_j = prompt or branch_j = branch_i)
+    sees(i, j) = 0 <= i - j < reach_j
 
 and, where a layer looks back over a window of w tokens, only position_i - position_j < w. Distance
 is counted in positions and not along the row, in which the second response stands behind the first.
@@ -46,22 +47,22 @@ _NEVER = -1e9
 class TreeLayout:
     """Positions and attention of one packed batch, computed once for all layers.
 
-    `positions` and `tree` are `[rows, length]`, as in `Batch`; `dense` tells that shapes must be
+    `positions` and `reach` are `[rows, length]`, as in `Batch`; `dense` tells that shapes must be
     static (XLA, TPUs); a piece holds the trees that begin within `segment` tokens.
     """
 
     def __init__(
-        self, positions: Tensor, tree: Tensor, dense: bool = False, segment: int = SEGMENT
+        self, positions: Tensor, reach: Tensor, dense: bool = False, segment: int = SEGMENT
     ):
         self.positions = positions
-        self._tree = tree
-        rows, length = tree.shape
+        self._reach = reach
+        rows, length = reach.shape
         # Without static shapes the number of pieces is not known while tracing.
         self.dense = dense or rows is None or length is None
         self._biases: dict[int | None, list[Tensor]] = {}
         self._places: list[Tensor] | None = None
         if not self.dense:
-            self._sizes = segment_sizes(tree, segment)
+            self._sizes = segment_sizes(reach, segment)
             self._missing = tf.unstack(-self._sizes % GRID)
 
     def biases(self, window: int | None) -> list[Tensor]:
@@ -70,10 +71,12 @@ class TreeLayout:
         If dense, there is one for all: `[rows, 1, length, length]`.
         """
         if window not in self._biases:
-            trees, positions = self._flat_pieces(self._tree, -1), self._flat_pieces(self.positions)
-            self._biases[window] = [
-                _bias(tree, places, window) for tree, places in zip(trees, positions, strict=True)
-            ]
+            reaches, positions = (
+                self._flat_pieces(self._reach, 1),
+                self._flat_pieces(self.positions),
+            )
+            pieces = zip(reaches, positions, strict=True)
+            self._biases[window] = [_bias(reach, places, window) for reach, places in pieces]
         return self._biases[window]
 
     def places(self) -> list[Tensor]:
@@ -190,40 +193,41 @@ class TreeLayout:
         return tf.concat([row[:size] for row, size in zip(rows, sizes, strict=True)], axis=0)
 
 
-def segment_sizes(tree: Tensor, segment: int) -> Tensor:
+def segment_sizes(reach: Tensor, segment: int) -> Tensor:
     """Cut rows between trees, into a number of pieces that does not depend on the trees.
 
     Piece k of a row holds the trees that begin in `[segment k, segment (k + 1))`; it may be empty.
     The result is `[rows * ceil(length / segment)]` int32; the sizes add up to `rows * length`.
     """
-    rows, length = tree.shape
+    rows, length = reach.shape
     pieces = -(-length // segment)
-    own = tree // 3
-    begins = tf.concat([tf.ones((rows, 1), tf.bool), own[:, 1:] != own[:, :-1]], axis=1)
-    start = tf.where(begins, tf.range(length), 0)
-    step = 1
-    while step < length:  # a running maximum, in log2(length) steps
-        start = tf.maximum(start, tf.pad(start, [[0, 0], [step, 0]])[:, :length])
-        step *= 2
+    place = tf.range(length)
+    # A tree begins where no earlier token reaches.
+    before = tf.pad(_running_maximum(place + reach), [[0, 0], [1, 0]])[:, :length]
+    start = _running_maximum(tf.where(before <= place, place, 0))
     piece = start // segment + pieces * tf.range(rows)[:, None]
     count = rows * pieces
     sizes = tf.math.bincount(tf.reshape(piece, [-1]), minlength=count, maxlength=count)
     return tf.ensure_shape(sizes, (count,))
 
 
-def _bias(tree: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    length = tf.shape(tree)[-1]
-    seer, seen = tree[..., :, None], tree[..., None, :]
-    sees = tf.logical_and(
-        seer // 3 == seen // 3, tf.logical_or(seen % 3 == 0, seer % 3 == seen % 3)
-    )
-    places = tf.range(length)
-    sees = tf.logical_and(sees, places[:, None] >= places)
+def _running_maximum(values: Tensor) -> Tensor:
+    """Return the greatest value so far in each row, in log2(length) steps; values are >= 0."""
+    length, step = values.shape[1], 1
+    while step < length:
+        values = tf.maximum(values, tf.pad(values, [[0, 0], [step, 0]])[:, :length])
+        step *= 2
+    return values
+
+
+def _bias(reach: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    places = tf.range(tf.shape(reach)[-1])
+    behind = places[:, None] - places
+    # Every token sees itself, padding too, or its softmax would be NaN.
+    sees = tf.logical_and(behind >= 0, behind < reach[..., None, :])
     if window is not None:
         distance = positions[..., :, None] - positions[..., None, :]
         sees = tf.logical_and(sees, distance < window)
-    # The empty end of a row must see something too, or its softmax is NaN.
-    sees = tf.logical_or(sees, places[:, None] == places)
     return tf.where(sees, 0.0, _NEVER)
 
 

@@ -13,7 +13,7 @@ from dpo_keras.losses import DPOLoss, Outputs, log_likelihood_ratio, preference_
 from dpo_keras.scoring import lora
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.scoring.references import FrozenCopy, Reference, make_reference
-from dpo_keras.scoring.scorer import sum_by_owner
+from dpo_keras.scoring.scorer import compared_tokens, sum_by_response
 from dpo_keras.training.default_callbacks import StartsAtReference
 from dpo_keras.training.distribution import gather_over_replicas, replica_count, sum_over_replicas
 from dpo_keras.training.metrics import (
@@ -267,11 +267,12 @@ def outputs_of(
         under_reference = model.reference.scored(model.scorer, batch, shared)
     statistics = ("entropy", *(["log_squared_norm"] if weighted else []))
     scored = model.scorer(batch, training and model.dropout, statistics, shared, collected)
-    tokens = ops.maximum(ops.sum(ops.cast(batch["owner"] >= 0, "float32")), 1.0)
+    compared = compared_tokens(batch)
+    tokens = ops.maximum(ops.sum(ops.cast(compared, "float32")), 1.0)
     outputs: Outputs = {
         "policy": scored["logps"],
         "lengths": scored["lengths"],
-        "entropy": ops.sum(scored["entropy"]) / tokens,
+        "entropy": ops.sum(sum_by_response(scored["entropy"], compared)) / tokens,
         "weight": ops.reshape(batch["weight"], (-1,)),
     }
     if collected is not None:
@@ -282,7 +283,7 @@ def outputs_of(
         outputs["policy_shared"] = scored["shared_logps"]
         outputs["reference_shared"] = under_reference["shared_logps"]
     if weighted:
-        outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
+        outputs["wpo_log_weight"] = wpo_log_weight(compared, scored)
     if "margin" in batch:
         outputs["margin"] = ops.reshape(batch["margin"], (-1,))
     if "group" in batch:
@@ -322,10 +323,10 @@ def mean_over_pairs(loss: DPOLoss, terms: Mapping[str, Tensor], outputs: Outputs
     return loss.combine(terms, weight, outputs, training=True, all_reduce=sum_over_replicas)
 
 
-def wpo_log_weight(batch: Batch, scored: Mapping[str, Tensor]) -> Tensor:
+def wpo_log_weight(compared: Tensor, scored: Mapping[str, Tensor]) -> Tensor:
     """Return WPO's log-weight, the mean over tokens of log p_t - log sum p^2, `[N, 2]`."""
     values = scored["token_logps"] - scored["log_squared_norm"]
-    sums = sum_by_owner(values, batch["owner"], batch["weight"].shape[1])
+    sums = sum_by_response(values, compared)
     return ops.stop_gradient(sums / ops.maximum(ops.cast(scored["lengths"], "float32"), 1.0))
 
 

@@ -8,6 +8,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
 from dpo_keras.scoring.auxiliary_loss import auxiliary_loss
+from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import replica_count, sum_over_replicas
 from dpo_keras.utils import Tensor
 
@@ -67,7 +68,7 @@ def preference_sums(
     # A tie of scores is half right: before training every pair is one.
     right = 0.5 * (1.0 + ops.sign(llr) * ops.sign(preference - 0.5))
     sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
-    tokens = ops.sum(ops.cast(batch["owner"] >= 0, "float32"))
+    tokens = ops.sum(ops.cast(compared_tokens(batch), "float32"))
     sums["entropy"] = (outputs["entropy"] * tokens, tokens)
     for number, name in enumerate(_group_names(loss)):
         member = weight * ops.cast(outputs["group"] == number, "float32")

@@ -97,7 +97,11 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def chosen(batch: Batch) -> Batch:
-        mine = batch["owner"] % 2 == 0
+        if "responses" in batch:  # packed: a response may be in several pairs
+            chosen_slots = batch["responses"][:, None, :, 0]
+            mine = tf.reduce_any(batch["owner"][..., None] == chosen_slots, axis=-1)
+        else:
+            mine = batch["owner"] % 2 == 0
         return {
             **batch,
             "source": tf.where(mine, batch["source"], 0),

@@ -15,7 +15,6 @@ and layer 16 times the width (with remat, the width, and 16 times it in one laye
 places that attention computes, two for each head (with remat, in one layer).
 """
 
-import importlib
 import itertools
 import json
 import pathlib
@@ -74,9 +73,8 @@ def numbers(batch: dict[str, Any], trained: int, task: dict[str, Any], remat: bo
     import numpy as np
 
     ids = np.asarray(batch["token_ids"])
-    if "tree" in batch:
-        roofline = importlib.import_module("roofline")
-        seen = roofline.visible(roofline.tree_sizes(np.asarray(batch["tree"])))
+    if "reach" in batch:
+        seen = int(np.sum(batch["reach"] * batch["padding_mask"]))
     else:
         seen = ids.size * ids.shape[-1]
     layers, width = task["layers"], task["width"]

@@ -7,7 +7,7 @@ The rate is measured here, by TensorFlow in float32: of a large square product, 
 of the products that the step itself is made of, weighed by their arithmetic. Rate and steps are
 measured in turn, so that what else runs on the machine slows both.
 
-Counted is only what packed trees need: for T tokens, of which R are responses', and S pairs of a
+Counted is only what packed trees need: for T tokens, R response tokens to score, and S pairs of a
 token with a token that it sees,
 
     forward = 2 T (kernels of all layers) + 4 S (width) (layers) + 2 R (width) (vocabulary)
@@ -21,7 +21,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import _common as common
@@ -45,37 +45,44 @@ class Shape:
     vocabulary: int
 
 
-def tree_sizes(tree: np.ndarray) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected of every tree: int `[trees, 3]`.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a packed batch asks of the model.
 
-    Args:
-        tree: int `[rows, 1, length]`, as in the contract of packed batches.
+    Attributes:
+        pairs: compared pairs.
+        tokens: tokens, padding left out.
+        scored: response tokens of which the head gives log-probs.
+        visible: pairs (i, j) where token i sees token j, itself included.
     """
-    rows = tree.reshape(len(tree), -1)
-    slots = int(rows.max()) // 3 + 1
-    sizes = [np.bincount(row[row >= 0], minlength=3 * slots) for row in rows]
-    found = np.stack(sizes).reshape(-1, 3)
-    return found[found.sum(1) > 0]
+
+    pairs: int
+    tokens: int
+    scored: int
+    visible: int
+
+    @classmethod
+    def of(cls, batch: Mapping[str, np.ndarray]) -> "Work":
+        """Count what is in a batch, by the contract of packed batches."""
+        real = batch["padding_mask"] == 1
+        return cls(
+            int((batch["weight"] > 0).sum()),
+            int(real.sum()),
+            int((batch["owner"] >= 0).sum()),
+            int(batch["reach"][real].sum()),
+        )
 
 
-def visible(sizes: np.ndarray) -> int:
-    """Pairs (i, j) where token i sees token j, itself included, in trees of these sizes."""
-    prompt, *responses = sizes.T.astype(np.int64)
-    own = sum(size * (size + 1) // 2 + size * prompt for size in responses)
-    return int(np.sum(prompt * (prompt + 1) // 2 + own))
-
-
-def forward_flops(sizes: np.ndarray, shape: Shape) -> int:
+def forward_flops(work: Work, shape: Shape) -> int:
     """Additions and multiplications of one pass over trees, without gradient."""
-    tokens, responses = int(sizes.sum()), int(sizes[:, 1:].sum())
-    attention = 4 * visible(sizes) * shape.width * shape.layers
-    head = 2 * responses * shape.width * shape.vocabulary
-    return 2 * tokens * shape.kernels + attention + head
+    attention = 4 * work.visible * shape.width * shape.layers
+    head = 2 * work.scored * shape.width * shape.vocabulary
+    return 2 * work.tokens * shape.kernels + attention + head
 
 
-def step_flops(sizes: np.ndarray, shape: Shape, reference: bool) -> int:
+def step_flops(work: Work, shape: Shape, reference: bool) -> int:
     """Count what a training step on these trees needs."""
-    return (3 + reference) * forward_flops(sizes, shape)
+    return (3 + reference) * forward_flops(work, shape)
 
 
 def shape_of(policy: Any) -> Shape:
@@ -162,11 +169,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     dataset = preference_dataset(tokenized, batch_size=8, batching="packed", epochs=None)
     model = common.dpo_model(policy, "cached" if task["cached"] else "frozen_copy")
     step = model.make_train_function()
-    sizes: list[np.ndarray] = []
+    works: list[Work] = []
 
     def batches() -> Iterator[Any]:
         for batch in dataset:
-            sizes.append(tree_sizes(batch["tree"].numpy()))
+            works.append(Work.of({name: value.numpy() for name, value in batch.items()}))
             yield batch
 
     # Few at a time, each ready before the clock starts.
@@ -177,7 +184,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     own = measured_rate(products(policy.backbone, length, chunk_size(shape.vocabulary)))
     found: dict[str, list[float]] = {"square": [], "own": [], "step": [], "pairs": [], "fill": []}
     for turn in range(-1, task["rounds"]):
-        sizes.clear()
+        works.clear()
         ready = iter(_dataset([next(stream) for _ in range(task["steps"])], spec, tf))
         rates = square(), own()
         started = time.perf_counter()
@@ -186,12 +193,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         if turn < 0:  # traces, compiles and warms up
             continue
-        flops = sum(step_flops(trees, shape, not task["cached"]) for trees in sizes)
+        flops = sum(step_flops(work, shape, not task["cached"]) for work in works)
         found["square"].append(rates[0])
         found["own"].append(rates[1])
         found["step"].append(flops / seconds)
-        found["pairs"].append(sum(map(len, sizes)) / seconds)
-        found["fill"].append(sum(int(s.sum()) for s in sizes) / (task["steps"] * length))
+        found["pairs"].append(sum(work.pairs for work in works) / seconds)
+        found["fill"].append(sum(work.tokens for work in works) / (task["steps"] * length))
     return {**found, "shape": dataclasses.asdict(shape), "tokens_per_step": length}
 
 

@@ -26,11 +26,12 @@ def test_two_trees_in_a_row_by_hand(tokens):
         *(0, 1, 2, 3, 4, 5, 6, 7, 2, 3),
         *[0] * 14,
     ]
-    assert batch["tree"][0, 0].tolist() == [
-        *(0, 0, 0, 1, 1, 2, 2, 2),
-        *(3, 3, 4, 4, 4, 4, 4, 4, 5, 5),
-        *[-1] * 14,
+    assert batch["reach"][0, 0].tolist() == [
+        *(8, 7, 6, 2, 1, 3, 2, 1),
+        *(10, 9, 6, 5, 4, 3, 2, 1, 2, 1),
+        *[1] * 14,
     ]
+    assert batch["responses"].tolist() == [[[0, 1], [2, 3], [-1, -1]]]
     # Both responses' first tokens are predicted at their prompt's last token, places 2 and 9.
     sources = [2, 3, 2, 5, 6, 9, 10, 11, 12, 13, 14, 9, 16]
     assert batch["source"][0].tolist() == sources + [0] * 3
@@ -47,20 +48,19 @@ def test_pairs_keep_the_tokens_that_the_bucketed_batch_gives_them(tokens):
     packed = collate_packed(tokens, [[2, 0], [1]])
     for number, (row, slot) in enumerate([(0, 0), (0, 1), (1, 0)]):
         for kind in (0, 1):
-            tree = packed["tree"][row, 0]
-            mine = (tree == 3 * slot) | (tree == 3 * slot + 1 + kind)
             filled = plain["padding_mask"][number, kind].astype(bool)
             expected = plain["token_ids"][number, kind][filled]
-            assert packed["token_ids"][row, 0][mine].tolist() == expected.tolist()
-            assert packed["positions"][row, 0][mine].tolist() == list(range(len(expected)))
-            owned = packed["owner"][row] == 2 * slot + kind
+            owned = packed["owner"][row] == packed["responses"][row, slot, kind]
+            last = packed["source"][row][owned][-1]
+            seen = np.flatnonzero(np.arange(last + 1) + packed["reach"][row, 0, : last + 1] > last)
+            assert packed["token_ids"][row, 0][seen].tolist() == expected[:-1].tolist()
+            assert packed["positions"][row, 0][seen].tolist() == list(range(len(expected) - 1))
             theirs = plain["owner"][number] == kind
             assert packed["target"][row][owned].tolist() == plain["target"][number][theirs].tolist()
             # The token that predicts, and its position in the text, are the same too.
             place = plain["source"][number][theirs] % plain["token_ids"].shape[2]
             found = packed["source"][row][owned]
             assert packed["positions"][row, 0][found].tolist() == place.tolist()
-            assert set(tree[found]) <= {3 * slot, 3 * slot + 1 + kind}
 
 
 def test_no_index_leaves_its_row_so_halves_of_a_batch_are_batches(tokens):
@@ -74,11 +74,10 @@ def test_no_index_leaves_its_row_so_halves_of_a_batch_are_batches(tokens):
 def test_empty_rows_weigh_nothing_and_show_attention_one_token(tokens):
     batch = collate_packed(tokens, np.array([[-1, -1], [-1, 1]]))
     assert batch["weight"].tolist() == [[0, 0], [0, 3]]
-    assert batch["tree"][0, 0].tolist() == [0] + [-1] * (batch["tree"].shape[2] - 1)
-    assert (batch["padding_mask"] == (batch["tree"] >= 0)).all()
-    assert (batch["owner"][0] == -1).all()
+    assert batch["padding_mask"].sum(axis=(1, 2)).tolist() == [1, 10]
+    assert (batch["reach"][0] == 1).all() and (batch["owner"][0] == -1).all()
     # Pairs need not stand in the first slots.
-    assert set(batch["tree"][1, 0]) == {3, 4, 5, -1} and set(batch["owner"][1]) == {2, 3}
+    assert batch["responses"].tolist() == [[[-1, -1], [-1, -1]], [[-1, -1], [0, 1]]]
 
 
 def test_types_are_those_of_the_bucketed_batch(tokens):
@@ -89,13 +88,14 @@ def test_types_are_those_of_the_bucketed_batch(tokens):
     assert {name: value.dtype for name, value in batch.items()} == {
         **plain,
         "positions": int32,
-        "tree": int32,
+        "reach": int32,
+        "responses": int32,
     }
     assert batch["reference"].tolist() == [[[-5, -6], [0, 0]], [[-1, -2], [-3, -4]]]
 
 
 def test_what_does_not_fit_is_named(tokens):
-    with pytest.raises(InputError, match="pair 1 has 10 tokens .* row of length 9"):
+    with pytest.raises(InputError, match="length must be at least 10 for pair 1 of row 0, got 9"):
         collate_packed(tokens, [[1]], length=9)
     with pytest.raises(InputError) as error:
         collate_packed(tokens, [[0], [1, 2]], length=16, slots=8)
@@ -105,3 +105,23 @@ def test_what_does_not_fit_is_named(tokens):
     ]
     with pytest.raises(InputError, match="pairs must be at least 2"):
         collate_packed(tokens, [[0, 1]], pairs=1)
+
+
+def test_what_texts_of_a_tree_have_in_common_is_there_once(letters, pair):
+    """Three responses in all pairs of one prompt, and a later turn that continues one of them."""
+    texts = [("ab", "cd", "ce"), ("ab", "cd", "f"), ("ab", "ce", "f"), ("abcdg", "h", "i")]
+    tokens = tokenize_pairs([pair(*text) for text in texts], letters)
+    tree = collate_packed(tokens, [range(4)], length=24, slots=16, trees=np.zeros(4, int))
+    a, b, c, d, e, f, g, h, i = map(ord, "abcdefghi")
+    ids = [1, a, b, c, d, 2, g, h, 2, i, 2, e, 2, f, 2]
+    assert tree["token_ids"][0, 0].tolist() == ids + [0] * 9
+    reach = [15, 14, 13, 10, 7, 1, 5, 2, 1, 2, 1, 2, 1, 2, 1]
+    assert tree["reach"][0, 0].tolist() == reach + [1] * 9
+    assert tree["positions"][0, 0, :15].tolist() == [0, 1, 2, 3, 4, 5, 5, 6, 7, 6, 7, 4, 5, 3, 4]
+    # Each response is scored once, and named by its pairs.
+    cd, first, second, ce, last = range(5)
+    assert tree["responses"][0].tolist() == [[cd, ce], [cd, last], [ce, last], [first, second]]
+    assert tree["target"][0, :14].tolist() == [c, d, 2, h, 2, i, 2, c, e, 2, f, 2, 0, 0]
+    assert tree["source"][0, :12].tolist() == [2, 3, 4, 6, 7, 6, 9, 2, 3, 11, 2, 13]
+    with pytest.raises(InputError, match="length must be at least 15 for the pairs of row 0"):
+        collate_packed(tokens, [range(4)], length=14, trees=np.zeros(4, int))

@@ -1,4 +1,5 @@
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -79,7 +80,15 @@ def test_rows_of_1024_tokens_are_95_percent_full_on_conversations(tmp_path):
         """Four letters to a token, about what byte pairs come to."""
 
         start_token_id, end_token_id, pad_token_id = 1, 2, 0
-        tokenize = staticmethod(lambda texts: [[3] * (-(-len(text) // 4)) for text in texts])
+
+        def tokenize(self, texts):
+            return [
+                [
+                    3 + zlib.crc32(text[at : at + 4].encode()) % 2**20
+                    for at in range(0, len(text), 4)
+                ]
+                for text in texts
+            ]
 
     sample = write_hh_sample(tmp_path / "sample.jsonl.gz", count=1000)
     pairs = tokenize_pairs(read_preferences(sample), Quarters(), max_length=512)
@@ -88,11 +97,7 @@ def test_rows_of_1024_tokens_are_95_percent_full_on_conversations(tmp_path):
         plan = plan_packing(pairs, length=1024, rows=rows)
         assert plan.fill >= 0.95
         order = packed_order(plan, 3)
-        assert tokens_in(pairs, order) == pairs.tree_tokens.sum()
-
-
-def tokens_in(pairs, order):
-    return pairs.tree_tokens[order.pairs[order.pairs >= 0]].sum()
+        assert sorted(order.pairs[order.pairs >= 0]) == list(range(len(pairs)))
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 16, 64])
@@ -149,7 +154,7 @@ def test_a_row_may_be_exactly_full_and_responses_and_prompts_of_one_token():
     dataset = preference_dataset(pairs, batching="packed", row_length=11, rows=2, shuffle=False)
     (batch,) = batches(dataset)
     assert batch["padding_mask"].min() == 1
-    assert batch["tree"][0, 0].tolist() == [0, 1, 2] + [3] * 6 + [4, 5]
+    assert batch["reach"][0, 0].tolist() == [3, 1, 1] + [8, 7, 6, 5, 4, 3] + [1, 1]
     assert batch["source"][0, :4].tolist() == [0, 0, 8, 8]
 
 
@@ -224,3 +229,70 @@ def test_a_set_smaller_than_a_batch_is_one_step_with_nothing_lost():
     (batch,) = batches(preference_dataset(pairs, batch_size=64, batching="packed", replicas=2))
     assert batch["weight"].sum() == 2 and len(batch["owner"]) % 2 == 0
     json.dumps(numbers(batch))
+
+
+def conversations():
+    """Three prompts with four responses in all pairs, a dialog of three turns, and lone pairs."""
+    random = np.random.default_rng(7)
+
+    def text(least, most):
+        return random.integers(5, 1000, random.integers(least, most)).tolist()
+
+    found = []
+    for _ in range(3):
+        prompt, answers = text(20, 40), [text(5, 20) for _ in range(4)]
+        found += [(prompt, a, b) for n, a in enumerate(answers) for b in answers[n + 1 :]]
+    dialog = text(20, 30)
+    for _ in range(3):
+        answer = text(5, 9)
+        found.append((dialog, answer, text(5, 9)))
+        dialog = dialog + answer + text(5, 9)
+    found += [(text(20, 40), text(5, 20), text(5, 20)) for _ in range(6)]
+    found = [found[place] for place in random.permutation(len(found))]
+    ones = np.ones(len(found), np.float32)
+    return TokenizedPairs(
+        *(Ragged.from_lists(part) for part in zip(*found, strict=True)), ones, ones
+    )
+
+
+def test_pairs_of_a_prompt_and_turns_that_continue_it_share_a_tree():
+    pairs = conversations()
+    plan = plan_packing(pairs, 16, length=512, rows=1)
+    assert sorted(plan.sizes.pairs.tolist()) == [1] * 6 + [3] + [6] * 3
+    assert plan.trees.max() == 9
+    alone = plan_packing(pairs, 16, length=512, rows=1, share_prompts=False)
+    assert (alone.sizes.pairs == 1).all()
+    assert plan.sizes.tokens.sum() < 0.6 * alone.sizes.tokens.sum()
+    for epoch in range(3):
+        order = packed_order(plan, epoch).pairs
+        assert sorted(order[order >= 0]) == list(range(len(pairs)))
+        # Pairs of a tree are in one row, and what the plan counts is what the row holds.
+        row_of = np.empty(len(pairs), int)
+        for number, row in enumerate(order.reshape(-1, plan.pairs)):
+            row_of[row[row >= 0]] = number
+        assert len(set(zip(plan.trees, row_of, strict=True))) == 10
+    (found, *_) = batches(preference_dataset(pairs, batch_size=64, batching="packed"))
+    whole = plan_packing(pairs, 64)
+    assert found["padding_mask"].sum() == whole.sizes.tokens.sum()
+    assert (found["owner"] >= 0).sum() == whole.sizes.responses.sum()
+
+
+def test_trees_are_halved_until_they_fit_and_undone_where_they_save_little():
+    pairs = conversations()
+    for most in ({"length": 110, "rows": 1}, {"replicas": 4}):
+        plan = plan_packing(pairs, 8, **most)
+        assert plan.sizes.pairs.max() <= 8 // most.get("replicas", 1)
+        assert plan.sizes.tokens.max() <= plan.length
+        assert plan.sizes.pairs.sum() == len(pairs)
+    start = [[1]] * 20  # every text begins with the start token alone
+    answers = [[[n] * 10 for n in range(k, 20 * k + k, k)] for k in (5, 7)]
+    ones = np.ones(20, np.float32)
+    parts = (Ragged.from_lists(part) for part in (start, *answers))
+    assert (plan_packing(TokenizedPairs(*parts, ones, ones), 64).sizes.pairs == 1).all()
+
+
+def test_a_resumed_stream_of_trees_goes_on_as_the_whole_one_does():
+    pairs = conversations()
+    options = {"batch_size": 8, "batching": "packed", "seed": 4, "epochs": 3}
+    whole = batches(preference_dataset(pairs, **options))
+    assert_same(whole[3:], batches(preference_dataset(pairs, start_step=3, **options)))

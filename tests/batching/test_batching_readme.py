@@ -15,7 +15,7 @@ def test_the_examples_run(capsys):
     for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
         exec(block, names)
     assert "3 pairs, 3 kept" in capsys.readouterr().out
-    assert "tree" in names["packed"].element_spec and int(names["dataset"].cardinality()) == 2
+    assert "reach" in names["packed"].element_spec and int(names["dataset"].cardinality()) == 2
 
 
 def test_every_file_and_template_is_listed():

@@ -263,15 +263,14 @@ def test_each_worker_makes_and_reads_only_its_own_rows(stored, tmp_path, monkeyp
     disk = tokenize_pairs(stored, Letters(), max_length=24, cache=tmp_path)
     options = {"batch_size": 8, "seed": 5, **options}
     whole = list(preference_dataset(disk, **options).as_numpy_iterator())
+    # Packing reads every pair's tokens to find what they have in common, before the first batch.
+    datasets = [preference_dataset(disk, **options, worker=(index, 2)) for index in range(2)]
     read = []
     once = TokenFile.read
     monkeypatch.setattr(
         TokenFile, "read", lambda self, s, n: read.append(len(n)) or once(self, s, n)
     )
-    shares = [
-        list(preference_dataset(disk, **options, worker=(index, 2)).as_numpy_iterator())
-        for index in range(2)
-    ]
+    shares = [list(dataset.as_numpy_iterator()) for dataset in datasets]
     # Three reads per batch: prompts, chosen, rejected. Every pair once, but for the shapes'.
     assert sum(read) <= 3 * (len(disk) + 40)
     for batch, *parts in zip(whole, *shares, strict=True):

@@ -9,33 +9,48 @@ import tiny
 from families import ALL_FAMILIES, FAMILIES
 from scoring_samples import random_pairs
 
-from dpo_keras.batching import collate, collate_packed
+from dpo_keras.batching import Ragged, TokenizedPairs, collate, collate_packed
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import ResponseScorer, check_packing, packing_obstacle
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
+from dpo_keras.scoring.scorer import compared_tokens, sum_by_response
 from dpo_keras.scoring.tree_attention import TreeLayout, segment_sizes
 
 # Prompt, chosen and rejected: ones of a single token, short trees, and texts of up to 21 tokens.
 LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3), (1, 6, 2), (12, 9, 4), (2, 2, 1), (3, 8, 1)]
-# Many trees in a row, a row exactly full (54 tokens), and a row of one tree.
-ROWS = [[0, 1, 2, 3], [4, 5, 6, 1, 3], [2]]
+# Three responses to one prompt, two of which begin alike, in all pairs; and a turn that goes on
+# from the first. Each number stands for a token.
+PROMPT, ANSWERS = [1, 2, 3, 4, 5, 6], ([7, 8, 9], [7, 8, 1, 2, 3], [4, 2])
+FOREST = [
+    *((PROMPT, ANSWERS[i], ANSWERS[j]) for i, j in ((0, 1), (0, 2), (2, 1))),
+    ([*PROMPT, *ANSWERS[0], 5], [6, 1, 2], [6, 1, 4, 8]),
+]
+# Many trees in a row, a row exactly full (54 tokens), a row of one tree, and a tree of four pairs.
+ROWS = [[0, 1, 2, 3], [4, 5, 6, 1, 3], [2], [7, 8, 9, 10, 1]]
+TREES = np.array([*range(len(LENGTHS)), *[len(LENGTHS)] * len(FOREST)])
 LENGTH = 54
 # Their kernels are so large that the rounding of KerasHub's softmax alone, which is float32 even in
 # float64 models, moves gradients by more than 1e-5. At half their size it moves them by 1e-6.
-STEEP = ("falcon", "smollm3")
+STEEP = ("falcon", "gemma", "smollm3")
 
 
 @pytest.fixture(scope="module")
 def tokenized():
-    return random_pairs(LENGTHS, weighed=True)
+    alone = random_pairs(LENGTHS, weighed=True)
+    parts = [
+        Ragged.from_lists([*part.tolist(), *texts])
+        for part, texts in zip(alone.parts, zip(*FOREST, strict=True), strict=True)
+    ]
+    ones = np.ones(len(TREES), np.float32)
+    return TokenizedPairs(*parts, ones, np.append(alone.weight, ones[: len(FOREST)] * 1.5))
 
 
 @pytest.fixture(scope="module")
 def batches(tokenized):
     order = [pair for row in ROWS for pair in row]
     apart = collate(tokenized, order)
-    packed = collate_packed(tokenized, ROWS, length=LENGTH)
-    assert packed["tree"][1].min() >= 0, "the second row is to be exactly full"
+    packed = collate_packed(tokenized, ROWS, length=LENGTH, trees=TREES)
+    assert packed["padding_mask"][1].min() == 1, "the second row is to be exactly full"
     return [{k: tf.constant(v) for k, v in batch.items()} for batch in (apart, packed)]
 
 
@@ -46,9 +61,9 @@ def filled(batch, values):
 def scored(policy, batch, **layout):
     """Log-probs of the pairs in order, and the gradient of a mean that weighs all of them."""
     scorer = ResponseScorer(policy)
-    if "tree" in batch and layout:
-        tree, positions = batch["tree"][:, 0], batch["positions"][:, 0]
-        batch = {**batch, "layout": TreeLayout(positions, tree, **layout)}
+    if "reach" in batch and layout:
+        reach, positions = batch["reach"][:, 0], batch["positions"][:, 0]
+        batch = {**batch, "layout": TreeLayout(positions, reach, **layout)}
     with tf.GradientTape() as tape:
         logps = filled(batch, scorer(batch)["logps"])
         signs = tf.sin(tf.range(tf.size(logps), dtype=tf.float32) + 1.0)
@@ -79,8 +94,11 @@ def test_other_trees_in_the_row_change_nothing(batches, tokenized):
     policy = FAMILIES["llama"]()
     packed = {k: v.numpy() for k, v in batches[1].items()}
     before = ResponseScorer(policy)(packed)["logps"].numpy()
-    own = packed["tree"][0, 0] // 3 == 2
-    packed["token_ids"][0, 0][~own] = 7
+    sizes = [sum(LENGTHS[pair]) for pair in ROWS[0][:3]]
+    own = slice(sum(sizes[:2]), sum(sizes))  # the third tree of the row
+    kept = packed["token_ids"][0, 0][own].copy()
+    packed["token_ids"][0, 0] = 7
+    packed["token_ids"][0, 0][own] = kept
     after = ResponseScorer(policy)(packed)["logps"].numpy()
     np.testing.assert_allclose(after[2], before[2], rtol=1e-6)
     assert np.abs(after[0] - before[0]).max() > 1e-2
@@ -90,7 +108,7 @@ def test_a_response_does_not_see_the_other_one(batches):
     policy = FAMILIES["gpt2"]()
     packed = {k: v.numpy() for k, v in batches[1].items()}
     before = ResponseScorer(policy)(packed)["logps"].numpy()
-    chosen = packed["tree"][0, 0] == 1
+    chosen = packed["source"][0][packed["owner"][0] == packed["responses"][0, 0, 0]][1:]
     packed["token_ids"][0, 0][chosen] = 7
     after = ResponseScorer(policy)(packed)["logps"].numpy()
     np.testing.assert_allclose(after[0, 1], before[0, 1], rtol=1e-6)
@@ -106,15 +124,13 @@ def test_empty_rows_and_the_end_of_a_row_are_finite(tokenized):
 
 @pytest.mark.parametrize("segment", [1, 3, 8, 54, 100])
 def test_pieces_cover_the_rows_and_never_cut_a_tree(batches, segment):
-    tree = batches[1]["tree"][:, 0]
-    sizes = segment_sizes(tree, segment).numpy()
-    assert sizes.sum() == tree.shape[0] * tree.shape[1]
-    assert len(sizes) == tree.shape[0] * -(-tree.shape[1] // segment)
-    flat = tree.numpy().reshape(-1) // 3
-    rows = np.arange(len(flat)) // tree.shape[1]
+    reach = batches[1]["reach"][:, 0]
+    sizes = segment_sizes(reach, segment).numpy()
+    assert sizes.sum() == reach.shape[0] * reach.shape[1]
+    assert len(sizes) == reach.shape[0] * -(-reach.shape[1] // segment)
+    seen = np.arange(sizes.sum()) + reach.numpy().reshape(-1)
     for end in np.cumsum(sizes)[:-1]:
-        if 0 < end < len(flat):
-            assert flat[end - 1] != flat[end] or rows[end - 1] != rows[end]
+        assert (seen[:end] <= end).all()
 
 
 def test_statistics_and_shared_sums_are_those_of_unpacked_rows(batches):
@@ -126,9 +142,9 @@ def test_statistics_and_shared_sums_are_those_of_unpacked_rows(batches):
         one, other = filled(batches[0], apart[name]), filled(batches[1], packed[name])
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     entropies = [
-        np.sort(found["entropy"].numpy()[np.asarray(batch["owner"]) >= 0])
+        filled(batch, sum_by_response(found["entropy"], compared_tokens(batch)))
         for found, batch in zip((apart, packed), batches, strict=True)
-    ]
+    ][::-1]
     np.testing.assert_allclose(*entropies, rtol=1e-5)
 
 

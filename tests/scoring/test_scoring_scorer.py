@@ -9,7 +9,7 @@ from tiny import Letters, full_logits_log_probs, gemma3, gpt2, llama, pairs, pla
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.scoring import ResponseScorer
-from dpo_keras.scoring.scorer import shared_length, sum_by_owner
+from dpo_keras.scoring.scorer import compared_tokens, sum_by_response, within_shorter
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,27 @@ def test_lengths_count_response_tokens_and_the_end_token(tokenized):
     np.testing.assert_array_equal(lengths, expected)
 
 
-def test_values_are_summed_by_owner():
-    sums = sum_by_owner(tf.constant([[1.0, 2.0, 4.0, 8.0]]), tf.constant([[0, 1, 1, -1]]), pairs=1)
-    np.testing.assert_array_equal(sums, [[1.0, 6.0]])
+def owned(owners, responses):
+    """One row of response tokens, compared by as many pairs as there are in `responses`."""
+    weight = np.ones((1, len(responses)), np.float32)
+    return {"owner": tf.constant([owners]), "responses": tf.constant([responses]), "weight": weight}
 
 
-def test_the_shared_length_ends_with_the_shorter_response():
-    inside = shared_length(tf.constant([[0, 0, 0, 1, 1, -1]]), pairs=1)
-    np.testing.assert_array_equal(inside, [[True, True, False, True, True, False]])
+def test_values_are_summed_by_response_and_a_response_counts_in_each_of_its_pairs():
+    values = tf.constant([[1.0, 2.0, 4.0, 8.0]])
+    batch = owned([0, 1, 1, -1], [[0, 1], [1, 0], [-1, -1]])
+    sums = sum_by_response(values, compared_tokens(batch))
+    np.testing.assert_array_equal(sums, [[1.0, 6.0], [6.0, 1.0], [0.0, 0.0]])
+    del batch["responses"]
+    sums = sum_by_response(values, compared_tokens(batch))
+    np.testing.assert_array_equal(sums, [[1.0, 6.0], [0.0, 0.0], [0.0, 0.0]])
+
+
+def test_the_shared_length_ends_with_the_shorter_response_of_each_pair():
+    compared = compared_tokens(owned([0, 0, 0, 1, 1, 2, -1], [[0, 1], [2, 0]]))
+    inside = within_shorter(compared)[0].numpy().T.astype(int).tolist()
+    assert inside[:2] == [[1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 0]]
+    assert inside[2:] == [[0, 0, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0]]
 
 
 def test_mixed_bfloat16_is_scored_in_float32(tokenized):

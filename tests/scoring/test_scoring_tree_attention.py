@@ -15,34 +15,35 @@ LENGTH = 200
 def rows():
     """Two rows of random trees, the second with an empty end."""
     random = np.random.default_rng(5)
-    tree = np.full((2, LENGTH), -1, np.int32)
+    reach = np.ones((2, LENGTH), np.int32)
     positions = np.zeros((2, LENGTH), np.int32)
     for row, end in enumerate((LENGTH, LENGTH - 30)):
-        at = slot = 0
+        at = 0
         while at < end:
             prompt, *responses = random.integers(1, 25, 3)
-            starts = (0, prompt, prompt)
-            for kind, (start, size) in enumerate(zip(starts, (prompt, *responses), strict=True)):
+            behind = min(at + prompt + sum(responses), end)
+            for start, size in zip((0, prompt, prompt), (prompt, *responses), strict=True):
                 kept = min(size, end - at)
-                tree[row, at : at + kept] = 3 * slot + kind
+                last = at + kept if start else behind
+                reach[row, at : at + kept] = last - np.arange(at, at + kept)
                 positions[row, at : at + kept] = np.arange(start, start + kept)
                 at += kept
-            slot += 1
-    return tf.constant(positions), tf.constant(tree)
+    return tf.constant(positions), tf.constant(reach)
 
 
-def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself():
-    tree = tf.constant([[0, 1, 2, 3, 4, 5, -1, -1]])
-    positions = tf.constant([[0, 1, 1, 0, 1, 1, 0, 0]])
-    (bias,) = TreeLayout(positions, tree, dense=True).biases(None)
-    expected = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    np.testing.assert_array_equal((bias[0, 0] == 0.0).numpy()[:3, :3], expected)
+def test_a_token_sees_what_is_before_it_in_its_own_text():
+    reach = tf.constant([[4, 1, 2, 1, 3, 1, 1, 1]])  # two trees and the empty end of the row
+    positions = tf.constant([[0, 1, 1, 2, 0, 1, 1, 0]])
+    (bias,) = TreeLayout(positions, reach, dense=True).biases(None)
+    expected = np.eye(8)
+    expected[1:4, 0] = expected[3, 2] = expected[5:7, 4] = 1
+    np.testing.assert_array_equal((bias[0, 0] == 0.0).numpy(), expected)
 
 
 @pytest.mark.parametrize(("segment", "sizes"), [(4, [7, 1]), (3, [3, 4, 1])])
 def test_pieces_hold_the_trees_that_begin_in_a_segment(segment, sizes):
-    tree = tf.constant([[0, 1, 2, 3, 4, 5, 5, -1]])
-    np.testing.assert_array_equal(segment_sizes(tree, segment), sizes)
+    reach = tf.constant([[3, 1, 1, 4, 1, 2, 1, 1]])
+    np.testing.assert_array_equal(segment_sizes(reach, segment), sizes)
 
 
 def test_pieces_come_in_few_lengths(rows):
@@ -64,7 +65,7 @@ def test_filled_up_pieces_attend_as_whole_rows_do(rows, window):
             loss = tf.reduce_sum(attended * tf.range(8, dtype=tf.float32))
         return attended, *tape.gradient(loss, states)
 
-    real = (rows[1].numpy() >= 0)[:, :, None, None]
+    real = (np.arange(LENGTH) < np.array([[LENGTH], [LENGTH - 30]]))[:, :, None, None]
     pieces, whole = found(False), found(True)
     np.testing.assert_allclose(pieces[0] * real, whole[0] * real, atol=1e-5)
     for ours, theirs in zip(pieces[1:], whole[1:], strict=True):

@@ -49,7 +49,7 @@ def test_fit_and_evaluate_pack_where_the_policy_can_and_epochs_go_on(tokenized):
         model.trained,
         list(preference_dataset(tokenized, batch_size=4, batching="packed", epochs=3)),
     )
-    assert model.measured and all("tree" in names for names in model.measured)
+    assert model.measured and all("reach" in names for names in model.measured)
     again = watched()
     again.fit(preference_dataset(tokenized, batch_size=4, start_step=2, epochs=None),
               steps_per_epoch=2, verbose=0)  # fmt: skip
@@ -83,7 +83,7 @@ def test_a_model_that_cannot_run_packed_rows_gets_buckets_and_the_reason(own, to
     with pytest.warns(UserWarning, match="buckets instead of packed rows, because Functional"):
         model.fit(data, verbose=0)
     same(model.trained, list(data))
-    assert "tree" not in model.trained[0]
+    assert "reach" not in model.trained[0]
 
 
 def test_a_policy_that_scores_packed_rows_otherwise_gets_buckets(tokenized, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_policy_that_scores_packed_rows_otherwise_gets_buckets(tokenized, monk
     model = watched()
     with pytest.warns(UserWarning, match="batching must be 'buckets' for this policy"):
         model.fit(preference_dataset(tokenized, batch_size=11), verbose=0)
-    assert "tree" not in model.trained[0]
+    assert "reach" not in model.trained[0]
     with pytest.raises(InputError, match="batching must be 'buckets'"):
         model.fit(preference_dataset(tokenized, batch_size=11, batching="packed"), verbose=0)
 
@@ -118,7 +118,7 @@ def test_what_is_iterated_predicted_or_changed_by_tf_data_is_in_buckets(tokenize
     assert len(model.predict(data, verbose=0)["llr"]) == slots
     model.fit(data.take(2), verbose=0)
     same(model.trained, list(data.take(2)))
-    assert "tree" not in model.trained[0]
+    assert "reach" not in model.trained[0]
 
 
 def test_replicas_of_the_strategy_share_the_rows(tokenized):

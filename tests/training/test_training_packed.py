@@ -6,7 +6,13 @@ import pytest
 import tensorflow as tf
 from tiny import gpt2, llama
 
-from dpo_keras.batching import TokenizedPairs, collate, collate_packed, preference_dataset
+from dpo_keras.batching import (
+    Ragged,
+    TokenizedPairs,
+    collate,
+    collate_packed,
+    preference_dataset,
+)
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
@@ -20,18 +26,24 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def weighed(tokenized):
-    """Pairs of unequal weight, soft preferences among them."""
+    """Pairs of unequal weight, soft preferences and three responses to one prompt among them."""
     random = np.random.default_rng(3)
-    count = len(tokenized)
+    columns = [part.tolist() for part in tokenized.parts]
+    first, other = ([column[pair] for column in columns] for pair in (0, 1))
+    for pair in ((first[0], first[1], other[1]), (first[0], other[1], first[2])):
+        for column, tokens in zip(columns, pair, strict=True):
+            column.append(tokens)
+    count = len(columns[0])
     preference = random.choice([1.0, 0.8, 0.5], count).astype(np.float32)
     weight = random.uniform(0.5, 2.0, count).astype(np.float32)
-    columns = (tokenized.prompt, tokenized.chosen, tokenized.rejected)
-    return TokenizedPairs(*columns, preference, weight, pad=tokenized.pad)
+    parts = map(Ragged.from_lists, columns)
+    return TokenizedPairs(*parts, preference, weight, pad=tokenized.pad)
 
 
 def orders(tokenized, rows=2):
     """The pairs of each step of one packed epoch, as they stand in its rows."""
     plan = plan_packing(tokenized, 4, length=48, rows=rows, seed=1)
+    assert plan.sizes.pairs.max() == 3
     return plan, packed_order(plan).pairs
 
 
@@ -41,7 +53,7 @@ def batches(tokenized, packed, rows=2):
     most = max(int((step >= 0).sum()) for step in steps)
     for step in steps:
         if packed:
-            yield collate_packed(tokenized, step, plan.length, plan.slots, plan.pairs)
+            yield collate_packed(tokenized, step, plan.length, plan.slots, plan.pairs, plan.trees)
         else:
             yield collate(tokenized, step[step >= 0], 24, 16, most)
 
