@@ -13,6 +13,8 @@ Span: TypeAlias = tuple[int, int, str]
 """Start and end in picoseconds, and the name of what ran: `node:Kind`."""
 
 PRODUCTS = ("MatMul", "BatchMatMul", "Einsum", "XlaDot", "Conv2D")
+# XLA's kernels run under a name of their own, and may wait for threads.
+_XLA = "CpuExecutable::ExecuteAsyncOnStream"
 _OPERATION = re.compile(r"^(?P<node>[^:#]+):(?P<kind>_?[A-Z]\w+)(#|$)")
 # They wait for other operations, which count themselves.
 _CONTAINERS = ("While", "StatelessWhile", "If", "StatelessIf", "PartitionedCall", "IteratorGetNext")
@@ -35,18 +37,16 @@ def operation_spans(run: Callable[[], object]) -> list[Span]:
             origin = line.timestamp_ns * 1000
             for event in line.events:
                 name = plane.event_metadata[event.metadata_id].name
-                if _OPERATION.match(name):
+                if name == _XLA or _OPERATION.match(name):
                     begins = origin + event.offset_ps
                     spans.append((begins, begins + event.duration_ps, name))
     return spans
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of operation that a span's name ends with; one of XLA's is "XLA"."""
+    """Return the kind of operation that a span's name ends with; "XLA" for XLA's kernels."""
     match = _OPERATION.match(name)
-    assert match is not None
-    kind = match["kind"]
-    return "XLA" if kind in ("_XlaRun", "XlaLaunch", "_XlaCompile") else kind
+    return "XLA" if match is None else match["kind"]
 
 
 def is_product(kind: str) -> bool:

@@ -2,6 +2,9 @@
 """How much of this machine's matrix-multiply rate a training step reaches.
 
     python scripts/bench/roofline.py --checkpoint DIR [--baseline FILE]
+    python scripts/bench/roofline.py --checkpoint DIR --profile
+
+The second form tells what the steps' time goes to, by kind of operation.
 
 The rate is measured here, by TensorFlow in float32: of a large square product, the denominator, and
 of the products that the step itself is made of, weighed by their arithmetic. Rate and steps are
@@ -26,6 +29,9 @@ from typing import Any
 
 import _common as common
 import numpy as np
+from _step_profile import operation_spans, table
+
+_LISTED = 24  # operations in a profile's table; the others are in the JSON file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +186,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     stream = batches()
     spec = dataset.element_spec
     length = spec["token_ids"].shape[0] * spec["token_ids"].shape[2]
+    if task["profile"]:
+        return {"operations": _profile(step, [next(stream) for _ in range(task["steps"])], spec)}
     square = measured_rate([(2048, 2048, 2048, 1.0)])
     own = measured_rate(products(policy.backbone, length, chunk_size(shape.vocabulary)))
     found: dict[str, list[float]] = {"square": [], "own": [], "step": [], "pairs": [], "fill": []}
@@ -202,6 +210,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return {**found, "shape": dataclasses.asdict(shape), "tokens_per_step": length}
 
 
+def _profile(step: Callable[[Any], Any], batches: list[Any], spec: Any) -> list[Any]:
+    """Run the same steps three times; return the `table` of the third time."""
+    import tensorflow as tf
+
+    def run() -> None:
+        ready = iter(_dataset(batches, spec, tf))
+        for _ in batches:
+            step(ready)
+
+    run()
+    run()
+    return table(operation_spans(run), len(batches))
+
+
 def _dataset(batches: list[Any], spec: Any, tf: Any) -> Any:
     stacked = {name: tf.stack([batch[name] for batch in batches]) for name in spec}
     return tf.data.Dataset.from_tensor_slices(stacked).prefetch(len(batches))
@@ -215,6 +237,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=7, help="of rate and steps in turn")
     parser.add_argument("--steps", type=int, default=8, help="in each round")
+    parser.add_argument("--profile", action="store_true", help="list operations instead of rates")
     args = parser.parse_args()
     if args.task:
         print(json.dumps(measure(args.task)))
@@ -222,11 +245,16 @@ def main() -> None:
     if args.checkpoint is None:
         parser.error("--checkpoint is needed")
     task = {"checkpoint": args.checkpoint, "baseline": args.baseline, "pairs": args.pairs}
-    task |= {"rounds": args.rounds, "steps": args.steps}
+    task |= {"rounds": args.rounds, "steps": args.steps, "profile": args.profile}
     figures, rows = {}, []
     for name in ("in the run", "cached"):
         cached = name == "cached"
         found = common.in_a_process(__file__, {**task, "cached": cached}, args.launcher)
+        if args.profile:
+            figures[name] = found
+            columns = ("operation", "", "ms per step", "share", "calls per step")
+            common.show(f"Reference {name}", columns, found["operations"][:_LISTED])
+            continue
         rates = {key: statistics.median(found[key]) for key in ("square", "own", "step", "pairs")}
         ratios = zip(found["step"], found["square"], found["own"], strict=True)
         shares = [(step / square, step / own) for step, square, own in ratios]
@@ -234,8 +262,9 @@ def main() -> None:
         figures[name] = {**found, "of_square": of_square, "of_own": of_own}
         gigaflops = (f"{rates[key] / 1e9:.1f}" for key in ("square", "own", "step"))
         rows.append((name, *gigaflops, f"{of_square:.0%}", f"{of_own:.0%}", rates["pairs"]))
-    columns = ("reference", "2048³ GF/s", "own products GF/s", "needed in a step GF/s")
-    common.show("Roofline", (*columns, "of 2048³", "of own products", "pairs/s"), rows)
+    if rows:
+        columns = ("reference", "2048³ GF/s", "own products GF/s", "needed in a step GF/s")
+        common.show("Roofline", (*columns, "of 2048³", "of own products", "pairs/s"), rows)
     common.write(args.json, figures)
 
 
