@@ -35,7 +35,7 @@ USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "width": 128, "replicas"
 AXES = {
     "pairs": [4, 8, 16, 32],
     "length": [64, 128, 256, 512],
-    "vocabulary": [2048, 8192, 32_768, 131_072],
+    "vocabulary": [2048, 8192, 32_768, 65_536],
     "width": [64, 128, 256, 512],
     "replicas": [1, 2, 4],
     "responses": [2, 3, 4, 6],
@@ -220,7 +220,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--axis", nargs="*", choices=AXES, default=list(AXES))
     parser.add_argument("--redraw", type=pathlib.Path, help="draw --json into this PNG, no more")
     parser.add_argument("--steps", type=int, default=5, help="of each value in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=2)
     return parser
 
