@@ -35,7 +35,7 @@ USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "width": 128, "replicas"
 AXES = {
     "pairs": [4, 8, 16, 32],
     "length": [64, 128, 256, 512],
-    "vocabulary": [2048, 8192, 32_768, 131_072],
+    "vocabulary": [2048, 8192, 32_768, 65_536],
     "width": [64, 128, 256, 512],
     "replicas": [1, 2, 4],
     "responses": [2, 3, 4, 6],
@@ -92,7 +92,7 @@ def operations(tokenized: Any, layers: int, width: int, vocabulary: int) -> floa
 
 
 def case(task: Mapping[str, Any]) -> tuple[Any, Any, float]:
-    """Make a run, its dataset, and the operations of one of its steps."""
+    """Make a run, its dataset, and the operations of as many pairs as a step is asked to hold."""
     import tensorflow as tf
 
     from dpo_keras import preference_dataset
@@ -115,7 +115,7 @@ def case(task: Mapping[str, Any]) -> tuple[Any, Any, float]:
         policy = common.gpt2(task["layers"], task["width"], vocabulary, task["length"])
         run = common.Timed(common.dpo_model(policy))
     per_step = operations(tokenized, task["layers"], task["width"], vocabulary)
-    return run, dataset, per_step / int(dataset.cardinality())
+    return run, dataset, per_step / steps
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
@@ -134,11 +134,13 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             run.fit(dataset)
             if number:
                 apart = [b - a for a, b in itertools.pairwise(run.ends)]
-                rounds[value].append(statistics.median(apart))
+                # Packing may need a step more or fewer for as many pairs.
+                share = int(dataset.cardinality()) / task["steps"]
+                rounds[value].append(1e3 * share * statistics.median(apart))
     return {
         "values": task["values"],
-        "cost": [1e3 * statistics.median(rounds[value]) for value in cases],
-        "rounds": [[1e3 * one for one in rounds[value]] for value in cases],
+        "cost": [statistics.median(rounds[value]) for value in cases],
+        "rounds": list(rounds.values()),
         "operations": [per_step for _, _, per_step in cases.values()],
         "tokens": [run.tokens[-1] for run, _, _ in cases.values()],
         "of": "ms a step",
@@ -218,7 +220,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--axis", nargs="*", choices=AXES, default=list(AXES))
     parser.add_argument("--redraw", type=pathlib.Path, help="draw --json into this PNG, no more")
     parser.add_argument("--steps", type=int, default=5, help="of each value in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=2)
     return parser
 
