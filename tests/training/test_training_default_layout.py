@@ -43,7 +43,8 @@ def same(found, expected):
 def test_fit_and_evaluate_pack_where_the_policy_can_and_epochs_go_on(tokenized):
     model = watched()
     data = preference_dataset(tokenized, batch_size=4)
-    model.fit(data, validation_data=data, epochs=2, verbose=0)  # without a warning
+    held_out = preference_dataset(tokenized, batch_size=4)
+    model.fit(data, validation_data=held_out, epochs=2, verbose=0)  # without a warning
     model.fit(data, verbose=0)
     same(
         model.trained,
