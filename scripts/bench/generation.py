@@ -129,7 +129,8 @@ def keras_hub_generate(task: dict[str, Any]) -> Any:
     end = policy.preprocessor.tokenizer.end_token_id
     rows = task["ids"]
     length = max(map(len, rows)) + NEW_TOKENS
-    token_ids = np.full((len(rows), length), end, np.int32)
+    # KerasHub takes an end token in the padding for the end of the response.
+    token_ids = np.full((len(rows), length), 1 if end == 0 else 0, np.int32)
     for row, ids in enumerate(rows):
         token_ids[row, : len(ids)] = ids
     lengths = np.array([len(ids) for ids in rows])
