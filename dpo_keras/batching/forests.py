@@ -70,7 +70,7 @@ class SortedTexts:
         differs = np.ones(keys.shape, bool)
         differs[1:] = keys[1:] != keys[:-1]
         shared = np.maximum(differs.argmax(axis=1) - _KEYS, 0)
-        new = differs.any(axis=1)
+        new = np.asarray(differs.any(axis=1))
         shared[~new] = longest
         shared = np.minimum(shared, np.minimum(length, np.roll(length, 1)))
         tokens = keys[:, _KEYS:-1]
