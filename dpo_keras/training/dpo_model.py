@@ -283,7 +283,7 @@ def outputs_of(
         outputs["policy_shared"] = scored["shared_logps"]
         outputs["reference_shared"] = under_reference["shared_logps"]
     if weighted:
-        outputs["wpo_log_weight"] = wpo_log_weight(compared, scored)
+        outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
     if "margin" in batch:
         outputs["margin"] = ops.reshape(batch["margin"], (-1,))
     if "group" in batch:
@@ -323,10 +323,10 @@ def mean_over_pairs(loss: DPOLoss, terms: Mapping[str, Tensor], outputs: Outputs
     return loss.combine(terms, weight, outputs, training=True, all_reduce=sum_over_replicas)
 
 
-def wpo_log_weight(compared: Tensor, scored: Mapping[str, Tensor]) -> Tensor:
+def wpo_log_weight(batch: Batch, scored: Mapping[str, Tensor]) -> Tensor:
     """Return WPO's log-weight, the mean over tokens of log p_t - log sum p^2, `[N, 2]`."""
     values = scored["token_logps"] - scored["log_squared_norm"]
-    sums = sum_by_response(values, compared)
+    sums = sum_by_response(values, compared_tokens(batch))
     return ops.stop_gradient(sums / ops.maximum(ops.cast(scored["lengths"], "float32"), 1.0))
 
 
