@@ -62,6 +62,12 @@ class Layout:
         return steps_per_epoch(tokenized, batch_size, seed=seed, **options)
 
 
+def scoring_models(model: Any) -> list[keras.Model]:
+    """Return the models that score a batch in a step: the policy, and a reference of its own."""
+    reference = getattr(getattr(model, "reference", None), "model", None)
+    return [model.policy] if reference is None else [model.policy, reference]
+
+
 def choose_layout(
     models: Sequence[keras.Model],
     batching: BatchingChoice = "auto",

@@ -151,11 +151,6 @@ class DPOModel(PolicyTrainer):
         names = preference_metric_names(self.preference_loss)
         return [*names, "auxiliary_loss"] if self.has_auxiliary_loss else names
 
-    def scoring_models(self) -> list[keras.Model]:
-        """Return the policy, and the reference where it is a model of its own."""
-        reference = getattr(self.reference, "model", None)
-        return [self.policy] if reference is None else [self.policy, reference]
-
     def policy_logps(self, batch: Batch, training: bool = False) -> Tensor:
         """Return log pi(y | x) of each response, `[rows * pairs, 2]` float32."""
         return self.scorer(batch, training=training)["logps"]

@@ -20,7 +20,7 @@ import tensorflow as tf
 from dpo_keras.batching import BatchingChoice, TokenizedPairs
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.batch_layout import Layout, choose_layout
+from dpo_keras.scoring.batch_layout import Layout, choose_layout, scoring_models
 from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
 from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
@@ -158,7 +158,7 @@ def _layout(
     if isinstance(batching, Layout):
         return batching
     return choose_layout(
-        model.scoring_models(),
+        scoring_models(model),
         batching,
         buckets=buckets,
         row_length=row_length,

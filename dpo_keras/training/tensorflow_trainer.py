@@ -12,7 +12,7 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
-from dpo_keras.scoring.batch_layout import laid_out
+from dpo_keras.scoring.batch_layout import laid_out, scoring_models
 from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing, Throughput
@@ -343,15 +343,11 @@ class PolicyTrainer(TensorflowTrainer):
         lora.restore_adapters(policy, config.pop("adapters", None))
         return cls(policy, **config)
 
-    def scoring_models(self) -> list[keras.Model]:
-        """Return the models that score a batch in a step."""
-        return [self.policy]
-
     def _batches(self, given: Any, argument: str = "x") -> Any:
         """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
         check_batches(given, argument)
         strategy = self.distribute_strategy
-        dataset: Any = laid_out(given, self.scoring_models(), strategy, self._check_packing)
+        dataset: Any = laid_out(given, scoring_models(self), strategy, self._check_packing)
         check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
         return dataset
 
