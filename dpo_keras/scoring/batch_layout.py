@@ -162,7 +162,7 @@ def laid_out(
 
 def _warn(line: str) -> None:
     # By default Python shows the same warning of the same place once.
-    hint = "" if line.startswith("warning: ") else " batching='buckets' chooses them."
+    hint = "" if line.startswith("warning: ") else " Pass batching='buckets' to choose them."
     warnings.warn(line.removeprefix("warning: ") + hint, stacklevel=2)
 
 

@@ -73,7 +73,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_ten_steps_have_the_same_losses(loss, tokenized):
-    data = preference_dataset(tokenized, batch_size=4, buckets=1, epochs=None)
+    data = preference_dataset(tokenized, batch_size=4, batching="buckets", buckets=1, epochs=None)
     data = supervised_dataset(data) if loss is None else data
     models = both(layers=1)
     results = {library: train(library, models[library], data, loss) for library in FLAVOURS}
