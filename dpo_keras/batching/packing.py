@@ -133,6 +133,24 @@ def plan_packing(
     """
     if problems := _plan_problems(tokenized, batch_size, length, rows, replicas):
         raise InputError(problems)
+    # A run plans to count its steps and again to make them, and each plan reads all tokens.
+    plans: dict[object, PackingPlan] = vars(tokenized).setdefault("packing_plans", {})
+    key = (batch_size, length, rows, replicas, seed, shuffle, share_prompts)
+    if key not in plans:
+        plans[key] = _plan(tokenized, *key)
+    return plans[key]
+
+
+def _plan(
+    tokenized: TokenizedPairs,
+    batch_size: int,
+    length: int | None,
+    rows: int | None,
+    replicas: int,
+    seed: int,
+    shuffle: bool,
+    share_prompts: bool,
+) -> PackingPlan:
     forest = lone_pairs(tokenized)
     if share_prompts:
         most = max(_TREE_LENGTH, int(forest.sizes.tokens.max())) if length is None else length

@@ -121,6 +121,12 @@ def test_orders_differ_by_epoch_and_seed_and_by_nothing_else(tokens):
     assert pairs(1, 2) != pairs(1, 1) != pairs(2, 1)
 
 
+def test_equal_plans_are_made_once(tokens):
+    plan = plan_packing(tokens, 8)
+    assert plan_packing(tokens, 8) is plan
+    assert plan_packing(tokens, 8, seed=1) is not plan
+
+
 def test_without_shuffling_pairs_come_in_file_order_as_far_as_rows_allow(tokens):
     plan = plan_packing(tokens, 8, shuffle=False)
     order = packed_order(plan, 3).pairs
