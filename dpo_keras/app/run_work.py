@@ -88,7 +88,12 @@ def _packed_work(
     from dpo_keras.batching import plan_packing
 
     plan = plan_packing(
-        pairs, batch_size, length=layout.row_length, replicas=layout.replicas, seed=seed
+        pairs,
+        batch_size,
+        length=layout.row_length,
+        replicas=layout.replicas,
+        seed=seed,
+        share_prompts=layout.share_prompts,
     )
     places = np.full(plan.steps, plan.rows * plan.length)
 

@@ -243,7 +243,7 @@ def _check_same_data(
         context.watchdog.agree("pairs (fingerprint)", now, hint)
     then = run.read("data.json")
     if then is None:
-        run.write("data.json", {**now, "split": "hash of the prompt"})
+        run.write("data.json", {**now, "split": "hash of the prompt", "trees": "prompts"})
     elif changed := " and ".join(name for name in now if now[name] != then.get(name)):
         why = f": the {changed} pairs are not those that {run.path} was started with; restore the"
         why += " files, or start a new run with output=DIRECTORY."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dpo_keras.app.config import Config
@@ -57,7 +57,10 @@ class Context:
     ) -> None:
         """Decide between packed rows and buckets."""
         replicas = self.strategy.num_replicas_in_sync
-        self.layout = layout_of(self.config, policy, reference, self.progress, replicas, images)
+        layout = layout_of(self.config, policy, reference, self.progress, replicas, images)
+        begun = self.run.read("data.json")
+        # A run that began before pairs shared trees goes on in its own order.
+        self.layout = replace(layout, share_prompts=begun is None or "trees" in begun)
 
     def fit_options(self, title: str) -> dict[str, JSON]:
         """Return the options of `dpo_keras.training` that the warm-up and training share."""

@@ -38,6 +38,7 @@ def steps_per_epoch(
     replicas: int = 1,
     seed: int = 0,
     shuffle: bool = True,
+    share_prompts: bool = True,
 ) -> int:
     """Count the batches of one epoch, the same for every epoch.
 
@@ -51,6 +52,7 @@ def steps_per_epoch(
         replicas: number of replicas that share a batch.
         seed: seed of the order.
         shuffle: whether the order is random.
+        share_prompts: as `plan_packing` takes.
 
     Returns:
         With buckets `ceil(pairs / batch_size)`, or the floor; packed, what the first epoch needs.
@@ -67,6 +69,7 @@ def steps_per_epoch(
             rule = "must be TokenizedPairs to count packed batches"
             raise InputError(InputProblem("pairs", rule, pairs))
         shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        shape["share_prompts"] = share_prompts
         return plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle).steps
     count = pairs if isinstance(pairs, int) else len(pairs)
     return count // batch_size if drop_remainder else -(-count // batch_size)
@@ -132,6 +135,7 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
     row_length: int | None = None,
     rows: int | None = None,
     replicas: int = 1,
+    share_prompts: bool = True,
     worker: tuple[int, int] | None = None,
 ) -> tf.data.Dataset:
     """Make the batches that `DPOModel.fit` and `evaluate` take. An epoch has each pair once.
@@ -171,6 +175,8 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         rows: rows per packed batch, over all replicas; None chooses.
         replicas: number of replicas that share a packed batch in equal numbers of rows. "auto"
             also knows those of the model's strategy.
+        share_prompts: whether packed rows hold what several pairs have in common once, such as
+            their prompt. Those pairs are then in one step.
         worker: (index, count): make the rows of this worker only; None makes all.
 
     Warns:
@@ -216,6 +222,7 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
             warnings.warn(notice, stacklevel=2)
     if batching == "packed":
         shape: dict[str, Any] = {"length": row_length, "rows": rows, "replicas": replicas}
+        shape["share_prompts"] = share_prompts
         plan = plan_packing(pairs, batch_size, **shape, seed=seed, shuffle=shuffle)
         source = _packed(pairs, plan, worker)
     else:
@@ -232,7 +239,7 @@ def preference_dataset(  # noqa: PLR0913 -- the options of a public call, all by
         given={"buckets": buckets, "drop_remainder": drop_remainder, **only_packed},
         replicas=replicas,
         order={"batch_size": batch_size, "shuffle": shuffle, "seed": seed, "epochs": epochs}
-        | {"start_step": start_step, "worker": worker},
+        | {"start_step": start_step, "worker": worker, "share_prompts": share_prompts},
     ).attached_to(dataset)
 
 

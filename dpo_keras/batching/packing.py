@@ -114,7 +114,7 @@ def plan_packing(
         seed: any integer >= 0.
         shuffle: False packs in file order, each epoch the same.
         share_prompts: whether pairs of one prompt, and turns that continue it, share a tree. They
-            are then in one step. False makes each pair a tree.
+            are then in one step. False makes each pair a tree, in the order of versions before.
 
     Returns:
         The plan.
@@ -151,7 +151,7 @@ def _plan(
     shuffle: bool,
     share_prompts: bool,
 ) -> PackingPlan:
-    forest = lone_pairs(tokenized)
+    forest = lone_pairs(tokenized, share_prompts)
     if share_prompts:
         most = max(_TREE_LENGTH, int(forest.sizes.tokens.max())) if length is None else length
         forest = prompt_trees(tokenized, most, batch_size // replicas, forest)

@@ -41,11 +41,11 @@ class PromptTrees:
         return order[places((np.cumsum(counts) - counts)[trees], counts[trees])]
 
 
-def lone_pairs(tokenized: TokenizedPairs) -> PromptTrees:
-    """Return a tree for each pair; what its two responses have in common is there once."""
+def lone_pairs(tokenized: TokenizedPairs, share: bool = True) -> PromptTrees:
+    """Return a tree for each pair; with `share`, what its responses have in common counts once."""
     numbers = np.arange(len(tokenized))
     tokens, responses = tokenized.tree_tokens, tokenized.response_tokens
-    for rows in _chunks(numbers):
+    for rows in _chunks(numbers) if share else ():
         chosen, rejected = (part.take(rows) for part in tokenized.parts[1:])
         shared = _common_prefix(chosen, rejected)
         same = (shared == chosen.lengths) & (shared == rejected.lengths)

@@ -36,6 +36,7 @@ class Layout:
         replicas: number of replicas that share a batch.
         rows: rows per packed batch; None chooses.
         drop_remainder: whether buckets leave the short last batch out.
+        share_prompts: whether packed rows hold what several pairs have in common once.
     """
 
     batching: Batching = "buckets"
@@ -44,6 +45,7 @@ class Layout:
     replicas: int = 1
     rows: int | None = None
     drop_remainder: bool = False
+    share_prompts: bool = True
 
     @property
     def packed(self) -> bool:

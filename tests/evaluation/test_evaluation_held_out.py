@@ -97,7 +97,9 @@ def test_all_batches_of_all_lengths_take_one_trace(moved, tokenized, monkeypatch
     monkeypatch.setattr(
         held_out, "outputs_of", lambda *given: traces.append(1) or outputs_of(*given)
     )
-    evaluate_preferences(moved, tokenized, batch_size=2, on_batch=lambda *at: done.append(at))
+    evaluate_preferences(
+        moved, tokenized, batch_size=2, batching="buckets", on_batch=lambda *at: done.append(at)
+    )
     assert len(traces) == 1
     assert done == [(n, 12) for n in (2, 4, 6, 8, 10, 12)]
 
