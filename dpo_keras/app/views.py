@@ -198,7 +198,7 @@ def export_views(result: Mapping[str, JSON]) -> list[RenderableType]:
         return [table]
     title = "The exported model, asked in a process without Keras"
     table = _table(title, "signature", "request", "response")
-    for name, call in result["answer"].items():
+    for name, call in result.get("answer", {}).items():
         table.add_row(name, _fields(call["request"]), _fields(call["response"]))
     return [table, f"exported: {result['path']}"]
 
