@@ -171,9 +171,9 @@ def one_pass(
 
     Example:
         >>> from dpo_keras.batching.ragged import Ragged
-        >>> rows = Ragged.from_lists([[5] * n for n in (4, 9, 3)])
-        >>> ends, ones = Ragged.from_lists([[2]] * 3), np.ones(3, np.float32)
-        >>> pairs = TokenizedPairs(rows, ends, ends, ones, ones)
+        >>> rows = Ragged.from_lists([[n] * n for n in (4, 9, 3)])
+        >>> chosen, rejected = (Ragged.from_lists([[end]] * 3) for end in (2, 3))
+        >>> pairs = TokenizedPairs(rows, chosen, rejected, np.ones(3), np.ones(3))
         >>> [part.pairs.tolist() for part in one_pass(pairs, batch_size=2)]
         [[0, 2], [1, -1]]
         >>> [part.pairs.tolist() for part in one_pass(pairs, 2, "packed")]

@@ -124,9 +124,10 @@ def plan_packing(
 
     Example:
         >>> from dpo_keras.batching.ragged import Ragged
-        >>> prompts = Ragged.from_lists([[5] * n for n in (4, 20, 6, 8)])
-        >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
-        >>> pairs = TokenizedPairs(prompts, ends, ends, ones, ones)
+        >>> prompts = Ragged.from_lists([[n] * n for n in (4, 20, 6, 8)])
+        >>> chosen, rejected = (Ragged.from_lists([[end]] * 4) for end in (2, 3))
+        >>> ones = np.ones(4, np.float32)
+        >>> pairs = TokenizedPairs(prompts, chosen, rejected, ones, ones)
         >>> plan = plan_packing(pairs, batch_size=2, shuffle=False)
         >>> plan.length, plan.rows, plan.steps, plan.partition
         (24, 1, 2, [[0, 2, 3], [1]])
@@ -196,9 +197,10 @@ def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
 
     Example:
         >>> from dpo_keras.batching.ragged import Ragged
-        >>> prompts = Ragged.from_lists([[5] * n for n in (4, 20, 6, 8)])
-        >>> ends, ones = Ragged.from_lists([[2]] * 4), np.ones(4, np.float32)
-        >>> pairs = TokenizedPairs(prompts, ends, ends, ones, ones)
+        >>> prompts = Ragged.from_lists([[n] * n for n in (4, 20, 6, 8)])
+        >>> chosen, rejected = (Ragged.from_lists([[end]] * 4) for end in (2, 3))
+        >>> ones = np.ones(4, np.float32)
+        >>> pairs = TokenizedPairs(prompts, chosen, rejected, ones, ones)
         >>> order = packed_order(plan_packing(pairs, batch_size=2, shuffle=False))
         >>> order.pairs.tolist()
         [[[0, 2, 3, -1]], [[1, -1, -1, -1]]]
