@@ -40,8 +40,10 @@ class Worker:
 
     def die(self):
         """What the kernel does for a process that is killed."""
-        for link in self.watchdog._links.values():
-            link.socket.shutdown(socket.SHUT_RDWR)
+        for link in list(self.watchdog._links.values()):
+            # The kernel closes all at once. Here the first may already have made others close.
+            with contextlib.suppress(OSError):
+                link.socket.shutdown(socket.SHUT_RDWR)
 
     def leave(self, error=None):
         def raise_it(_):
