@@ -40,6 +40,7 @@ class Worker:
 
     def die(self):
         """What the kernel does for a process that is killed."""
+        self.watchdog._tell = lambda *given, **message: None  # a dead process tells nobody anything
         for link in list(self.watchdog._links.values()):
             # The kernel closes all at once. Here the first may already have made others close.
             with contextlib.suppress(OSError):
