@@ -1,8 +1,8 @@
 """Log-probs of responses under a policy and under its reference."""
 
 from dpo_keras.scoring.adapter_targets import enable_lora
+from dpo_keras.scoring.chunked_log_probs import token_log_probs
 from dpo_keras.scoring.dataset_scoring import cache_reference, response_log_probs, score_pairs
-from dpo_keras.scoring.language_model_head import token_log_probs
 from dpo_keras.scoring.packing_check import check_packing, packing_obstacle
 from dpo_keras.scoring.quantization import dequantized, quantize
 from dpo_keras.scoring.references import Reference, check_same_vocabulary, make_reference

@@ -9,7 +9,8 @@ from keras import ops
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.auxiliary_loss import auxiliary_overrides
-from dpo_keras.scoring.language_model_head import log_probs_of, split_backbone_and_head
+from dpo_keras.scoring.chunked_log_probs import log_probs_of
+from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import (
     FUSED_FROM,
     Override,
@@ -114,7 +115,7 @@ class ResponseScorer:
         Args:
             batch: by the contract of `dpo_keras.batching.Batch`.
             training: whether layers such as dropout are active.
-            statistics: further figures of each token, from `language_model_head.STATISTICS`.
+            statistics: further figures of each token, from `chunked_log_probs.STATISTICS`.
             shared: whether to sum over the length that both responses of a pair have, too.
             collected: a list that takes what the model's layers add to the loss, for
                 `auxiliary_loss`.

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import keras
 import tensorflow as tf
 
+from dpo_keras.scoring.chunked_log_probs import made
 from dpo_keras.scoring.language_model_head import LanguageModelHead, split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import overridden_methods
 from dpo_keras.scoring.lora import low_rank_overrides
@@ -22,7 +23,6 @@ from dpo_keras.scoring.model_inputs import TextRows, model_inputs, text_override
 from dpo_keras.scoring.packing_check import packing_obstacle
 from dpo_keras.training.cached_attention import CachedAttention, PromptAttention
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_quantization import rounded_inputs
 
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Chooses tokens, int32 `[rows]`, by logits `[rows, vocabulary]` and uniform numbers `[rows]`."""
@@ -92,9 +92,8 @@ class _Decoder:
         choose: Choose,
     ):
         self.backbone, self.head, self.choose = backbone, head, choose
-        kernel = head.kernel()
         # Once, and not at each step: it may be a transposed copy.
-        self.kernel, self.bias = kernel() if callable(kernel) else kernel, head.bias()
+        self.kernel = made(head.kernel())
         self.stops = tf.constant(list(stops), tf.int32)
         shape = tf.shape(uniforms)
         self.copies, self.longest = shape[1], shape[2]
@@ -169,7 +168,7 @@ class _Decoder:
             columns = -(-lengths[0] // _GRID) * _GRID
             ids = self.prompts[first : first + group, :columns]
             hidden, found = self._prompt_states(ids, lengths)
-            logits = self._logits(tf.gather(hidden, lengths - 1, batch_dims=1))
+            logits = self.head.logits(tf.gather(hidden, lengths - 1, batch_dims=1), self.kernel)
             prompts = tf.cast(self.order[first : first + group], tf.int32)
             rows = tf.reshape(prompts[:, None] * self.copies + tf.range(self.copies), [-1])
             states = [_repeated(one, self.copies) for one in found]
@@ -209,17 +208,6 @@ class _Decoder:
         found = self._prompt_states(one, one[0])[1]
         return [tf.zeros([0, state.shape[1], 0, state.shape[3]], state.dtype) for state in found]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        hidden = tf.cast(hidden, self.head.compute_dtype)
-        if self.head.quantized:
-            hidden = rounded_inputs(self.head.layer, hidden)
-        logits = tf.matmul(hidden, self.kernel)
-        if self.bias is not None:
-            logits += tf.cast(self.bias, logits.dtype)
-        logits = tf.cast(logits, tf.float32)
-        cap = self.head.soft_cap
-        return logits if cap is None else cap * tf.tanh(logits / cap)
-
     def _chosen(self, state: Slots, logits: Tensor) -> Slots:
         """Choose the next token of each slot."""
         drawn = tf.gather_nd(self.uniforms, tf.stack([state.row, state.count], axis=1))
@@ -255,7 +243,7 @@ class _Decoder:
             cached = CachedAttention(positions, caches)
             token = state.token[:, None]
             hidden = self._run(token, tf.ones_like(token), cached)
-            found = self._chosen(state, self._logits(hidden[:, 0]))
+            found = self._chosen(state, self.head.logits(hidden[:, 0], self.kernel))
             # A finished slot stays as it is until the next turn.
             after = Slots(
                 *(tf.where(state.done, old, new) for old, new in zip(state, found, strict=True))

@@ -164,7 +164,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     from dpo_keras import preference_dataset, tokenize_pairs
     from dpo_keras.scoring import cache_reference
-    from dpo_keras.scoring.language_model_head import chunk_size
+    from dpo_keras.scoring.chunked_log_probs import chunk_size
 
     policy = keras_hub.models.CausalLM.from_preset(task["checkpoint"])
     shape = shape_of(policy)

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from dpo_keras.scoring.language_model_head import chunk_size, log_probs_of, token_log_probs
+from dpo_keras.scoring.chunked_log_probs import chunk_size, log_probs_of, token_log_probs
 
 
 def inputs(rows=13, width=8, vocabulary=19, seed=0):
