@@ -41,7 +41,7 @@ SEGMENT = 256
 # Pieces are padded to a multiple of this. oneDNN compiles its products for each shape anew and
 # keeps what it compiled: for all the lengths that pieces can have, hundreds of megabytes.
 GRID = 32
-_NEVER = -1e9
+NEVER = -1e9
 
 
 class TreeLayout:
@@ -86,6 +86,10 @@ class TreeLayout:
             self._places = [tf.cast(piece, tf.float32)[..., None, :] for piece in pieces]
         return self._places
 
+    def row_of_all_positions(self, states: Tensor) -> Tensor:
+        """Return a row that is long enough for a table to have all positions: any of `states`."""
+        return states[:1]  # row i of a table is for place i, and no position exceeds a row's length
+
     def _flat_pieces(self, values: Tensor, empty: int = 0) -> list[Tensor]:
         if self.dense:
             return [values[:, None]]
@@ -121,9 +125,8 @@ class TreeLayout:
         query = query * tf.cast(settings.scale, query.dtype)
         biases = self.biases(settings.window)
         if settings.slopes is not None:
-            # Softmax drops what keys have in common, so a key's position serves as its distance.
-            slopes = tf.reshape(tf.constant(settings.slopes, tf.float32), (-1, 1, 1))
-            biases = [b + slopes * p for b, p in zip(biases, self.places(), strict=True)]
+            both = zip(biases, self.places(), strict=True)
+            biases = [with_slopes(bias, places, settings.slopes) for bias, places in both]
         if self.dense:
             rows_of_heads = tuple(tf.transpose(s, (0, 2, 1, 3)) for s in (query, key, value))
             found = _attend(rows_of_heads, biases[0], settings, training)
@@ -228,27 +231,37 @@ def _bias(reach: Tensor, positions: Tensor, window: int | None) -> Tensor:
     if window is not None:
         distance = positions[..., :, None] - positions[..., None, :]
         sees = tf.logical_and(sees, distance < window)
-    return tf.where(sees, 0.0, _NEVER)
+    return tf.where(sees, 0.0, NEVER)
 
 
 def _attend(
     states: tuple[Tensor, ...], bias: Tensor, settings: AttentionSettings, training: bool | None
 ) -> Tensor:
     query, key, value = states
-    scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
+    scores = tf.matmul(query, key, transpose_b=True)
+    weights = tf.cast(attention_weights(scores, bias, settings), value.dtype)
+    if settings.dropout is not None and training is not False:
+        weights = settings.dropout(weights, training=training)
+    return tf.matmul(weights, value)
+
+
+def attention_weights(scores: Tensor, bias: Tensor, settings: AttentionSettings) -> Tensor:
+    """Compute softmax(cap(scores) + bias) of `[..., heads, n, m]`, in float32."""
+    scores = tf.cast(scores, tf.float32)
     if settings.soft_cap is not None:
         scores = settings.soft_cap * tf.tanh(scores / settings.soft_cap)
     scores = scores + bias
     if settings.sinks is None:
-        weights = tf.nn.softmax(scores)
-    else:
-        sinks = tf.reshape(tf.cast(settings.sinks, tf.float32), (-1, 1, 1))
-        column = tf.broadcast_to(sinks, [*tf.unstack(tf.shape(scores)[:-1]), 1])
-        weights = tf.nn.softmax(tf.concat([scores, column], axis=-1))[..., :-1]
-    weights = tf.cast(weights, value.dtype)
-    if settings.dropout is not None and training is not False:
-        weights = settings.dropout(weights, training=training)
-    return tf.matmul(weights, value)
+        return tf.nn.softmax(scores)
+    sinks = tf.reshape(tf.cast(settings.sinks, tf.float32), (-1, 1, 1))
+    column = tf.broadcast_to(sinks, [*tf.unstack(tf.shape(scores)[:-1]), 1])
+    return tf.nn.softmax(tf.concat([scores, column], axis=-1))[..., :-1]
+
+
+def with_slopes(bias: Tensor, places: Tensor, slopes: Sequence[float]) -> Tensor:
+    """Add ALiBi to a bias `[..., heads, n, m]`, by the positions of keys, float32 `[..., 1, m]`."""
+    # Softmax drops what keys have in common, so a key's position serves as its distance.
+    return bias + tf.reshape(tf.constant(slopes, tf.float32), (-1, 1, 1)) * places
 
 
 def tree_overrides(backbone: keras.Model, layout: TreeLayout) -> list[Override]:
@@ -258,7 +271,7 @@ def tree_overrides(backbone: keras.Model, layout: TreeLayout) -> list[Override]:
         if is_position(layer):
             overrides.append(Override(layer, "call", _at_positions(layer.call, layout.positions)))
         elif is_rotary_table(layer):
-            overrides.append(Override(layer, "call", _table_rows(layer.call, layout.positions)))
+            overrides.append(Override(layer, "call", _table_rows(layer.call, layout)))
         elif (settings := attention_settings(layer)) is None:
             continue
         elif settings.projections is None:
@@ -273,10 +286,10 @@ def _at_positions(call: Call, positions: Tensor) -> Call:
     return lambda inputs, *_, **__: call(inputs, positions=positions)
 
 
-def _table_rows(call: Call, positions: Tensor) -> Call:
+def _table_rows(call: Call, layout: TreeLayout) -> Call:
     def rows_at_positions(inputs: Tensor, *_: object, **__: object) -> tuple[Tensor, ...]:
-        # Row i of a table is for place i, and no position exceeds the length of the row.
-        return tuple(tf.gather(table[0], positions) for table in call(inputs[:1]))
+        table = call(layout.row_of_all_positions(inputs))
+        return tuple(tf.gather(column[0], layout.positions) for column in table)
 
     return rows_at_positions
 

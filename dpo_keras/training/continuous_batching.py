@@ -21,6 +21,7 @@ from dpo_keras.scoring.layer_overrides import overridden_methods
 from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.model_inputs import TextRows, model_inputs, text_overrides
 from dpo_keras.scoring.packing_check import packing_obstacle
+from dpo_keras.scoring.tree_attention import tree_overrides
 from dpo_keras.training.cached_attention import CachedAttention, PromptAttention
 from dpo_keras.utils import Tensor
 
@@ -111,9 +112,7 @@ class _Decoder:
         slots = tf.maximum(slots, self.copies)
         count = tf.shape(self.order)[0]
         result = tf.fill([self.rows + 1, self.longest], self.stops[0])
-        empty = tf.zeros([0], tf.int32)
-        state = Slots(empty, empty, empty, empty, tf.zeros([0], tf.bool))
-        caches = self._empty_caches()
+        state, caches = self._spare(0), self._empty_caches()
 
         def unfinished(first: Tensor, result: Tensor, state: Slots, caches: object) -> Tensor:
             return (first < count) | ~tf.reduce_all(state.done)
@@ -127,8 +126,10 @@ class _Decoder:
             new, states = self._read(first, group, caches)
             result = self._written(result, new)
             first += group
-            state = Slots(*(tf.concat(both, 0) for both in zip(state, new, strict=True)))
-            state, missing = self._filled(state)
+            missing = -tf.shape(kept)[0] - tf.shape(new.row)[0]
+            missing %= _SLOTS_GRID  # spare ones, so that there are few different numbers
+            parts = zip(state, new, self._spare(missing), strict=True)
+            state = Slots(*(tf.concat(values, 0) for values in parts))
             room = tf.reduce_max(state.length) + STEPS
             room = -(-room // _GRID) * _GRID
             caches = [
@@ -148,8 +149,7 @@ class _Decoder:
             [tf.TensorShape([None, cache.shape[1], None, cache.shape[3]]) for cache in caches],
         )
         result = tf.while_loop(unfinished, turn, loop, shape_invariants=shapes)[1][:-1]
-        stopped = tf.reduce_any(result[..., None] == self.stops, axis=-1)
-        return tf.ragged.boolean_mask(result, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)
+        return until_stop(result, self.stops)
 
     def _group(self, first: Tensor, room: Tensor) -> Tensor:
         """Return how many prompts from the sorted `first` on are read together into free slots."""
@@ -178,9 +178,7 @@ class _Decoder:
             return self._chosen(before, _repeated(logits, self.copies)), states
 
         def nothing() -> tuple[Slots, list[Tensor]]:
-            empty = tf.zeros([0], tf.int32)
-            state = Slots(empty, empty, empty, empty, tf.zeros([0], tf.bool))
-            return state, [cache[:0] for cache in caches]
+            return self._spare(0), [cache[:0] for cache in caches]
 
         found: tuple[Slots, list[Tensor]] = tf.cond(group > 0, read, nothing)
         return found
@@ -198,7 +196,7 @@ class _Decoder:
     ) -> Tensor:
         inputs = model_inputs(self.backbone, TextRows(ids, mask, attention.positions))
         overrides = low_rank_overrides(self.backbone) + text_overrides(self.backbone)
-        overrides += attention.overrides(self.backbone)
+        overrides += tree_overrides(self.backbone, attention)
         with overridden_methods(overrides):
             return self.backbone(inputs, training=False)
 
@@ -220,13 +218,11 @@ class _Decoder:
         places = tf.stack([state.row, state.count - 1], axis=1)
         return tf.tensor_scatter_nd_update(result, places, state.token)
 
-    def _filled(self, state: Slots) -> tuple[Slots, Tensor]:
-        """Add finished slots without a sequence, so that there are few different numbers."""
-        missing = -tf.shape(state.row)[0] % _SLOTS_GRID
-        nothing = tf.zeros([missing], tf.int32)
-        done = tf.ones([missing], tf.bool)
-        spare = Slots(tf.fill([missing], self.rows), nothing, nothing, nothing, done)
-        return Slots(*(tf.concat(both, 0) for both in zip(state, spare, strict=True))), missing
+    def _spare(self, count: int | Tensor) -> Slots:
+        """Return finished slots without a sequence."""
+        nothing = tf.zeros([count], tf.int32)
+        row, done = tf.fill([count], self.rows), tf.ones([count], tf.bool)
+        return Slots(row, nothing, nothing, nothing, done)
 
     def _decode(
         self, result: Tensor, state: Slots, caches: list[Tensor], steps: Tensor
@@ -256,6 +252,12 @@ class _Decoder:
             unfinished, step, start, maximum_iterations=steps
         )
         return found
+
+
+def until_stop(tokens: Tensor, stops: Tensor) -> tf.RaggedTensor:
+    """Cut rows of tokens off at their first stop."""
+    stopped = tf.reduce_any(tokens[..., None] == stops, axis=-1)
+    return tf.ragged.boolean_mask(tokens, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)
 
 
 def _repeated(values: Tensor, copies: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from dpo_keras.training.continuous_batching import (
     Choose,
     decode_continuously,
     decodes_continuously,
+    until_stop,
 )
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import RecurrentDecoding, recurrent_decoding
@@ -282,6 +283,4 @@ def new_tokens(
 ) -> tf.RaggedTensor:
     """Cut the responses, without stops, out of what `decode` returns; `lengths` of the prompts."""
     places = tf.cast(lengths, tf.int64)[:, None] + tf.range(tf.cast(max_new_tokens, tf.int64))
-    new = tf.gather(token_ids, places, batch_dims=1)
-    stopped = tf.reduce_any(new[..., None] == tf.constant(stops), axis=-1)
-    return tf.ragged.boolean_mask(new, tf.cumsum(tf.cast(stopped, tf.int32), axis=1) == 0)
+    return until_stop(tf.gather(token_ids, places, batch_dims=1), tf.constant(stops))
