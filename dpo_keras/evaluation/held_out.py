@@ -13,7 +13,6 @@ from dpo_keras.batching import Batch, BatchingChoice, Part, TokenizedPairs, one_
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
-from dpo_keras.scoring import check_packing
 from dpo_keras.scoring.batch_layout import scoring_layout, scoring_models
 from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils import Tensor
@@ -74,9 +73,7 @@ def evaluate_preferences(
         problems.append(InputProblem("batch_size", "must be an integer >= 1", batch_size))
     if problems:
         raise InputError(problems)
-    batching = scoring_layout(*scoring_models(model), tokenized=tokenized, batching=batching)
-    if batching == "packed":
-        check_packing(model.scorer)
+    batching = scoring_layout(model.scorer, scoring_models(model), tokenized, batching)
     measured: dict[str, np.ndarray] = {}
     entropy = tokens = 0.0
     done = 0

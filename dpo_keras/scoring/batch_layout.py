@@ -20,7 +20,8 @@ from dpo_keras.batching import (
     steps_per_epoch,
 )
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.packing_check import packing_obstacle
+from dpo_keras.scoring.packing_check import check_packing, packing_obstacle
+from dpo_keras.scoring.scorer import ResponseScorer
 
 READ_BY = {"packed": {"row_length", "rows"}, "buckets": {"buckets", "drop_remainder"}}
 
@@ -169,8 +170,23 @@ def _warn(line: str) -> None:
 
 
 def scoring_layout(
-    *models: keras.Model, tokenized: TokenizedPairs, batching: BatchingChoice
+    scorer: ResponseScorer,
+    models: Sequence[keras.Model],
+    tokenized: TokenizedPairs,
+    batching: BatchingChoice,
 ) -> Batching:
-    """Choose the layout of a pass that only scores. Results are equal, so nothing is said."""
+    """Choose the layout of a pass that only scores. Results are equal, so nothing is said.
+
+    Raises:
+        InputError: "packed" where it is impossible, or the scorer scores packed rows otherwise.
+    """
     images = tokenized.images is not None
-    return choose_layout(models, batching, images=images, note=lambda line: None).batching
+    chosen = choose_layout(models, batching, images=images, note=lambda line: None).batching
+    if chosen == "packed":
+        try:
+            check_packing(scorer)
+        except InputError:
+            if batching == "packed":
+                raise
+            return "buckets"
+    return chosen

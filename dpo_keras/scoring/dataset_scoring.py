@@ -25,7 +25,6 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair
 from dpo_keras.scoring.batch_layout import scoring_layout
 from dpo_keras.scoring.model_inputs import check_images
-from dpo_keras.scoring.packing_check import check_packing
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.atomic_files import replaced
@@ -78,9 +77,7 @@ def score_pairs(
         InputError: `batching` is "packed", and the model cannot run on packed rows.
     """
     scorer = ResponseScorer(model)
-    batching = scoring_layout(model, tokenized=tokenized, batching=batching)
-    if batching == "packed":
-        check_packing(scorer)
+    batching = scoring_layout(scorer, [model], tokenized, batching)
     run = _compiled(scorer)
     logps = np.zeros((len(tokenized), 2), np.float32)
     done = 0

@@ -129,9 +129,10 @@ class ReleasesTracing(keras.callbacks.Callback):
         self.expected.remove(moment)
         # A program may call `fit` once per epoch. It shall not wait for a collection each time.
         known: set[str] = vars(step).setdefault("put_away", set())
-        freeze_graphs(collect=moment not in known)
+        traced = moment not in known
         known.add(moment)
-        if sys.platform == "linux":
+        freeze_graphs(collect=traced)
+        if traced and sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if trim is not None:  # not every C library has it
                 trim(0)

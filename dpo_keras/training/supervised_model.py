@@ -9,6 +9,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs, UndecidedLayout
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
+from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
 from dpo_keras.training.tensorflow_trainer import PolicyTrainer
@@ -97,11 +98,7 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def chosen(batch: Batch) -> Batch:
-        if "responses" in batch:  # packed: a response may be in several pairs
-            chosen_slots = batch["responses"][:, None, :, 0]
-            mine = tf.reduce_any(batch["owner"][..., None] == chosen_slots, axis=-1)
-        else:
-            mine = batch["owner"] % 2 == 0
+        mine = tf.reduce_any(compared_tokens(batch)[..., ::2], axis=-1)
         return {
             **batch,
             "source": tf.where(mine, batch["source"], 0),

@@ -7,7 +7,13 @@ from tiny import Letters, full_logits_log_probs, gpt2, pairs, plain_model
 
 from dpo_keras.batching import collate, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.scoring import cache_reference, dataset_scoring, response_log_probs, score_pairs
+from dpo_keras.scoring import (
+    batch_layout,
+    cache_reference,
+    dataset_scoring,
+    response_log_probs,
+    score_pairs,
+)
 from dpo_keras.scoring.dataset_scoring import cache_key
 
 
@@ -54,6 +60,19 @@ def test_score_pairs_packed_puts_every_pair_in_its_place(tokenized):
     assert len(done) > 1 and done[-1] == (len(tokenized), len(tokenized))
     with pytest.raises(InputError, match="batching cannot be 'packed': Functional is no"):
         score_pairs(plain_model(), tokenized, batching="packed")
+
+
+def test_a_model_that_scores_packed_rows_otherwise_is_scored_in_buckets(tokenized, monkeypatch):
+    def refuse(scorer):
+        raise InputError("batching must be 'buckets' for this policy")
+
+    policy = gpt2(num_layers=1)
+    expected = score_pairs(policy, tokenized, batch_size=4, batching="buckets")
+    monkeypatch.setattr(batch_layout, "check_packing", refuse)
+    found = score_pairs(policy, tokenized, batch_size=4)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="must be 'buckets'"):
+        score_pairs(policy, tokenized, batching="packed")
 
 
 def test_cached_log_probs_are_those_of_the_model_and_are_read_back(tokenized, tmp_path):
