@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -96,6 +97,39 @@ def random_pairs(count: int, length: int, vocabulary: int, seed: int = 0) -> Any
     ones = np.ones(count, np.float32)
     parts = tokens(length // 2), tokens(length - length // 2), tokens(length - length // 2)
     return TokenizedPairs(*parts, ones, ones, max_length=length)
+
+
+def all_pairs(answered: Iterable[tuple[Any, list[Any]]], max_length: int) -> Any:
+    """Make all pairs of the responses to each prompt, from (prompt, responses) in tokens."""
+    import numpy as np
+
+    from dpo_keras.batching import Ragged, TokenizedPairs
+
+    texts, numbers = [], []
+    for number, (prompt, answers) in enumerate(answered):
+        for pair in itertools.combinations(answers, 2):
+            texts.append((prompt, *pair))
+            numbers.append(number)
+    parts = [Ragged.from_lists(list(part)) for part in zip(*texts, strict=True)]
+    ones, hashes = np.ones(len(texts), np.float32), np.array(numbers, np.uint64)
+    return TokenizedPairs(*parts, ones, ones, prompt_hash=hashes, max_length=max_length)
+
+
+def load_policy(checkpoint: str) -> Any:
+    """Load a policy with the rivals' tokens: no start token before the prompt."""
+    import keras_hub
+
+    policy = keras_hub.models.CausalLM.from_preset(checkpoint)
+    policy.preprocessor.add_start_token = False
+    return policy
+
+
+def slope(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+    """Fit log(cost) = exponent log(value) + constant, and return both."""
+    import numpy as np
+
+    exponent, constant = np.polyfit(np.log(values), np.log(costs), 1)
+    return float(exponent), float(constant)
 
 
 def gpt2(layers: int, width: int, vocabulary: int, length: int) -> Any:

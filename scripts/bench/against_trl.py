@@ -53,21 +53,12 @@ IN_TEN_LINES = {
 }
 
 
-def load(checkpoint: str) -> Any:
-    """Load the policy with the rival's tokens: no start token before the prompt."""
-    import keras_hub
-
-    policy = keras_hub.models.CausalLM.from_preset(checkpoint)
-    policy.preprocessor.add_start_token = False
-    return policy
-
-
 def ours(task: dict[str, Any]) -> dict[str, Any]:
     """One run of ours, in this process."""
     from dpo_keras import preference_dataset, tokenize_pairs
     from dpo_keras.scoring import cache_reference
 
-    policy = load(task["checkpoint"])
+    policy = common.load_policy(task["checkpoint"])
     everything = common.hh_pairs(task["baseline"])
     loaded_mb, loaded = common.peak_megabytes(), time.perf_counter()
     tokenized = tokenize_pairs(
@@ -147,7 +138,7 @@ def losses(task: dict[str, Any]) -> dict[str, Any]:
     from dpo_keras import tokenize_pairs
     from dpo_keras.batching import Ragged, TokenizedPairs, collate_packed
 
-    policy = load(task["checkpoint"])
+    policy = common.load_policy(task["checkpoint"])
     batches = json.loads(pathlib.Path(task["batches"]).read_text())
     rows = [pair for batch in batches for pair in batch]
     ones = np.ones(len(rows), np.float32)

@@ -13,7 +13,6 @@ each pair is a tree of its own, in turns:
 Both layouts train on the same pairs, an epoch in each round, with a reference in the run.
 """
 
-import itertools
 import json
 import statistics
 import time
@@ -45,23 +44,19 @@ def hh_tokens(baseline: str, count: int, vocabulary: int) -> Any:
 
 def generated(like: Any, prompts: int, responses: int, vocabulary: int, seed: int = 0) -> Any:
     """Make all pairs of the responses to each prompt, as long as those of other pairs."""
-    from dpo_keras.batching import Ragged, TokenizedPairs
-
     random = np.random.default_rng(seed)
-    texts: list[tuple[Any, ...]] = []
-
-    def text(lengths: np.ndarray) -> Any:
-        return random.integers(2, vocabulary, random.choice(lengths))
-
     both = np.concatenate([like.chosen.lengths, like.rejected.lengths])
-    for _ in range(prompts):
-        prompt = text(like.prompt.lengths)
-        room = common.MAX_LENGTH - len(prompt)
-        answers = [text(both)[:room] for _ in range(responses)]
-        texts += [(prompt, *pair) for pair in itertools.combinations(answers, 2)]
-    ones = np.ones(len(texts), np.float32)
-    parts = [Ragged.from_lists(part) for part in zip(*texts, strict=True)]
-    return TokenizedPairs(*parts, ones, ones)
+
+    def text(lengths: np.ndarray, room: int = common.MAX_LENGTH) -> Any:
+        return random.integers(2, vocabulary, random.choice(lengths))[:room]
+
+    def answered() -> Iterator[tuple[Any, list[Any]]]:
+        for _ in range(prompts):
+            prompt = text(like.prompt.lengths)
+            room = common.MAX_LENGTH - len(prompt)
+            yield prompt, [text(both, room) for _ in range(responses)]
+
+    return common.all_pairs(answered(), common.MAX_LENGTH)
 
 
 class Layout:

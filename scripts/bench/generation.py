@@ -71,51 +71,33 @@ def prompts_of(task: dict[str, Any]) -> list[list[int]]:
     """Return the prompts' ids, which transformers takes as they are."""
     from dpo_keras.batching import TextEncoder
 
-    policy = load(task["checkpoint"])
+    policy = common.load_policy(task["checkpoint"])
     texts = [str(pair.prompt) for pair in common.hh_pairs(task["baseline"], task["prompts"])]
     rows = TextEncoder(policy.preprocessor).prompts(texts).tolist()
     return [[int(token) for token in row][-PROMPT_TOKENS:] for row in rows]
 
 
-def load(checkpoint: str) -> Any:
-    """Load the policy, without a start token, as transformers does."""
-    import keras_hub
-
-    policy = keras_hub.models.CausalLM.from_preset(checkpoint)
-    policy.preprocessor.add_start_token = False
-    return policy
-
-
 def ours(task: dict[str, Any]) -> Any:
     """Return a function from the number of a call to the number of new tokens."""
-    import dpo_keras
-    from dpo_keras.batching import TextEncoder
+    from dpo_keras.training import generation
 
-    policy = load(task["checkpoint"])
-    encoder = TextEncoder(policy.preprocessor)
-    longest = PROMPT_TOKENS + NEW_TOKENS
+    policy = common.load_policy(task["checkpoint"])
+    detokenized, counted = generation.detokenized, [0]
+
+    def counting(encoder: Any, rows: Any) -> Any:
+        counted[0] += sum(map(len, rows))
+        return detokenized(encoder, rows)
+
+    generation.detokenized = counting
 
     def call(number: int) -> int:
-        from dpo_keras.training import generation
+        before = counted[0]
+        generation.generate_responses(
+            policy, task["ids"], max_new_tokens=NEW_TOKENS, seed=number,
+            batch_size=SLOTS, max_length=PROMPT_TOKENS + NEW_TOKENS,
+        )  # fmt: skip
+        return counted[0] - before
 
-        counted = []
-        detokenized = generation.detokenized
-
-        def count(encoder: Any, rows: Any) -> Any:
-            counted.append(sum(map(len, rows)))
-            return detokenized(encoder, rows)
-
-        generation.detokenized = count
-        try:
-            dpo_keras.generate_responses(
-                policy, task["ids"], max_new_tokens=NEW_TOKENS, seed=number,
-                batch_size=SLOTS, max_length=longest,
-            )  # fmt: skip
-        finally:
-            generation.detokenized = detokenized
-        return sum(counted)
-
-    assert encoder.ends
     return call
 
 
@@ -124,7 +106,7 @@ def keras_hub_generate(task: dict[str, Any]) -> Any:
     import keras_hub
     import numpy as np
 
-    policy = load(task["checkpoint"])
+    policy = common.load_policy(task["checkpoint"])
     policy.compile(sampler=keras_hub.samplers.RandomSampler(seed=0))
     end = policy.preprocessor.tokenizer.end_token_id
     rows = task["ids"]
@@ -210,7 +192,7 @@ def prepare(task: dict[str, Any]) -> dict[str, Any]:
     ending_checkpoint(task["checkpoint"], str(folder / "checkpoint"))
     inside = {**task, "checkpoint": str(folder / "checkpoint")}
     ids = prompts_of(inside)
-    policy = load(inside["checkpoint"])
+    policy = common.load_policy(inside["checkpoint"])
     dpo_keras.export(
         policy, str(folder / "export" / "1"), signatures=["generate"], temperature=1.0,
         max_new_tokens=NEW_TOKENS, max_length=PROMPT_TOKENS + NEW_TOKENS,

@@ -109,11 +109,9 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def exponents(runs: list[dict[str, Any]]) -> tuple[float, float]:
     """Fit the exponents of what was measured and of what arithmetic counts."""
-    import numpy as np
-
-    lengths = np.log([run["length"] for run in runs])
+    lengths = [run["length"] for run in runs]
     fitted, predicted = (
-        float(np.polyfit(lengths, np.log([run[name] for run in runs]), 1)[0])
+        common.slope(lengths, [run[name] for run in runs])[0]
         for name in ("steps_mb", "arithmetic_mb")
     )
     return fitted, predicted

@@ -28,6 +28,7 @@ HH = ["configs/hh_harmless.yaml", "data.limit=1200", "data.max_length=256", "war
 HH += ["model.scratch.hidden_dim=128", "model.scratch.intermediate_dim=512"]
 HH += ["model.scratch.num_layers=2", "model.scratch.max_sequence_length=256"]
 HH += ["model.scratch.vocabulary_size=4000", "training.epochs=2", "evaluation.max_new_tokens=32"]
+HH += ["export=null"]
 CONFIGURATIONS = {
     "quickstart": QUICKSTART,
     "quickstart, buckets": [*QUICKSTART, "training.batching=buckets", "export=null"],
@@ -62,11 +63,10 @@ def measure(configuration: list[str], data: str, launcher: str) -> dict[str, Any
     """Plan and train one configuration in a temporary directory."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*configuration, f"output={folder}/run"]
-        if not any(word.startswith("export") for word in words):
+        if "export=null" not in configuration:
             words.append(f"export.path={folder}/exported/plan/1")
         if "hh_harmless" in configuration[0]:
-            words += [f"data.path={data}", "export=null"]
-            words = [word for word in words if not word.startswith("export.path")]
+            words.append(f"data.path={data}")
         planned, _ = command("plan", words, launcher)
         trained, megabytes = command("train", words, launcher)
     found = {

@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import _common as common
+import roofline
 
 USUAL = {"pairs": 8, "length": 256, "vocabulary": 8192, "width": 128, "replicas": 1, "responses": 2}
 AXES = {
@@ -48,47 +49,24 @@ def ranked_pairs(prompts: int, responses: int, length: int, vocabulary: int) -> 
     """All pairs of several random responses to each of some random prompts."""
     import numpy as np
 
-    from dpo_keras.batching import Ragged, TokenizedPairs
-
     random = np.random.default_rng(0)
     half = length // 2
-    sides: list[list[Any]] = [[], [], []]
-    for _ in range(prompts):
-        prompt, *answers = (
-            random.integers(2, vocabulary, random.integers(half // 8, half + 1))
-            for _ in range(responses + 1)
-        )
-        for one, other in itertools.combinations(answers, 2):
-            for side, tokens in zip(sides, (prompt, one, other), strict=True):
-                side.append(tokens)
-    count = len(sides[0])
-    ones = np.ones(count, np.float32)
-    number = np.repeat(np.arange(prompts, dtype=np.uint64), count // prompts)
-    prompt, chosen, rejected = map(Ragged.from_lists, sides)
-    texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    labels = {"preference": ones, "weight": ones, "prompt_hash": number}
-    return TokenizedPairs(**texts, **labels, max_length=length)
+
+    def text() -> Any:
+        return random.integers(2, vocabulary, random.integers(half // 8, half + 1))
+
+    answered = ((text(), [text() for _ in range(responses)]) for _ in range(prompts))
+    return common.all_pairs(answered, length)
 
 
 def operations(tokenized: Any, layers: int, width: int, vocabulary: int) -> float:
     """Additions and multiplications of a pass over pairs, each text once for its prompt."""
-    texts: dict[bytes, set[bytes]] = {}
-    for prompt, chosen, rejected in zip(*tokenized.parts, strict=True):
-        own = texts.setdefault(prompt.tobytes(), set())
-        own |= {chosen.tobytes(), rejected.tobytes()}
-    size = tokenized.prompt[0].itemsize
-    tokens = responses = seen = 0
-    for prompt_bytes, answers in texts.items():
-        prompt = len(prompt_bytes) // size
-        lengths = [len(answer) // size for answer in answers]
-        tokens += prompt + sum(lengths)
-        responses += sum(lengths)
-        seen += prompt * (prompt + 1) // 2
-        seen += sum(n * prompt + n * (n + 1) // 2 for n in lengths)
-    kernels = 12 * layers * width**2
-    return float(
-        2 * tokens * kernels + 4 * seen * width * layers + 2 * responses * width * vocabulary
-    )
+    from dpo_keras.batching import collate_packed, plan_packing
+
+    trees = plan_packing(tokenized, len(tokenized)).trees
+    work = roofline.Work.of(collate_packed(tokenized, [range(len(tokenized))], trees=trees))
+    shape = roofline.Shape(layers, width, 12 * layers * width**2, vocabulary)
+    return float(roofline.forward_flops(work, shape))
 
 
 def case(task: Mapping[str, Any]) -> tuple[Any, Any, float]:
@@ -165,14 +143,6 @@ def pack(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def slope(values: list[float], costs: list[float]) -> tuple[float, float]:
-    """Fit log(cost) = exponent log(value) + constant, and return both."""
-    import numpy as np
-
-    exponent, constant = np.polyfit(np.log(values), np.log(costs), 1)
-    return float(exponent), float(constant)
-
-
 def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw a panel for each axis: what was measured, its slope, and arithmetic's."""
     import numpy as np
@@ -186,8 +156,8 @@ def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
         found = figures[name]
         values, costs = np.array(found["values"], float), np.array(found["cost"])
         axes = figure.add_subplot(-(-len(names) // 3), 3, number)
-        exponent, constant = slope(found["values"], found["cost"])
-        predicted, _ = slope(found["values"], found["operations"])
+        exponent, constant = common.slope(found["values"], found["cost"])
+        predicted, _ = common.slope(found["values"], found["operations"])
         axes.loglog(values, np.exp(constant) * values**exponent, color="#2a78d6", lw=1)
         middle = np.exp(np.log(costs).mean() - predicted * np.log(values).mean())
         axes.loglog(values, middle * values**predicted, "--", color="#8a8a8a", lw=1)
@@ -209,7 +179,7 @@ def table(figures: Mapping[str, Any]) -> None:
             f"{value:,}: {cost:,.3g}"
             for value, cost in zip(found["values"], found["cost"], strict=True)
         )
-        exponents = (slope(found["values"], found[key])[0] for key in ("cost", "operations"))
+        exponents = (common.slope(found["values"], found[key])[0] for key in ("cost", "operations"))
         rows.append((name, f"{costs} {found['of']}", *(f"{value:.2f}" for value in exponents)))
     common.show("Cost", ("axis", "value: cost", "exponent", "arithmetic's"), rows)
 

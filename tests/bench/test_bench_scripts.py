@@ -70,6 +70,6 @@ def test_a_prompt_and_a_response_count_once_however_many_pairs_they_are_in(monke
 
 def test_the_exponent_is_the_slope_in_logarithms(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    scaling = importlib.import_module("scaling")
-    exponent, constant = scaling.slope([1, 2, 4], [3, 12, 48])
+    common = importlib.import_module("_common")
+    exponent, constant = common.slope([1, 2, 4], [3, 12, 48])
     assert (exponent, np.exp(constant)) == (pytest.approx(2), pytest.approx(3))
