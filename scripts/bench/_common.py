@@ -132,6 +132,16 @@ def slope(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float
     return float(exponent), float(constant)
 
 
+def label_axes(axes: Any, values: Sequence[float], costs: Sequence[float], unit: str) -> None:
+    """Label logarithmic axes with all values, and with the least and the greatest cost."""
+    axes.minorticks_off()
+    axes.set_xticks(values, [f"{value:,.0f}" for value in values], fontsize=7)
+    ends = sorted({min(costs), max(costs)})
+    axes.set_yticks(ends, [f"{cost:,.3g}" if cost < 1000 else f"{cost:,.0f}" for cost in ends])
+    axes.tick_params(labelsize=7)
+    axes.set_ylabel(unit, fontsize=8)
+
+
 def gpt2(layers: int, width: int, vocabulary: int, length: int) -> Any:
     """Make a GPT-2 with random weights and heads of 64."""
     import keras

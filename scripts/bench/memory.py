@@ -89,20 +89,19 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, kind in enumerate(("packed", "buckets"), start=1):
-        axes = figure.add_subplot(1, 2, place)
-        for variant in dict.fromkeys(run["variant"] for run in runs):
-            if variant.startswith(kind):
-                own = [run for run in runs if run["variant"] == variant]
-                lengths = [run["length"] for run in own]
-                fitted, predicted = exponents(own)
-                label = f"{variant}: {fitted:.2f} ({predicted:.2f})"
-                axes.loglog(lengths, [run["steps_mb"] for run in own], "o-", ms=3, label=label)
-                axes.set_xticks(lengths, [str(length) for length in lengths], fontsize=7)
-        axes.minorticks_off()
-        axes.tick_params(labelsize=7)
+    kinds = dict.fromkeys(run["variant"].split()[0].rstrip(",") for run in runs)
+    for place, kind in enumerate(kinds, start=1):
+        axes = figure.add_subplot(1, len(kinds), place)
+        shown = [run for run in runs if run["variant"].startswith(kind)]
+        for variant in dict.fromkeys(run["variant"] for run in shown):
+            own = [run for run in shown if run["variant"] == variant]
+            lengths = [run["length"] for run in own]
+            fitted, predicted = exponents(own)
+            label = f"{variant}: {fitted:.2f} ({predicted:.2f})"
+            axes.loglog(lengths, [run["steps_mb"] for run in own], "o-", ms=3, label=label)
+        lengths = sorted({run["length"] for run in shown})
+        common.label_axes(axes, lengths, [run["steps_mb"] for run in shown], "MB of steps")
         axes.set_xlabel("length in tokens", fontsize=8)
-        axes.set_ylabel("MB of steps", fontsize=8)
         axes.legend(fontsize=7, title="exponent (arithmetic's)", title_fontsize=7)
     figure.savefig(path, dpi=80)
 

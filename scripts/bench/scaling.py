@@ -163,10 +163,7 @@ def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.loglog(values, middle * values**predicted, "--", color="#8a8a8a", lw=1)
         axes.loglog(values, costs, "o", color="#2a78d6", ms=4)
         axes.set_title(f"{name}: {exponent:.2f}, arithmetic {predicted:.2f}", fontsize=9)
-        axes.set_xticks(values, [f"{value:,.0f}" for value in values], fontsize=7)
-        axes.minorticks_off()
-        axes.tick_params(labelsize=7)
-        axes.set_ylabel(found["of"], fontsize=8)
+        common.label_axes(axes, found["values"], found["cost"], found["of"])
     figure.savefig(path, dpi=80)
 
 
