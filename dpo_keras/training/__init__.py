@@ -8,8 +8,8 @@ from dpo_keras.training.dpo_model import DPOModel, outputs_of
 from dpo_keras.training.fit import train_preferences, warm_up
 from dpo_keras.training.generation import generate_responses
 from dpo_keras.training.optimizers import make_optimizer
+from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.training.supervised_model import SupervisedModel, supervised_dataset
-from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 
 __all__ = [
     "STRATEGIES",

@@ -22,7 +22,7 @@ from dpo_keras.training.metrics import (
     preference_sums,
     with_auxiliary_loss,
 )
-from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_internals import forget_layer
 

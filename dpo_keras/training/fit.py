@@ -27,8 +27,8 @@ from dpo_keras.training.default_callbacks import StopTogether
 from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.fit_interface import check_counts, check_groups
+from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
-from dpo_keras.training.tensorflow_trainer import PolicyTrainer
 from dpo_keras.utils import JSON
 
 Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on

@@ -12,7 +12,7 @@ from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
-from dpo_keras.training.tensorflow_trainer import PolicyTrainer
+from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.utils import JSON, Tensor
 
 

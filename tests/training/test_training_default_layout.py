@@ -10,7 +10,7 @@ from dpo_keras.batching import preference_dataset
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.batch_layout import laid_out
 from dpo_keras.training import DPOModel, SupervisedModel, strategy, supervised_dataset
-from dpo_keras.training import tensorflow_trainer as trainer
+from dpo_keras.training import policy_trainer as trainer
 
 
 class Seen(DPOModel):
