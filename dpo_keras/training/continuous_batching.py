@@ -99,8 +99,9 @@ class _Decoder:
         shape = tf.shape(uniforms)
         self.copies, self.longest = shape[1], shape[2]
         self.rows = shape[0] * shape[1]
-        # The row behind the last one belongs to slots without a sequence.
-        self.uniforms = tf.pad(tf.reshape(uniforms, (self.rows, shape[2])), [[0, 1], [0, 0]])
+        # The row behind the last one belongs to slots without a sequence; the last column to those
+        # that have finished.
+        self.uniforms = tf.pad(tf.reshape(uniforms, (self.rows, shape[2])), [[0, 1], [0, 1]])
         self.order = tf.argsort(prompts.row_lengths(), direction="DESCENDING", stable=True)
         ordered = tf.gather(prompts, self.order)
         self.lengths = tf.cast(ordered.row_lengths(), tf.int32)
@@ -111,7 +112,7 @@ class _Decoder:
         """Decode all prompts."""
         slots = tf.maximum(slots, self.copies)
         count = tf.shape(self.order)[0]
-        result = tf.fill([self.rows + 1, self.longest], self.stops[0])
+        result = tf.fill([self.rows + 1, self.longest + 1], self.stops[0])
         state, caches = self._spare(0), self._empty_caches()
 
         def unfinished(first: Tensor, result: Tensor, state: Slots, caches: object) -> Tensor:
@@ -148,7 +149,7 @@ class _Decoder:
             Slots(*(tf.TensorShape([None]) for _ in state)),
             [tf.TensorShape([None, cache.shape[1], None, cache.shape[3]]) for cache in caches],
         )
-        result = tf.while_loop(unfinished, turn, loop, shape_invariants=shapes)[1][:-1]
+        result = tf.while_loop(unfinished, turn, loop, shape_invariants=shapes)[1][:-1, :-1]
         return until_stop(result, self.stops)
 
     def _group(self, first: Tensor, room: Tensor) -> Tensor:
