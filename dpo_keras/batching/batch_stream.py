@@ -140,7 +140,10 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     options.deterministic = True
     # There are no files to share out: workers cut each batch by its rows instead.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+    # Its thread may sleep through the end of an epoch, which waits for it: up to a minute
+    # (TensorFlow 2.21).
+    options.autotune.enabled = False
+    return dataset.prefetch(2).with_options(options)
 
 
 class Part(NamedTuple):

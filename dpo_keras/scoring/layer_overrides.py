@@ -8,7 +8,7 @@ a function is traced, that decides what is in its graph. Weights and configurati
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import keras
 import tensorflow as tf
@@ -20,6 +20,7 @@ from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
 from dpo_keras.utils.keras_quantization import quantization_mode
 
 Call: TypeAlias = Callable[..., Tensor]
+Tensors = TypeVar("Tensors", list[Tensor], dict[str, Tensor])
 
 # Numbers in a layer's input from which fusing saves more than compiling costs.
 FUSED_FROM = 2**19
@@ -256,7 +257,8 @@ def _set_apart(
     return [*found, *(tf.identity(value) for value in weights)]
 
 
-def made_after(upstream: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def made_after(upstream: Tensor, tensors: Tensors) -> Tensors:
     """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
     with tf.control_dependencies([upstream]):
-        return {name: tf.identity(tensor) for name, tensor in tensors.items()}
+        copies: Tensors = keras.tree.map_structure(tf.identity, tensors)
+        return copies

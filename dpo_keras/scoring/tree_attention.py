@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from dpo_keras.scoring.layer_overrides import Call, Override
+from dpo_keras.scoring.layer_overrides import Call, Override, made_after
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_attention import (
     ATTENTION_METHOD,
@@ -152,18 +152,24 @@ class TreeLayout:
 
         With weights P, values found O = P v and their gradient dO, the gradient of the scores is
         P * (dP - m) where m_i = sum_j P_ij dP_ij = dO_i . O_i: a sum over D numbers instead of n.
+        P is computed again, so that no layer holds n numbers a token for the backward pass.
         """
 
         @tf.custom_gradient
         def attended(*states: Tensor) -> tuple[Tensor, Call]:
             queries, keys, values = map(self._cut, states)
-            weights = [
-                tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + bias)
-                for query, key, bias in zip(queries, keys, biases, strict=True)
-            ]
+
+            def weights_of(queries: list[Tensor]) -> list[Tensor]:
+                return [
+                    tf.nn.softmax(tf.matmul(query, key, transpose_b=True) + bias)
+                    for query, key, bias in zip(queries, keys, biases, strict=True)
+                ]
+
+            weights = weights_of(queries)
             found = self._join([tf.matmul(w, v) for w, v in zip(weights, values, strict=True)])
 
             def gradient(upstream: Tensor) -> list[Tensor]:
+                weights = weights_of(made_after(upstream, queries))
                 means = self._cut(tf.reduce_sum(upstream * found, axis=-1, keepdims=True))
                 to_states: list[tuple[Tensor, ...]] = []
                 pieces = (queries, keys, values, weights, self._cut(upstream), means)

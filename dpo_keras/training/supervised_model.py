@@ -107,8 +107,7 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
             "owner": tf.where(mine, batch["owner"], -1),
         }
 
-    options = preferences.options()
-    dataset = preferences.map(chosen).prefetch(tf.data.AUTOTUNE).with_options(options)
+    dataset = preferences.map(chosen).with_options(preferences.options())
     undecided = UndecidedLayout.of(preferences)
     if undecided is None:
         return dataset

@@ -17,6 +17,10 @@ counted, and none after it.
 * warm: new tokens per second of a second call, with the same prompts.
 * exported: the `generate` signature of `dpo_keras.export`, loaded with TensorFlow alone.
 
+KerasHub and transformers pad all prompts of a call to the longest; KerasHub gives a step to every
+place from the end of the shortest prompt on. "transformers by length" is what a user can do about
+that: prompts sorted by length, in calls of 32.
+
 Figures are medians over the rounds; `--append` adds to the rounds that the `--json` file has.
 """
 
@@ -36,7 +40,7 @@ import _common as common
 HERE = pathlib.Path(__file__).resolve()
 NEW_TOKENS, PROMPT_TOKENS, SLOTS = 64, 448, 32
 END_PROBABILITY = 1 / 40
-CONTENDERS = ("ours", "KerasHub", "exported", "transformers")
+CONTENDERS = ("ours", "KerasHub", "exported", "transformers", "transformers by length")
 
 
 def ending_checkpoint(checkpoint: str, folder: str) -> None:
@@ -156,18 +160,25 @@ task = json.loads(sys.argv[1])
 torch.manual_seed(task["round"])
 model = AutoModelForCausalLM.from_pretrained(task["checkpoint"]).eval()
 rows, end = task["ids"], model.config.eos_token_id
-width = max(map(len, rows))
-ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
-mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+if task["by_length"]:
+    rows = sorted(rows, key=len)
+together = 32 if task["by_length"] else len(rows)
+
+def generated(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    found = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                           top_p=1.0, max_new_tokens=task["new_tokens"], pad_token_id=end)
+    return sum(row.index(end) if end in row else len(row) for row in found[:, width:].tolist())
+
 times, counts = [], []
 for _ in range(1 + task["warm"]):
     before = time.perf_counter()
     with torch.inference_mode():
-        found = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                               top_p=1.0, max_new_tokens=task["new_tokens"], pad_token_id=end)
+        parts = [rows[place : place + together] for place in range(0, len(rows), together)]
+        counts.append(sum(map(generated, parts)))
     times.append(time.perf_counter() - before)
-    new = found[:, width:].tolist()
-    counts.append(sum(row.index(end) if end in row else len(row) for row in new))
 print(json.dumps({"seconds": times, "tokens": counts}))
 """
 
@@ -203,9 +214,10 @@ def prepare(task: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, contender: str, task: dict[str, Any]) -> dict[str, Any]:
     """Run one contender in a process of its own."""
-    if contender != "transformers":
+    if not contender.startswith("transformers"):
         return common.in_a_process(__file__, {**task, "contender": contender}, args.launcher)
     given = {key: task[key] for key in ("checkpoint", "ids", "new_tokens", "warm", "round")}
+    given["by_length"] = contender == "transformers by length"
     command = [*shlex.split(args.launcher), args.rival, "-c", TRANSFORMERS, json.dumps(given)]
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(
@@ -268,7 +280,7 @@ def main() -> None:
                 }  # fmt: skip
                 one[str(size)] = {}
                 for name in args.contenders:
-                    if args.rival or name != "transformers":
+                    if args.rival or not name.startswith("transformers"):
                         one[str(size)][name] = found = run(args, name, task)
                         print(f"{size} prompts, {name}: {found}", flush=True)
             rounds.append(one)

@@ -21,6 +21,7 @@ from dpo_keras.batching import (
     tokenize_pairs,
 )
 from dpo_keras.errors import InputError
+from dpo_keras.training import supervised_dataset
 
 
 class Letters:
@@ -149,6 +150,14 @@ def test_iterating_again_brings_the_next_epoch(tokens):
     first, second = batches(dataset), batches(dataset)
     assert names(first) != names(second) and sorted(names(first)) == sorted(names(second))
     assert_same(first + second, batches(preference_dataset(tokens, batch_size=8, seed=9, epochs=2)))
+
+
+@pytest.mark.parametrize("batching", ["packed", "buckets"])
+def test_no_autotuning_thread_holds_up_the_end_of_an_epoch(tokens, batching):
+    """It sleeps longer and longer, and may miss the call that ends it (TensorFlow 2.21)."""
+    dataset = preference_dataset(tokens, batch_size=4, batching=batching)
+    assert dataset.options().autotune.enabled is False
+    assert supervised_dataset(dataset).options().autotune.enabled is False
 
 
 def test_without_shuffling_every_iteration_is_the_same(tokens):

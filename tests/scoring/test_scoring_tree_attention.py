@@ -90,3 +90,23 @@ def test_the_gradient_of_fewer_passes_is_that_of_tensorflow(rows, window):
         found.append((attended, *tape.gradient(attended, states, upstream)))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_no_weights_of_attention_wait_for_the_backward_pass(rows):
+    """They are n numbers a token and head, the largest that a layer would hold."""
+
+    @tf.function(autograph=False)
+    def gradient(*states):
+        layout = TreeLayout(*rows, segment=48)
+        attended = layout.attend(*states, AttentionSettings(0.3))
+        return tf.gradients(attended, states)
+
+    spec = tf.TensorSpec((2, LENGTH, 2, 8), tf.float32)
+    graph = gradient.get_concrete_function(spec, spec, spec).graph
+    weights = [op for op in graph.get_operations() if op.type == "Softmax"]
+    pieces = len(weights) // 2
+    readers = [len(op.outputs[0].consumers()) for op in weights]
+    assert pieces and readers == [1] * pieces + [2] * pieces
+    for op in weights[pieces:]:  # a pass of its own, which waits for the gradient from above
+        scores = op.inputs[0].op.inputs[0].op
+        assert scores.inputs[0].op.control_inputs

@@ -117,19 +117,22 @@ def test_each_sequence_ends_by_its_own_draws_however_slots_are_refilled():
     policy, prompts, longest = gpt2(num_layers=1), tf.ragged.constant([[5] * 3] * 30, tf.int32), 40
     uniforms = np.random.default_rng(0).random((30, 2, longest), np.float32)
     uniforms[::3] = 0.5  # never end
-    ends = uniforms < 0.05
+
+    def choose(logits, drawn):
+        return tf.where(drawn < 0.05, 2, 3 + tf.cast(50 * drawn, tf.int32))
 
     @tf.function(autograph=False)
     def run(slots):
         return decode_continuously(
-            policy, prompts, tf.constant(uniforms), stops=[2], slots=slots,
-            choose=lambda logits, drawn: tf.where(drawn < 0.05, 2, 3 + tf.cast(50 * drawn, tf.int32)),
-        )  # fmt: skip
+            policy, prompts, tf.constant(uniforms), stops=[2], choose=choose, slots=slots
+        )
 
     for slots in (2, 7, 60):
-        for row, drawn, end in zip(run(tf.constant(slots)), *map(np.concatenate, (uniforms, ends))):
-            length = int(np.argmax(end)) if end.any() else longest
-            assert row.numpy().tolist() == (3 + (50 * drawn[:length]).astype(int)).tolist()
+        found = run(tf.constant(slots)).to_list()
+        for row, drawn in zip(found, uniforms.reshape(60, longest), strict=True):
+            ends = np.flatnonzero(drawn < 0.05)
+            tokens = 3 + (50 * drawn[: ends[0] if len(ends) else longest]).astype(int)
+            assert row == tokens.tolist()
 
 
 def test_prompts_of_all_lengths_share_one_trace():
