@@ -251,7 +251,7 @@ def _stream(count: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def _step(tokens: float) -> int:
-    return 64 if tokens >= 512 else 8
+    return 32 if tokens >= 512 else 8
 
 
 def _shape(

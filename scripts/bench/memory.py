@@ -12,7 +12,7 @@ the backward pass keeps, and the traced graph. JSON keeps the lengths that were 
 The exponent is the slope of log("steps") over log(length). Arithmetic's counts 4 bytes for each
 number that a step needs: of every trained weight a gradient and two moments; of every token place
 and layer 16 times the width (with remat, the width, and 16 times it in one layer); of every pair of
-places that attention computes, two for each head (with remat, in one layer).
+places that attention computes, two for each head (packed or with remat, in one layer).
 """
 
 import itertools
@@ -73,13 +73,11 @@ def numbers(batch: dict[str, Any], trained: int, task: dict[str, Any], remat: bo
     import numpy as np
 
     ids = np.asarray(batch["token_ids"])
-    if "reach" in batch:
-        seen = int(np.sum(batch["reach"] * batch["padding_mask"]))
-    else:
-        seen = ids.size * ids.shape[-1]
-    layers, width = task["layers"], task["width"]
-    whole = 16 * ids.size * width + 2 * seen * max(width // 64, 1)
-    return int(3 * trained + (layers * ids.size * width + whole if remat else layers * whole))
+    layers, width, packed = task["layers"], task["width"], "reach" in batch
+    seen = np.sum(batch["reach"] * batch["padding_mask"]) if packed else ids.size * ids.shape[-1]
+    states, weights = ids.size * width, 2 * seen * max(width // 64, 1)
+    kept = (layers + 16) * states if remat else 16 * layers * states
+    return int(3 * trained + kept + (weights if packed or remat else layers * weights))
 
 
 def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
