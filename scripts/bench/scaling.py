@@ -16,8 +16,9 @@ each prompt and each response counted once. What costs more than it is an overhe
 has a part that does not grow.
 
 Replicas are logical CPUs of one machine, which share its cores: they show what replicas cost, not
-what they gain. "responses" is the number of responses to each of 4 prompts, all of whose pairs are
-trained on: K (K - 1) / 2. "data" packs all pairs of an epoch and lays out its batches.
+what they gain. Each number of them has a process of its own, since TensorFlow mixes up the sums of
+two strategies in one. "responses" is the number of responses to each of 4 prompts, all of whose
+pairs are trained on: K (K - 1) / 2. "data" packs all pairs of an epoch and lays out its batches.
 """
 
 import argparse
@@ -202,9 +203,15 @@ def main() -> None:
     if args.json is not None and args.json.is_file():
         figures = json.loads(args.json.read_text(encoding="utf-8"))
     for axis in [] if args.redraw else args.axis:
-        task = {**USUAL, "axis": axis, "values": AXES[axis]}
+        task = {**USUAL, "axis": axis}
         task |= {name: getattr(args, name) for name in ("steps", "rounds", "layers")}
-        figures[axis] = common.in_a_process(__file__, task, args.launcher)
+        apart = [[value] for value in AXES[axis]] if axis == "replicas" else [AXES[axis]]
+        runs = [
+            common.in_a_process(__file__, {**task, "values": values}, args.launcher)
+            for values in apart
+        ]
+        joined = {name: [value for run in runs for value in run[name]] for name in runs[0]}
+        figures[axis] = {**joined, "of": runs[0]["of"]}
         common.write(args.json, figures)
     table(figures)
     if args.redraw:
