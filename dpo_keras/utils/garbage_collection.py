@@ -1,9 +1,9 @@
 """Keep Python's garbage collector off objects that live as long as a run.
 
 A traced graph is some hundred thousand Python objects. A step does not touch them, so the system
-may put their memory aside. A full collection walks over all objects: it then waits for the disk,
-8 to 20 s in which nothing computes. Frozen objects are not walked over. They still die when their
-last reference goes; those that refer to each other in a circle do once they are no longer frozen.
+may put their memory aside. A full collection walks over all objects, in mid-run, and waits for what
+was put aside. Frozen objects are not walked over. They still die when their last reference goes;
+those that refer to each other in a circle do once they are no longer frozen.
 """
 
 import gc

@@ -85,7 +85,7 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     kinds = dict.fromkeys(run["variant"].split()[0].rstrip(",") for run in runs)
     for place, kind in enumerate(kinds, start=1):
@@ -100,7 +100,8 @@ def draw(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
         lengths = sorted({run["length"] for run in shown})
         common.label_axes(axes, lengths, [run["steps_mb"] for run in shown], "MB of steps")
         axes.set_xlabel("length in tokens", fontsize=8)
-        axes.legend(fontsize=7, title="exponent (arithmetic's)", title_fontsize=7)
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.18)}
+        axes.legend(fontsize=7, title="exponent (arithmetic's)", title_fontsize=7, **below)
     figure.savefig(path, dpi=80)
 
 
