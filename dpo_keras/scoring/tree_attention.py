@@ -165,8 +165,8 @@ class TreeLayout:
                     for query, key, bias in zip(queries, keys, biases, strict=True)
                 ]
 
-            weights = weights_of(queries)
-            found = self._join([tf.matmul(w, v) for w, v in zip(weights, values, strict=True)])
+            both = zip(weights_of(queries), values, strict=True)
+            found = self._join([tf.matmul(weight, value) for weight, value in both])
 
             def gradient(upstream: Tensor) -> list[Tensor]:
                 weights = weights_of(made_after(upstream, queries))

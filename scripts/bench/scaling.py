@@ -122,7 +122,6 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
         "rounds": list(rounds.values()),
         "operations": [per_step for _, _, per_step in cases.values()],
         "tokens": [run.tokens[-1] for run, _, _ in cases.values()],
-        "of": "ms a step",
     }
 
 
@@ -131,7 +130,7 @@ def pack(task: dict[str, Any]) -> dict[str, Any]:
     from dpo_keras.batching import collate_packed
     from dpo_keras.batching.packing import packed_order, plan_packing
 
-    found: dict[str, Any] = {"values": task["values"], "cost": [], "fill": [], "of": "ms"}
+    found: dict[str, Any] = {"values": task["values"], "cost": [], "fill": []}
     for count in task["values"]:
         tokenized = common.random_pairs(count, task["length"], task["vocabulary"])
         started = time.perf_counter()
@@ -142,6 +141,11 @@ def pack(task: dict[str, Any]) -> dict[str, Any]:
         found["fill"].append(plan.fill)
     found["operations"] = [float(count) for count in task["values"]]
     return found
+
+
+def unit_of(axis: str) -> str:
+    """Return what the costs of an axis are in."""
+    return "ms" if axis == "data" else "ms a step"
 
 
 def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -164,7 +168,7 @@ def draw(figures: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.loglog(values, middle * values**predicted, "--", color="#8a8a8a", lw=1)
         axes.loglog(values, costs, "o", color="#2a78d6", ms=4)
         axes.set_title(f"{name}: {exponent:.2f}, arithmetic {predicted:.2f}", fontsize=9)
-        common.label_axes(axes, found["values"], found["cost"], found["of"])
+        common.label_axes(axes, found["values"], found["cost"], unit_of(name))
     figure.savefig(path, dpi=80)
 
 
@@ -178,7 +182,7 @@ def table(figures: Mapping[str, Any]) -> None:
             for value, cost in zip(found["values"], found["cost"], strict=True)
         )
         exponents = (common.slope(found["values"], found[key])[0] for key in ("cost", "operations"))
-        rows.append((name, f"{costs} {found['of']}", *(f"{value:.2f}" for value in exponents)))
+        rows.append((name, f"{costs} {unit_of(name)}", *(f"{value:.2f}" for value in exponents)))
     common.show("Cost", ("axis", "value: cost", "exponent", "arithmetic's"), rows)
 
 
@@ -210,8 +214,7 @@ def main() -> None:
             common.in_a_process(__file__, {**task, "values": values}, args.launcher)
             for values in apart
         ]
-        joined = {name: [value for run in runs for value in run[name]] for name in runs[0]}
-        figures[axis] = {**joined, "of": runs[0]["of"]}
+        figures[axis] = {name: [one for run in runs for one in run[name]] for name in runs[0]}
         common.write(args.json, figures)
     table(figures)
     if args.redraw:
