@@ -140,8 +140,16 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     options.deterministic = True
     # There are no files to share out: workers cut each batch by its rows instead.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    # Its thread may sleep through the end of an epoch, which waits for it: up to a minute
-    # (TensorFlow 2.21).
+    return prefetched(dataset.with_options(options))
+
+
+def prefetched(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Make two batches ahead, without autotuning.
+
+    Its thread may sleep through the end of an iterator, which waits for it: up to a minute
+    (TensorFlow 2.21).
+    """
+    options = tf.data.Options()
     options.autotune.enabled = False
     return dataset.prefetch(2).with_options(options)
 

@@ -277,8 +277,8 @@ def _shape(
     sample = stream[:_SAMPLE]
 
     def missed(length: int) -> float:
-        steps = -(-len(best_fit(sample, sizes, _widest(sizes, length))) // rows)
-        return abs(float(sizes.pairs[sample].sum()) / steps - together)
+        packed = best_fit(sample, sizes, _widest(sizes, length))
+        return abs(float(sizes.pairs[sample].sum()) * rows / len(packed) - together)
 
     tried = [near + by * step for by in (0, -1, 1, 2) if near + by * step >= shortest]
     return min(tried, key=missed), rows

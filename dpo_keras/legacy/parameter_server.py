@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from dpo_keras.batching import TokenizedPairs, collate, plan_buckets
+from dpo_keras.batching.batch_stream import prefetched
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.distribution import JOBS, read_server_cluster, report_failures
 from dpo_keras.utils import Tensor
@@ -148,7 +149,7 @@ def worker_batches(
         if shuffle:
             buffer = min(-(-len(tokenized) // workers), _SHUFFLED)
             dataset = dataset.shuffle(buffer, seed, reshuffle_each_iteration=True)
-        return dataset.repeat().batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+        return prefetched(dataset.repeat().batch(batch_size, drop_remainder=True))
 
     return tf_keras.utils.experimental.DatasetCreator(batches)
 

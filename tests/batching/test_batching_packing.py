@@ -113,6 +113,13 @@ def test_steps_hold_batch_size_pairs_on_average_in_rows_that_replicas_share(
     assert least or plan.steps == pytest.approx(-(-len(tokens) // batch_size), rel=0.1)
 
 
+def test_a_small_set_takes_no_step_more_for_the_coarseness_of_lengths():
+    """Rows of 896 tokens would hold these in 9 steps, and rows of 960 are longer than 8 need."""
+    pairs = of_lengths(*np.random.default_rng(1).integers(20, 120, (3, 64)))
+    plan = plan_packing(pairs, 8)
+    assert (plan.steps, plan.rows, plan.length) == (8, 2, 928)
+
+
 def test_orders_differ_by_epoch_and_seed_and_by_nothing_else(tokens):
     def pairs(seed, epoch):
         return packed_order(plan_packing(tokens, 8, seed=seed), epoch).pairs.tolist()
