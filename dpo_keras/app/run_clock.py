@@ -79,11 +79,12 @@ class RunClock(Progress):
         """Compare time and memory so far with the prediction; None where the run made none."""
         if self.prediction is None:
             return None
-        actual = {"seconds": self.now() - self.began, "peak_bytes": peak_memory()}
+        now = self.now()  # one reading: the stages add up to no more than the whole
+        actual = {"seconds": now - self.began, "peak_bytes": peak_memory()}
         of = {"seconds": "time up to the report", "peak_bytes": "peak memory"}
         return {
             "step": self.prediction["step"],
-            "stages": {title: times.seconds(self.now()) for title, times in self.seen.items()},
+            "stages": {title: times.seconds(now) for title, times in self.seen.items()},
             **{
                 name: {
                     "of": of[name],

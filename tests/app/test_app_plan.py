@@ -1,5 +1,6 @@
 """How long a run takes: the arithmetic by hand, the work counted, and what a trial predicts."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -116,6 +117,15 @@ def test_a_short_run_predicts_itself_at_its_half_and_one_step_nothing():
     alone = Clocked(1)
     alone.steps(30, total=1)
     assert alone.clock.outcome() is None and outcome_lines(None) == {}
+
+
+def test_the_stages_of_a_run_add_up_to_no_more_than_its_time():
+    run = Clocked(5)
+    run.steps(30, 32, 34, total=5)
+    readings = itertools.count(40)
+    run.clock.now = lambda: next(readings)  # a clock that never stands still
+    found = run.clock.outcome()
+    assert sum(found["stages"].values()) == found["seconds"]["actual"] == 40
 
 
 @pytest.mark.parametrize("layout", [Layout("buckets", buckets=2), Layout("packed", row_length=64)])
