@@ -169,17 +169,17 @@ class Comparison:
         # Beside the shortest response there is, so that it does not shorten the prompt.
         rows = [(prompt, one, "x" if one != "x" else "y") for prompt, one, _ in examples]
         batch, kept = self._batch(rows)
-        scored = self.served.scorer(batch)
-        expected = {"log_prob": _column(scored["logps"]), "tokens": _column(scored["lengths"])}
         model = self.served.model
-        if missing_reference(model) is None:
-            outputs = outputs_of(model, batch)
-            # On its own, a response is shared with nothing shorter (LD-DPO).
-            if "policy_shared" in outputs:
-                outputs["policy_shared"] = outputs["policy"]
-                outputs["reference_shared"] = outputs["reference"]
-            expected["reward"] = _column(scores_of(model.preference_loss, outputs))
-        return expected, kept
+        if missing_reference(model) is not None:
+            scored = self.served.scorer(batch)
+            return _log_probs(scored["logps"], scored["lengths"]), kept
+        outputs = outputs_of(model, batch)
+        # On its own, a response is shared with nothing shorter (LD-DPO).
+        if "policy_shared" in outputs:
+            outputs["policy_shared"] = outputs["policy"]
+            outputs["reference_shared"] = outputs["reference"]
+        reward = _column(scores_of(model.preference_loss, outputs))
+        return {**_log_probs(outputs["policy"], outputs["lengths"]), "reward": reward}, kept
 
     def _prefer(self, examples: Examples) -> tuple[dict[str, list[float]], list[int]]:
         batch, kept = self._batch(examples)
@@ -261,6 +261,10 @@ def largest_difference(found: Sequence[JSON], expected: Sequence[JSON]) -> float
     gaps = np.abs(a - b) / np.maximum(1.0, np.abs(b))
     # NaN must not pass for a small difference.
     return float(np.where(np.isfinite(gaps), gaps, np.inf).max(initial=0.0))
+
+
+def _log_probs(logps: Tensor, lengths: Tensor) -> dict[str, list[float]]:
+    return {"log_prob": _column(logps), "tokens": _column(lengths)}
 
 
 def _column(values: Tensor, column: int = 0) -> list[float]:
