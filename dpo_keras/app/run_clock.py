@@ -60,20 +60,19 @@ class RunClock(Progress):
     def advance(self, done: int, total: int | None, **values: float) -> None:
         """Pass progress on, with `seconds_left` once the speed of the stage has settled."""
         title, times = next(reversed(self.seen.items()))
-        times.report(done, self.now())
-        left = seconds_left(list(self.stages.values()), self.seen, self.now())
+        now = self.now()
+        times.report(done, now)
+        left = seconds_left(list(self.stages.values()), self.seen, now)
         if left is not None and times.timed >= _SETTLED:
             values["seconds_left"] = left
         if title == TRAINING and left is not None and self.prediction is None and total is not None:
             # A short run predicts before its last step.
             half = 2 * done >= total + (times.first or 0)
             if times.timed >= _FIRST_STEPS or (times.timed and half):
-                self._predict(done, left)
+                seconds = now - self.began + left
+                memory = peak_memory()
+                self.prediction = {"step": done, "seconds": seconds, "peak_bytes": memory}
         self.shown.advance(done, total, **values)
-
-    def _predict(self, step: int, left: float) -> None:
-        seconds = self.now() - self.began + left
-        self.prediction = {"step": step, "seconds": seconds, "peak_bytes": peak_memory()}
 
     def outcome(self) -> dict[str, JSON] | None:
         """Compare time and memory so far with the prediction; None where the run made none."""
