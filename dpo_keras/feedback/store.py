@@ -182,6 +182,11 @@ class Store:
                 connection.execute("DELETE FROM sessions WHERE annotator = ?", (row["id"],))
         return _annotator(row), token
 
+    def judge_annotator(self, name: str) -> int:
+        """Return the id of the annotator that a judge is; a new one cannot sign in."""
+        known = self.database.rows("SELECT id FROM annotators WHERE name = ?", (name,))
+        return known[0]["id"] if known else self.add_annotator(name, days=0)[0].id
+
     def remove_annotator(self, name: str) -> None:
         """End a person's token and sessions, and give the pairs they hold to others.
 
