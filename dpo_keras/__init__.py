@@ -53,6 +53,7 @@ _HOME = {
     "quantize": "dpo_keras.scoring",
     "DPOLoss": "dpo_keras.losses",
     "DPOModel": "dpo_keras.training",
+    "RewardModel": "dpo_keras.training",
     "SupervisedModel": "dpo_keras.training",
     "generate_responses": "dpo_keras.training",
     "load_model": "dpo_keras.app.models",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from dpo_keras.serving import export, save_pretrained
     from dpo_keras.training import (
         DPOModel,
+        RewardModel,
         SupervisedModel,
         callbacks,
         generate_responses,
@@ -106,6 +108,7 @@ __all__ = [
     "InputError",
     "PreferencePair",
     "Preferences",
+    "RewardModel",
     "StoredPreferences",
     "SupervisedModel",
     "build_preferences",

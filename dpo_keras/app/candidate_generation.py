@@ -14,7 +14,7 @@ import numpy as np
 from dpo_keras.app.config import Config, load_config, read_text
 from dpo_keras.app.console import Progress, Silent, check_output
 from dpo_keras.app.models import load_model
-from dpo_keras.app.run_directory import open_run
+from dpo_keras.app.run_directory import open_policy
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.candidates import record_images
 from dpo_keras.utils import JSON
@@ -232,7 +232,7 @@ def _model_of(config: str | Path | Config, overrides: Sequence[str]) -> tuple[Co
     if not isinstance(config, Config) and Path(config).is_dir():
         if overrides:
             raise InputError("a run has its configuration; overrides go with a configuration file.")
-        run = open_run(config)
+        run = open_policy(config)
         return run.config(), str(run.policy)
     settings = config if isinstance(config, Config) else load_config(config, overrides)
     if settings.model.path is None:

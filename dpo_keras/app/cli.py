@@ -42,6 +42,7 @@ check_format = deferred_function("dpo_keras.app.pretrained_export", "check_forma
 export_pretrained = deferred_function("dpo_keras.app.pretrained_export", "export_pretrained")
 predict_run = deferred_function("dpo_keras.app.plan", "predict_run")
 open_run = deferred_function("dpo_keras.app.run_directory", "open_run")
+open_policy = deferred_function("dpo_keras.app.run_directory", "open_policy")
 
 app = typer.Typer(
     name="dpo-keras",
@@ -247,7 +248,7 @@ def export(
     """Write a run's policy: a SavedModel, verified without Keras, or files for other libraries."""
     with reporting(as_json, debug) as terminal:
         check_format(format, force, max_new_tokens)
-        open_run(run)
+        open_policy(run)
         with working(terminal) as progress:
             if format != "saved_model":
                 result = export_pretrained(run, path, format, overwrite=force, progress=progress)

@@ -86,6 +86,11 @@ class Config(Section):
             raise InputError(problems)
         return self
 
+    @property
+    def trains_reward(self) -> bool:
+        """Whether the run trains a reward model in place of a policy."""
+        return self.loss.type == ["reward"]
+
     def sections(self) -> dict[str, JSON]:
         """Return the values of the top-level keys: models for sections, not dicts."""
         return {name: getattr(self, name) for name in type(self).model_fields}

@@ -92,6 +92,11 @@ def _generates(signatures: list[str]) -> bool:
     return "generate" in signatures
 
 
+def _are_of_policies(types: list[str]) -> bool:
+    return types != ["reward"]
+
+
+POLICIES = "an objective of policies (loss.type)"
 GENERATE = "generate among export.signatures"
 RECORDS = "data that are neither built in nor built by dpo-keras data build"
 BUILT = "a directory of dpo-keras data build in data.path"
@@ -122,6 +127,11 @@ DEPENDENCIES: tuple[Dependency, ...] = (
         lambda loss: reads_reference(loss) is not False,
         "a loss that compares with a reference (dpo-keras losses lists them)",
         idle=("none",),
+    ),
+    Dependency("loss.beta", "loss.type", _are_of_policies, POLICIES),
+    *(
+        Dependency(f"evaluation.{name}", "loss.type", _are_of_policies, POLICIES, idle=(0,))
+        for name in ("prompts", "max_new_tokens", "temperature", "top_p", "samples_shown")
     ),
     Dependency(
         "training.buckets",

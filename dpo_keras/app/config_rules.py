@@ -101,9 +101,10 @@ def _lengths_fit(model: Model, data: Data) -> Iterator[InputProblem]:
 
 
 def _responses_fit(
-    data: Data, evaluation: Sampling, export: Sampling | None
+    data: Data, evaluation: Sampling, export: Sampling | None, loss: Loss
 ) -> Iterator[InputProblem]:
-    for name, sampling in (("evaluation", evaluation), ("export", export)):
+    writes = None if loss.type == ["reward"] else evaluation
+    for name, sampling in (("evaluation", writes), ("export", export)):
         if sampling is not None and sampling.max_new_tokens >= data.max_length:
             rule = f"must be < data.max_length ({data.max_length}): the prompt needs room too"
             yield InputProblem(f"{name}.max_new_tokens", rule, sampling.max_new_tokens)
@@ -136,12 +137,19 @@ def _only_a_copy_moves(training: Training, reference: str) -> Iterator[InputProb
         yield InputProblem("training.sync_reference", rule)
 
 
+def _reward_models_stay_here(loss: Loss, export: Sampling | None) -> Iterator[InputProblem]:
+    if loss.type == ["reward"] and export is not None:
+        rule = "must be null for loss.type: reward; a reward model is no policy to be served."
+        yield InputProblem("export", rule)
+
+
 SECTION_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data",), _columns_are_known),
     (("model", "data"), _lengths_fit),
-    (("data", "evaluation", "export"), _responses_fit),
+    (("data", "evaluation", "export", "loss"), _responses_fit),
     (("model", "warmup", "reference"), _adapters_need_lora),
     (("training", "reference"), _only_a_copy_moves),
+    (("loss", "export"), _reward_models_stay_here),
 )
 
 

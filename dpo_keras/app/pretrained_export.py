@@ -11,7 +11,7 @@ import numpy as np
 from dpo_keras.app.config import Config
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import load_model, load_policy
-from dpo_keras.app.run_directory import RunDirectory, open_run, writable
+from dpo_keras.app.run_directory import RunDirectory, open_policy, writable
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import replaced
@@ -56,7 +56,7 @@ def export_pretrained(
     from dpo_keras.serving.pretrained import check_directory, save_pretrained
 
     progress = progress or Silent()
-    opened = open_run(run)
+    opened = open_policy(run)
     config = opened.config()
     check_directory(Path(directory), overwrite)
     progress.stage("Policy")

@@ -46,6 +46,7 @@ class RunDirectory:
         self.policy = self.path / "policy"
         self.adapters = self.path / "adapters.npz"  # only of a policy with LoRA
         self.reference = self.path / "reference"
+        self.reward_head = self.path / "reward_head.npy"  # only of a reward model
 
     @property
     def begun(self) -> bool:
@@ -192,6 +193,17 @@ def open_run(path: str | Path) -> RunDirectory:
     run.config()
     if not run.policy.is_dir():
         raise InputError(f"{path}: this run has no trained policy yet; finish it with --resume.")
+    return run
+
+
+def open_policy(path: str | Path) -> RunDirectory:
+    """Open the directory of a run, as `open_run`; refuse a reward model, which writes no text."""
+    run = open_run(path)
+    if run.config().trains_reward:
+        raise InputError(
+            f"{path} must be the run of a policy; it has trained a reward model (loss.type: "
+            "reward), which only `dpo-keras evaluate` and a judge of type reward take."
+        )
     return run
 
 

@@ -68,7 +68,8 @@ class Examiner:
         self.chosen: list[PreferencePair] = []
         self._prompts: list[JSON] = []
         self._images: PairImages | None = None
-        if tokenized is not None and pairs is not None:
+        writes_text = not context.config.trains_reward
+        if tokenized is not None and pairs is not None and writes_text:
             config = context.config
             count, answerable = config.evaluation.prompts, self._answerable(tokenized)
             rows = choose_rows(tokenized, pairs, count, config.seed, answerable)
@@ -227,13 +228,18 @@ def _said(report: Report) -> dict[str, JSON]:
 
 
 def load_trained(run: RunDirectory, policy: keras.Model | None = None) -> DPOModel:
-    """Load a run's trained policy, compiled with the reference that it was trained against."""
-    from dpo_keras.training import DPOModel
+    """Load a run's model, compiled: its policy with the reference, or its reward model."""
+    from dpo_keras.training import DPOModel, RewardModel
 
     config = run.config()
     loss = build_loss(config.loss)
     if policy is None:
         policy = load_model(str(run.policy), config.model.dtype)
+    if config.trains_reward:
+        reward_model = RewardModel(policy)
+        reward_model.load_head(run.reward_head)
+        reward_model.compile(loss=loss)
+        return reward_model
     reference: keras.Model | str = "none"
     if loss.needs_reference:
         path = config.reference

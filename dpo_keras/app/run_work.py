@@ -174,7 +174,7 @@ def _measuring(
     stages = [Stage(_evaluation(when), len(held_out), len(held_out) * pair, like=like)]
     settings = context.config.evaluation
     prompts = len(held_out) if held_out.prompt_hash is None else len(set(held_out.prompt_hash))
-    prompts = min(settings.prompts, prompts)
+    prompts = 0 if context.config.trains_reward else min(settings.prompts, prompts)
     if prompts:
         like = None if when == "before" else _responses("before")
         # A pass for the prompt and one for each new token, which use the machine badly.

@@ -23,7 +23,7 @@ from dpo_keras.app.run_directory import (
     RunDirectory,
     check_run,
     locked_run,
-    open_run,
+    open_policy,
     start_run,
     writable,
 )
@@ -216,6 +216,8 @@ def carry_out(context: Context, prepared: Prepared, clock: RunClock) -> RunResul
         return RunResult(str(run.path), steps, counts)
     save_policy(policy, run.policy)
     save_adapters(policy, run.adapters)
+    if config.trains_reward:
+        model.save_head(run.reward_head)
     report = {}
     prediction = clock.outcome()
     if before is not None and after is not None:
@@ -263,7 +265,7 @@ def export_run(
     the configuration's; what does not fit its `data.max_length` is cut, which is noted. Return what
     was written, how it compared with the model in Python, and what it answered.
     """
-    directory = open_run(run)
+    directory = open_policy(run)
     config = directory.config()
     progress = progress or Silent()
     if max_new_tokens is None:

@@ -200,7 +200,7 @@ def build_model(
     held_out: TokenizedPairs | None,
 ) -> tuple[DPOModel, TokenizedPairs, TokenizedPairs | None]:
     """Compile the model to train; return it with its pairs, now with cached log-probs if any."""
-    from dpo_keras.training import DPOModel
+    from dpo_keras.training import DPOModel, RewardModel
 
     run, config, settings = context.run, context.config, context.config.training
     computed = reference == "cached" and pairs.reference is None
@@ -209,9 +209,11 @@ def build_model(
         if held_out is not None:
             held_out = with_reference(context, policy, held_out, "held_out")
     with context.strategy.scope():
-        model = DPOModel(
-            policy, reference, remat=settings.remat, auxiliary_loss=settings.auxiliary_loss
-        )
+        options = settings.model_dump(include={"remat", "auxiliary_loss"})
+        if config.trains_reward:
+            model: DPOModel = RewardModel(policy, **options)
+        else:
+            model = DPOModel(policy, reference, **options)
         if computed:
             # The cache was made of this very policy, so the first loss is known.
             model.reference.starts_as_policy = True

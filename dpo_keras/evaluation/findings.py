@@ -70,6 +70,8 @@ def below(figure: Estimate, bound: float) -> bool:
 
 def chosen_logps_fell(measured: Measured) -> str | None:
     """Report that chosen responses became less likely while the margin grew (trl#800)."""
+    if not measured.after.of_policy:
+        return None  # the level of rewards means nothing
     fall, growth, since = _course_of_chosen(measured)
     if fall.value is None or not (below(fall, 0) and above(growth, 0)):
         return None

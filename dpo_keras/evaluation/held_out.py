@@ -90,7 +90,7 @@ def evaluate_preferences(
     return HeldOut(
         {**_known_columns(tokenized), **measured},
         group_names=tokenized.group_names,
-        entropy=entropy / max(tokens, 1.0),
+        entropy=entropy / max(tokens, 1.0) if model.preference_loss.of_policies else None,
         note=_note(model),
         fingerprint=tokenized.fingerprint,
     )

@@ -25,6 +25,7 @@ NEEDED_COLUMNS = (
     *("chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps", "loss"),
 )
 _ABOUT_PAIRS = {"source", "prompt", "group", "preference", "weight"}
+_LOG_PROBS = {"chosen_logps", "rejected_logps"}
 _NO_GROUP = "(no group)"
 
 
@@ -90,6 +91,11 @@ class HeldOut:
         """S(chosen) - S(rejected) of each pair, the log-likelihood ratio, float64 `[N]`."""
         return self.pairs["chosen_reward"].astype(np.float64) - self.pairs["rejected_reward"]
 
+    @property
+    def of_policy(self) -> bool:
+        """Whether there are log-probs; a reward model's outputs are rewards in their place."""
+        return not np.array_equal(self.pairs["chosen_logps"], self.pairs["chosen_reward"])
+
     @cached_property
     def right(self) -> np.ndarray:
         """1 if the policy prefers what people prefer, 0 if not, 0.5 if the scores tie, `[N]`."""
@@ -113,7 +119,8 @@ class HeldOut:
 
     def _figures(self, rows: np.ndarray) -> dict[str, Estimate]:
         weight, prompt = self.pairs["weight"][rows], self.pairs["prompt"][rows]
-        columns = {k: v for k, v in self.pairs.items() if k not in _ABOUT_PAIRS}
+        left_out = _ABOUT_PAIRS if self.of_policy else {*_ABOUT_PAIRS, *_LOG_PROBS}
+        columns = {k: v for k, v in self.pairs.items() if k not in left_out}
         columns["reward_margin"] = self.reward_margin
         first = ("loss", "preference_loss", "reward_accuracy", "reward_margin")
         found = {name: mean(column[rows], weight, prompt) for name, column in columns.items()}

@@ -161,6 +161,11 @@ class DPOLoss(StepLoss):
         return "reference" in self.needs
 
     @property
+    def of_policies(self) -> bool:
+        """Whether the scorer's outputs are log-probs, and not the rewards of a `RewardModel`."""
+        return all(objective.of_policies for objective in self.objectives)
+
+    @property
     def batchwise(self) -> bool:
         """Whether a pair's loss depends on the rest of the batch (AOT).
 

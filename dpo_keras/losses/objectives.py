@@ -46,6 +46,7 @@ class Objective(ABC):
         probabilistic: whether softmax(scores) is what the loss speaks about, so that a penalty on
             its confidence means something.
         batchwise: whether the loss of one pair depends on the other pairs of the batch.
+        of_policies: whether it speaks of log-probs, and not of a reward model's rewards.
     """
 
     formula: ClassVar[str]
@@ -53,6 +54,7 @@ class Objective(ABC):
     reads: ClassVar[frozenset[str]]
     probabilistic: ClassVar[bool] = True
     batchwise: ClassVar[bool] = False
+    of_policies: ClassVar[bool] = True
 
     beta: float
     """β > 0, strength of the tie to the reference; scale of the scores."""

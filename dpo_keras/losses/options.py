@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": other_objectives.ORPO,
     "alphapo": other_objectives.AlphaPO,
     "sft": other_objectives.SFT,
+    "reward": other_objectives.Reward,
 }
 
 # What papers and other libraries call an objective: its name here, and the option that makes it.
@@ -179,8 +180,9 @@ def users_of(option: str) -> list[str]:
 
 def takers_of(penalty: str) -> list[str]:
     """Return the names of the objectives beside which a penalty has a meaning."""
-    anywhere = not PENALTIES[penalty].about_probabilities
-    return [name for name, objective in OBJECTIVES.items() if anywhere or objective.probabilistic]
+    if PENALTIES[penalty].about_probabilities:
+        return [name for name, objective in OBJECTIVES.items() if objective.probabilistic]
+    return [name for name, objective in OBJECTIVES.items() if objective.of_policies]
 
 
 def outputs_read(
@@ -229,6 +231,9 @@ def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
         rule = "must name at least one objective, got an empty list"
         return [InputProblem("loss_type", rule)]
     names = f"must be one of {', '.join(OBJECTIVES)}"
+    if "reward" in loss_types and len(loss_types) > 1:
+        rule = "must hold 'reward' alone, which speaks of rewards and not of log-probs"
+        return [InputProblem("loss_type", rule, list(loss_types))]
     return [
         InputProblem("loss_type", names, name, _objective_meant(name))
         for name in loss_types

@@ -256,3 +256,22 @@ def _of_equal_rank(values: Tensor, others: Tensor, outputs: Outputs) -> Tensor:
         others = ops.where(padding, last, others)
     rank = ops.argsort(ops.argsort(values))
     return ops.take(ops.take(others, ops.argsort(others)), rank)
+
+
+@objective
+class Reward(Logistic):
+    """Bradley-Terry likelihood of a reward model's scores: for RewardModel alone."""
+
+    formula = "-log σ(r⁺ - r⁻)"
+    source = "2203.02155"  # eq. 1
+    reads = frozenset({"policy"})
+    of_policies = False
+
+    @classmethod
+    def option_names(cls) -> frozenset[str]:
+        """Leave out WPO, whose weights are probabilities of tokens."""
+        return super().option_names() - {"wpo", "wpo_max_weight"}
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        """Return the rewards: a reward model's outputs stand where a policy's log-probs do."""
+        return outputs["policy"]

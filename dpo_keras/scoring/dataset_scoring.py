@@ -59,6 +59,7 @@ def score_pairs(
     batch_size: int = 16,
     batching: BatchingChoice = "auto",
     on_batch: Callable[[int, int], None] | None = None,
+    scorer: ResponseScorer | None = None,
 ) -> np.ndarray:
     """Compute the log-probs of both responses of every pair.
 
@@ -69,6 +70,7 @@ def score_pairs(
         batch_size: pairs at a time; on average, where packed.
         batching: "packed" for models without a `packing_obstacle`, else "buckets"; "auto" chooses.
         on_batch: called with (pairs done, N) after each batch.
+        scorer: of the model, in place of one for log-probs, such as a `RewardModel`'s.
 
     Returns:
         `[N, 2]` float32: log pi(chosen | prompt), log pi(rejected | prompt), in nats.
@@ -76,7 +78,7 @@ def score_pairs(
     Raises:
         InputError: `batching` is "packed", and the model cannot run on packed rows.
     """
-    scorer = ResponseScorer(model)
+    scorer = scorer or ResponseScorer(model)
     batching = scoring_layout(scorer, [model], tokenized, batching)
     run = _compiled(scorer)
     logps = np.zeros((len(tokenized), 2), np.float32)
@@ -97,6 +99,7 @@ def response_log_probs(
     preprocessor: object = None,
     batch_size: int = 16,
     max_length: int | None = None,
+    scorer: ResponseScorer | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute log pi(response | prompt), summed over response tokens and the end token.
 
@@ -116,6 +119,7 @@ def response_log_probs(
         batch_size: responses at a time.
         max_length: cut prompts from the left, then responses from the right, to this many tokens;
             None leaves all.
+        scorer: of the model, in place of one for log-probs, such as a `RewardModel`'s.
 
     Returns:
         `(logps, lengths)`: `[N]` float32 in nats, and `[N]` int32 response tokens.
@@ -142,7 +146,7 @@ def response_log_probs(
         raise InputError(InputProblem("preprocessor", rule))
     if not prompts:
         return np.zeros(0, np.float32), np.zeros(0, np.int32)
-    run = _compiled(ResponseScorer(model))
+    run = _compiled(scorer or ResponseScorer(model))
     shown = None if images is None else shown_images(preprocessor, prompts, images)
     texts = prompts if shown is None else shown[0]
     batch = batch_from_strings(preprocessor, texts, responses, max_length=max_length)

@@ -9,6 +9,7 @@ from dpo_keras.training.fit import train_preferences, warm_up
 from dpo_keras.training.generation import generate_responses
 from dpo_keras.training.optimizers import make_optimizer
 from dpo_keras.training.policy_trainer import PolicyTrainer
+from dpo_keras.training.reward_model import RewardModel
 from dpo_keras.training.supervised_model import SupervisedModel, supervised_dataset
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "DPOModel",
     "Layout",
     "PolicyTrainer",
+    "RewardModel",
     "SupervisedModel",
     "callbacks",
     "choose_layout",

@@ -69,6 +69,8 @@ class DPOModel(PolicyTrainer):
     """
 
     preference_loss: DPOLoss = None  # type: ignore[assignment]  # until it is compiled
+    scores_rewards = False
+    """Whether the scorer finds rewards in place of log-probs, as a RewardModel's does."""
 
     def __init__(
         self,
@@ -181,6 +183,7 @@ class DPOModel(PolicyTrainer):
             InputError: a loss that is no DPOLoss, or needs a reference where there is none.
         """
         loss = loss_from(loss)
+        check_scores(loss, self.scores_rewards)
         if self._may_drop_reference and not loss.needs_reference:
             # The loss shall not pay for the copy that "auto" made. Dropped once and never made
             # again: a copy of weights trained since would be another reference.
@@ -212,7 +215,7 @@ class DPOModel(PolicyTrainer):
     def from_config(cls, config: dict[str, JSON], custom_objects: JSON = None) -> DPOModel:
         """Rebuild the model that `get_config` describes, adapters enabled."""
         config = dict(config)
-        if isinstance(config["reference"], dict):
+        if isinstance(config.get("reference"), dict):
             config["reference"] = lora.restored_policy(config["reference"], custom_objects)
         return super().from_config(config, custom_objects)
 
@@ -332,6 +335,17 @@ def loss_from(loss: str | DPOLoss) -> DPOLoss:
     if not isinstance(loss, DPOLoss):
         raise InputError(InputProblem("loss", "must be a dpo_keras.DPOLoss or its name", loss))
     return loss
+
+
+def check_scores(loss: DPOLoss, rewards: bool) -> None:
+    """Refuse the objective of reward models for policies, and the others for reward models."""
+    if loss.of_policies == rewards:
+        rule = "must be 'reward', the Bradley-Terry likelihood, for a RewardModel"
+        hint = "To train a policy, make a DPOModel."
+        if not rewards:
+            rule = "'reward' speaks of rewards, and a policy has log-probs"
+            hint = "Make a dpo_keras.RewardModel, or choose another objective."
+        raise InputError(InputProblem("loss", rule, loss.loss_type, hint))
 
 
 def check_has_reference(loss: DPOLoss, mode: str) -> None:

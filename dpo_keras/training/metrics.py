@@ -28,9 +28,10 @@ HIDDEN = frozenset({"at_reference", STOP, *COUNTS})
 def preference_metric_names(loss: DPOLoss) -> list[str]:
     """Return the names that `preference_sums` measures, `loss` first."""
     names = ["loss", *loss.term_names(), "reward_accuracy", "reward_margin", "chosen_probability"]
-    names += ["chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
+    names += ["chosen_reward", "rejected_reward"]
+    names += ["chosen_logps", "rejected_logps", "entropy"] if loss.of_policies else []
     names += ["kl"] if loss.needs_reference else []
-    names += ["entropy", *_group_names(loss)]
+    names += _group_names(loss)
     return [*names, "at_reference"] if loss.needs_reference else names
 
 

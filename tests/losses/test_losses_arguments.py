@@ -250,7 +250,7 @@ def test_wrong_shapes_are_named():
         loss([1.0], np.zeros((1, 2)))
 
 
-REFERENCE_FREE = {"simpo", "cpo", "slic", "orpo", "alphapo", "sft"}
+REFERENCE_FREE = {"simpo", "cpo", "slic", "orpo", "alphapo", "sft", "reward"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -10,6 +10,7 @@ from losses_inputs import random_outputs
 
 from dpo_keras.errors import InputError
 from dpo_keras.losses import OBJECTIVES, DPOLoss
+from dpo_keras.losses.options import takers_of
 
 PREFERENCE, OUTPUTS = random_outputs(8, seed=20, spread=3.0, dtype="float32")
 
@@ -78,7 +79,8 @@ def test_half_precision_is_raised_to_float32():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_survives_saving(name):
     options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
-    loss = DPOLoss(name, beta=0.3, penalties={"nll": 0.2}, reduction="sum", **options)
+    penalty = "nll" if name in takers_of("nll") else "overconfidence"
+    loss = DPOLoss(name, beta=0.3, penalties={penalty: 0.2}, reduction="sum", **options)
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(loss)))
     again = keras.saving.deserialize_keras_object(config)
     assert isinstance(again, DPOLoss)
