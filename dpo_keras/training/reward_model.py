@@ -47,7 +47,7 @@ class RewardModel(DPOModel):
         ...     intermediate_dim=16, max_sequence_length=32)
         >>> model = RewardModel(keras_hub.models.GPT2CausalLM(backbone))
         >>> model.compile(optimizer="adam")  # the loss is DPOLoss("reward")
-        >>> model.reward_head.kernel.shape
+        >>> tuple(model.reward_head.kernel.shape)
         (8, 1)
 
     References:
