@@ -85,7 +85,7 @@ def test_an_export_takes_the_length_of_the_configuration_cut_to_what_fits(monkey
             model={"path": "x"}, data={"path": "y", "max_length": max_length}, **sections
         )
         monkeypatch.setattr(
-            runs, "open_run", lambda run, c=short: SimpleNamespace(config=lambda: c)
+            runs, "open_policy", lambda run, c=short: SimpleNamespace(config=lambda: c)
         )
         runs.export_run("run", "path/1", max_new_tokens=given, progress=heard)
     assert exported == [24, 30, 32, 40]

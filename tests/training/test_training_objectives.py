@@ -8,11 +8,12 @@ from tiny import VOCABULARY, Letters, gpt2, pairs
 
 from dpo_keras.batching import preference_dataset, tokenize_pairs
 from dpo_keras.errors import InputError
-from dpo_keras.losses import DPOLoss, available
+from dpo_keras.losses import OBJECTIVES, DPOLoss, available
 from dpo_keras.training import DPOModel, callbacks, strategy
 
 REQUIRED = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
-VARIANTS = [({"loss_type": name, **REQUIRED.get(name, {})}, name) for name in available()]
+OF_POLICIES = [name for name in available() if OBJECTIVES[name].of_policies]
+VARIANTS = [({"loss_type": name, **REQUIRED.get(name, {})}, name) for name in OF_POLICIES]
 VARIANTS += [
     ({"loss_type": "sigmoid", "ld_alpha": 0.3}, "length desensitised"),
     ({"loss_type": "sigmoid", "wpo": True}, "WPO"),
