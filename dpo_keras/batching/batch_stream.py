@@ -260,7 +260,9 @@ def batch_from_strings(
     prompt, first = encoder.prompts(prompts), encoder.responses(responses)
     second = first if responses_b is None else encoder.responses(responses_b)
     if max_length is not None:
-        prompt, first, second = truncate(prompt, first, second, max_length, encoder.start)
+        prompt, first, second = truncate(
+            prompt, first, second, max_length=max_length, start=encoder.start
+        )
     if responses_b is None:
         return collate_single(prompt, first, pad=encoder.pad, **layout)
     ones = np.ones(len(prompt), np.float32)

@@ -23,7 +23,9 @@ class Batch(TypedDict, total=False):
     two layouts:
 
     * **A pair per row** (`collate`): 2 sequences, prompt + chosen and prompt + rejected; 1 pair
-      slot. `collate_single` has 1 sequence, prompt + response.
+      slot. `collate_single` has 1 sequence, prompt + response. Rankings of up to K responses have K
+      sequences, the best first, and K wherever a shape below says 2; where there are fewer, the
+      rest have no response tokens.
     * **Packed rows** (`collate_packed`): 1 sequence of whole trees; several pair slots. A tree
       holds the texts (prompt + response) of one pair or of several, each common beginning once,
       laid out depth first. A token sees what is before it in its own text only.
@@ -48,7 +50,7 @@ class Batch(TypedDict, total=False):
     """int32 `[rows, slots]`: that response token."""
     owner: Tensor
     """int32 `[rows, slots]`: number of its response in the row; -1 for an empty slot. Without
-    `responses`, a response's number is 2 * pair slot + (0 chosen, 1 rejected)."""
+    `responses`, a response's number is its sequence: 0 chosen, 1 rejected."""
     responses: Tensor
     """int32 `[rows, pairs, 2]`, packed rows only: the responses that each pair compares, by their
     numbers in `owner`; -1 in an empty pair slot. Pairs of one prompt may name the same one, whose

@@ -38,7 +38,7 @@ def encode_conversations(
     template: ChatTemplate,
     first: int = 0,
     images: ImagePreprocessor | None = None,
-) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
+) -> tuple[Ragged, list[Ragged], TokenizationReport]:
     r"""Render and tokenize pairs with a chat template.
 
     The response is what the rendered conversation adds to the rendered prompt, less white space
@@ -50,11 +50,11 @@ def encode_conversations(
     Turn marks that are ordinary text to the tokenizer ("\n\nHuman:", "[INST]" of Llama 2) cannot be
     told from a user's words.
 
-    Returns prompts, chosen and rejected, and a report with warnings and counts of special tokens.
-    `first` is the first pair's number in errors. `images` writes the images of prompts.
+    Returns prompts, each column of responses (a record with fewer has empty rows), and a report
+    with warnings and counts of special tokens. `first` is the first pair's number in errors. `images` writes the images of prompts.
     """
     conversations = _ConversationEncoder(encoder, template, images)
-    rendered: list[tuple[Pieces, Pieces, Pieces]] = []
+    rendered: list[list[Pieces]] = []
     problems: list[str] = []
     for number, pair in enumerate(pairs, first):
         try:
@@ -65,16 +65,18 @@ def encode_conversations(
     if problems:
         more = [f"… and {len(problems) - 5} more."] if len(problems) > 5 else []
         raise InputError(problems[:5] + more)
-    prompts, chosen, rejected = (
-        conversations.ids([pieces[part] for pieces in rendered], first_plain=part == 0)
-        for part in range(3)
-    )
-    return (
-        Ragged.from_lists(map(encoder.with_start, prompts)),
-        Ragged.from_lists(map(encoder.with_end, chosen)),
-        Ragged.from_lists(map(encoder.with_end, rejected)),
-        conversations.report,
-    )
+    prompts = conversations.ids([pieces[0] for pieces in rendered], first_plain=True)
+    columns = []
+    for part in range(1, max(map(len, rendered), default=3)):
+        texts = [pieces[part] if part < len(pieces) else [] for pieces in rendered]
+        ids = conversations.ids(texts, first_plain=False)
+        columns.append(
+            Ragged.from_lists(
+                encoder.with_end(row) if part < len(pieces) else row
+                for row, pieces in zip(ids, rendered, strict=True)
+            )
+        )
+    return Ragged.from_lists(map(encoder.with_start, prompts)), columns, conversations.report
 
 
 def kept_tokens(encoder: TextEncoder, template: ChatTemplate) -> dict[str, int]:
@@ -149,23 +151,24 @@ class _ConversationEncoder:
         )
         self.report.warnings += [warning] if spelled else []
 
-    def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
-        """Render a pair: prompt, chosen, rejected."""
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+    def pair(self, pair: PreferencePair) -> list[Pieces]:
+        """Render a pair: its prompt, then its responses."""
+        prompt, responses = pair.prompt, pair.responses
         images = self.images.texts(pair.images) if self.images is not None else []
         if (
             self.template.name == "plain"
             and not pair.tools
-            and (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str))
+            and isinstance(prompt, str)
+            and all(isinstance(response, str) for response in responses)
         ):
-            return [filled(prompt, images)], [chosen], [rejected]
+            return [[filled(prompt, images)], *([str(response)] for response in responses)]
         if prompt not in self._rendered:
             messages = self._messages(prompt, "user")
             tools = self._guarded("system", pair.tools)
             self._rendered[prompt] = messages, tools, self._render(messages, True, tools)
         messages, tools, rendered = self._rendered[prompt]
-        responses = [self._response(messages, tools, rendered, text) for text in (chosen, rejected)]
-        return self._split(rendered, images), responses[0], responses[1]
+        found = [self._response(messages, tools, rendered, text) for text in responses]
+        return [self._split(rendered, images), *found]
 
     def ids(self, texts: list[Pieces], first_plain: bool) -> list[list[int]]:
         """Return the ids of each text. Each distinct piece is tokenized once.

@@ -23,10 +23,11 @@ _KEYS = 2  # columns in front of the tokens: row and tree
 
 @dataclass(frozen=True)
 class SortedTexts:
-    """The two texts of each of n pairs, sorted by row, tree and tokens.
+    """The texts of each of n pairs, two (K of a ranking), sorted by row, tree and tokens.
 
     Args:
-        order: int `[2 n]`, which text each is: 2 * pair + (0 chosen, 1 rejected).
+        order: int `[2 n]`, which text each is: 2 * pair + (0 chosen, 1 rejected), in general K *
+            pair + column.
         row: int `[2 n]`.
         tree: int `[2 n]`; texts share beginnings within their tree only.
         tokens: int32 `[2 n, longest]`; -1 behind a text's end.
@@ -49,19 +50,20 @@ class SortedTexts:
     def of(
         cls, parts: Sequence[Ragged], row: np.ndarray | int, tree: np.ndarray | int
     ) -> SortedTexts:
-        """Sort the texts of pairs, given their prompts, chosen and rejected responses."""
-        prompt, chosen, rejected = parts
-        before = np.repeat(prompt.lengths, 2)
-        length = before + np.stack([chosen.lengths, rejected.lengths], axis=1).reshape(-1)
+        """Sort the texts of pairs, given their prompts and columns of responses."""
+        prompt, *responses = parts
+        columns = len(responses)
+        before = np.repeat(prompt.lengths, columns)
+        length = before + np.stack([part.lengths for part in responses], axis=1).reshape(-1)
         longest = int(length.max(initial=0))
         # The last column tells equal texts apart whose prompts end at different places.
         keys = np.full((len(length), _KEYS + longest + 1), -1, np.int32)
-        keys[0::2, 0] = keys[1::2, 0] = row
-        keys[0::2, 1] = keys[1::2, 1] = tree
+        keys[:, 0] = np.repeat(np.broadcast_to(row, len(prompt)), columns)
+        keys[:, 1] = np.repeat(np.broadcast_to(tree, len(prompt)), columns)
         keys[:, -1] = before
         width, flat = keys.shape[1], keys.reshape(-1)
-        for column, response in enumerate((chosen, rejected)):
-            begin = (2 * np.arange(len(prompt)) + column) * width + _KEYS
+        for column, response in enumerate(responses):
+            begin = (columns * np.arange(len(prompt)) + column) * width + _KEYS
             flat[places(begin, prompt.lengths)] = prompt.flat_values
             flat[places(begin + prompt.lengths, response.lengths)] = response.flat_values
         # Rows of big-endian bytes sort as their numbers do.
@@ -144,8 +146,8 @@ def collate_packed(
     _check_fits({"length": (used, length), "slots": (spent, slots)}, grid)
     layout = _Layout(texts, used)
     batch = layout.tokens(length, tokenized.pad) | layout.responses(slots, spent)
-    compared = np.full((*grid.shape, 2), -1, np.int32)
-    compared[row, pair_slot] = layout.response_of_pairs()
+    compared = np.full((*grid.shape, len(parts) - 1), -1, np.int32)
+    compared[row, pair_slot] = layout.response_of_pairs().reshape(-1, len(parts) - 1)
     batch["responses"] = compared
     batch.update(labels(tokenized, numbers, grid.shape, (row, pair_slot)))
     return batch
@@ -202,10 +204,10 @@ class _Layout:
         return Batch(source=source, target=target, owner=owner)
 
     def response_of_pairs(self) -> np.ndarray:
-        """Return which response of its row each pair's chosen and rejected are, int `[n, 2]`."""
+        """Return which response of its row each pair's responses are, end to end: int `[2 n]`."""
         found = np.zeros(len(self._texts.order), np.int32)
         found[self._texts.order] = self._response()
-        return found.reshape(-1, 2)
+        return found
 
     def _response(self) -> np.ndarray:
         """Return the number of each response among the different ones of its row: int `[2 n]`."""

@@ -46,7 +46,13 @@ def lone_pairs(tokenized: TokenizedPairs, share: bool = True) -> PromptTrees:
     numbers = np.arange(len(tokenized))
     tokens, responses = tokenized.tree_tokens, tokenized.response_tokens
     for rows in _chunks(numbers) if share else ():
-        chosen, rejected = (part.take(rows) for part in tokenized.parts[1:])
+        parts = [part.take(rows) for part in tokenized.parts]
+        if tokenized.others:
+            texts = SortedTexts.of(parts, 0, np.arange(len(rows)))
+            tokens[rows] = np.bincount(texts.tree, texts.added, len(rows))
+            responses[rows] = np.bincount(texts.tree, texts.scored, len(rows))
+            continue
+        _, chosen, rejected = parts
         shared = _common_prefix(chosen, rejected)
         same = (shared == chosen.lengths) & (shared == rejected.lengths)
         tokens[rows] -= shared

@@ -7,10 +7,10 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from dpo_keras.batching.tokenized_pairs import (
     TokenizationReport,
     TokenizedPairs,
     first_tokens,
+    longest_of,
     prompt_share,
     truncate,
 )
@@ -41,6 +42,7 @@ from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.utils import JSON
 from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
+T = TypeVar("T")
 Overlength = Literal["truncate", "drop", "error"]
 PAIRS_AT_ONCE = 2048  # of a built directory
 PROBE = 64  # pairs whose tokens tell one tokenizer from another
@@ -157,14 +159,18 @@ class PairTokenizer:
 
     def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
-        prompt, chosen, rejected, report = self._encode(records, first)
-        kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
-        whole = [part.take(kept) for part in (prompt, chosen, rejected)]
-        limits = (self.max_length, self.encoder.start, self.min_prompt_tokens)
-        prompt, chosen, rejected = truncate(whole[0], whole[1], whole[2], *limits)
+        prompt, responses, report = self._encode(records, first)
+        kept, dropped = self._sort_out(records, prompt, responses, first)
+        whole = [part.take(kept) for part in (prompt, *responses)]
+        prompt, chosen, rejected, *others = truncate(
+            *whole,
+            max_length=self.max_length,
+            start=self.encoder.start,
+            min_prompt_tokens=self.min_prompt_tokens,
+        )
         uncut = np.zeros(len(kept), UNCUT)
         uncut["prompt"] = whole[0].lengths
-        uncut["response"] = np.maximum(whole[1].lengths, whole[2].lengths)
+        uncut["response"] = longest_of(whole[1:])
         for i in np.flatnonzero(chosen.lengths == rejected.lengths):
             uncut["identical"][i] = np.array_equal(chosen[int(i)], rejected[int(i)])
         left = [records[i] for i in kept]
@@ -176,6 +182,7 @@ class PairTokenizer:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
+            others=tuple(others),
             preference=np.array([pair.preference for pair in left], np.float32),
             weight=np.array([pair.weight for pair in left], np.float32),
             pad=self.encoder.pad,
@@ -188,7 +195,7 @@ class PairTokenizer:
             images=PairImages.of(left, self.image_family) if any_images(left) else None,
         )
         report.pairs, report.dropped = len(records), dropped
-        report.count(prompt.lengths, (chosen.lengths, rejected.lengths), uncut)
+        report.count(prompt.lengths, [part.lengths for part in (chosen, rejected, *others)], uncut)
         return replace(tokens, report=report), uncut
 
     def chunks(self, pairs: StoredPreferences, done: int) -> Iterator[Chunk]:
@@ -225,7 +232,7 @@ class PairTokenizer:
 
     def _encode(
         self, records: list[PreferencePair], first: int
-    ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
+    ) -> tuple[Ragged, list[Ragged], TokenizationReport]:
         family = self.image_family if any_images(records) else None
         if family is not None:
             records = family.with_slots(records, first)
@@ -234,7 +241,7 @@ class PairTokenizer:
         messages = [
             number
             for number, pair in enumerate(records, first)
-            if not all(isinstance(x, str) for x in (pair.prompt, pair.chosen, pair.rejected))
+            if not all(isinstance(text, str) for text in (pair.prompt, *pair.responses))
         ]
         if messages:
             rule = (
@@ -243,29 +250,41 @@ class PairTokenizer:
             )
             hint = "Give a name such as 'chatml', a Jinja file, or a Hugging Face checkpoint."
             raise InputError(InputProblem("template", rule, hint=hint))
-        return (
-            self.encoder.prompts([expanded(pair, family) for pair in records]),
-            self.encoder.responses([str(pair.chosen) for pair in records]),
-            self.encoder.responses([str(pair.rejected) for pair in records]),
-            TokenizationReport(),
-        )
+        prompts = self.encoder.prompts([expanded(pair, family) for pair in records])
+        texts = [[str(text) for text in pair.responses] for pair in records]
+        return prompts, self._columns(texts, self.encoder.responses), TokenizationReport()
+
+    def _columns(
+        self, responses: list[list[T]], encode: Callable[[list[T]], Ragged]
+    ) -> list[Ragged]:
+        """Encode responses, column by column; a record with fewer has empty rows."""
+        columns = []
+        for column in range(max(map(len, responses), default=2)):
+            having = [row for row, texts in enumerate(responses) if len(texts) > column]
+            found = encode([responses[row][column] for row in having])
+            if len(having) < len(responses):
+                rows = dict(zip(having, found.tolist(), strict=True))
+                found = Ragged.from_lists([rows.get(row, []) for row in range(len(responses))])
+            columns.append(found)
+        return columns
 
     def _sort_out(
         self,
         records: list[PreferencePair],
         prompt: Ragged,
-        chosen: Ragged,
-        rejected: Ragged,
+        responses: list[Ragged],
         first: int,
     ) -> tuple[np.ndarray, list[DroppedPair]]:
         """Return the numbers of the pairs that stay, and the pairs that do not."""
-        total = prompt.lengths + np.maximum(chosen.lengths, rejected.lengths)
+        total = prompt.lengths + longest_of(responses)
         over = total > self.max_length
         if self.overlength == "error" and over.any():
             raise InputError(self._too_long(records, np.flatnonzero(over), total, first))
         rule = np.full(len(records), "", object)
         # A response of the end token alone says nothing.
-        rule[self._blank(chosen) | self._blank(rejected)] = "empty_response"
+        counts = np.array([len(record.responses) for record in records])
+        for column, response in enumerate(responses):
+            rule[self._blank(response) & (counts > column)] = "empty_response"
         rule[(prompt.lengths == 0) & (rule == "")] = "empty_prompt"
         if any_images(records):
             rule[over & self.image_family.held(records, prompt, first) & (rule == "")] = (
@@ -278,12 +297,18 @@ class PairTokenizer:
                 first + int(i),
                 records[i].id,
                 str(rule[i]),
-                f"prompt {prompt.lengths[i]}, chosen {chosen.lengths[i]}, "
-                f"rejected {rejected.lengths[i]} tokens",
+                self._lengths(prompt, responses, int(i)),
             )
             for i in np.flatnonzero(rule != "")
         ]
         return np.flatnonzero(rule == ""), dropped
+
+    @staticmethod
+    def _lengths(prompt: Ragged, responses: list[Ragged], row: int) -> str:
+        names = ("chosen", "rejected", *(f"response {n + 1}" for n in range(2, len(responses))))
+        found = zip(names, responses, strict=True)
+        listed = ", ".join(f"{name} {response.lengths[row]}" for name, response in found)
+        return f"prompt {prompt.lengths[row]}, {listed} tokens"
 
     def _blank(self, responses: Ragged) -> np.ndarray:
         is_end = np.isin(first_tokens(responses), list(self.encoder.ends))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -103,10 +103,10 @@ class TokenizationReport:
         return cls(**{**values, "dropped": dropped})
 
     def count(
-        self, prompt: np.ndarray, responses: tuple[np.ndarray, np.ndarray], uncut: np.ndarray
+        self, prompt: np.ndarray, responses: Sequence[np.ndarray], uncut: np.ndarray
     ) -> None:
         """Count the kept pairs by their lengths, int `[kept]`, and by `UNCUT` `[kept]`."""
-        longer = np.maximum(*responses)
+        longer = np.max(responses, axis=0)
         cut_prompt, cut_response = prompt < uncut["prompt"], longer < uncut["response"]
         self.kept = len(prompt)
         self.truncated_pairs = int((cut_prompt | cut_response).sum())
@@ -205,6 +205,8 @@ class TokenizedPairs:
         report: what tokenization did.
         identity: the `fingerprint` of tokens on disk, which need not be read for it.
         images: the images of the prompts, opened when a batch is made; None without any.
+        others: of rankings, the responses after `chosen` and `rejected`, the third best first: N
+            rows each. A ranking of fewer responses has empty rows.
     """
 
     prompt: Ragged
@@ -223,24 +225,30 @@ class TokenizedPairs:
     report: TokenizationReport = field(default_factory=TokenizationReport)
     identity: str | None = None
     images: PairImages | None = None
+    others: tuple[Ragged, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     @property
-    def parts(self) -> tuple[Ragged, Ragged, Ragged]:
-        """The rows of `prompt`, `chosen` and `rejected`."""
-        return self.prompt, self.chosen, self.rejected
+    def responses(self) -> tuple[Ragged, ...]:
+        """The rows of `chosen`, `rejected` and `others`: a column each in a batch."""
+        return self.chosen, self.rejected, *self.others
+
+    @property
+    def parts(self) -> tuple[Ragged, ...]:
+        """The rows of `prompt` and of `responses`."""
+        return self.prompt, *self.responses
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of the longer of the two sequences (prompt + response), int64 `[N]`."""
-        return self.prompt.lengths + np.maximum(self.chosen.lengths, self.rejected.lengths)
+        """Tokens of the longest of the sequences (prompt + response), int64 `[N]`."""
+        return self.prompt.lengths + longest_of(self.responses)
 
     @property
     def response_tokens(self) -> np.ndarray:
-        """Tokens of both responses together, int64 `[N]`: the slots that a pair needs."""
-        return self.chosen.lengths + self.rejected.lengths
+        """Tokens of all responses together, int64 `[N]`: the slots that a pair needs."""
+        return np.sum([response.lengths for response in self.responses], axis=0)
 
     @property
     def tree_tokens(self) -> np.ndarray:
@@ -270,11 +278,12 @@ class TokenizedPairs:
             part.expect(rows)
 
     def with_reference(self, reference: np.ndarray) -> TokenizedPairs:
-        """Return the same pairs with log-probs (chosen, rejected), float `[N, 2]`, all finite."""
+        """Return the same pairs with log-probs of `responses`, float `[N, 2]`, all finite."""
         values = np.asarray(reference, np.float32)
-        if values.shape != (len(self), 2) or not np.isfinite(values).all():
+        columns = len(self.responses)
+        if values.shape != (len(self), columns) or not np.isfinite(values).all():
             rule = (
-                f"must be finite log-probs of shape ({len(self)}, 2), one row per tokenized pair; "
+                f"must be finite log-probs of shape ({len(self)}, {columns}), one row per pair; "
                 f"got shape {values.shape}, {int((~np.isfinite(values)).sum())} values not finite"
             )
             raise InputError(InputProblem("reference", rule))
@@ -283,15 +292,14 @@ class TokenizedPairs:
     def take(self, rows: np.ndarray) -> TokenizedPairs:
         """Return the pairs of some rows, with the report of all. Tokens on disk are not read."""
         rows = np.asarray(rows, np.int64)
-        prompt, chosen, rejected = (part.select(rows) for part in self.parts)
+        prompt, chosen, rejected, *others = (part.select(rows) for part in self.parts)
         taken: dict[str, Any] = {}
         for name in COLUMNS:
             column = getattr(self, name)
             taken[name] = None if column is None else column[rows]
         identity = None if self.identity is None else identity_of_rows(self.identity, rows)
-        return replace(
-            self, prompt=prompt, chosen=chosen, rejected=rejected, identity=identity, **taken
-        )
+        taken |= {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return replace(self, others=tuple(others), identity=identity, **taken)
 
 
 def prompt_share(max_length: int) -> int:
@@ -299,15 +307,19 @@ def prompt_share(max_length: int) -> int:
     return max_length // 4
 
 
+def longest_of(responses: Sequence[Ragged]) -> np.ndarray:
+    """Return the tokens of the longest response of each row, int64 `[N]`."""
+    return np.max([response.lengths for response in responses], axis=0)
+
+
 def truncate(
     prompt: Ragged,
-    chosen: Ragged,
-    rejected: Ragged,
+    *responses: Ragged,
     max_length: int,
     start: int | None = None,
     min_prompt_tokens: int | None = None,
-) -> tuple[Ragged, Ragged, Ragged]:
-    """Cut prompts from the left to `min_prompt_tokens`, then both responses from the right.
+) -> tuple[Ragged, ...]:
+    """Cut prompts from the left to `min_prompt_tokens`, then all responses from the right.
 
     A prompt's start token and one more token stay in any case.
     """
@@ -316,7 +328,7 @@ def truncate(
     starts = np.zeros(len(prompt), bool)
     if start is not None:
         starts = (lengths > 0) & (first_tokens(prompt) == start)
-    room = max_length - np.maximum(chosen.lengths, rejected.lengths)
+    room = max_length - longest_of(responses)
     kept = np.minimum(lengths, np.maximum(room, np.maximum(starts + 1, least)))
     tail = prompt.slice(lengths - kept, lengths)
     if start is not None:
@@ -324,11 +336,8 @@ def truncate(
         tail.flat_values[tail.row_splits[:-1][starts]] = start
     room = max_length - kept
     zeros = np.zeros(len(prompt), np.int64)
-    return (
-        tail,
-        chosen.slice(zeros, np.minimum(chosen.lengths, room)),
-        rejected.slice(zeros, np.minimum(rejected.lengths, room)),
-    )
+    cut = (response.slice(zeros, np.minimum(response.lengths, room)) for response in responses)
+    return tail, *cut
 
 
 def first_tokens(rows: Ragged) -> np.ndarray:

@@ -76,6 +76,43 @@ def binary_cross_entropy(preference: Tensor, scores: Tensor) -> Tensor:
     return -preference * ops.log_sigmoid(llr) - (1.0 - preference) * ops.log_sigmoid(-llr)
 
 
+def plackett_luce_nll(scores: Tensor, present: Tensor) -> Tensor:
+    """Compute the negative log-likelihood of a ranking, the best response first.
+
+    The best is chosen by softmax of all scores, the second by softmax of the others, and so on:
+
+    -log P(1 > 2 > … > K) = Σ_k [log Σ_{j≥k} exp S_j - S_k]
+    (Plackett 1975; arXiv 2305.18290, appendix A.3). With K = 2 it is the binary cross-entropy.
+
+    Args:
+        scores: `[B, K]`, from the best response to the worst; in nats.
+        present: bool `[B, K]`, False for columns behind a ranking of fewer responses.
+
+    Returns:
+        `[B]`, in nats, never negative, finite for scores of any finite size.
+
+    Example:
+        >>> from keras import ops
+        >>> value = plackett_luce_nll([[2.5, 1.5, 0.0]], [[True, True, False]])
+        >>> print(ops.convert_to_numpy(value).round(4))
+        [0.3133]
+    """
+    scores = as_floating(scores)
+    total = ops.zeros_like(scores[:, 0])
+    rest = ops.where(present[:, -1], scores[:, -1], NEVER)
+    for column in range(scores.shape[-1] - 2, -1, -1):
+        # log Σ_{j≥k} - S_k = softplus(log Σ_{j>k} - S_k), in which nothing overflows.
+        own = scores[:, column]
+        behind = -ops.log_sigmoid(own - rest)
+        total = total + ops.where(present[:, column + 1], behind, 0.0)
+        rest = ops.where(present[:, column], own + behind, NEVER)
+    return total
+
+
+NEVER = -1e30
+"""The score of a response that there is none of: a place that is never chosen."""
+
+
 def as_floating(value: Tensor, dtype: str | None = None) -> Tensor:
     """Convert to a float tensor: float64 stays, all else becomes float32 or `dtype`."""
     # A number becomes a tensor of its dtype at once: 0.9 by way of float32 is not 0.9 in float64.

@@ -121,7 +121,9 @@ class DPOLoss(StepLoss):
         }
         for penalty, weight in self.penalties:
             term = PENALTIES[penalty].term if isinstance(penalty, str) else penalty
-            terms[f"penalty/{penalty_name(penalty)}"] = weight * term(preference, scores, outputs)
+            # Of a ranking, a penalty on probabilities sees the best two.
+            value = term(preference, scores[:, :2], outputs)
+            terms[f"penalty/{penalty_name(penalty)}"] = weight * value
         return terms
 
     def term_names(self) -> list[str]:
@@ -142,7 +144,7 @@ class DPOLoss(StepLoss):
     def _prepared(self, outputs: Outputs) -> Outputs:
         if self.shift_momentum is not None:
             outputs = {"reward_shift": ops.convert_to_tensor(self.state.reward_shift), **outputs}
-        return prepare_outputs(outputs, self.needs)
+        return prepare_outputs(outputs, self.needs, self.ranks)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -164,6 +166,11 @@ class DPOLoss(StepLoss):
     def of_policies(self) -> bool:
         """Whether the scorer's outputs are log-probs, and not the rewards of a `RewardModel`."""
         return all(objective.of_policies for objective in self.objectives)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether outputs may have K columns, of rankings."""
+        return all(objective.ranks for objective in self.objectives)
 
     @property
     def batchwise(self) -> bool:
@@ -219,6 +226,8 @@ WITHOUT_GRADIENT = ("reference", "reference_shared", "wpo_log_weight")
 PER_RESPONSE = (*WITHOUT_GRADIENT, "policy", "policy_shared", "lengths")
 """Outputs with one column for each response, `[N, 2]`."""
 
+RANKINGS = "Rankings train with plackett_luce, or as pairs: see dpo_keras.preferences.as_pairs."
+
 SOURCE_OF = {
     "reference": "this loss compares with a reference policy: give DPOModel one",
     "margin": "margin=True reads it: give the pairs a `margin` column",
@@ -226,8 +235,10 @@ SOURCE_OF = {
 }
 
 
-def prepare_outputs(outputs: Outputs, needs: Iterable[str]) -> Outputs:
+def prepare_outputs(outputs: Outputs, needs: Iterable[str], ranks: bool = False) -> Outputs:
     """Check the scorer's outputs and convert them: to `[N, 2]` or `[N]`, and to one float dtype.
+
+    Of an objective that `ranks`, outputs of responses may be `[N, K]`.
 
     That is float64 if `policy` is float64, else float32. None counts as absent, and names that the
     losses do not know pass through.
@@ -247,11 +258,13 @@ def prepare_outputs(outputs: Outputs, needs: Iterable[str]) -> Outputs:
     dtype = as_floating(prepared["policy"]).dtype if "policy" in prepared else None
     for name in prepared.keys() & set(PER_RESPONSE):
         value = as_floating(prepared[name], dtype)
-        if len(value.shape) < 1 or value.shape[-1] != 2:
+        columns = value.shape[-1] if len(value.shape) else None
+        if columns != 2 and not (ranks and columns is not None and columns > 2):
             rule = "must have the shape [N, 2] (chosen, rejected)"
-            problems.append(InputProblem(f"outputs[{name!r}]", rule, tuple(value.shape)))
+            hint = "" if ranks or columns in (None, 1) else RANKINGS
+            problems.append(InputProblem(f"outputs[{name!r}]", rule, tuple(value.shape), hint))
             continue
-        prepared[name] = ops.reshape(value, (-1, 2))
+        prepared[name] = ops.reshape(value, (-1, columns))
     if problems:
         raise InputError(problems)
     for name in prepared.keys() & set(PER_PAIR):

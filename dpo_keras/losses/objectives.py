@@ -47,6 +47,7 @@ class Objective(ABC):
             its confidence means something.
         batchwise: whether the loss of one pair depends on the other pairs of the batch.
         of_policies: whether it speaks of log-probs, and not of a reward model's rewards.
+        ranks: whether it takes rankings of K responses: outputs `[N, K]`, the best first.
     """
 
     formula: ClassVar[str]
@@ -55,6 +56,7 @@ class Objective(ABC):
     probabilistic: ClassVar[bool] = True
     batchwise: ClassVar[bool] = False
     of_policies: ClassVar[bool] = True
+    ranks: ClassVar[bool] = False
 
     beta: float
     """β > 0, strength of the tie to the reference; scale of the scores."""

@@ -40,6 +40,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "alphapo": other_objectives.AlphaPO,
     "sft": other_objectives.SFT,
     "reward": other_objectives.Reward,
+    "plackett_luce": other_objectives.PlackettLuce,
 }
 
 # What papers and other libraries call an objective: its name here, and the option that makes it.
@@ -62,6 +63,7 @@ PAPER_NAMES: dict[str, tuple[str, str]] = {
     "bco": ("bco_pair", ""),
     "sppo": ("sppo_hard", ""),
     "apo": ("apo_zero", ""),
+    **dict.fromkeys(("pldpo", "pl", "listwise"), ("plackett_luce", "")),
 }
 # Outputs of the scorer that an option reads.
 READ_BY_OPTION: dict[str, frozenset[str]] = {

@@ -5,7 +5,12 @@ The bases and the symbols are those of `objectives.py`.
 
 from __future__ import annotations
 
-from dpo_keras.losses.bradley_terry import binary_cross_entropy, log_likelihood_ratio
+from dpo_keras.losses.bradley_terry import (
+    NEVER,
+    binary_cross_entropy,
+    log_likelihood_ratio,
+    plackett_luce_nll,
+)
 from dpo_keras.losses.objectives import (
     GapObjective,
     ImplicitReward,
@@ -275,3 +280,34 @@ class Reward(Logistic):
     def scores(self, outputs: Outputs) -> Tensor:
         """Return the rewards: a reward model's outputs stand where a policy's log-probs do."""
         return outputs["policy"]
+
+
+@objective
+class PlackettLuce(ImplicitReward):
+    """DPO on rankings: the exact likelihood of the whole order; on pairs it is sigmoid."""
+
+    formula = "-Σ_k [s_k - log Σ_{j≥k} exp s_j], s = β log(π/π_ref), the best first"
+    source = "2305.18290"  # appendix A.3
+    reads = frozenset({"policy", "reference", "lengths"})
+    ranks = True
+
+    @classmethod
+    def option_names(cls) -> frozenset[str]:
+        """Leave out LD-DPO, which compares the lengths of two responses."""
+        return super().option_names() - {"ld_alpha"}
+
+    def scores(self, outputs: Outputs) -> Tensor:
+        """Compute S `[N, K]`; behind a ranking of fewer responses, what is never chosen."""
+        return ops.where(outputs["lengths"] > 0, super().scores(outputs), NEVER)
+
+    def loss(self, preference: Tensor, outputs: Outputs) -> Tensor:
+        """Mix, by the label y, the order given and that with the first two exchanged.
+
+        Of rankings y is 1. The mixture makes ties and soft labels of pairs what they are elsewhere.
+        """
+        present = outputs["lengths"] > 0
+        ranked = self.scores(outputs)
+        exchanged = ops.concatenate([ranked[:, 1::-1], ranked[:, 2:]], axis=-1)
+        return preference * plackett_luce_nll(ranked, present) + (
+            1.0 - preference
+        ) * plackett_luce_nll(exchanged, present)

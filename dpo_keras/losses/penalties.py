@@ -74,7 +74,7 @@ def overconfidence(scores: Tensor) -> Tensor:
 
 
 def kl_to_reference(outputs: Outputs) -> Tensor:
-    """Penalize distance from the reference on both responses: mean of x² / 2n, x = log π/π_ref.
+    """Penalize distance from the reference on all responses: mean of x² / 2n, x = log π/π_ref.
 
     An estimate of KL(π ‖ π_ref) in nats per token. ½x² is the estimator whose mean agrees with the
     divergence to second order whichever of the two models wrote the response, which offline pairs
@@ -97,7 +97,11 @@ def kl_to_reference(outputs: Outputs) -> Tensor:
     """
     ratio = as_floating(outputs["policy"]) - as_floating(outputs["reference"])
     # Not ops.mean: on JAX, Keras takes the mean of float64 in float32.
-    return 0.5 * ops.sum(per_token(0.5 * ops.square(ratio), outputs), axis=-1)
+    total = ops.sum(per_token(0.5 * ops.square(ratio), outputs), axis=-1)
+    if ratio.shape[-1] == 2:
+        return 0.5 * total
+    present = ops.sum(ops.cast(outputs["lengths"] > 0, total.dtype), axis=-1)
+    return total / ops.maximum(present, 1.0)
 
 
 def nll(preference: Tensor, outputs: Outputs) -> Tensor:

@@ -139,6 +139,11 @@ class PreferencePair:
             raise InvalidPair(faults)
 
     @property
+    def responses(self) -> tuple[Text, Text]:
+        """Chosen and rejected, as every record has its responses."""
+        return self.chosen, self.rejected
+
+    @property
     def tools(self) -> list[JSON]:
         """The tools that the prompt offers, as JSON schemas."""
         return offered_tools(self.prompt)

@@ -81,7 +81,7 @@ def score_pairs(
     scorer = scorer or ResponseScorer(model)
     batching = scoring_layout(scorer, [model], tokenized, batching)
     run = _compiled(scorer)
-    logps = np.zeros((len(tokenized), 2), np.float32)
+    logps = np.zeros((len(tokenized), len(tokenized.responses)), np.float32)
     done = 0
     for part in one_pass(tokenized, batch_size, batching):
         done += part.put(run(part.batch)["logps"], logps)

@@ -166,7 +166,8 @@ class Cached(Reference):
                 "reference='cached' needs batches with reference log-probs: make the dataset from "
                 "dpo_keras.cache_reference(policy, tokenized, …)."
             )
-        return {"logps": ops.cast(ops.reshape(batch["reference"], (-1, 2)), "float32")}
+        columns = batch["reference"].shape[-1]
+        return {"logps": ops.cast(ops.reshape(batch["reference"], (-1, columns)), "float32")}
 
 
 @keras.saving.register_keras_serializable("dpo_keras")

@@ -131,9 +131,10 @@ class ResponseScorer:
         filled = prepared["owner"] >= 0
         token_logps = ops.where(filled, values[..., 0], 0.0)
         compared = compared_tokens(prepared)
+        columns = response_columns(prepared)
         results = {
-            "logps": sum_by_response(token_logps, compared),
-            "lengths": ops.reshape(ops.sum(ops.cast(compared, "int32"), axis=1), (-1, 2)),
+            "logps": sum_by_response(token_logps, compared, columns),
+            "lengths": ops.reshape(ops.sum(ops.cast(compared, "int32"), axis=1), (-1, columns)),
             "token_logps": token_logps,
         }
         if shared:
@@ -225,12 +226,20 @@ class ResponseScorer:
         return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
 
 
+def response_columns(batch: Batch) -> int:
+    """Return how many responses each pair of a batch has: 2, or K of rankings."""
+    if "responses" in batch:
+        return int(batch["responses"].shape[2])
+    return max(int(batch["token_ids"].shape[1]), 2)
+
+
 def compared_tokens(batch: Batch) -> Tensor:
     """Tell which tokens are of which response of which pair: bool `[rows, slots, 2 * pairs]`.
 
     A response that stands in several pairs is in the row once and compared several times.
     """
-    owner, columns = batch["owner"][..., None], 2 * batch["weight"].shape[1]
+    owner = batch["owner"][..., None]
+    columns = response_columns(batch) * batch["weight"].shape[1]
     if "responses" in batch:
         responses = ops.reshape(batch["responses"], (-1, 1, columns))
     else:
@@ -238,10 +247,10 @@ def compared_tokens(batch: Batch) -> Tensor:
     return ops.logical_and(owner >= 0, owner == responses)
 
 
-def sum_by_response(values: Tensor, compared: Tensor) -> Tensor:
+def sum_by_response(values: Tensor, compared: Tensor, columns: int = 2) -> Tensor:
     """Sum values of tokens `[rows, slots]` over each pair's responses: `[rows * pairs, 2]`."""
     sums = ops.sum(ops.where(compared, values[..., None], 0.0), axis=1)
-    return ops.reshape(sums, (-1, 2))
+    return ops.reshape(sums, (-1, columns))
 
 
 def within_shorter(compared: Tensor) -> Tensor:

@@ -270,7 +270,7 @@ def outputs_of(
     outputs: Outputs = {
         "policy": scored["logps"],
         "lengths": scored["lengths"],
-        "entropy": ops.sum(sum_by_response(scored["entropy"], compared)) / tokens,
+        "entropy": ops.sum(ops.where(compared, scored["entropy"][..., None], 0.0)) / tokens,
         "weight": ops.reshape(batch["weight"], (-1,)),
     }
     if collected is not None:

@@ -7,6 +7,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
+from dpo_keras.losses.bradley_terry import NEVER
 from dpo_keras.scoring.auxiliary_loss import auxiliary_loss
 from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import replica_count, sum_over_replicas
@@ -66,8 +67,7 @@ def preference_sums(
     total = ops.sum(weight)
     sums: MetricSums = {name: (_weighted(weight, v), total) for name, v in values.items()}
     decided = weight * ops.cast(preference != 0.5, "float32")
-    # A tie of scores is half right: before training every pair is one.
-    right = 0.5 * (1.0 + ops.sign(llr) * ops.sign(preference - 0.5))
+    right = _share_right(scores, preference)
     sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
     tokens = ops.sum(ops.cast(compared_tokens(batch), "float32"))
     sums["entropy"] = (outputs["entropy"] * tokens, tokens)
@@ -75,6 +75,21 @@ def preference_sums(
         member = weight * ops.cast(outputs["group"] == number, "float32")
         sums[name] = (_weighted(member, values["loss"]), ops.sum(member))
     return sums
+
+
+def _share_right(scores: Tensor, preference: Tensor) -> Tensor:
+    """Compute the share of a pair's (one) or a ranking's ordered pairs that scores order alike.
+
+    A tie of scores is half right: before training every pair is one.
+    """
+    columns = scores.shape[-1]
+    if columns == 2:
+        return 0.5 * (1.0 + ops.sign(scores[:, 0] - scores[:, 1]) * ops.sign(preference - 0.5))
+    differences = scores[:, :, None] - scores[:, None, :]
+    ordered = ops.triu(ops.ones((columns, columns), scores.dtype), 1)
+    compared = ordered * ops.cast(scores > 0.5 * NEVER, scores.dtype)[:, None, :]
+    right = ops.sum(compared * 0.5 * (1.0 + ops.sign(differences)), axis=(1, 2))
+    return right / ops.maximum(ops.sum(compared, axis=(1, 2)), 1.0)
 
 
 def with_auxiliary_loss(

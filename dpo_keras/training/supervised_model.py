@@ -9,7 +9,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs, UndecidedLayout
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
-from dpo_keras.scoring.scorer import compared_tokens
+from dpo_keras.scoring.scorer import compared_tokens, response_columns
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
 from dpo_keras.training.policy_trainer import PolicyTrainer
@@ -88,7 +88,7 @@ class SupervisedModel(PolicyTrainer):
 def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:
     """Return pairs with empty rejected responses, so that packed rows hold nothing else."""
     nothing = Ragged(np.zeros(0, np.int32), np.zeros(len(tokenized) + 1, np.int64))
-    return replace(tokenized, rejected=nothing, reference=None, identity=None)
+    return replace(tokenized, rejected=nothing, others=(), reference=None, identity=None)
 
 
 def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
@@ -98,7 +98,7 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def chosen(batch: Batch) -> Batch:
-        mine = tf.reduce_any(compared_tokens(batch)[..., ::2], axis=-1)
+        mine = tf.reduce_any(compared_tokens(batch)[..., :: response_columns(batch)], axis=-1)
         return {
             **batch,
             "source": tf.where(mine, batch["source"], 0),
