@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar, get_args
@@ -39,6 +39,7 @@ from dpo_keras.batching.tokenized_pairs import (
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
 from dpo_keras.preferences.collection import hash64, prompt_bytes
+from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.utils import JSON
 from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
@@ -159,6 +160,7 @@ class PairTokenizer:
 
     def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
+        _check_order(records, first)
         prompt, responses, report = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, responses, first)
         whole = [part.take(kept) for part in (prompt, *responses)]
@@ -329,6 +331,22 @@ class PairTokenizer:
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
         return problems
+
+
+def _check_order(records: Sequence[PreferencePair | RankedResponses], first: int) -> None:
+    """Refuse rankings with ties, of which there is no order to be likely."""
+    tied = [
+        number
+        for number, record in enumerate(records, first)
+        if isinstance(record, RankedResponses) and record.has_ties
+    ]
+    if tied:
+        rule = (
+            f"must be rankings without ties to train on as a whole; {len(tied)} of "
+            f"{len(records)} have ties (the first is ranking {tied[0]})"
+        )
+        hint = "Train on their pairs: rankings.as_pairs(), in a configuration another loss.type."
+        raise InputError(InputProblem("pairs", rule, hint=hint))
 
 
 def _length_problems(

@@ -102,9 +102,7 @@ class TokenizationReport:
         dropped = [DroppedPair(**entry) for entry in values["dropped"]]
         return cls(**{**values, "dropped": dropped})
 
-    def count(
-        self, prompt: np.ndarray, responses: Sequence[np.ndarray], uncut: np.ndarray
-    ) -> None:
+    def count(self, prompt: np.ndarray, responses: Sequence[np.ndarray], uncut: np.ndarray) -> None:
         """Count the kept pairs by their lengths, int `[kept]`, and by `UNCUT` `[kept]`."""
         longer = np.max(responses, axis=0)
         cut_prompt, cut_response = prompt < uncut["prompt"], longer < uncut["response"]

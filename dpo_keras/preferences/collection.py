@@ -14,11 +14,12 @@ import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import PreferencePair, Text, as_number
+from dpo_keras.preferences.ranked_responses import RankedResponses, as_pairs
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
 
 SPLIT_KEYS = ("prompt", "annotator", "group")
-R = TypeVar("R", bound=PreferencePair | RatedResponse)
+R = TypeVar("R", bound=PreferencePair | RatedResponse | RankedResponses)
 
 
 def text_bytes(text: Text) -> bytes:
@@ -29,7 +30,7 @@ def text_bytes(text: Text) -> bytes:
     return b"m" + json.dumps(turns).encode()
 
 
-def prompt_bytes(pair: PreferencePair | RatedResponse) -> bytes:
+def prompt_bytes(pair: PreferencePair | RatedResponse | RankedResponses) -> bytes:
     """Return a record's prompt, its images included, as bytes; different prompts differ."""
     text = text_bytes(pair.prompt)
     if not pair.images:
@@ -233,6 +234,26 @@ class RatedResponses(_InMemory[RatedResponse]):
         """Number of desirable and of undesirable responses; P(good) of 0.5 is neither."""
         ratings = [one.desirable for one in self._pairs]
         return sum(rating > 0.5 for rating in ratings), sum(rating < 0.5 for rating in ratings)
+
+
+class Rankings(_InMemory[RankedResponses]):
+    """Rankings in memory: list-like and immutable, split like pairs.
+
+    Args:
+        pairs: the rankings, in order.
+        report: how they were read; a slice or a split keeps the report of the whole.
+
+    Example:
+        >>> rankings = Rankings([RankedResponses("Hi", ("Hey", "Hello!", "What?"), (2, 1, 3))])
+        >>> rankings, rankings.as_pairs()
+        (Rankings(1 ranking, 0 dropped), Preferences(3 pairs, 0 dropped))
+    """
+
+    _kind, _unit = RankedResponses, "ranking"
+
+    def as_pairs(self, expansion: str = "all_pairs") -> Preferences:
+        """Return the rankings as pairs, for objectives of pairs: see `RankedResponses.pairs`."""
+        return Preferences(as_pairs(self, expansion), self.report)
 
 
 def _held_out(units: np.ndarray, fraction: float, seed: int, by: str) -> np.ndarray:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import Preferences, RatedResponses
+from dpo_keras.preferences.collection import Preferences, Rankings, RatedResponses
 from dpo_keras.preferences.file_formats import open_file
 from dpo_keras.preferences.pair import PreferencePair, shown
 from dpo_keras.preferences.quickstart_data import THUMBS, support_pairs, support_thumbs_of
+from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
@@ -32,7 +33,7 @@ def read_preferences(
     data_dir: PathLike | None = None,
     allow_truncated: bool = False,
     feedback: str | None = None,
-) -> Preferences | RatedResponses:
+) -> Preferences | RatedResponses | Rankings:
     """Read preference pairs, or rated responses, keep the good ones, and report everything that is wrong.
 
     Records have the columns `prompt, chosen, rejected`, or `prompt, response_a, response_b,
@@ -64,7 +65,8 @@ def read_preferences(
         feedback: what to take of a feedback log that has both, "choices" or "thumbs".
 
     Returns:
-        `Preferences`, or `RatedResponses` where the records are rated responses; its `.report` counts and names what was dropped.
+        `Preferences`, or `RatedResponses` or `Rankings` where the records are such; its `.report`
+        counts and names what was dropped.
 
     Raises:
         InputError: if an argument is wrong, a file cannot be read, no record is good, or
@@ -88,6 +90,9 @@ def read_preferences(
     rated = [record for record in records if isinstance(record, RatedResponse)]
     if rated:
         return RatedResponses(rated, stream.report)
+    ranked = [record for record in records if isinstance(record, RankedResponses)]
+    if ranked:
+        return Rankings(ranked, stream.report)
     pairs = (record for record in records if isinstance(record, PreferencePair))
     return Preferences(pairs, stream.report)
 

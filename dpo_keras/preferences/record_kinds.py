@@ -1,7 +1,9 @@
-"""Raw records of every kind: pairs, rated responses, and lines of a feedback log."""
+"""Raw records of every kind: pairs, rated responses, rankings, and lines of a feedback log."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
@@ -14,13 +16,28 @@ from dpo_keras.preferences.feedback_log import (
     read_log_record,
 )
 from dpo_keras.preferences.implicit_prompts import is_conversation, split_conversation
-from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text, form_faults
+from dpo_keras.preferences.pair import (
+    Fault,
+    InvalidPair,
+    PreferencePair,
+    Text,
+    form_faults,
+    number_faults,
+    wrong_type,
+)
+from dpo_keras.preferences.ranked_responses import RankedResponses, ranking_faults
 from dpo_keras.preferences.rated_response import RatedResponse, rating_faults
 from dpo_keras.preferences.records import LAYOUTS, TOOLS, Fields, is_given, missing, same_form
 from dpo_keras.preferences.tool_calls import read_tools, with_tools
 from dpo_keras.utils import JSON
 
-Record: TypeAlias = PreferencePair | RatedResponse
+Record: TypeAlias = PreferencePair | RatedResponse | RankedResponses
+# What errors call one record of a kind, and several.
+KINDS: dict[type, tuple[str, str]] = {
+    PreferencePair: ("a pair", "pairs (choices)"),
+    RatedResponse: ("a rated response", "rated responses (thumbs)"),
+    RankedResponses: ("a ranking", "rankings"),
+}
 
 # Our names of a rated response's columns, and TRL's.
 RATED_LAYOUTS = {
@@ -29,8 +46,10 @@ RATED_LAYOUTS = {
 }
 _SHARED = ("prompt", "image", "images", TOOLS, "weight", "annotator", "group", "id")
 _RATED = frozenset(name for names in RATED_LAYOUTS.values() for name in names)
+_RANKINGS = ("ranking", "scores")
+_RANKED = frozenset((*_SHARED, "responses", *_RANKINGS)) - {"image", "images"}
 _RESPONSES = frozenset(name for names in LAYOUTS.values() for name in names)
-COLUMNS = records.COLUMNS | _RATED | LOG_COLUMNS
+COLUMNS = records.COLUMNS | _RATED | _RANKED | LOG_COLUMNS
 
 
 def read_records(
@@ -49,6 +68,10 @@ def read_records(
     unused = Counter() if unused is None else unused
     if isinstance(record, RatedResponse):
         return [record], "response/desirable"
+    if isinstance(record, RankedResponses):
+        return [record], "responses/ranking"
+    if isinstance(record, Mapping) and _is_ranked(record):
+        return _read_ranked(record, cells, unused)
     if isinstance(record, Mapping) and is_log_record(record):
         return _feedback_of(record, feedback, unused), "feedback log"
     if isinstance(record, Mapping) and _is_rated(record):
@@ -57,12 +80,11 @@ def read_records(
     return [pair], layout
 
 
-def mixed_kinds(place: str, record: Record, other: str, logged: bool) -> str:
-    """Say that a record at `other` is of another kind than the first one, at `place`."""
-    kinds = ["a pair", "a rated response"]
-    if isinstance(record, RatedResponse):
-        kinds.reverse()
-    where = "the same line" if place == other else other
+def mixed_kinds(first: tuple[str, Record], other: tuple[str, Record], logged: bool) -> str:
+    """Say that a record, given with its place, is of another kind than the first one."""
+    types = {type(record) for _, record in (first, other)}
+    kinds = " and ".join(f"{plural}" for kind, (_, plural) in KINDS.items() if kind in types)
+    where = "the same line" if first[0] == other[0] else other[0]
     advice = "Put them into files of their own."
     if logged:
         advice = (
@@ -70,14 +92,16 @@ def mixed_kinds(place: str, record: Record, other: str, logged: bool) -> str:
             "configuration data.feedback, on the command line --feedback)."
         )
     return (
-        "the data hold pairs (choices) and rated responses (thumbs), and training takes one kind: "
-        f"{place} holds {kinds[0]}, {where} holds {kinds[1]}. {advice}"
+        f"the data hold {kinds}, and training takes one kind: {first[0]} holds "
+        f"{KINDS[type(first[1])][0]}, {where} holds {KINDS[type(other[1])][0]}. {advice}"
     )
 
 
 def columns_of(header: Collection[str]) -> frozenset[str]:
     """Return the columns of a table that mean something, by the kinds of record it can hold."""
     columns = records.COLUMNS
+    if _is_ranked(dict.fromkeys(header)):
+        columns |= _RANKED
     if _RATED & set(header):
         columns |= _RATED
     return columns | LOG_COLUMNS if _is_log(header) else columns
@@ -89,7 +113,7 @@ def header_faults(columns: Iterable[str]) -> list[Fault]:
     pairs_faults = records.header_faults(header.elements())
     if not pairs_faults or pairs_faults[0].rule == "repeated column":
         return pairs_faults
-    if _is_log(header):
+    if _is_log(header) or _is_ranked(dict.fromkeys(header)):
         return []
     if not _is_rated(dict.fromkeys(header)):
         return pairs_faults
@@ -99,6 +123,67 @@ def header_faults(columns: Iterable[str]) -> list[Fault]:
 
 def _is_log(header: Collection[str]) -> bool:
     return is_log_record(dict.fromkeys(header))
+
+
+def _is_ranked(record: Mapping[str, object]) -> bool:
+    """Tell whether a record has several responses and their order."""
+    return "responses" in record and not record.keys().isdisjoint(_RANKINGS)
+
+
+def _read_ranked(
+    record: Mapping[str, JSON], cells: bool, unused: Counter[str]
+) -> tuple[list[Record], str]:
+    fields = _RankedFields(record, cells, unused)
+    prompt, responses = fields.text("prompt"), fields.responses()
+    given = {name: fields.numbers(name) for name in _RANKINGS}
+    weight = fields.number("weight", 1.0)
+    fields.faults += number_faults(1.0, weight, None, lowest=0.5)
+    others: dict[str, JSON] = {key: fields.name(key) for key in ("annotator", "group", "id")}
+    tools, faults = read_tools(record.get(TOOLS))
+    fields.faults += faults
+    if prompt is not None and responses is not None:
+        if tools:
+            prompt = with_tools(prompt, tools)
+        forms = [same_form(prompt, response, response)[:2] for response in responses]
+        prompt = forms[0][0] if forms else prompt
+        responses = [response for _, response in forms]
+        fields.faults += ranking_faults(prompt, responses, *given.values())
+    if fields.faults or prompt is None or responses is None:
+        raise InvalidPair(fields.faults)
+    order: dict[str, JSON] = {n: tuple(found) for n, found in given.items() if found is not None}
+    ranked = RankedResponses(prompt, tuple(responses), weight=float(weight), **order, **others)
+    return [ranked], f"responses/{'ranking' if given['ranking'] is not None else 'scores'}"
+
+
+class _RankedFields(Fields):
+    """The values of one ranking; broken rules are collected in `faults`."""
+
+    columns = _RANKED
+
+    def responses(self) -> list[Text] | None:
+        """Return the responses, or None where one of them cannot be read."""
+        values = self._list("responses")
+        if values is None:
+            self.faults.append(missing(self.record, "responses"))
+            return None
+        texts = [self.value(f"responses[{place}]", value) for place, value in enumerate(values)]
+        return None if None in texts else [text for text in texts if text is not None]
+
+    def numbers(self, name: str) -> list[JSON] | None:
+        """Return the numbers of a column, whole ones as such; None where it has no value."""
+        return self._list(name) if is_given(self.record, name) else None
+
+    def _list(self, name: str) -> list[JSON] | None:
+        value: JSON = self.record.get(name)
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if self.cells and isinstance(value, str) and value:
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+        if isinstance(value, list | tuple):
+            return list(value)
+        if value is not None:
+            self.faults.append(wrong_type(name, value, "a list"))
+        return None
 
 
 def _is_rated(record: Mapping[str, object]) -> bool:

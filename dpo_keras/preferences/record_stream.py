@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.audit import RepeatFinder
 from dpo_keras.preferences.feedback_log import FEEDBACKS
-from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
+from dpo_keras.preferences.pair import Fault, InvalidPair, Text
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import (
     InvalidPreferences,
@@ -22,7 +22,7 @@ from dpo_keras.preferences.read_report import (
     encodable,
     place,
 )
-from dpo_keras.preferences.record_kinds import COLUMNS, Record, mixed_kinds, read_records
+from dpo_keras.preferences.record_kinds import COLUMNS, KINDS, Record, mixed_kinds, read_records
 from dpo_keras.preferences.records import LAYOUTS
 from dpo_keras.utils import JSON
 
@@ -117,7 +117,7 @@ class Reading:
 
     def renamed(self, record: JSON) -> JSON:
         """Return a record with our column names; anything but a mapping as it is."""
-        if self.columns and isinstance(record, PreferencePair | RatedResponse):
+        if self.columns and isinstance(record, tuple(KINDS)):
             must = (
                 f"({', '.join(self.columns)}) have no effect on records that are pairs already; "
                 "leave them out"
@@ -185,7 +185,7 @@ class RecordStream(Iterable[Record]):
                 first = first or (here, pair)
                 if type(pair) is not type(first[1]):
                     logged = bool(self.report.layouts["feedback log"])
-                    raise InputError(mixed_kinds(*first, here, logged))
+                    raise InputError(mixed_kinds(first, (here, pair), logged))
                 self.report.kept += 1
                 self.report.with_images += bool(pair.images)
                 self.report.most_images = max(self.report.most_images, len(pair.images))

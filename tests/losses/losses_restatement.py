@@ -123,6 +123,7 @@ LOSSES = {
     "orpo": orpo,
     "alphapo": alphapo,
     "sft": lambda p: -p.means[0],
+    "plackett_luce": lambda p: np.logaddexp(p.beta * p.c, p.beta * p.r) - p.beta * p.c,
     "reward": lambda p: smoothed(p, p.pi_w - p.pi_l - p.m),
 }
 

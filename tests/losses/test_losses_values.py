@@ -52,6 +52,7 @@ BY_HAND = {
     "alphapo": softplus(-(0.5 * 4 * (math.exp(0.75) - math.exp(0.5)) - 0.5)),
     "sft": 2.0,
     "reward": softplus(2.0),
+    "plackett_luce": softplus(-1.5),
 }
 
 
