@@ -13,7 +13,9 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import Tensor
 
 # The columns of pairs that batches carry, with their values in an empty pair slot.
-_EMPTY_LABELS = {"preference": 0.5, "weight": 0, "reference": 0, "group": -1, "margin": 0}
+_EMPTY_LABELS = {"preference": 0.5, "weight": 0, "reference": 0, "group": -1, "margin": 0} | {
+    "rated": 0
+}
 
 
 class Batch(TypedDict, total=False):
@@ -65,6 +67,9 @@ class Batch(TypedDict, total=False):
     """int32 `[rows, pairs]`, only where pairs have groups: number of the group, -1 without one."""
     margin: Tensor
     """float32 `[rows, pairs]`, only where pairs have margins: the margin, 0 without one."""
+    rated: Tensor
+    """float32 `[rows, pairs]`, only of rated responses: 1, and 0 in an empty slot. "Chosen" is then
+    the response, "rejected" a response to another prompt, and `preference` P(response is good)."""
     images: Tensor
     """float32 `[rows, images, height, width, 3]`, only where prompts have images; PaliGemma's have
     no dimension of images."""

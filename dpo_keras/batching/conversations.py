@@ -14,7 +14,7 @@ from dpo_keras.batching.image_preprocessing import ImagePreprocessor, filled
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenized_pairs import TokenizationReport
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import PreferencePair, Text
+from dpo_keras.preferences import Record, Text
 from dpo_keras.utils import JSON
 
 # A Unicode noncharacter, never part of text: marks where a message is cut before tokenization.
@@ -33,7 +33,7 @@ Turns: TypeAlias = list[dict[str, JSON]]
 
 
 def encode_conversations(
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[Record],
     encoder: TextEncoder,
     template: ChatTemplate,
     first: int = 0,
@@ -51,7 +51,8 @@ def encode_conversations(
     told from a user's words.
 
     Returns prompts, each column of responses (a record with fewer has empty rows), and a report
-    with warnings and counts of special tokens. `first` is the first pair's number in errors. `images` writes the images of prompts.
+    with warnings and counts of special tokens. `first` is the first pair's number in errors.
+    `images` writes the images of prompts.
     """
     conversations = _ConversationEncoder(encoder, template, images)
     rendered: list[list[Pieces]] = []
@@ -151,7 +152,7 @@ class _ConversationEncoder:
         )
         self.report.warnings += [warning] if spelled else []
 
-    def pair(self, pair: PreferencePair) -> list[Pieces]:
+    def pair(self, pair: Record) -> list[Pieces]:
         """Render a pair: its prompt, then its responses."""
         prompt, responses = pair.prompt, pair.responses
         images = self.images.texts(pair.images) if self.images is not None else []

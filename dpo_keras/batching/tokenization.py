@@ -7,10 +7,10 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from dpo_keras.batching.image_preprocessing import (
     any_images,
     expanded,
 )
+from dpo_keras.batching.mismatches import check_one_kind, mismatched
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.token_cache import FORMAT, Chunk, cached_tokens
 from dpo_keras.batching.tokenized_pairs import (
@@ -37,13 +38,17 @@ from dpo_keras.batching.tokenized_pairs import (
     truncate,
 )
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
+from dpo_keras.preferences import (
+    RatedResponse,
+    Record,
+    StoredPreferences,
+    read_preferences,
+)
 from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.utils import JSON
 from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
-T = TypeVar("T")
 Overlength = Literal["truncate", "drop", "error"]
 PAIRS_AT_ONCE = 2048  # of a built directory
 PROBE = 64  # pairs whose tokens tell one tokenizer from another
@@ -51,7 +56,7 @@ _LISTED = 20  # pairs that an error lists
 
 
 def tokenize_pairs(
-    pairs: Iterable[PreferencePair | Mapping[str, Any]],
+    pairs: Iterable[Record | Mapping[str, Any]],
     preprocessor: object,
     *,
     max_length: int = 1024,
@@ -72,7 +77,8 @@ def tokenize_pairs(
     did not end there. The report warns where more than 5 % of the pairs are cut.
 
     Args:
-        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Pairs of a built
+        pairs: `PreferencePair`s, or `RatedResponse`s, each of which is laid out beside a response
+            to another prompt; or mappings as `read_preferences` takes them. Pairs of a built
             directory (`StoredPreferences`) are tokenized once, and their tokens stay on disk.
         preprocessor: the model's KerasHub preprocessor (`policy.preprocessor`), its tokenizer, or
             anything that `TextEncoder` takes.
@@ -158,13 +164,14 @@ class PairTokenizer:
         """How the model reads images."""
         return image_preprocessor(self.preprocessor)
 
-    def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
+    def tokenize(self, records: Sequence[Record], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
+        rated = check_one_kind(records)
         _check_order(records, first)
         prompt, responses, report = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, responses, first)
         whole = [part.take(kept) for part in (prompt, *responses)]
-        prompt, chosen, rejected, *others = truncate(
+        prompt, chosen, *others = truncate(
             *whole,
             max_length=self.max_length,
             start=self.encoder.start,
@@ -173,11 +180,20 @@ class PairTokenizer:
         uncut = np.zeros(len(kept), UNCUT)
         uncut["prompt"] = whole[0].lengths
         uncut["response"] = longest_of(whole[1:])
-        for i in np.flatnonzero(chosen.lengths == rejected.lengths):
-            uncut["identical"][i] = np.array_equal(chosen[int(i)], rejected[int(i)])
         left = [records[i] for i in kept]
-        margins = [pair.margin or 0.0 for pair in left]
-        any_margin = any(pair.margin is not None for pair in left)
+        hashes = np.array([hash64(prompt_bytes(record)) for record in left], np.uint64)
+        if rated:
+            others = [mismatched(prompt, chosen, hashes, self.max_length)]
+        rejected, *others = others
+        for i in () if rated else np.flatnonzero(chosen.lengths == rejected.lengths):
+            uncut["identical"][i] = np.array_equal(chosen[int(i)], rejected[int(i)])
+        preference = [
+            record.desirable if isinstance(record, RatedResponse) else record.preference
+            for record in left
+        ]
+        margin = [getattr(record, "margin", None) for record in left]
+        margins = [value or 0.0 for value in margin]
+        any_margin = any(value is not None for value in margin)
         names = tuple(sorted({pair.group for pair in left if pair.group is not None}))
         numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         tokens = TokenizedPairs(
@@ -185,19 +201,20 @@ class PairTokenizer:
             chosen=chosen,
             rejected=rejected,
             others=tuple(others),
-            preference=np.array([pair.preference for pair in left], np.float32),
+            preference=np.array(preference, np.float32),
             weight=np.array([pair.weight for pair in left], np.float32),
             pad=self.encoder.pad,
             group=np.array([numbers.get(p.group, -1) for p in left], np.int32) if names else None,
             margin=np.array(margins, np.float32) if any_margin else None,
+            rated=np.ones(len(left), np.float32) if rated else None,
             group_names=names,
             source=first + kept,
-            prompt_hash=np.array([hash64(prompt_bytes(pair)) for pair in left], np.uint64),
+            prompt_hash=hashes,
             max_length=self.max_length,
             images=PairImages.of(left, self.image_family) if any_images(left) else None,
         )
         report.pairs, report.dropped = len(records), dropped
-        report.count(prompt.lengths, [part.lengths for part in (chosen, rejected, *others)], uncut)
+        report.count(prompt.lengths, [part.lengths for part in tokens.responses], uncut)
         return replace(tokens, report=report), uncut
 
     def chunks(self, pairs: StoredPreferences, done: int) -> Iterator[Chunk]:
@@ -233,7 +250,7 @@ class PairTokenizer:
         }
 
     def _encode(
-        self, records: list[PreferencePair], first: int
+        self, records: Sequence[Record], first: int
     ) -> tuple[Ragged, list[Ragged], TokenizationReport]:
         family = self.image_family if any_images(records) else None
         if family is not None:
@@ -254,16 +271,14 @@ class PairTokenizer:
             raise InputError(InputProblem("template", rule, hint=hint))
         prompts = self.encoder.prompts([expanded(pair, family) for pair in records])
         texts = [[str(text) for text in pair.responses] for pair in records]
-        return prompts, self._columns(texts, self.encoder.responses), TokenizationReport()
+        return prompts, self._columns(texts), TokenizationReport()
 
-    def _columns(
-        self, responses: list[list[T]], encode: Callable[[list[T]], Ragged]
-    ) -> list[Ragged]:
+    def _columns(self, responses: list[list[str]]) -> list[Ragged]:
         """Encode responses, column by column; a record with fewer has empty rows."""
         columns = []
         for column in range(max(map(len, responses), default=2)):
             having = [row for row, texts in enumerate(responses) if len(texts) > column]
-            found = encode([responses[row][column] for row in having])
+            found = self.encoder.responses([responses[row][column] for row in having])
             if len(having) < len(responses):
                 rows = dict(zip(having, found.tolist(), strict=True))
                 found = Ragged.from_lists([rows.get(row, []) for row in range(len(responses))])
@@ -272,7 +287,7 @@ class PairTokenizer:
 
     def _sort_out(
         self,
-        records: list[PreferencePair],
+        records: Sequence[Record],
         prompt: Ragged,
         responses: list[Ragged],
         first: int,
@@ -317,7 +332,7 @@ class PairTokenizer:
         return (responses.lengths == 0) | ((responses.lengths == 1) & is_end)
 
     def _too_long(
-        self, records: list[PreferencePair], rows: np.ndarray, total: np.ndarray, first: int
+        self, records: Sequence[Record], rows: np.ndarray, total: np.ndarray, first: int
     ) -> list[str]:
         rule = (
             f"is 'error', and {len(rows)} of {len(records)} pairs are longer than "
@@ -325,7 +340,7 @@ class PairTokenizer:
         )
         hint = "Raise max_length, or choose 'truncate' or 'drop'."
         problems: list[str] = [InputProblem("overlength", rule, hint=hint)]
-        for i in rows[:_LISTED]:
+        for i in rows[:_LISTED].tolist():
             name = f" (id {records[i].id!r})" if records[i].id is not None else ""
             problems.append(f"pair {first + i}{name}: {total[i]} tokens")
         if len(rows) > _LISTED:
@@ -333,7 +348,7 @@ class PairTokenizer:
         return problems
 
 
-def _check_order(records: Sequence[PreferencePair | RankedResponses], first: int) -> None:
+def _check_order(records: Sequence[Record], first: int) -> None:
     """Refuse rankings with ties, of which there is no order to be likely."""
     tied = [
         number

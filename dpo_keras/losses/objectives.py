@@ -48,6 +48,7 @@ class Objective(ABC):
         batchwise: whether the loss of one pair depends on the other pairs of the batch.
         of_policies: whether it speaks of log-probs, and not of a reward model's rewards.
         ranks: whether it takes rankings of K responses: outputs `[N, K]`, the best first.
+        unpaired: whether it takes rated responses, with a mismatched response in column 1.
     """
 
     formula: ClassVar[str]
@@ -57,6 +58,7 @@ class Objective(ABC):
     batchwise: ClassVar[bool] = False
     of_policies: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
+    unpaired: ClassVar[bool] = False
 
     beta: float
     """β > 0, strength of the tie to the reference; scale of the scores."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_keras.errors import InputProblem
-from dpo_keras.losses import objectives, other_objectives
+from dpo_keras.losses import objectives, other_objectives, unpaired_objectives
 from dpo_keras.losses.objectives import Objective
 from dpo_keras.losses.penalties import PENALTIES
 from dpo_keras.losses.scores import DIVERGENCES
@@ -41,6 +41,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "sft": other_objectives.SFT,
     "reward": other_objectives.Reward,
     "plackett_luce": other_objectives.PlackettLuce,
+    "kto": unpaired_objectives.KTO,
 }
 
 # What papers and other libraries call an objective: its name here, and the option that makes it.
@@ -167,6 +168,10 @@ OPTIONS: dict[str, Option] = {
         "in [0, 1)",
         lambda v: 0 <= v < 1,
     ),
+    "desirable_weight": _number("kto: λ_D, how much a thumb up counts.", ">= 0", lambda v: v >= 0),
+    "undesirable_weight": _number(
+        "kto: λ_U, how much a thumb down counts.", ">= 0", lambda v: v >= 0
+    ),
     "group_robust": Option(
         "Weight groups of pairs (column `group`) toward the worst one.",
         "a mapping {groups: whole number >= 2, eta: step size > 0}",
@@ -232,6 +237,10 @@ def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
     if not loss_types:
         rule = "must name at least one objective, got an empty list"
         return [InputProblem("loss_type", rule)]
+    known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
+    if len({OBJECTIVES[name].unpaired for name in known}) > 1:
+        rule = "mixes objectives on pairs with objectives on rated responses"
+        return [InputProblem("loss_type", rule, loss_types)]
     names = f"must be one of {', '.join(OBJECTIVES)}"
     if "reward" in loss_types and len(loss_types) > 1:
         rule = "must hold 'reward' alone, which speaks of rewards and not of log-probs"

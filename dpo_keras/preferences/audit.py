@@ -18,6 +18,7 @@ from dpo_keras.preferences.collection import (
     text_bytes,
 )
 from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
+from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, wilson
@@ -255,12 +256,16 @@ class RepeatFinder:
         self._preferred = array("Q")
         self._ties: list[int] = []
 
-    def add(self, pair: PreferencePair | RatedResponse) -> None:
-        """Note the next pair, or rated response."""
+    def add(self, pair: PreferencePair | RatedResponse | RankedResponses) -> None:
+        """Note the next pair, rated response or ranking."""
         texts = list(map(text_bytes, pair.responses))
         comparison = hash64(prompt_bytes(pair), *sorted(texts))
         if isinstance(pair, RatedResponse):
             says, direction = pair.desirable, int(pair.desirable > 0.5)
+        elif isinstance(pair, RankedResponses):
+            # The order is what is said: another one of the same responses is no opposite.
+            comparison = hash64(prompt_bytes(pair), *texts)
+            says, direction = 0.5, 2
         else:
             says, direction = pair.preference, int(texts[0] < texts[1])
         if says == 0.5:

@@ -10,7 +10,8 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences, Rankings, RatedResponses
 from dpo_keras.preferences.file_formats import open_file
 from dpo_keras.preferences.pair import PreferencePair, shown
-from dpo_keras.preferences.quickstart_data import THUMBS, support_pairs, support_thumbs_of
+from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.quickstart_thumbs import THUMBS, support_thumbs_of
 from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
