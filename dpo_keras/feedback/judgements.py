@@ -7,7 +7,7 @@ import math
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeGuard
 
 import numpy as np
 
@@ -61,7 +61,8 @@ class Submission:
             raise InputError(problems)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Tell whether a value is a whole number that a store may hold."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -80,13 +81,13 @@ def _is_time(value: object) -> bool:
 
 
 _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
-    "presentation": (_is_whole, "must be a whole number"),
+    "presentation": (is_whole, "must be a whole number"),
     "choice": (lambda value: value in CHOICES, f"must be one of {', '.join(CHOICES)}"),
     "key": (
         lambda value: isinstance(value, str) and 1 <= len(value) <= 100 and value.isascii(),
         "must be 1 to 100 ASCII characters",
     ),
-    "strength": (lambda value: _is_whole(value) and 1 <= value <= 3, "must be 1, 2 or 3"),
+    "strength": (lambda value: is_whole(value) and 1 <= value <= 3, "must be 1, 2 or 3"),
     "reason": (_is_reason, f"must be valid text of {MAX_REASON:,} characters at most"),
     "seconds": (_is_time, "must be finite and >= 0"),
     "preference": (_is_preference, "must be above 0.5 and at most 1"),

@@ -27,6 +27,7 @@ def show_as_version_2(connection: sqlite3.Connection) -> None:
     view = schema[schema.index("CREATE VIEW current") :]
     for query in (
         "CREATE TEMP VIEW annotators AS SELECT *, 0 AS judge FROM main.annotators",
+        "CREATE TEMP VIEW presentations AS SELECT *, NULL AS ranking FROM main.presentations",
         "CREATE TEMP VIEW judgements AS SELECT *, NULL AS preference FROM main.judgements",
         view.replace("CREATE VIEW", "CREATE TEMP VIEW"),  # of the judgements above
     ):

@@ -28,6 +28,7 @@ CREATE TABLE pairs (
   UNIQUE (first, second),
   CHECK (first <> second)
 );
+CREATE INDEX pairs_prompt ON pairs (prompt);
 CREATE INDEX pairs_open ON pairs (taken DESC, shuffle) WHERE gold IS NULL;
 CREATE INDEX pairs_gold ON pairs (shuffle) WHERE gold IS NOT NULL;
 
@@ -56,8 +57,10 @@ CREATE TABLE presentations (
   shown REAL NOT NULL,
   expires REAL NOT NULL,
   entry INTEGER,                       -- the last of its entries in the log
+  ranking INTEGER,                     -- shown as one ranking: the first of its presentations
   UNIQUE (pair, annotator, repeat)
 );
+CREATE INDEX presentations_ranking ON presentations (ranking) WHERE ranking IS NOT NULL;
 CREATE INDEX presentations_leased ON presentations (expires) WHERE state = 'leased';
 CREATE INDEX presentations_own ON presentations (annotator, state, id);
 CREATE INDEX presentations_entry ON presentations (annotator, entry);

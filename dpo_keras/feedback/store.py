@@ -6,15 +6,16 @@ import random
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.feedback import assignment, judgements
+from dpo_keras.feedback import assignment, judgements, rankings
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
 from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates, stored_prompt
 from dpo_keras.feedback.database import Database, T, has_lone_surrogate, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
+from dpo_keras.feedback.rankings import RankingSubmission
 from dpo_keras.preferences import Image
 
 DAY = 86_400.0  # seconds
@@ -135,12 +136,30 @@ class Store:
         submission = Submission(presentation, choice, key, strength, reason, seconds, preference)
         return self._batched(judgements.submit, annotator, submission)
 
+    def submit_ranking(
+        self,
+        annotator: int,
+        presentation: int,
+        ranks: Sequence[int] | None,
+        *,
+        key: str,
+        choice: str | None = None,
+        reason: str | None = None,
+        seconds: float | None = None,
+    ) -> Receipt:
+        """Record a ranking, as the judgements of its pairs; see `RankingSubmission`.
+
+        Raises InputError and Conflict as `submit`.
+        """
+        submission = RankingSubmission(presentation, ranks, key, choice, reason, seconds)
+        return self._batched(rankings.submit, annotator, submission)
+
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
         """Take a judgement back by an entry in the log, and lease the pair to its annotator again.
 
         The `key` is unique to this undo. Raises Conflict if there is no judgement to take back.
         """
-        return self._batched(judgements.undo, annotator, presentation, key)
+        return self._batched(rankings.undo, annotator, presentation, key)
 
     def last_judged(self, annotator: int) -> int | None:
         """Return the presentation that this person would undo; None where there is none."""
