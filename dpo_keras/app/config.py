@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from dpo_keras.app.config_dependencies import unread_options
+from dpo_keras.app.config_judge import JudgeSettings
 from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules, config_warnings
 from dpo_keras.app.config_sections import (
     Data,
@@ -61,6 +62,7 @@ class Config(Section):
     training: Training = key({}, "preference training")
     evaluation: Evaluation = key({}, "what is measured before and after")
     export: Export | None = key(None, "the SavedModel; null for none")
+    judge: JudgeSettings | None = key(None, "who compares responses; null: nobody is asked")
 
     @model_validator(mode="before")
     @classmethod

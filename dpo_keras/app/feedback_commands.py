@@ -54,6 +54,10 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     repeat_share: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of pairs shown a second time.")
     ] = 0.03,
+    rank: Annotated[
+        bool,
+        typer.Option("--rank", help="Show 3 to 5 responses of a prompt at once, to be ranked."),
+    ] = False,
     lease_minutes: Annotated[
         float, typer.Option(min=0.1, help="After this an abandoned pair goes to others.")
     ] = 30.0,
@@ -82,6 +86,7 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
             lease_seconds=lease_minutes * 60,
             gold_share=gold_share,
             repeat_share=repeat_share,
+            ranking=rank,
         )
         listening = bind(host, port)
         try:
@@ -162,6 +167,10 @@ def feedback_export(
     ties: Annotated[str, typer.Option(help="half: preference 0.5; drop: left out.")] = "half",
     both_bad: Annotated[str, typer.Option(help="drop: left out; half: as a tie.")] = "drop",
     weights: Annotated[str, typer.Option(help="none, or quality: by annotator.")] = "none",
+    rankings: Annotated[
+        bool,
+        typer.Option("--rankings", help="Write people's rankings instead, as JSONL."),
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -171,9 +180,17 @@ def feedback_export(
         needs_extra()
         check_output(pairs, force, "PAIRS")
         from dpo_keras.feedback import open_store, to_pairs
+        from dpo_keras.feedback.pair_export import write_rankings
         from dpo_keras.preferences import write_preferences
 
         round = open_store(store)
+        if rankings:
+            found = write_rankings(round, pairs)
+            round.close()
+            terminal.result(
+                {"path": str(pairs), "rankings": found}, f"{found:,} rankings are in {pairs}."
+            )
+            return
         made = to_pairs(round, label=label, ties=ties, weights=weights, both_bad=both_bad)
         round.close()
         write_preferences(made.pairs, pairs)

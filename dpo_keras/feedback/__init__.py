@@ -20,7 +20,7 @@ from dpo_keras.feedback.judgements import Conflict, Receipt
 from dpo_keras.feedback.store import Store, open_store
 
 if TYPE_CHECKING:
-    from dpo_keras.feedback.pair_export import Exported, to_pairs
+    from dpo_keras.feedback.pair_export import Exported, to_pairs, to_rankings
     from dpo_keras.feedback.quality import Quality, assess
 
 _HOME = {
@@ -28,6 +28,7 @@ _HOME = {
     "Quality": "dpo_keras.feedback.quality",
     "assess": "dpo_keras.feedback.quality",
     "to_pairs": "dpo_keras.feedback.pair_export",
+    "to_rankings": "dpo_keras.feedback.pair_export",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "open_store",
     "read_candidates",
     "to_pairs",
+    "to_rankings",
 ]
 
 

@@ -67,7 +67,8 @@ class Api:
         """Put rendered texts in place of presentations. Long ones take a while, so in a thread."""
         for place, shown in enumerate(content["presentations"]):
             if isinstance(shown, Presentation):
-                long = len(shown.left) + len(shown.right) + len(str(shown.prompt)) > MAX_AT_ONCE
+                length = sum(map(len, shown.responses)) + len(str(shown.prompt))
+                long = length > MAX_AT_ONCE
                 rendered = await anyio.to_thread.run_sync(_shown, shown) if long else _shown(shown)
                 content["presentations"][place] = rendered
 
@@ -92,6 +93,12 @@ class Api:
         """Record a judgement; the store checks the type of every value."""
         names = ("presentation", "choice", "key", "strength", "reason", "seconds")
         receipt = self.store.submit(annotator.id, **{name: body.get(name) for name in names})
+        return {"judgement": receipt.judgement, "again": receipt.again, **self._state(annotator)}
+
+    def submit_ranking(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
+        """Record a ranking; the store checks the type of every value."""
+        names = ("presentation", "ranks", "key", "choice", "reason", "seconds")
+        receipt = self.store.submit_ranking(annotator.id, **{n: body.get(n) for n in names})
         return {"judgement": receipt.judgement, "again": receipt.again, **self._state(annotator)}
 
     def undo(self, annotator: Annotator, body: JSON) -> dict[str, JSON]:
@@ -163,9 +170,12 @@ def _shown(presentation: Presentation) -> dict[str, JSON]:
     ]
     if len(prompt) == 1:
         prompt[0]["role"] = None
-    sides = {"left": render(presentation.left), "right": render(presentation.right)}
-    images = {"images": len(presentation.images)} if presentation.images else {}
-    return {"id": presentation.id, "prompt": prompt, **images, **sides}
+    content: dict[str, JSON] = {"id": presentation.id, "prompt": prompt}
+    if presentation.images:
+        content["images"] = len(presentation.images)
+    if presentation.further:
+        return {**content, "responses": list(map(render, presentation.responses))}
+    return {**content, "left": render(presentation.left), "right": render(presentation.right)}
 
 
 class Page(NamedTuple):

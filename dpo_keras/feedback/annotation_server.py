@@ -67,6 +67,7 @@ def make_app(
         Route("/api/next", sessions.endpoint(api.next, finish=api.with_texts)),
         Route("/api/image", sessions.image_endpoint(api.image)),
         Route("/api/judgements", sessions.endpoint(api.submit), methods=["POST"]),
+        Route("/api/rankings", sessions.endpoint(api.submit_ranking), methods=["POST"]),
         Route("/api/undo", sessions.endpoint(api.undo), methods=["POST"]),
         Route("/api/me", sessions.endpoint(lambda annotator, _: api.me(annotator))),
         Route("/api/admin", sessions.slow_endpoint(lambda annotator, _: api.overview(annotator))),

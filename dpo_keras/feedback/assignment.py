@@ -1,8 +1,11 @@
-"""Which pair a person sees next: leases, overlap, sides, hidden checks and repeats."""
+"""Which pair an annotator sees next: leases, overlap, sides, hidden checks and repeats."""
 
+import itertools
 import math
 import random
 import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ class Settings:
         gold_share: share of presentations that check a known answer, in [0, 0.5].
         repeat_share: share of presentations that show an earlier pair again, in [0, 0.5].
         repeat_distance: how many other pairs lie between the two, >= 1.
+        ranking: show 3 to 5 responses of a prompt at once, to be ranked, and not pair by pair.
 
     Raises:
         InputError: naming every value that breaks a rule.
@@ -39,6 +43,7 @@ class Settings:
     gold_share: float = 0.05
     repeat_share: float = 0.03
     repeat_distance: int = 10
+    ranking: bool = False
 
     def __post_init__(self) -> None:
         """Check every rule."""
@@ -59,13 +64,19 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """A pair as one person sees it. It does not tell makers, repeats or checks."""
+    """What one person sees: a pair, or a ranking. It does not tell makers, repeats or checks."""
 
     id: int  # a judgement names it
     prompt: JSON  # text, or a list of role/content mappings
     left: str
     right: str
     images: tuple[Image, ...] = ()
+    further: tuple[str, ...] = ()  # of a ranking: the responses after these two
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """All responses, in the order in which they are shown."""
+        return self.left, self.right, *self.further
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +88,14 @@ class Progress:
 
 
 _HELD = """
-SELECT p.id, p.first_on_left, q.content AS prompt, a.content AS first, b.content AS second
+SELECT p.id, p.ranking, p.first_on_left, q.content AS prompt, a.content AS first,
+  b.content AS second
 FROM presentations p JOIN pairs ON pairs.id = p.pair JOIN prompts q ON q.id = pairs.prompt
 JOIN responses a ON a.id = pairs.first JOIN responses b ON b.id = pairs.second
-WHERE p.annotator = ? AND p.state = 'leased' ORDER BY p.id LIMIT ?
+WHERE p.annotator = :annotator AND p.state = 'leased' AND coalesce(p.ranking, p.id) IN (
+  SELECT DISTINCT coalesce(h.ranking, h.id) FROM presentations h
+  WHERE h.annotator = :annotator AND h.state = 'leased' ORDER BY 1 LIMIT :count)
+ORDER BY coalesce(p.ranking, p.id), p.id
 """
 # Pairs that somebody has begun come first, so that pairs become complete.
 _OPEN_PAIR = """
@@ -102,6 +117,25 @@ WHERE p.annotator = :annotator AND p.state = 'judged' AND p.repeat = 0 AND pairs
     AND r.annotator = :annotator AND r.repeat = 1 AND r.state <> 'released')
 ORDER BY p.id
 """
+# A prompt of which every two responses are a pair, and none of these was given to the person.
+_OPEN_RANKING = """
+SELECT prompt FROM pairs WHERE gold IS NULL AND taken < :overlap
+  AND (SELECT count(*) FROM responses r WHERE r.prompt = pairs.prompt) BETWEEN 3 AND 5
+  AND (SELECT 2 * count(*) FROM pairs s WHERE s.prompt = pairs.prompt)
+    = (SELECT count(*) * (count(*) - 1) FROM responses r WHERE r.prompt = pairs.prompt)
+  AND NOT EXISTS (SELECT 1 FROM pairs s
+    WHERE s.prompt = pairs.prompt AND s.gold IS NULL AND s.taken >= :overlap)
+  AND NOT EXISTS (SELECT 1 FROM pairs s JOIN presentations p ON p.pair = s.id
+    WHERE s.prompt = pairs.prompt AND p.annotator = :annotator AND p.state <> 'released')
+ORDER BY taken DESC, shuffle LIMIT 1
+"""
+# A judge takes each pair once, checks among them; those that people have judged come first.
+_UNJUDGED = """
+SELECT id FROM pairs WHERE NOT EXISTS (
+  SELECT 1 FROM presentations p WHERE p.pair = pairs.id AND p.annotator = :annotator
+  AND p.state <> 'released')
+ORDER BY taken DESC, shuffle LIMIT :count
+"""
 
 
 def hand_out(
@@ -112,7 +146,7 @@ def hand_out(
     annotator: int,
     count: int,
 ) -> list[Presentation]:
-    """Renew a person's leases and add new ones up to `count`, in a transaction."""
+    """Renew an annotator's leases and add new ones up to `count`, in a transaction."""
     _release_expired(connection, now, except_of=annotator)
     expires = now + settings.lease_seconds
     # Leases with more than half their time left stay as they are: nothing to write.
@@ -122,30 +156,80 @@ def hand_out(
         (expires, annotator, expires - settings.lease_seconds / 2),
     )
     held = connection.execute(
-        "SELECT count(*) FROM presentations WHERE annotator = ? AND state = 'leased'", (annotator,)
+        "SELECT count(DISTINCT coalesce(ranking, id)) FROM presentations "
+        "WHERE annotator = ? AND state = 'leased'",
+        (annotator,),
     ).fetchone()[0]
-    while held < count:
-        choice = _choose(connection, settings, chance, annotator)
-        if choice is None:
-            break
-        pair, repeat = choice
+    if settings.ranking and not is_judge(connection, annotator):
+        while held < count and _lease_ranking(
+            connection, settings, (now, expires), chance, annotator
+        ):
+            held += 1
+    for pair, repeat in _chosen(connection, settings, chance, annotator, count - held):
         # A person who gets a released pair back sees the same sides as before.
         connection.execute(
             "INSERT INTO presentations "
             "(pair, annotator, repeat, first_on_left, state, shown, expires) "
             "VALUES (?, ?, ?, ?, 'leased', ?, ?) ON CONFLICT (pair, annotator, repeat) DO UPDATE "
-            "SET state = 'leased', expires = excluded.expires",
+            "SET state = 'leased', expires = excluded.expires, ranking = NULL",
             (pair, annotator, repeat, chance.getrandbits(1), now, expires),
         )
         if not repeat:
-            take_place(connection, pair, 1)
-        held += 1
-    presentations = []
-    for row in connection.execute(_HELD, (annotator, count)):
-        left, right = in_sides(row)
-        prompt, images = stored_prompt(row["prompt"])
-        presentations.append(Presentation(row["id"], prompt, left, right, images))
-    return presentations
+            take_place(connection, pair, annotator, 1)
+    rows = connection.execute(_HELD, {"annotator": annotator, "count": count}).fetchall()
+    groups = itertools.groupby(rows, lambda row: row["ranking"] or row["id"])
+    return [_presentation(number, list(pairs)) for number, pairs in groups]
+
+
+def _presentation(number: int, rows: list[sqlite3.Row]) -> Presentation:
+    """Make a presentation of its pairs: one, or all of a ranking."""
+    left, right, *further = in_order(rows)
+    prompt, images = stored_prompt(rows[0]["prompt"])
+    return Presentation(number, prompt, left, right, images, tuple(further))
+
+
+def in_order(rows: Iterable[sqlite3.Row]) -> list[Any]:
+    """Return what `first` and `second` of the pairs of a ranking hold, in the order shown."""
+    wins: Counter[Any] = Counter()
+    for left, right in map(in_sides, rows):
+        wins[left] += 1
+        wins[right] += 0
+    return sorted(wins, key=lambda response: -wins[response])
+
+
+def _lease_ranking(
+    connection: sqlite3.Connection,
+    settings: Settings,
+    times: tuple[float, float],
+    chance: random.Random,
+    annotator: int,
+) -> bool:
+    """Give a person all pairs of a prompt, to be ranked; False where there is no such prompt."""
+    values = {"annotator": annotator, "overlap": settings.overlap}
+    found = connection.execute(_OPEN_RANKING, values).fetchone()
+    if found is None:
+        return False
+    pairs = connection.execute(
+        "SELECT id, first, second FROM pairs WHERE prompt = ? ORDER BY id", (found["prompt"],)
+    ).fetchall()
+    responses = sorted({response for pair in pairs for response in (pair["first"], pair["second"])})
+    place = dict(zip(responses, chance.sample(range(len(responses)), len(responses)), strict=True))
+    numbers = []
+    for pair in pairs:
+        on_left = place[pair["first"]] < place[pair["second"]]
+        row = connection.execute(
+            "INSERT INTO presentations (pair, annotator, first_on_left, state, shown, expires) "
+            "VALUES (?, ?, ?, 'leased', ?, ?) ON CONFLICT (pair, annotator, repeat) DO UPDATE SET "
+            "state = 'leased', expires = excluded.expires, first_on_left = excluded.first_on_left "
+            "RETURNING id",
+            (pair["id"], annotator, on_left, *times),
+        ).fetchone()
+        numbers.append(row["id"])
+        take_place(connection, pair["id"], annotator, 1)
+    connection.executemany(
+        "UPDATE presentations SET ranking = ? WHERE id = ?", [(min(numbers), n) for n in numbers]
+    )
+    return True
 
 
 def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:
@@ -154,9 +238,13 @@ def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:
     return (first, second) if row["first_on_left"] else (second, first)
 
 
-def take_place(connection: sqlite3.Connection, pair: int, change: int) -> None:
-    """Count a place of a pair as used (`change` 1) or as free again (-1)."""
-    connection.execute("UPDATE pairs SET taken = taken + ? WHERE id = ?", (change, pair))
+def take_place(connection: sqlite3.Connection, pair: int, annotator: int, change: int) -> None:
+    """Count a place of a pair as used (`change` 1) or as free again (-1); a judge needs none."""
+    connection.execute(
+        "UPDATE pairs SET taken = taken + ? "
+        "WHERE id = ? AND NOT (SELECT judge FROM annotators WHERE id = ?)",
+        (change, pair, annotator),
+    )
 
 
 def _release_expired(connection: sqlite3.Connection, now: float, except_of: int) -> None:
@@ -171,12 +259,39 @@ def release_all(connection: sqlite3.Connection, annotator: int) -> None:
 
 def _release(connection: sqlite3.Connection, which: str, values: tuple[object, ...]) -> None:
     released = connection.execute(
-        f"SELECT id, pair, repeat FROM presentations WHERE state = 'leased' AND {which}", values
+        f"SELECT id, pair, annotator, repeat FROM presentations WHERE state = 'leased' AND {which}",
+        values,
     ).fetchall()
     for row in released:
         connection.execute("UPDATE presentations SET state = 'released' WHERE id = ?", (row["id"],))
         if not row["repeat"]:
-            take_place(connection, row["pair"], -1)
+            take_place(connection, row["pair"], row["annotator"], -1)
+
+
+def _chosen(
+    connection: sqlite3.Connection,
+    settings: Settings,
+    chance: random.Random,
+    annotator: int,
+    count: int,
+) -> Iterator[tuple[int, int]]:
+    """Yield new pairs for an annotator; a person's next one depends on the last."""
+    if is_judge(connection, annotator):
+        values = {"annotator": annotator, "count": max(count, 0)}
+        for row in connection.execute(_UNJUDGED, values).fetchall():
+            yield row["id"], 0
+        return
+    for _ in range(count):
+        choice = _choose(connection, settings, chance, annotator)
+        if choice is None:
+            return
+        yield choice
+
+
+def is_judge(connection: sqlite3.Connection, annotator: int) -> bool:
+    """Tell whether an annotator is a program."""
+    query = "SELECT 1 FROM annotators WHERE id = ? AND judge"
+    return connection.execute(query, (annotator,)).fetchone() is not None
 
 
 def _choose(

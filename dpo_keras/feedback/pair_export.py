@@ -1,18 +1,24 @@
-"""Judgements as preference pairs for training."""
+"""Judgements as preference pairs for training, and rankings as they were made."""
 
+import itertools
+import json
+import os
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback.annotator_quality import DawidSkene, fit_labels
+from dpo_keras.feedback.assignment import in_order
 from dpo_keras.feedback.candidates import stored_prompt
 from dpo_keras.feedback.judgements import BOTH_BAD, FIRST, SECOND, TIE, Table, read_table
 from dpo_keras.feedback.store import Store
 from dpo_keras.preferences import Message, PreferencePair
+from dpo_keras.utils import JSON
+from dpo_keras.utils.atomic_files import write_text
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ def to_pairs(
         store: the open store.
         label: "each" makes one pair of each judgement, so that annotators can be held out. The
             others make one of all judgements of a pair: "majority", "vote_share" (a tie is half a
-            vote for each) or "dawid_skene" (the posterior; half a tie's goes to each response).
+            vote for each, and a judge's 0.75 three quarters of one) or "dawid_skene" (the
+            posterior; half a tie's goes to each response).
         ties: "half" keeps pairs without a preference as 0.5, "drop" leaves them out.
         weights: "quality" weighs a pair by the mean information of its annotators: their
             Dawid-Skene accuracy a gives (2a - 1)², relative to the mean over all judgements, so
@@ -96,7 +103,7 @@ def to_pairs(
     pairs = []
     for rows in _rows_of_pairs(work, label):
         pair = int(work.pair[rows[0]])
-        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
+        votes = _votes(work, rows)
         preference = float(LABELLERS[label](votes, fit.posterior[pair]))
         if abs(preference - 0.5) < 1e-9 and ties == "drop":
             dropped["ties"] += 1
@@ -114,6 +121,16 @@ def _rows_of_pairs(work: Table, label: str) -> list[np.ndarray]:
         return [np.array([row]) for row in range(len(work))]
     order = np.argsort(work.pair, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1)
+
+
+def _votes(work: Table, rows: np.ndarray) -> np.ndarray:
+    """Count the votes for first, second and tie; a judge may split its own between the two."""
+    votes = np.zeros(3)
+    label, preference = np.minimum(work.label[rows], TIE), work.preference[rows]
+    np.add.at(votes, label, preference)
+    decided = label < TIE
+    np.add.at(votes, 1 - label[decided], 1 - preference[decided])
+    return votes
 
 
 def _majority(votes: np.ndarray, posterior: np.ndarray) -> float:
@@ -183,4 +200,65 @@ def _preference_pair(
         # Only one judgement has a side.
         swapped=len(rows) == 1 and not better_on_left,
         images=images,
+    )
+
+
+_RANKED = """
+SELECT p.ranking, p.first_on_left, c.verdict, c.winner, pairs.first, pairs.second, q.content,
+  q.name, q.grp, a.name AS annotator
+FROM current c JOIN presentations p ON p.id = c.presentation JOIN pairs ON pairs.id = p.pair
+JOIN prompts q ON q.id = pairs.prompt JOIN annotators a ON a.id = p.annotator
+WHERE p.ranking IS NOT NULL AND c.verdict IN ('prefer', 'tie') ORDER BY p.ranking, p.id
+"""
+
+
+def to_rankings(store: Store) -> list[dict[str, JSON]]:
+    """Return the rankings of people, as records that `read_preferences` takes.
+
+    Returns:
+        Records with `prompt`, `responses` (in the order in which they were shown), `ranking` (the
+        rank of each, 1 for the best, equal for ties) and `annotator`; `id` and `group` where the
+        prompt has them.
+    """
+    texts = {row["id"]: row["content"] for row in store.database.rows("SELECT * FROM responses")}
+    found = []
+    judged = store.database.rows(_RANKED)
+    for _, group in itertools.groupby(judged, lambda row: row["ranking"]):
+        rows = list(group)
+        order = in_order(rows)
+        better = [_beaten_by(response, rows) for response in order]
+        record = {
+            "prompt": stored_prompt(rows[0]["content"])[0],
+            "responses": [texts[response] for response in order],
+            "ranking": [1 + count for count in better],
+            "annotator": rows[0]["annotator"],
+            "id": rows[0]["name"],
+            "group": rows[0]["grp"],
+        }
+        found.append({name: value for name, value in record.items() if value is not None})
+    return found
+
+
+def write_rankings(store: Store, path: str | os.PathLike[str]) -> int:
+    """Write `to_rankings` as JSON lines; return how many.
+
+    Raises InputError where the file's name does not end in .jsonl, or the store has no rankings.
+    """
+    if not os.fspath(path).endswith(".jsonl"):
+        rule = "must end in .jsonl: rankings are written as JSON lines"
+        raise InputError(InputProblem("PAIRS", rule, os.fspath(path)))
+    found = to_rankings(store)
+    if not found:
+        hint = "People rank where the page was served with --rank."
+        raise InputError(InputProblem("store", "has no rankings", hint=hint))
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
+    return len(found)
+
+
+def _beaten_by(response: int, rows: Sequence[sqlite3.Row]) -> int:
+    """Count the responses that are better than one."""
+    return sum(
+        row["winner"] not in (None, response)
+        for row in rows
+        if response in (row["first"], row["second"])
     )

@@ -23,11 +23,12 @@ CREATE TABLE pairs (
   first INTEGER NOT NULL REFERENCES responses,
   second INTEGER NOT NULL REFERENCES responses,
   gold INTEGER REFERENCES responses, -- the better one, where it is known and asked as a check
-  taken INTEGER NOT NULL DEFAULT 0,  -- places in use: leases and judgements, skips left out
+  taken INTEGER NOT NULL DEFAULT 0,  -- places in use: people's leases and judgements, not skips
   shuffle REAL NOT NULL,             -- random order of presentation
   UNIQUE (first, second),
   CHECK (first <> second)
 );
+CREATE INDEX pairs_prompt ON pairs (prompt);
 CREATE INDEX pairs_open ON pairs (taken DESC, shuffle) WHERE gold IS NULL;
 CREATE INDEX pairs_gold ON pairs (shuffle) WHERE gold IS NOT NULL;
 
@@ -37,7 +38,8 @@ CREATE TABLE annotators (
   grp TEXT,
   admin INTEGER NOT NULL DEFAULT 0,
   token_hash TEXT NOT NULL UNIQUE,
-  expires REAL NOT NULL
+  expires REAL NOT NULL,
+  judge INTEGER NOT NULL DEFAULT 0     -- 1: a program; it takes no place of a person, nor signs in
 );
 CREATE TABLE sessions (
   hash TEXT PRIMARY KEY,
@@ -55,8 +57,10 @@ CREATE TABLE presentations (
   shown REAL NOT NULL,
   expires REAL NOT NULL,
   entry INTEGER,                       -- the last of its entries in the log
+  ranking INTEGER,                     -- shown as one ranking: the first of its presentations
   UNIQUE (pair, annotator, repeat)
 );
+CREATE INDEX presentations_ranking ON presentations (ranking) WHERE ranking IS NOT NULL;
 CREATE INDEX presentations_leased ON presentations (expires) WHERE state = 'leased';
 CREATE INDEX presentations_own ON presentations (annotator, state, id);
 CREATE INDEX presentations_entry ON presentations (annotator, entry);
@@ -72,6 +76,7 @@ CREATE TABLE judgements (
   seconds REAL,
   at REAL NOT NULL,
   key TEXT NOT NULL UNIQUE,            -- the browser's: the same one twice is one judgement
+  preference REAL,                     -- a judge's P(the winner is better); people give none
   CHECK ((verdict = 'prefer') = (winner IS NOT NULL))
 );
 CREATE INDEX judgements_presentation ON judgements (presentation, id);
@@ -79,6 +84,9 @@ CREATE TRIGGER judgements_stay BEFORE UPDATE ON judgements
 BEGIN SELECT RAISE(ABORT, 'judgements are never changed'); END;
 CREATE TRIGGER judgements_remain BEFORE DELETE ON judgements
 BEGIN SELECT RAISE(ABORT, 'judgements are never deleted'); END;
+
+-- What judges paid for, by a hash of the question: nothing is asked twice.
+CREATE TABLE answers (hash TEXT PRIMARY KEY, content TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 
 -- The judgements that hold: the last entry of each presentation, unless it is an undo.
 CREATE VIEW current AS

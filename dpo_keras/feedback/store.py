@@ -1,4 +1,4 @@
-"""The feedback store: pairs to judge, the people who judge, and the log of their judgements."""
+"""The feedback store: pairs to judge, the annotators, and the log of their judgements."""
 
 import json
 import os
@@ -6,15 +6,16 @@ import random
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.feedback import assignment, judgements
+from dpo_keras.feedback import assignment, judgements, rankings
 from dpo_keras.feedback.assignment import Presentation, Progress, Settings
 from dpo_keras.feedback.candidates import Candidates, Imported, add_candidates, stored_prompt
 from dpo_keras.feedback.database import Database, T, has_lone_surrogate, sha256
 from dpo_keras.feedback.judgements import Receipt, Submission
+from dpo_keras.feedback.rankings import RankingSubmission
 from dpo_keras.preferences import Image
 
 DAY = 86_400.0  # seconds
@@ -22,12 +23,13 @@ DAY = 86_400.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
-    """A person who judges."""
+    """A person, or a program, that judges."""
 
     id: int
     name: str  # unique; in reports and exported pairs
     group: str | None = None  # kept in exported pairs
     admin: bool = False  # may see the administrator's page
+    judge: bool = False  # a program: see `dpo_keras.feedback.judges`
 
 
 class Store:
@@ -79,11 +81,14 @@ class Store:
         return images[number] if 0 <= number < len(images) else None
 
     def progress(self) -> Progress:
-        """Return how far the round is."""
+        """Return how far the round is, in judgements of people."""
         # Each count reads one index: the page asks again and again.
         judged, checks, pairs = self.database.rows(
-            "SELECT (SELECT count(*) FROM presentations WHERE state = 'judged' AND repeat = 0), "
+            "SELECT (SELECT count(*) FROM presentations WHERE state = 'judged' AND repeat = 0) "
+            "- (SELECT count(*) FROM annotators a JOIN presentations p ON p.annotator = a.id "
+            "WHERE a.judge AND p.state = 'judged'), "
             "(SELECT count(*) FROM pairs JOIN presentations p ON p.pair = pairs.id "
+            "JOIN annotators a ON a.id = p.annotator AND NOT a.judge "
             "WHERE pairs.gold IS NOT NULL AND p.state = 'judged' AND p.repeat = 0), "
             "(SELECT count(*) FROM pairs WHERE gold IS NULL)"
         )[0]
@@ -101,6 +106,7 @@ class Store:
         """Return whether pairs that others hold may still come to this person."""
         found = self.database.rows(
             "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
+            "JOIN annotators a ON a.id = p.annotator AND NOT a.judge "
             "WHERE p.state = 'leased' AND p.annotator <> ?1 AND p.repeat = 0 "
             "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
             "WHERE o.pair = p.pair AND o.annotator = ?1 AND o.repeat = 0 "
@@ -119,6 +125,7 @@ class Store:
         strength: int | None = None,
         reason: str | None = None,
         seconds: float | None = None,
+        preference: float | None = None,
     ) -> Receipt:
         """Record a judgement, whose fields `Submission` describes. It is on the disk on return.
 
@@ -126,15 +133,33 @@ class Store:
             InputError: naming every value that breaks a rule.
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
-        submission = Submission(presentation, choice, key, strength, reason, seconds)
+        submission = Submission(presentation, choice, key, strength, reason, seconds, preference)
         return self._batched(judgements.submit, annotator, submission)
+
+    def submit_ranking(
+        self,
+        annotator: int,
+        presentation: int,
+        ranks: Sequence[int] | None,
+        *,
+        key: str,
+        choice: str | None = None,
+        reason: str | None = None,
+        seconds: float | None = None,
+    ) -> Receipt:
+        """Record a ranking, as the judgements of its pairs; see `RankingSubmission`.
+
+        Raises InputError and Conflict as `submit`.
+        """
+        submission = RankingSubmission(presentation, ranks, key, choice, reason, seconds)
+        return self._batched(rankings.submit, annotator, submission)
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
         """Take a judgement back by an entry in the log, and lease the pair to its annotator again.
 
         The `key` is unique to this undo. Raises Conflict if there is no judgement to take back.
         """
-        return self._batched(judgements.undo, annotator, presentation, key)
+        return self._batched(rankings.undo, annotator, presentation, key)
 
     def last_judged(self, annotator: int) -> int | None:
         """Return the presentation that this person would undo; None where there is none."""
@@ -156,6 +181,8 @@ class Store:
     ) -> tuple[Annotator, str]:
         """Add a person, or give a known one a new token in place of the old one.
 
+        A judge's name raises InputError.
+
         Args:
             name: 1 to 100 characters.
             group: None leaves the group as it was.
@@ -169,6 +196,7 @@ class Store:
         _check_names(name, group)
         token = secrets.token_urlsafe(24)
         with self.database.writing() as connection:
+            _check_kind(connection, name, judge=False)
             connection.execute(
                 "INSERT INTO annotators (name, grp, admin, token_hash, expires) "
                 "VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
@@ -183,9 +211,33 @@ class Store:
         return _annotator(row), token
 
     def judge_annotator(self, name: str) -> int:
-        """Return the id of the annotator that a judge is; a new one cannot sign in."""
-        known = self.database.rows("SELECT id FROM annotators WHERE name = ?", (name,))
-        return known[0]["id"] if known else self.add_annotator(name, days=0)[0].id
+        """Return the id of the annotator that a judge is, who can never sign in.
+
+        Raises InputError where the name is a person's.
+        """
+        _check_names(name, None)
+        with self.database.writing() as connection:
+            _check_kind(connection, name, judge=True)
+            connection.execute(
+                "INSERT INTO annotators (name, judge, token_hash, expires) VALUES (?, 1, ?, 0) "
+                "ON CONFLICT (name) DO NOTHING",
+                (name, sha256(secrets.token_urlsafe(24))),
+            )
+            query = "SELECT id FROM annotators WHERE name = ?"
+            return int(connection.execute(query, (name,)).fetchone()["id"])
+
+    def answer(self, question: str) -> str | None:
+        """Return the answer to a question of a judge, by the question's hash; None if unknown."""
+        rows = self.database.rows("SELECT content FROM answers WHERE hash = ?", (question,))
+        return rows[0]["content"] if rows else None
+
+    def keep_answer(self, question: str, content: str) -> None:
+        """Keep the answer to a question of a judge. It is on the disk on return."""
+        with self.database.writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+                (question, content, self.clock()),
+            )
 
     def remove_annotator(self, name: str) -> None:
         """End a person's token and sessions, and give the pairs they hold to others.
@@ -246,7 +298,16 @@ class Store:
 
 
 def _annotator(row: sqlite3.Row) -> Annotator:
-    return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]))
+    return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]), bool(row["judge"]))
+
+
+def _check_kind(connection: sqlite3.Connection, name: str, *, judge: bool) -> None:
+    """Refuse a person's name to a judge, and a judge's to a person."""
+    row = connection.execute("SELECT judge FROM annotators WHERE name = ?", (name,)).fetchone()
+    if row is not None and bool(row["judge"]) != judge:
+        rule = "must not be a person's" if judge else "must not be a judge's"
+        hint = "Give the judge another name (judge.name)." if judge else "Give another name."
+        raise InputError(InputProblem("name", rule, name, hint))
 
 
 def _check_names(name: str, group: str | None) -> None:

@@ -105,7 +105,12 @@ let drawn = null;
 function draw() {
   const current = queue[0];
   clearTimeout(waitTimer);
-  $("work").hidden = $("choices").hidden = !current;
+  const ranks = !!current && !!current.responses;
+  $("work").hidden = !current;
+  $("choices").hidden = !current || ranks;
+  $("ranks").hidden = $("ranked").hidden = !ranks;
+  $("responses").hidden = ranks;
+  $("diff-button").hidden = ranks;
   $("notice").hidden = !!current;
   if (!current) {
     drawn = null;
@@ -118,9 +123,15 @@ function draw() {
   } else if (drawn !== current.id) {
     drawn = current.id;
     drawPrompt(current.prompt, current.id, current.images);
-    fill($("left-body"), current.left);
-    fill($("right-body"), current.right);
-    highlight();
+    if (ranks) drawRanked(current.responses);
+    else {
+      fill($("left-body"), current.left);
+      fill($("right-body"), current.right);
+      highlight();
+    }
+    $("more").firstElementChild.textContent = ranks ? "Why (optional)" : "How much better, and why (optional)";
+    document.querySelector("#more fieldset").hidden = ranks;
+    document.querySelector("h1").textContent = document.title = ranks ? "Rank the responses" : "Which response is better?";
     document.querySelector("input[name=strength][value='']").checked = true;
     $("reason").value = "";
     for (const side of ["left", "right"]) $(side).classList.remove("chosen");
@@ -130,6 +141,7 @@ function draw() {
   }
   for (const button of document.querySelectorAll(".choice")) button.disabled = busy || !current;
   $("undo").disabled = busy || state.undoable == null;
+  if (ranks) drawOrder();
   if (state.wanted != null) {
     $("progress").max = Math.max(1, state.wanted); $("progress").value = state.judged;
     $("progress-text").textContent = `You: ${state.own ?? 0} · round: ${state.judged} of ${state.wanted}`;
@@ -150,7 +162,7 @@ async function refresh() {
     const answer = await call(`/api/next?count=${AHEAD}&known=${known.join(",")}`);
     if (mine !== turn) return;
     const held = new Map(queue.map((one) => [one.id, one]));
-    queue = answer.presentations.map((one) => one.left ? one : held.get(one.id)).filter(Boolean);
+    queue = answer.presentations.map((one) => one.prompt ? one : held.get(one.id)).filter(Boolean);
     Object.assign(state, { waiting: answer.waiting, own: answer.own, judged: answer.judged, wanted: answer.wanted, undoable: answer.undoable });
     complain("");
   } catch (error) { if (mine !== turn) return; explain(error); }
@@ -181,21 +193,23 @@ async function confirmed(path, body) {
   }
 }
 
-async function judge(choice) {
-  const current = queue[0];
-  if (busy || !current) return;
-  busy = true; turn++;
+function judge(choice) {
+  if (busy || !queue[0] || queue[0].responses) return;
   const strength = document.querySelector("input[name=strength]:checked").value;
+  if ($(choice)) $(choice).classList.add("chosen");
+  send("/api/judgements", { choice, strength: strength && (choice === "left" || choice === "right") ? Number(strength) : null });
+}
+
+async function send(path, answer) {
+  busy = true; turn++;
   const body = {
-    presentation: current.id, choice, key: newKey(),
+    presentation: queue[0].id, key: newKey(), ...answer,
     seconds: (seen + (document.hidden ? 0 : performance.now() - shownAt)) / 1000,
     reason: $("reason").value || null,
-    strength: strength && (choice === "left" || choice === "right") ? Number(strength) : null,
   };
-  if ($(choice)) $(choice).classList.add("chosen");
   draw();
   try {
-    const answer = await confirmed("/api/judgements", body);
+    const answer = await confirmed(path, body);
     Object.assign(state, { own: (state.own ?? 0) + (answer.again ? 0 : 1), judged: answer.judged, wanted: answer.wanted, undoable: answer.undoable });
     queue.shift();
     $("status").textContent = "Saved. Next pair.";
@@ -240,6 +254,123 @@ function setGuidelines(open) {
 }
 $("guidelines-button").addEventListener("click", () => setGuidelines($("guidelines").hidden));
 
+// --- ranking -----------------------------------------------------------------------------------
+let order = [], level = false; // numbers of responses, best first, those that tie in one list
+const placed = () => order.flat();
+
+function drawRanked(responses) {
+  order = []; level = false;
+  $("ranked").replaceChildren(...responses.map((body, number) => {
+    const card = document.createElement("article"), head = document.createElement("h2"), text = document.createElement("div");
+    const button = document.createElement("button");
+    head.id = `ranked-${number}`; head.textContent = `Response ${number + 1}`;
+    card.setAttribute("aria-labelledby", head.id);
+    button.type = "button"; button.className = "place"; button.dataset.number = number;
+    button.addEventListener("click", () => place(number));
+    text.className = "text"; text.dir = "auto"; fill(text, body);
+    card.append(head, button, text);
+    return card;
+  }));
+}
+
+function rankOf(number) {
+  const at = order.findIndex((group) => group.includes(number));
+  return at < 0 ? null : 1 + order.slice(0, at).flat().length;
+}
+
+function drawOrder() {
+  const count = $("ranked").children.length, done = placed().length === count;
+  for (const button of document.querySelectorAll(".place")) {
+    const rank = rankOf(Number(button.dataset.number));
+    button.textContent = rank ? `Rank ${rank}` : `Place it ${placed().length ? level ? "beside the last" : "next" : "first"}`;
+    button.disabled = busy || !!rank;
+  }
+  $("order").replaceChildren(...order.map((group, at) => {
+    const item = document.createElement("li");
+    for (const number of group) {
+      const chip = document.createElement("button");
+      chip.type = "button"; chip.className = "chip"; chip.textContent = number + 1; chip.dataset.number = number;
+      chip.setAttribute("aria-label", `Response ${number + 1}, rank ${rankOf(number)}; arrow keys move it`);
+      item.append(chip);
+    }
+    item.dataset.at = at;
+    return item;
+  }));
+  $("ranks-hint").textContent = done ? "Best first. Drag to change:" : `${placed().length ? "Next" : "Best first"}: press its number.`;
+  for (const button of document.querySelectorAll(".ranks")) {
+    const act = button.dataset.act;
+    button.disabled = busy || (act === "save" && !done) || (act === "drop" && !order.length)
+      || (act === "level" && (!order.length || done)) || (act === "undo" && state.undoable == null);
+  }
+  document.querySelector("[data-act=level]").setAttribute("aria-pressed", String(level));
+}
+
+function place(number) {
+  const count = $("ranked").children.length;
+  if (busy || number >= count || placed().includes(number)) return;
+  if (level && order.length) order[order.length - 1].push(number); else order.push([number]);
+  level = false;
+  const left = [...Array(count).keys()].filter((n) => !placed().includes(n));
+  if (left.length === 1 && order.length > 0) order.push(left);
+  $("status").textContent = `Response ${number + 1}: rank ${rankOf(number)}.`;
+  drawOrder();
+}
+
+// Puts a response at a place among the others, alone in its rank.
+function move(number, at) {
+  const before = order.slice(0, at).flat().filter((n) => n !== number).length;
+  const groups = order.map((group) => group.filter((n) => n !== number)).filter((group) => group.length);
+  let start = 0, to = 0;
+  while (to < groups.length && start < before) start += groups[to++].length;
+  groups.splice(to, 0, [number]);
+  order = groups;
+  drawOrder();
+  document.querySelector(`.chip[data-number="${number}"]`).focus();
+}
+
+const ACTS = {
+  level: () => { if (order.length && placed().length < $("ranked").children.length) level = !level; drawOrder(); },
+  drop: () => {
+    const last = order[order.length - 1];
+    if (last) { last.pop(); if (!last.length) order.pop(); }
+    level = false; drawOrder();
+  },
+  both_bad: () => rank({ choice: "both_bad" }), skip: () => rank({ choice: "skip" }), undo,
+  save: () => {
+    const count = $("ranked").children.length;
+    if (placed().length === count) rank({ ranks: [...Array(count).keys()].map(rankOf) });
+  },
+};
+function rank(answer) { if (!busy && queue[0] && queue[0].responses) send("/api/rankings", answer); }
+for (const button of document.querySelectorAll(".ranks")) button.addEventListener("click", () => ACTS[button.dataset.act]());
+
+// Dragging by mouse, pen or finger: the chip goes to the rank that it is dropped on.
+let dragged = null;
+$("order").addEventListener("pointerdown", (event) => {
+  const chip = event.target.closest(".chip");
+  if (!chip || busy) return;
+  dragged = { chip, from: event.clientX }; chip.setPointerCapture(event.pointerId); chip.classList.add("dragged");
+});
+$("order").addEventListener("pointermove", (event) => {
+  if (dragged) dragged.chip.style.translate = `${event.clientX - dragged.from}px`;
+});
+for (const name of ["pointerup", "pointercancel"]) $("order").addEventListener(name, (event) => {
+  if (!dragged) return;
+  const { chip, from } = dragged, number = Number(chip.dataset.number), own = chip.parentElement;
+  dragged = null; chip.style.translate = ""; chip.classList.remove("dragged");
+  if (name === "pointercancel" || Math.abs(event.clientX - from) < 8) return;
+  const items = [...$("order").children].filter((item) => item !== own || item.children.length > 1);
+  const at = items.filter((item) => { const box = item.getBoundingClientRect(); return (box.left + box.right) / 2 < event.clientX; });
+  move(number, at.length ? 1 + Number(at[at.length - 1].dataset.at) : 0);
+});
+$("order").addEventListener("keydown", (event) => {
+  const chip = event.target.closest(".chip");
+  if (!chip || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+  event.preventDefault();
+  const number = Number(chip.dataset.number), at = Number(chip.parentElement.dataset.at), alone = order[at].length === 1;
+  if (event.key === "ArrowLeft") move(number, alone ? at - 1 : at); else move(number, alone ? at + 2 : at + 1);
+});
+
 const KEYS = {
   1: () => judge("left"), 2: () => judge("right"), t: () => judge("tie"), b: () => judge("both_bad"),
   s: () => judge("skip"), u: undo, d: () => $("diff-button").click(), "?": () => $("help").showModal(),
@@ -248,6 +379,13 @@ addEventListener("keydown", (event) => {
   // A held key must not judge pair after pair.
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   if (event.target.closest("textarea, input[type=text]")) return;
+  if (!$("ranks").hidden) {
+    const name = { "=": "level", backspace: "drop", enter: "save", b: "both_bad", s: "skip" }[event.key.toLowerCase()];
+    // Enter on a button is a click on it.
+    if (event.key === "Enter" && event.target.closest("button")) return;
+    if (/^[1-5]$/.test(event.key)) { event.preventDefault(); return place(Number(event.key) - 1); }
+    if (name) { event.preventDefault(); return ACTS[name](); }
+  }
   const act = KEYS[event.key.toLowerCase()];
   if (act) { event.preventDefault(); act(); }
 });

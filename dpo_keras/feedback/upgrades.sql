@@ -1,0 +1,7 @@
+-- What version 2 adds to a store of version 1.
+ALTER TABLE annotators ADD COLUMN judge INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE judgements ADD COLUMN preference REAL;
+ALTER TABLE presentations ADD COLUMN ranking INTEGER;
+CREATE INDEX presentations_ranking ON presentations (ranking) WHERE ranking IS NOT NULL;
+CREATE INDEX pairs_prompt ON pairs (prompt);
+CREATE TABLE answers (hash TEXT PRIMARY KEY, content TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
