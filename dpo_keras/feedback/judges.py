@@ -22,6 +22,7 @@ from dpo_keras.feedback.comparisons import (
     prompt_words,
 )
 from dpo_keras.feedback.database import sha256
+from dpo_keras.feedback.endpoint_judge import EndpointJudge
 from dpo_keras.feedback.function_judge import FunctionJudge
 from dpo_keras.feedback.judgements import MAX_REASON
 from dpo_keras.feedback.store import Store
@@ -152,6 +153,12 @@ class JudgeSettings(Protocol):
         """Return the keyword arguments of the judge."""
 
 
+_MAKERS: dict[str, Callable[..., Judge]] = {
+    "function": FunctionJudge.named,
+    "endpoint": EndpointJudge,
+}
+
+
 def judge_of(settings: JudgeSettings) -> Judge | None:
     """Make the judge that a configuration describes; None where people judge.
 
@@ -160,7 +167,7 @@ def judge_of(settings: JudgeSettings) -> Judge | None:
     """
     if settings.type == "people":
         return None
-    judge: Judge = FunctionJudge.named(**settings.arguments())
+    judge = _MAKERS[settings.type](**settings.arguments())
     if not settings.error_rate:
         return judge
     return Erring(judge, settings.error_rate, settings.error_seed)
