@@ -98,6 +98,8 @@ def _are_of_policies(types: list[str]) -> bool:
 
 
 POLICIES = "an objective of policies (loss.type)"
+
+
 def _is_no_person(judge: str) -> bool:
     return judge != "people"
 

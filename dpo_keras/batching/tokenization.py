@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -16,7 +15,7 @@ import numpy as np
 
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.conversations import encode_conversations, kept_tokens
-from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.encoders import TextEncoder, text_digest, tokenizer_key
 from dpo_keras.batching.image_families import image_preprocessor
 from dpo_keras.batching.image_preprocessing import (
     ImagePreprocessor,
@@ -47,7 +46,6 @@ from dpo_keras.preferences import (
 from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.utils import JSON
-from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
 Overlength = Literal["truncate", "drop", "error"]
 PAIRS_AT_ONCE = 2048  # of a built directory
@@ -180,7 +178,7 @@ class PairTokenizer:
         uncut = np.zeros(len(kept), UNCUT)
         uncut["prompt"] = whole[0].lengths
         uncut["response"] = longest_of(whole[1:])
-        left = [records[i] for i in kept]
+        left = [records[int(i)] for i in kept]
         hashes = np.array([hash64(prompt_bytes(record)) for record in left], np.uint64)
         if rated:
             others = [mismatched(prompt, chosen, hashes, self.max_length)]
@@ -238,9 +236,9 @@ class PairTokenizer:
             "format": FORMAT,
             "records": pairs.checksum,
             "pairs": pairs.extent,
-            "tokenizer": _tokenizer_key(self.encoder),
+            "tokenizer": tokenizer_key(self.encoder),
             "probe": probe.hexdigest(),
-            "template": None if template is None else [template.name, _digest(template.source)],
+            "template": None if template is None else [template.name, text_digest(template.source)],
             "max_length": self.max_length,
             "overlength": self.overlength,
             "min_prompt_tokens": self.min_prompt_tokens,
@@ -312,7 +310,7 @@ class PairTokenizer:
         dropped = [
             DroppedPair(
                 first + int(i),
-                records[i].id,
+                records[int(i)].id,
                 str(rule[i]),
                 self._lengths(prompt, responses, int(i)),
             )
@@ -382,25 +380,3 @@ def _length_problems(
         rule = f"has no effect with overlength={overlength!r}"
         problems.append(InputProblem("min_prompt_tokens", rule, least, "Leave it out."))
     return problems
-
-
-def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
-    parts: dict[str, str | None] = {}
-    for name in ("get_vocabulary", "merges", "proto"):
-        value = getattr(encoder.tokenizer, name, None)
-        with contextlib.suppress(Exception):  # a custom tokenizer may have anything here
-            value = value() if callable(value) else value
-            value = sorted(value) if isinstance(value, set) else value
-            parts[name] = None if value is None else _digest(repr(value))
-    rules = rules_digest(encoder.tokenizer)
-    return {
-        "class": type(encoder.tokenizer).__name__,
-        "ids": [encoder.start, encoder.end, sorted(encoder.ends), encoder.pad],
-        "anchor": encoder.anchor,
-        **({} if rules is None else {"rules": rules}),
-        **parts,
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

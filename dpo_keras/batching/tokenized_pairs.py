@@ -352,9 +352,3 @@ def identity_of_rows(identity: str, rows: np.ndarray) -> str:
     """Return the identity of some rows of a set."""
     chosen = np.ascontiguousarray(rows, "<i8").tobytes()
     return hashlib.sha256(identity.encode() + chosen).hexdigest()
-
-
-def prompt_without_tokens(number: int) -> InputProblem:
-    """Describe the problem of a prompt that no response can follow."""
-    rule = f"prompt {number} has no token: nothing predicts its response's first token."
-    return InputProblem("", rule, hint="Give it some text, or use a tokenizer with a start token.")

@@ -187,6 +187,18 @@ class DPOLoss(StepLoss):
         """Whether the loss takes rated responses, not pairs (KTO)."""
         return any(objective.unpaired for objective in self.objectives)
 
+    def check_kind(self, rated: bool) -> None:
+        """Refuse pairs for a loss on rated responses, and rated responses for one on pairs."""
+        if self.unpaired and not rated:
+            rule = (
+                f"{self.loss_type!r} takes rated responses (prompt, response, desirable), got pairs"
+            )
+            hint = "Preferences.unpaired() makes them of pairs (in a configuration data.unpair)."
+            raise InputError(InputProblem("loss_type", rule, hint=hint))
+        if rated and not self.unpaired:
+            rule = f"{self.loss_type!r} takes pairs, got rated responses"
+            raise InputError(InputProblem("loss_type", rule, hint="Use kto for them."))
+
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again, ready for JSON."""
         penalties: Any = dict(self.penalties)

@@ -169,9 +169,7 @@ OPTIONS: dict[str, Option] = {
         lambda v: 0 <= v < 1,
     ),
     "desirable_weight": _number("kto: λ_D, how much a thumb up counts.", ">= 0", lambda v: v >= 0),
-    "undesirable_weight": _number(
-        "kto: λ_U, how much a thumb down counts.", ">= 0", lambda v: v >= 0
-    ),
+    "undesirable_weight": _number("kto: λ_U, the same of a down.", ">= 0", lambda v: v >= 0),
     "group_robust": Option(
         "Weight groups of pairs (column `group`) toward the worst one.",
         "a mapping {groups: whole number >= 2, eta: step size > 0}",
@@ -220,7 +218,7 @@ def check_arguments(
     """Find every problem of `DPOLoss`'s arguments."""
     loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
-    problems = _loss_type_problems(loss_types)
+    problems = _loss_type_problems(loss_types, known)
     if not is_number(beta, lambda number: number > 0):
         problems.append(InputProblem("beta", "must be a number > 0", beta))
     return [
@@ -233,11 +231,10 @@ def check_arguments(
     ]
 
 
-def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
+def _loss_type_problems(loss_types: Sequence[object], known: list[str]) -> list[InputProblem]:
     if not loss_types:
         rule = "must name at least one objective, got an empty list"
         return [InputProblem("loss_type", rule)]
-    known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
     if len({OBJECTIVES[name].unpaired for name in known}) > 1:
         rule = "mixes objectives on pairs with objectives on rated responses"
         return [InputProblem("loss_type", rule, loss_types)]

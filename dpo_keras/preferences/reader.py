@@ -35,7 +35,7 @@ def read_preferences(
     allow_truncated: bool = False,
     feedback: str | None = None,
 ) -> Preferences | RatedResponses | Rankings:
-    """Read preference pairs, or rated responses, keep the good ones, and report everything that is wrong.
+    """Read pairs, rated responses or rankings, keep the good, and report everything that is wrong.
 
     Records have the columns `prompt, chosen, rejected`, or `prompt, response_a, response_b,
     preference` (P(a is better); where it is below 0.5 the responses are swapped and it becomes
@@ -44,9 +44,10 @@ def read_preferences(
     Where `prompt` is missing and both responses are whole conversations, everything up to the last
     assistant turn is the prompt. `PreferencePair` lists the rules that a record must keep.
 
-    Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or TRL's
-    `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`) become
-    pairs by their `choice`, or rated responses by their `thumbs`. All records are of one kind.
+    Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or
+    TRL's `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`)
+    become pairs by their `choice`, or rated responses by their `thumbs`. All records are of one
+    kind.
 
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet, or a directory that

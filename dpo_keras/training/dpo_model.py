@@ -282,10 +282,8 @@ def outputs_of(
         outputs["reference_shared"] = under_reference["shared_logps"]
     if weighted:
         outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
-    if loss is not None and loss.unpaired != ("rated" in batch):
-        raise InputError(wrong_kind(loss))
-    if "rated" in batch:
-        outputs["rated"] = ops.reshape(batch["rated"], (-1,))
+    if loss is not None:
+        loss.check_kind("rated" in batch)
     if "margin" in batch:
         outputs["margin"] = ops.reshape(batch["margin"], (-1,))
     if "group" in batch:
@@ -297,16 +295,6 @@ def outputs_of(
             "Give the records those columns."
         )
     return outputs
-
-
-def wrong_kind(loss: DPOLoss) -> InputProblem:
-    """Describe the problem of a loss on pairs that gets rated responses, or the other way round."""
-    if loss.unpaired:
-        rule = f"{loss.loss_type!r} takes rated responses (prompt, response, desirable), got pairs"
-        hint = "Preferences.unpaired() makes them of pairs (in a configuration data.unpair: true)."
-        return InputProblem("loss_type", rule, hint=hint)
-    rule = f"{loss.loss_type!r} takes pairs, got rated responses"
-    return InputProblem("loss_type", rule, hint="Choose an objective on them, such as kto.")
 
 
 def pairs_of_step(loss: DPOLoss, batch: Batch, outputs: Outputs) -> tuple[Tensor, Outputs]:
