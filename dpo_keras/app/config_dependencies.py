@@ -135,6 +135,12 @@ DEPENDENCIES: tuple[Dependency, ...] = (
         "a loss that compares with a reference (dpo-keras losses lists them)",
         idle=("none",),
     ),
+    Dependency(
+        "data.rankings",
+        "loss.type",
+        lambda types: types != ["plackett_luce"],
+        "an objective of pairs (loss.type); plackett_luce takes rankings as a whole",
+    ),
     Dependency("loss.beta", "loss.type", _are_of_policies, POLICIES),
     *(
         Dependency(f"evaluation.{name}", "loss.type", _are_of_policies, POLICIES, idle=(0,))

@@ -198,6 +198,9 @@ class Data(Section):
     min_prompt_tokens: Count | None = key(
         None, "prompt tokens that truncation leaves at least; null: a quarter of `max_length`"
     )
+    rankings: Literal["all_pairs", "best_against_rest"] = key(
+        "all_pairs", "the pairs that an objective of pairs makes of rankings"
+    )
     limit: Count | None = key(None, "read this many pairs at most")
 
     @model_validator(mode="before")

@@ -17,6 +17,7 @@ from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import (
     Preferences,
+    Rankings,
     RatedResponses,
     StoredPreferences,
     is_built,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from dpo_keras.batching import TokenizedPairs
 
-Pairs: TypeAlias = Preferences | RatedResponses | StoredPreferences
+Pairs: TypeAlias = Preferences | RatedResponses | Rankings | StoredPreferences
 _PROMPTS = "trained_prompts.npy"
 TOKENIZER_PAIRS = 20_000  # of a built directory, which a tokenizer from scratch learns from
 
@@ -59,19 +60,36 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
                 f"warning: the prompts of {shared:,} of {len(held_out):,} held-out pairs are in "
                 "the training data too; the figures on them flatter."
             )
-        return Sides(pairs, held_out, pairs.report.dropped + held_out.report.dropped)
+        dropped = pairs.report.dropped + held_out.report.dropped
+        return Sides(compared(pairs, config), compared(held_out, config, measured=True), dropped)
     if not data.held_out:
-        return Sides(pairs, None, pairs.report.dropped)
+        return Sides(compared(pairs, config), None, pairs.report.dropped)
     begun = None if run is None else run.read("data.json")
     if begun is not None and "split" not in begun and isinstance(pairs, Preferences):
         sides: tuple[Pairs, Pairs] = earlier_split(pairs, data.held_out, config.seed, data.split_by)
     else:
         with keys_for_arguments():
             sides = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
-    train, held_out = sides
-    kind = "rated responses" if isinstance(train, RatedResponses) else "pairs"
+    train, held_out = compared(sides[0], config), compared(sides[1], config, measured=True)
+    kinds = {RatedResponses: "rated responses", Rankings: "rankings"}
+    kind = kinds.get(type(train), "pairs")
     progress.note(f"{len(train):,} {kind} to train on, {len(held_out):,} held out.")
     return Sides(train, held_out, pairs.report.dropped)
+
+
+def compared(pairs: Pairs, config: Config, *, measured: bool = False) -> Pairs:
+    """Return rankings as pairs, unless they are to be trained on as a whole.
+
+    Figures are of pairs, so rankings that are measured become all their pairs.
+    """
+    from dpo_keras.losses import OBJECTIVES
+
+    if not isinstance(pairs, Rankings):
+        return pairs
+    as_a_whole = all(OBJECTIVES[name].ranks for name in config.loss.type)
+    if as_a_whole and not measured:
+        return pairs
+    return pairs.as_pairs("all_pairs" if measured else config.data.rankings)
 
 
 def _check_kind(config: Config, pairs: Pairs) -> None:
@@ -129,8 +147,9 @@ def read_pairs(
         )
     progress.note(pairs.report.summary())
     if data.unpair:
-        if isinstance(pairs, RatedResponses):
-            rule = "has no effect: the data are rated responses already; set it to false"
+        if not isinstance(pairs, Preferences):
+            kind = "rankings" if isinstance(pairs, Rankings) else "rated responses already"
+            rule = f"has no effect: the data are {kind}; set it to false"
             raise InputError(InputProblem("data.unpair", rule))
         pairs = pairs.unpaired()
     if isinstance(pairs, RatedResponses):

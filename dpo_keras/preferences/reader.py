@@ -46,8 +46,10 @@ def read_preferences(
 
     Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or
     TRL's `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`)
-    become pairs by their `choice`, or rated responses by their `thumbs`. All records are of one
-    kind.
+    become pairs by their `choice`, or rated responses by their `thumbs`.
+
+    Rankings have the columns `prompt, responses` and `ranking` (1 for the best) or `scores`; see
+    `RankedResponses`. All records are of one kind.
 
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet, or a directory that
