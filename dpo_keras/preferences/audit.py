@@ -10,8 +10,15 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import Preferences, hash64, prompt_bytes, text_bytes
+from dpo_keras.preferences.collection import (
+    Preferences,
+    RatedResponses,
+    hash64,
+    prompt_bytes,
+    text_bytes,
+)
 from dpo_keras.preferences.pair import PreferencePair, Text, plain_text
+from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, wilson
 
@@ -95,6 +102,79 @@ class Audit:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class RatedAudit:
+    """The picture of a set of rated responses; made by `audit_rated`.
+
+    Attributes:
+        responses: number of rated responses.
+        prompts: number of distinct prompts.
+        desirable: responses with P(good) above 0.5.
+        undesirable: responses with P(good) below 0.5.
+        soft: responses with a P(good) strictly between 0 and 1.
+        zero_weight: responses without influence on the loss.
+        lengths: as in `Audit`, of `prompt` and `response`.
+        duplicates: (index, earlier index) of responses that are rated the same again.
+        contradictions: (index, earlier index) of responses that are rated the other way.
+        median_characters: of the desirable and of the undesirable responses.
+        annotators: responses by annotator, most first.
+        groups: responses by group.
+    """
+
+    responses: int
+    prompts: int
+    desirable: int
+    undesirable: int
+    soft: int
+    zero_weight: int
+    lengths: dict[str, dict[str, dict[str, float]]]
+    duplicates: tuple[tuple[int, int], ...]
+    contradictions: tuple[tuple[int, int], ...]
+    median_characters: tuple[float, float]
+    annotators: dict[str, int]
+    groups: dict[str, int]
+
+    def as_dict(self) -> dict[str, JSON]:
+        """Return everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def audit_rated(rated: RatedResponses) -> RatedAudit:
+    """Count and measure rated responses, and search them for what spoils training.
+
+    Example:
+        >>> one = RatedResponse("2 + 2 =", " 4", True)
+        >>> picture = audit_rated(RatedResponses([one, RatedResponse("2 + 2 =", " 4", False)]))
+        >>> picture.desirable, picture.undesirable, picture.contradictions
+        (1, 1, ((1, 0),))
+    """
+    finder = RepeatFinder()
+    for one in rated:
+        finder.add(one)
+    duplicates, contradictions = finder.find()
+    desirable, undesirable = rated.ratings
+    sides = ([one for one in rated if (one.desirable > 0.5) == good] for good in (True, False))
+    medians = (
+        float(np.median([len(plain_text(one.response)) for one in side] or [0])) for side in sides
+    )
+    return RatedAudit(
+        responses=len(rated),
+        prompts=len({(one.prompt, one.images) for one in rated}),
+        desirable=desirable,
+        undesirable=undesirable,
+        soft=sum(0 < one.desirable < 1 for one in rated),
+        zero_weight=sum(one.weight == 0 for one in rated),
+        lengths={
+            name: _lengths([getattr(one, name) for one in rated]) for name in ("prompt", "response")
+        },
+        duplicates=tuple(duplicates),
+        contradictions=tuple(contradictions),
+        median_characters=(next(medians), next(medians)),
+        annotators=_counts(one.annotator for one in rated),
+        groups=_counts(one.group for one in rated),
+    )
+
+
 def _successes(share: Estimate) -> int:
     return round((share.value or 0.0) * share.count)
 
@@ -175,16 +255,18 @@ class RepeatFinder:
         self._preferred = array("Q")
         self._ties: list[int] = []
 
-    def add(self, pair: PreferencePair) -> None:
-        """Note the next pair."""
-        prompt = prompt_bytes(pair)
-        chosen, rejected = text_bytes(pair.chosen), text_bytes(pair.rejected)
-        comparison = hash64(prompt, *sorted((chosen, rejected)))
-        direction = int(chosen < rejected)
-        if pair.preference == 0.5:
+    def add(self, pair: PreferencePair | RatedResponse) -> None:
+        """Note the next pair, or rated response."""
+        texts = list(map(text_bytes, pair.responses))
+        comparison = hash64(prompt_bytes(pair), *sorted(texts))
+        if isinstance(pair, RatedResponse):
+            says, direction = pair.desirable, int(pair.desirable > 0.5)
+        else:
+            says, direction = pair.preference, int(texts[0] < texts[1])
+        if says == 0.5:
             self._ties.append(len(self._said))
             direction = 2
-        preference = repr(float(pair.preference)).encode()
+        preference = repr(float(says)).encode()
         by = bytes([direction, pair.annotator is None]) + (pair.annotator or "").encode()
         self._said.append(hash64(comparison.to_bytes(8, "little"), preference, by))
         self._preferred.append(comparison & ~1 | (direction & 1))

@@ -8,15 +8,17 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Self, overload
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import PreferencePair, Text, as_number
+from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
 
 SPLIT_KEYS = ("prompt", "annotator", "group")
+R = TypeVar("R", bound=PreferencePair | RatedResponse)
 
 
 def text_bytes(text: Text) -> bytes:
@@ -27,8 +29,8 @@ def text_bytes(text: Text) -> bytes:
     return b"m" + json.dumps(turns).encode()
 
 
-def prompt_bytes(pair: PreferencePair) -> bytes:
-    """Return a pair's prompt, its images included, as bytes; different prompts differ."""
+def prompt_bytes(pair: PreferencePair | RatedResponse) -> bytes:
+    """Return a record's prompt, its images included, as bytes; different prompts differ."""
     text = text_bytes(pair.prompt)
     if not pair.images:
         return text
@@ -44,8 +46,8 @@ def hash64(*parts: bytes) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-class PairSequence(Sequence[PreferencePair]):
-    """Pairs in a fixed order: what `Preferences` and `StoredPreferences` share."""
+class PairSequence(Sequence[R]):
+    """Records in a fixed order: what pairs and rated responses, in memory and on disk, share."""
 
     report: ReadReport
     """How the pairs were read."""
@@ -60,15 +62,15 @@ class PairSequence(Sequence[PreferencePair]):
         """Return the pairs at `rows`, int `[n]`, ascending."""
 
     @abstractmethod
-    def _pair(self, row: int) -> PreferencePair: ...
+    def _pair(self, row: int) -> R: ...
 
     @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
+    def __getitem__(self, index: int) -> R: ...
 
     @overload
     def __getitem__(self, index: slice) -> Self: ...
 
-    def __getitem__(self, index: int | slice) -> PreferencePair | Self:
+    def __getitem__(self, index: int | slice) -> R | Self:
         """Return one pair, or the pairs of a slice."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
@@ -123,7 +125,52 @@ class PairSequence(Sequence[PreferencePair]):
         return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
 
 
-class Preferences(PairSequence):
+class _InMemory(PairSequence[R]):
+    """Records in memory, all of one kind: list-like and immutable."""
+
+    _kind: ClassVar[type]
+    _unit: ClassVar[str]
+
+    def __init__(self, pairs: Iterable[R], report: ReadReport | None = None):
+        self._pairs = tuple(pairs)
+        for place, pair in enumerate(self._pairs):
+            if not isinstance(pair, self._kind):
+                wanted, found = self._kind.__name__, f"item {place} is a {type(pair).__name__}"
+                must = f"must be {wanted} objects, {found}; read_preferences() takes records."
+                raise InputError(InputProblem("pairs", must))
+        count = len(self._pairs)
+        self.report = ReadReport(read=count, kept=count) if report is None else report
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self._pairs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _InMemory) and self._pairs == other._pairs
+
+    def __hash__(self) -> int:
+        return hash(self._pairs)
+
+    def __repr__(self) -> str:
+        units = self._unit if len(self) == 1 else f"{self._unit}s"
+        return f"{type(self).__name__}({len(self):,} {units}, {self.report.dropped:,} dropped)"
+
+    def _pair(self, row: int) -> R:
+        return self._pairs[row]
+
+    @cached_property
+    def prompt_hashes(self) -> np.ndarray:
+        """The hash of each pair's prompt, uint64 `[N]`."""
+        return np.array([hash64(prompt_bytes(pair)) for pair in self._pairs], np.uint64)
+
+    def select(self, rows: np.ndarray) -> Self:
+        """Return the pairs at `rows`, int `[n]`, ascending."""
+        return type(self)((self._pairs[row] for row in rows.tolist()), self.report)
+
+
+class Preferences(_InMemory[PreferencePair]):
     """Preference pairs in memory: list-like and immutable.
 
     Args:
@@ -135,43 +182,57 @@ class Preferences(PairSequence):
         Preferences(1 pair, 0 dropped)
     """
 
-    def __init__(self, pairs: Iterable[PreferencePair], report: ReadReport | None = None):
-        self._pairs = tuple(pairs)
-        for place, pair in enumerate(self._pairs):
-            if not isinstance(pair, PreferencePair):
-                found = f"item {place} is a {type(pair).__name__}"
-                must = f"must be PreferencePair objects, {found}; read_preferences() takes records."
-                raise InputError(InputProblem("pairs", must))
-        count = len(self._pairs)
-        self.report = ReadReport(read=count, kept=count) if report is None else report
+    _kind, _unit = PreferencePair, "pair"
 
-    def __len__(self) -> int:
-        return len(self._pairs)
+    def unpaired(self) -> RatedResponses:
+        """Return each pair's responses as rated ones: what an unpaired objective trains on.
 
-    def __iter__(self) -> Iterator[PreferencePair]:
-        return iter(self._pairs)
+        The chosen response is desirable with probability `preference`, the rejected one with
+        1 - preference. Margins have no place in them.
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Preferences) and self._pairs == other._pairs
+        Example:
+            >>> rated = Preferences([PreferencePair("Hi", "Hello!", "Go away.")]).unpaired()
+            >>> [(one.response, one.desirable) for one in rated]
+            [('Hello!', 1.0), ('Go away.', 0.0)]
+        """
+        return RatedResponses(
+            (
+                RatedResponse(
+                    pair.prompt,
+                    response,
+                    desirable,
+                    pair.weight,
+                    *(pair.annotator, pair.group, pair.id, pair.images),
+                )
+                for pair in self
+                for response, desirable in zip(
+                    pair.responses, (pair.preference, 1.0 - pair.preference), strict=True
+                )
+            ),
+            self.report,
+        )
 
-    def __hash__(self) -> int:
-        return hash(self._pairs)
 
-    def __repr__(self) -> str:
-        pairs = "pair" if len(self) == 1 else "pairs"
-        return f"Preferences({len(self):,} {pairs}, {self.report.dropped:,} dropped)"
+class RatedResponses(_InMemory[RatedResponse]):
+    """Rated responses in memory: list-like and immutable, split like pairs.
 
-    def _pair(self, row: int) -> PreferencePair:
-        return self._pairs[row]
+    Args:
+        pairs: the rated responses, in order.
+        report: how they were read; a slice or a split keeps the report of the whole.
 
-    @cached_property
-    def prompt_hashes(self) -> np.ndarray:
-        """The hash of each pair's prompt, uint64 `[N]`."""
-        return np.array([hash64(prompt_bytes(pair)) for pair in self._pairs], np.uint64)
+    Example:
+        >>> rated = RatedResponses([RatedResponse("Hi", "Hello!", True)])
+        >>> rated, rated.ratings
+        (RatedResponses(1 rated response, 0 dropped), (1, 0))
+    """
 
-    def select(self, rows: np.ndarray) -> Preferences:
-        """Return the pairs at `rows`, int `[n]`, ascending."""
-        return Preferences((self._pairs[row] for row in rows.tolist()), self.report)
+    _kind, _unit = RatedResponse, "rated response"
+
+    @property
+    def ratings(self) -> tuple[int, int]:
+        """Number of desirable and of undesirable responses; P(good) of 0.5 is neither."""
+        ratings = [one.desirable for one in self._pairs]
+        return sum(rating > 0.5 for rating in ratings), sum(rating < 0.5 for rating in ratings)
 
 
 def _held_out(units: np.ndarray, fraction: float, seed: int, by: str) -> np.ndarray:
@@ -188,7 +249,7 @@ def _held_out(units: np.ndarray, fraction: float, seed: int, by: str) -> np.ndar
     return held
 
 
-def _units(pairs: PairSequence, by: str) -> np.ndarray:
+def _units(pairs: PairSequence[Any], by: str) -> np.ndarray:
     """Return a number for each pair, equal for pairs that stay together, uint64 `[N]`.
 
     Annotators or groups that share a prompt, directly or through others, stay together.
@@ -229,7 +290,7 @@ def earlier_split(
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))
 
 
-def _value_hashes(pairs: PairSequence, by: str) -> np.ndarray:
+def _value_hashes(pairs: PairSequence[Any], by: str) -> np.ndarray:
     hashes = array("Q")
     missing = 0
     for pair in pairs:

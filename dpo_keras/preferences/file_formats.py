@@ -19,6 +19,7 @@ from typing import BinaryIO, cast
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair
+from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.record_stream import FORMATS, CutOff, Reading, Records, Source
 from dpo_keras.preferences.records import OPTIONAL, TOOLS
 from dpo_keras.preferences.tables import import_pyarrow, read_parquet
@@ -29,6 +30,7 @@ from dpo_keras.utils.atomic_files import replaced
 from dpo_keras.utils.text import QUOTED, without_formulas
 
 SUFFIXES = {**{f".{format}": format for format in FORMATS}, ".ndjson": "jsonl"}
+TEXTS = ("prompt", "chosen", "rejected", "response")
 WRITTEN = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 READERS: dict[str, Callable[[BinaryIO, Reading], Records]] = {
     "jsonl": read_jsonl,
@@ -119,13 +121,15 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[str]) -> None:
-    """Write pairs so that `read_preferences` returns the same ones.
+def write_preferences(
+    pairs: Iterable[PreferencePair | RatedResponse], path: str | os.PathLike[str]
+) -> None:
+    """Write pairs, or rated responses, so that `read_preferences` returns the same ones.
 
     The file appears whole or not at all, and replaces one of the same name.
 
     Args:
-        pairs: at least one.
+        pairs: at least one, all of one kind.
         path: ends in .jsonl, .csv, the same with .gz, or .parquet.
 
     Raises:
@@ -142,14 +146,17 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
         True
     """
     path = Path(path)
+    pairs = list(pairs)
     records = [_record(pair, path.parent) for pair in pairs]
     suffix = next((suffix for suffix in WRITTEN if path.name.lower().endswith(suffix)), None)
     problems = []
     if suffix is None:
         must = f"must end in one of {', '.join(WRITTEN)}"
         problems.append(InputProblem("path", must, str(path)))
-    if not records:
-        problems.append(InputProblem("pairs", "must hold at least one pair, got none."))
+    if len({type(pair) for pair in pairs}) != 1:
+        found = "pairs and rated responses" if records else "none"
+        must = f"must hold at least one pair, and records of one kind, got {found}."
+        problems.append(InputProblem("pairs", must))
     if path.is_dir():
         problems.append(InputProblem("path", f"must name a file, {path} is a directory."))
     elif not path.parent.is_dir():
@@ -171,7 +178,7 @@ def write_preferences(pairs: Iterable[PreferencePair], path: str | os.PathLike[s
         partial.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
 
 
-def _record(pair: PreferencePair, folder: Path) -> dict[str, JSON]:
+def _record(pair: PreferencePair | RatedResponse, folder: Path) -> dict[str, JSON]:
     """Return a pair as a record; paths of images in the file's own folder are relative to it."""
     record = pair.as_dict()
     if pair.images:
@@ -196,7 +203,7 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
     pyarrow = import_pyarrow()
     records = [calls_as_text(record) for record in records]
     columns = {name: [record.get(name) for record in records] for name in _columns(records)}
-    for name in ("prompt", "chosen", "rejected"):
+    for name in columns.keys() & set(TEXTS):
         if len({isinstance(value, str) for value in columns[name]}) > 1:
             raise InputError(
                 "pairs of text and pairs of messages cannot share a Parquet column; write .jsonl."
@@ -206,4 +213,4 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
 
 def _columns(records: list[dict[str, JSON]]) -> list[str]:
     used = {name for record in records for name in record}
-    return [name for name in ("prompt", "chosen", "rejected", TOOLS, *OPTIONAL) if name in used]
+    return [name for name in (*TEXTS, "desirable", TOOLS, *OPTIONAL) if name in used]

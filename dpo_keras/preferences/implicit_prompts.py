@@ -25,7 +25,7 @@ def split_conversations(
     chosen: Text, rejected: Text, names: tuple[str, str]
 ) -> tuple[Text, Text, Text] | list[Fault]:
     """Return the shared prompt of two conversations and their responses, or the broken rules."""
-    one, other = _split(names[0], chosen), _split(names[1], rejected)
+    one, other = split_conversation(names[0], chosen), split_conversation(names[1], rejected)
     if isinstance(one, Fault) or isinstance(other, Fault):
         return [part for part in (one, other) if isinstance(part, Fault)]
     if one[0] != other[0]:
@@ -38,7 +38,8 @@ def split_conversations(
     return one[0], one[1], other[1]
 
 
-def _split(name: str, conversation: Text) -> tuple[Text, Text] | Fault:
+def split_conversation(name: str, conversation: Text) -> tuple[Text, Text] | Fault:
+    """Return a conversation's prompt and its response, or the broken rule."""
     if isinstance(conversation, str):
         start = conversation.rfind(ASSISTANT)
         if conversation.rfind(HUMAN) > start:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TypeAlias
@@ -139,6 +139,11 @@ class PreferencePair:
             raise InvalidPair(faults)
 
     @property
+    def responses(self) -> tuple[Text, Text]:
+        """Chosen and rejected, as every record has its responses."""
+        return self.chosen, self.rejected
+
+    @property
     def tools(self) -> list[JSON]:
         """The tools that the prompt offers, as JSON schemas."""
         return offered_tools(self.prompt)
@@ -215,29 +220,30 @@ def text_faults(
     names: tuple[str, str, str] = ("prompt", "chosen", "rejected"),
 ) -> list[Fault]:
     """Check a prompt and two responses; return the broken rules, with `names` as fields."""
-    faults = _faults_of("prompt", names[0], prompt)
-    for name, response in zip(names[1:], (chosen, rejected), strict=True):
-        faults += _faults_of("response", name, response) or _role_faults(name, response)
-    if faults:
+    if faults := form_faults((prompt, chosen, rejected), names):
         return faults
-    if len({isinstance(text, str) for text in (prompt, chosen, rejected)}) > 1:
-        forms = ", ".join(
-            f"{name} is {'text' if isinstance(text, str) else 'messages'}"
-            for name, text in zip(names, (prompt, chosen, rejected), strict=True)
-        )
-        message = f"{', '.join(names)} must all be text or all be messages; {forms}."
-        return [Fault("mixed forms", names[1], chosen, message)]
     # White space at the ends makes no preference. Messages are compared unchanged.
-    same = chosen == rejected
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        same = chosen.strip() == rejected.strip()
-    if same:
+    one, other = (text.strip() if isinstance(text, str) else text for text in (chosen, rejected))
+    if one == other:
         must = (
             f"and {names[2]} are the same text, so neither can be preferred, "
             f"got {shown(plain_text(chosen))} twice."
         )
         return [broken("identical responses", names[1], chosen, must)]
     return []
+
+
+def form_faults(texts: Sequence[Text], names: Sequence[str]) -> list[Fault]:
+    """Check that a prompt and its responses hold text, all of one form; `names` are the fields."""
+    faults = _faults_of("prompt", names[0], texts[0])
+    for name, response in zip(names[1:], texts[1:], strict=True):
+        faults += _faults_of("response", name, response) or _role_faults(name, response)
+    forms = ["text" if isinstance(text, str) else "messages" for text in texts]
+    if faults or len(set(forms)) == 1:
+        return faults
+    found = ", ".join(f"{name} is {form}" for name, form in zip(names, forms, strict=True))
+    message = f"{', '.join(names)} must all be text or all be messages; {found}."
+    return [Fault("mixed forms", names[1], texts[1], message)]
 
 
 def read_images(values: Iterable[JSON], folder: str = "") -> tuple[tuple[Image, ...], list[Fault]]:

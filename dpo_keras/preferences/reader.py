@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import Preferences
+from dpo_keras.preferences.collection import Preferences, RatedResponses
 from dpo_keras.preferences.file_formats import open_file
-from dpo_keras.preferences.pair import shown
-from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.pair import PreferencePair, shown
+from dpo_keras.preferences.quickstart_data import THUMBS, support_pairs, support_thumbs_of
+from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
 from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
@@ -30,8 +31,9 @@ def read_preferences(
     columns: Mapping[str, str] | None = None,
     data_dir: PathLike | None = None,
     allow_truncated: bool = False,
-) -> Preferences:
-    """Read preference pairs, keep the good ones, and report everything that is wrong.
+    feedback: str | None = None,
+) -> Preferences | RatedResponses:
+    """Read preference pairs, or rated responses, keep the good ones, and report everything that is wrong.
 
     Records have the columns `prompt, chosen, rejected`, or `prompt, response_a, response_b,
     preference` (P(a is better); where it is below 0.5 the responses are swapped and it becomes
@@ -39,6 +41,10 @@ def read_preferences(
     `margin`. Prompts and responses are text or lists of role/content messages (in CSV: as JSON).
     Where `prompt` is missing and both responses are whole conversations, everything up to the last
     assistant turn is the prompt. `PreferencePair` lists the rules that a record must keep.
+
+    Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or TRL's
+    `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`) become
+    pairs by their `choice`, or rated responses by their `thumbs`. All records are of one kind.
 
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet, or a directory that
@@ -55,9 +61,10 @@ def read_preferences(
         data_dir: where TensorFlow Datasets keeps its data; None: its default.
         allow_truncated: whether to read what is left of a file that is cut off or damaged, with a
             warning in the report. Otherwise such a file is an error, whatever `on_error` is.
+        feedback: what to take of a feedback log that has both, "choices" or "thumbs".
 
     Returns:
-        `Preferences`; its `.report` counts and names what was dropped.
+        `Preferences`, or `RatedResponses` where the records are rated responses; its `.report` counts and names what was dropped.
 
     Raises:
         InputError: if an argument is wrong, a file cannot be read, no record is good, or
@@ -74,10 +81,15 @@ def read_preferences(
           weight out of range: 1 (record 2)
           empty response: 1 (record 2)
     """
-    reading = Reading(format, columns, allow_truncated)
+    reading = Reading(format, columns, allow_truncated, feedback)
     sources = _opened(source, reading, data_dir)
     stream = RecordStream(sources, reading, on_error, limit, listed=None)
-    return Preferences(stream, stream.report)
+    records = list(stream)
+    rated = [record for record in records if isinstance(record, RatedResponse)]
+    if rated:
+        return RatedResponses(rated, stream.report)
+    pairs = (record for record in records if isinstance(record, PreferencePair))
+    return Preferences(pairs, stream.report)
 
 
 def check_first_records(
@@ -215,8 +227,10 @@ def _are_paths(source: Iterable[object]) -> TypeGuard[Sequence[PathLike]]:
 def _open(path: str, reading: Reading, data_dir: PathLike | None) -> Source:
     """Check that a source can be opened; its records are read when they are asked for."""
     if path.startswith("builtin:"):
+        if path.startswith(THUMBS):
+            return Source(path, enumerate(support_thumbs_of(path), 1))
         if path not in BUILTIN:
-            must = f"must be one of {', '.join(BUILTIN)}"
+            must = f"must be one of {', '.join(BUILTIN)}, {THUMBS} or {THUMBS}:NOISE"
             raise InputError(InputProblem("source", must, path))
         return Source(path, enumerate(BUILTIN[path](), 1))
     if path.startswith("tfds:"):

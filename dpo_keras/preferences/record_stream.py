@@ -12,7 +12,9 @@ from typing import NamedTuple, TypeAlias
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.audit import RepeatFinder
+from dpo_keras.preferences.feedback_log import FEEDBACKS
 from dpo_keras.preferences.pair import Fault, InvalidPair, PreferencePair, Text
+from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import (
     InvalidPreferences,
     Problem,
@@ -20,7 +22,8 @@ from dpo_keras.preferences.read_report import (
     encodable,
     place,
 )
-from dpo_keras.preferences.records import COLUMNS, LAYOUTS, read_record
+from dpo_keras.preferences.record_kinds import COLUMNS, Record, mixed_kinds, read_records
+from dpo_keras.preferences.records import LAYOUTS
 from dpo_keras.utils import JSON
 
 # (line, record), with a `Fault` in place of a record that cannot be read.
@@ -29,6 +32,7 @@ FORMATS = ("jsonl", "json", "csv", "parquet")
 SMALLEST = 1.2e-38  # weights below it are 0 in float32
 # So many preferences out of range, and such a share of all, are no mistakes of single records.
 OFF_SCALE, OFF_SCALE_SHARE = 10, 0.05
+OFF_SCALE_RULES = ("preference out of range", "desirable out of range")
 LISTED = 1000  # problems and warnings of each kind that the report of a stream lists
 
 
@@ -54,6 +58,7 @@ class Source(NamedTuple):
 class Reading:
     """How sources are read.
 
+    `feedback` is what is taken of a feedback log, "choices" or "thumbs"; None where it has one.
     `unused` counts the columns and message keys that are ignored; `cut_off` lists the files of
     which only a part could be read.
     """
@@ -61,6 +66,7 @@ class Reading:
     format: str = "auto"
     columns: Mapping[str, str] | None = None
     allow_truncated: bool = False
+    feedback: str | None = None
     unused: Counter[str] = field(default_factory=Counter)
     cut_off: list[Problem] = field(default_factory=list)
 
@@ -70,6 +76,9 @@ class Reading:
         if self.format not in ("auto", *FORMATS):
             must = f"must be one of auto, {', '.join(FORMATS)}"
             problems.append(InputProblem("format", must, self.format))
+        if self.feedback not in (None, *FEEDBACKS):
+            must = f"must be one of {', '.join(FEEDBACKS)}, or None"
+            problems.append(InputProblem("feedback", must, self.feedback))
         for ours, theirs in (self.columns or {}).items():
             if ours not in COLUMNS:
                 known = ", ".join(sorted(COLUMNS))
@@ -108,7 +117,7 @@ class Reading:
 
     def renamed(self, record: JSON) -> JSON:
         """Return a record with our column names; anything but a mapping as it is."""
-        if self.columns and isinstance(record, PreferencePair):
+        if self.columns and isinstance(record, PreferencePair | RatedResponse):
             must = (
                 f"({', '.join(self.columns)}) have no effect on records that are pairs already; "
                 "leave them out"
@@ -133,8 +142,8 @@ class Reading:
         self.cut_off.append(problem)
 
 
-class RecordStream(Iterable[PreferencePair]):
-    """The pairs of opened sources, one after the other, never all of them in memory.
+class RecordStream(Iterable[Record]):
+    """The records of opened sources, one after the other, never all of them in memory.
 
     The report lists `listed` problems and warnings of each kind and counts the others. None lists
     all, and duplicates with their text. `first` stops in each source after so many records.
@@ -163,14 +172,20 @@ class RecordStream(Iterable[PreferencePair]):
         self._weighted = False
         self._out_of_range = 0
 
-    def __iter__(self) -> Iterator[PreferencePair]:
+    def __iter__(self) -> Iterator[Record]:
         finder = RepeatFinder()
         sources: list[Source] = []
         source, lines = array("H"), array("q")
         chosen: list[Text] = []
+        first: tuple[str, Record] | None = None
         for opened in self._sources:
             sources.append(opened)
             for line, pair in self._good(opened):
+                here = place(opened.name, opened.unit, line)
+                first = first or (here, pair)
+                if type(pair) is not type(first[1]):
+                    logged = bool(self.report.layouts["feedback log"])
+                    raise InputError(mixed_kinds(*first, here, logged))
                 self.report.kept += 1
                 self.report.with_images += bool(pair.images)
                 self.report.most_images = max(self.report.most_images, len(pair.images))
@@ -179,7 +194,7 @@ class RecordStream(Iterable[PreferencePair]):
                 source.append(len(sources) - 1)
                 lines.append(-1 if line is None else line)
                 if self._listed is None:
-                    chosen.append(pair.chosen)
+                    chosen.append(pair.responses[0])
                 self._note_repeated_prompt(opened, line, pair)
                 yield pair
             if self.report.kept == self._limit:
@@ -187,20 +202,19 @@ class RecordStream(Iterable[PreferencePair]):
         self._judge()
 
         for index, rule, earlier in self._listed_repeats(finder):
-            here, before = sources[source[index]], sources[source[earlier]]
-            message = _repeat(rule, here, before, lines[earlier])
-            value = chosen[index] if chosen else None
-            line = _known(lines[index])
-            self.report.warnings.append(
-                Problem(here.name, line, rule, "chosen", value, message, here.unit)
-            )
+            now, before = sources[source[index]], sources[source[earlier]]
+            rated = first is not None and isinstance(first[1], RatedResponse)
+            message = _repeat(rule, now, before, lines[earlier], rated)
+            what = (rule, "response" if rated else "chosen", chosen[index] if chosen else None)
+            problem = Problem(now.name, _known(lines[index]), *what, message, now.unit)
+            self.report.warnings.append(problem)
         self.report.warnings += self._repeated_prompts + self._reading.cut_off
         if unused := self._reading.unused:
             counts = ", ".join(f"{name} ({count:,})" for name, count in unused.items())
-            what = ("unused", "", None, f"not used: {counts}")
-            self.report.warnings.append(Problem(", ".join(self.report.sources), None, *what))
+            names, message = ", ".join(self.report.sources), f"not used: {counts}"
+            self.report.warnings.append(Problem(names, None, "unused", "", None, message))
 
-    def _good(self, source: Source) -> Iterator[tuple[int | None, PreferencePair]]:
+    def _good(self, source: Source) -> Iterator[tuple[int | None, Record]]:
         """Yield the good records of one source, and note what is wrong with the others."""
         report = self.report
         problems: list[Problem] = []
@@ -208,17 +222,21 @@ class RecordStream(Iterable[PreferencePair]):
         unreadable = False
         lacking: Counter[str] = Counter()
         for line, record in islice(source.records, self._first):
-            report.read += line is not None
             parsed += not isinstance(record, Fault)
-            found = self._pair_or_faults(record, source)
-            if isinstance(found, PreferencePair):
-                yield line, found
+            found = self._records_or_faults(record, source)
+            if isinstance(found, list):
+                for good in found:  # a line of a log may hold several, or none
+                    report.read += 1
+                    yield line, good
+                    if report.kept == self._limit:
+                        break
                 if report.kept == self._limit:
                     break
                 continue
+            report.read += line is not None
             for fault in found:
                 lacking[fault.field] += fault.rule == "missing column"
-                self._out_of_range += fault.rule == "preference out of range"
+                self._out_of_range += fault.rule in OFF_SCALE_RULES
                 unreadable |= line is None
                 if self._listed is not None and len(problems) >= self._listed:
                     report.omitted[fault.rule] += 1
@@ -233,12 +251,13 @@ class RecordStream(Iterable[PreferencePair]):
         if unreadable:  # other files make up for bad lines, but not for a whole file
             raise InvalidPreferences(f"{source.name}: no preference pair could be read:", report)
 
-    def _pair_or_faults(self, record: JSON, source: Source) -> PreferencePair | tuple[Fault, ...]:
+    def _records_or_faults(self, record: JSON, source: Source) -> list[Record] | tuple[Fault, ...]:
         if isinstance(record, Fault):
             return (record,)
         try:
-            pair, layout = read_record(
+            found, layout = read_records(
                 record,
+                feedback=self._reading.feedback,
                 cells=source.cells,
                 unused=self._reading.unused,
                 folder=source.folder,
@@ -246,20 +265,22 @@ class RecordStream(Iterable[PreferencePair]):
         except InvalidPair as error:
             return error.faults
         self.report.layouts[layout] += 1
-        return pair
+        return found
 
-    def _note_repeated_prompt(self, source: Source, line: int | None, pair: PreferencePair) -> None:
+    def _note_repeated_prompt(self, source: Source, line: int | None, pair: Record) -> None:
         prompt = pair.prompt
         # A response may well begin with the one or two words of a short prompt.
         if not isinstance(prompt, str) or len(prompt) < 20:
             return
-        if not all(text[: len(prompt)] == prompt for text in (pair.chosen, pair.rejected)):
+        if not all(text[: len(prompt)] == prompt for text in pair.responses):
             return
         rule = "response repeats prompt"
         if self._listed is not None and len(self._repeated_prompts) >= self._listed:
             self.report.omitted[rule] += 1
             return
-        message = "both responses begin with the whole prompt, which is scored with them."
+        message = "the response begins with the whole prompt, which is scored with it."
+        if len(pair.responses) > 1:
+            message = "both responses begin with the whole prompt, which is scored with them."
         problem = Problem(source.name, line, rule, "prompt", None, message, source.unit)
         self._repeated_prompts.append(problem)
 
@@ -268,13 +289,17 @@ class RecordStream(Iterable[PreferencePair]):
         report = self.report
         names = ", ".join(report.sources)
         if not report.kept and not report.problems:
-            lost = map(str, self._reading.cut_off)
+            lost = list(map(str, self._reading.cut_off))
+            lost += [f"not used: {name} ({n:,})" for name, n in self._reading.unused.items()]
             raise InputError([f"{names}: there are no records in it.", *lost])
         if not report.kept:
             headline = f"{names}: no preference pair could be read"
             headline += f", all {report.read:,} records are bad:" if report.read > 1 else ":"
             raise InvalidPreferences(headline, report)
         self._check_scale(names)
+        if self._reading.feedback and not report.layouts["feedback log"]:
+            must = f"has no effect: {names} is no feedback log; leave it out"
+            raise InputError(InputProblem("feedback", must, self._reading.feedback))
         if not self._weighted and self._first is None:
             raise InputError(
                 f"{names}: the weight of all {report.kept:,} pairs is 0, so they would train "
@@ -314,10 +339,11 @@ def _known(line: int) -> int | None:
     return None if line < 0 else line
 
 
-def _repeat(rule: str, here: Source, before: Source, line: int) -> str:
-    verb = "says the same as" if rule == "duplicate" else "prefers the other response than"
+def _repeat(rule: str, here: Source, before: Source, line: int, rated: bool) -> str:
+    against = "rates otherwise than" if rated else "prefers the other response than"
+    verb = "says the same as" if rule == "duplicate" else against
     other = place("" if here.name == before.name else before.name, before.unit, _known(line))
-    return f"{verb} {other}, to the same prompt and responses."
+    return f"{verb} {other}, to the same prompt and {'response' if rated else 'responses'}."
 
 
 def _merged(problems: list[Problem], everywhere: set[str], records: int) -> list[Problem]:

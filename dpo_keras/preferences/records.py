@@ -66,11 +66,11 @@ def read_record(
     layout = _layout(record)
     if isinstance(layout, Fault):
         raise InvalidPair([layout])
-    fields = _Fields(record, cells, Counter() if unused is None else unused)
+    fields = Fields(record, cells, Counter() if unused is None else unused)
     texts = fields.texts(LAYOUTS[layout])
     preference = fields.number("preference", 1.0)
     if layout == "response_a/response_b" and record.get("preference") in (None, ""):
-        fields.faults.append(_missing(record, "preference"))
+        fields.faults.append(missing(record, "preference"))
         preference = 1.0
     weight, margin = fields.number("weight", 1.0), fields.number("margin", None)
     fields.faults += number_faults(preference, weight, margin, lowest=0.0)
@@ -85,7 +85,7 @@ def read_record(
         # Whatever could be read is checked too, so that one look mends the whole line.
         raise InvalidPair(fields.faults + (text_faults(*texts, columns) if texts else []))
     if tools:
-        texts = _same_form(with_tools(texts[0], tools), *texts[1:])
+        texts = same_form(with_tools(texts[0], tools), *texts[1:])
     prompt, chosen, rejected = texts
     if preference < 0.5:
         chosen, rejected = rejected, chosen
@@ -113,7 +113,7 @@ def header_faults(columns: Iterable[str]) -> list[Fault]:
     if not one or not other:
         return []
     compared = len(one) == 2 and len(other) < 3
-    return [_missing(header, name) for name in (other if compared else one)]
+    return [missing(header, name) for name in (other if compared else one)]
 
 
 def _layout(record: Mapping[str, object]) -> str | Fault:
@@ -124,9 +124,9 @@ def _layout(record: Mapping[str, object]) -> str | Fault:
     if not record.keys() & LAYOUTS[one]:
         return other
     # Both have columns, as in a table of files of both layouts: the values decide.
-    held = {layout: [n for n in names if _is_given(record, n)] for layout, names in LAYOUTS.items()}
+    held = {layout: [n for n in names if is_given(record, n)] for layout, names in LAYOUTS.items()}
     if held[one] and held[other]:
-        more = ["preference"] if _is_given(record, "preference") else []
+        more = ["preference"] if is_given(record, "preference") else []
         rule = (
             f"the record has {', '.join(held[one])} and also {', '.join(held[other] + more)}: two "
             "formats, which may contradict each other. Keep the columns of one, or choose it by "
@@ -136,12 +136,14 @@ def _layout(record: Mapping[str, object]) -> str | Fault:
     return other if held[other] else one
 
 
-def _is_given(record: Mapping[str, object], name: str) -> bool:
+def is_given(record: Mapping[str, object], name: str) -> bool:
+    """Return whether a record has a value in a column."""
     value = record.get(name)
     return value is not None and not (isinstance(value, str) and not value)
 
 
-def _missing(record: Mapping[str, object], name: str) -> Fault:
+def missing(record: Mapping[str, object], name: str) -> Fault:
+    """Return the fault of a record that lacks a column, or has no value in it."""
     if name in record:
         return broken("missing value", name, record[name], "has no value.")
     columns = shortened(", ".join(visible(str(key)) for key in record) or "none", 200)
@@ -158,15 +160,17 @@ def _missing(record: Mapping[str, object], name: str) -> Fault:
     return Fault("missing column", name, None, rule)
 
 
-class _Fields:
+class Fields:
     """The values of one record; broken rules are collected in `faults`."""
+
+    columns = COLUMNS
 
     def __init__(self, record: Mapping[str, JSON], cells: bool, unused: Counter[str]):
         self.record, self.cells, self.unused = record, cells, unused
         self.faults: list[Fault] = []
         self.parts: dict[str, list[JSON]] = {}  # the image of each image part, None without
-        if not record.keys() <= COLUMNS:
-            unused.update(f"column {column!r}" for column in record if column not in COLUMNS)
+        if not record.keys() <= self.columns:
+            unused.update(f"column {name!r}" for name in record if name not in self.columns)
 
     def texts(self, names: tuple[str, str]) -> tuple[Text, Text, Text] | None:
         """Return prompt and responses in one form; None where one of them cannot be read."""
@@ -176,22 +180,25 @@ class _Fields:
         if one is None or other is None or (separate and prompt is None):
             return None
         if prompt is not None:
-            return _same_form(prompt, one, other)
+            return same_form(prompt, one, other)
         if is_conversation(one) and is_conversation(other):
             parts = split_conversations(one, other, names)
             if not isinstance(parts, list):
-                return _same_form(*parts)
+                return same_form(*parts)
             self.faults += parts
         else:
-            self.faults.append(_missing(self.record, "prompt"))
+            self.faults.append(missing(self.record, "prompt"))
         return None
 
     def text(self, name: str) -> Text | None:
         """Return a text or a tuple of messages."""
-        value = _decoded(self.record.get(name))
-        if value is None:
-            self.faults.append(_missing(self.record, name))
+        if self.record.get(name) is None:
+            self.faults.append(missing(self.record, name))
             return None
+        return self.value(name, decoded(self.record[name]))
+
+    def value(self, name: str, value: JSON) -> Text | None:
+        """Return a text or a tuple of messages of the value that a field has."""
         if isinstance(value, str):
             if not (self.cells and _MESSAGES_JSON.match(value)):
                 return value
@@ -220,7 +227,7 @@ class _Fields:
         details, faults = read_details(place, value)
         self.faults += faults
         content = self._joined(name, value.get("content"))
-        texts = [_decoded(value.get("role")), _decoded(content)]
+        texts = [decoded(value.get("role")), decoded(content)]
         if texts[1] is None and details:
             texts[1] = ""  # a message that only calls tools
         for key, text in zip(("role", "content"), texts, strict=True):
@@ -254,7 +261,7 @@ class _Fields:
         self, texts: tuple[Text, Text, Text] | None, names: tuple[str, str], folder: str
     ) -> tuple[Image, ...]:
         """Return the prompt's images: those of a column, or of the parts of its messages."""
-        columns = [name for name in ("images", "image") if _is_given(self.record, name)]
+        columns = [name for name in ("images", "image") if is_given(self.record, name)]
         if not columns and not self.parts:
             return ()
         source = "prompt" if "prompt" in self.parts else names[0]
@@ -286,7 +293,7 @@ class _Fields:
 
     def name(self, key: str) -> str | None:
         """Return a name; integers become text, a missing value None."""
-        value = _decoded(self.record.get(key))
+        value = decoded(self.record.get(key))
         if value is None or value == "":
             return None
         if isinstance(value, str):
@@ -321,12 +328,12 @@ def _as_list(value: JSON, cells: bool) -> list[JSON]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _decoded(value: JSON) -> JSON:
+def decoded(value: JSON) -> JSON:
     """Decode text that TensorFlow Datasets holds as bytes."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
-def _same_form(prompt: Text, one: Text, other: Text) -> tuple[Text, Text, Text]:
+def same_form(prompt: Text, one: Text, other: Text) -> tuple[Text, Text, Text]:
     """Turn mixed text and messages into messages; drop the prompt's messages from responses."""
     if isinstance(prompt, str):
         if isinstance(one, str) or isinstance(other, str):

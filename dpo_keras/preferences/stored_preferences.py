@@ -86,7 +86,7 @@ def _sha256(path: Path) -> str:
 
 
 @dataclass(eq=False, repr=False)
-class StoredPreferences(PairSequence):
+class StoredPreferences(PairSequence[PreferencePair]):
     """Pairs of a built directory: list-like, read from disk one by one, never all at once.
 
     A selection keeps 8 bytes per pair in memory. `open` makes one.
@@ -236,6 +236,11 @@ def _read_manifest(
 
 def to_features(pair: PreferencePair) -> dict[str, JSON]:
     """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
+    if not isinstance(pair, PreferencePair):
+        raise InputError(
+            "a built directory holds preference pairs, and the data are rated responses; train on "
+            "their files themselves (data.path=FILE)."
+        )
     record = pair.as_dict()
     features: dict[str, JSON] = {name: record[name] for name in TEXTS}
     if pair.tools:

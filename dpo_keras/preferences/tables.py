@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, as_number, broken
+from dpo_keras.preferences.record_kinds import columns_of, header_faults
 from dpo_keras.preferences.record_stream import CutOff, Reading, Records
-from dpo_keras.preferences.records import COLUMNS, header_faults
 from dpo_keras.utils import JSON
 
 
@@ -41,7 +41,8 @@ def used_columns(names: Sequence[str], reading: Reading) -> dict[str, str] | lis
     header = reading.our_names(names)
     if faults := header_faults(header):
         return faults
-    used = {name: ours for name, ours in zip(names, header, strict=True) if ours in COLUMNS}
+    known = columns_of(header)
+    used = {name: ours for name, ours in zip(names, header, strict=True) if ours in known}
     reading.unused.update(f"column {name!r}" for name in names if name not in used)
     return used
 

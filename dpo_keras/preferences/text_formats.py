@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from dpo_keras.preferences.pair import Fault, shown
+from dpo_keras.preferences.record_kinds import header_faults
 from dpo_keras.preferences.record_stream import CutOff, Reading, Records
-from dpo_keras.preferences.records import header_faults
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import with_formulas
 
