@@ -56,10 +56,7 @@ def select_pairs(selection: str, count: int, pool: Pool, size: int, seed: int = 
 
     Source: arXiv 2402.08114 (uncertain), 1708.00489 (diverse).
     """
-    if selection not in _NEEDS:
-        rule = f"must be one of {', '.join(SELECTIONS)}"
-        hint = did_you_mean(selection, SELECTIONS)
-        raise InputError(InputProblem("selection", rule, selection, hint))
+    models_needed(selection)
     if count < 0:
         raise InputError(InputProblem("count", "must be 0 or more", count))
     order = np.random.default_rng(seed).permutation(size)
@@ -71,6 +68,15 @@ def select_pairs(selection: str, count: int, pool: Pool, size: int, seed: int = 
         return order[_k_centre(values[order], min(count, size))]
     worth = _WORTH[selection](values)[order]
     return order[np.argsort(-worth, kind="stable")[:count]]
+
+
+def models_needed(selection: str) -> int:
+    """Return how many models a selection goes by at least; InputError if it is unknown."""
+    if selection not in _NEEDS:
+        rule = f"must be one of {', '.join(SELECTIONS)}"
+        hint = did_you_mean(selection, SELECTIONS)
+        raise InputError(InputProblem("selection", rule, selection, hint))
+    return {"random": 0, "disagreement": 2}.get(selection, 1)
 
 
 def _nearness_to_half(probabilities: np.ndarray) -> np.ndarray:

@@ -150,8 +150,10 @@ def tables(records: list[dict], selections: list[str]) -> str:
         cells = []
         for name, (labels, accuracy, _) in curves.items():
             found = labels_needed(labels, accuracy, goal)
-            saved = "" if name == "random" or not (found and base) else f" ({found / base - 1:+.0%})"
-            cells.append("not reached" if found is None else f"{found:.0f}{saved}")
+            cell = "not reached" if found is None else f"{found:.0f}"
+            if found and base and name != "random":
+                cell += f" ({found / base - 1:+.0%})"
+            cells.append(cell)
         lines.append(f"| {goal:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -74,8 +74,8 @@ def test_votes_of_a_pair_are_averaged_once_all_are_there(make_store, people):
 
 
 def test_both_bad_is_a_tie_and_hidden_checks_do_not_count(make_store, people):
-    given = [asked("a", "b"), asked("a", "b", gold=0, prompt="check"), asked("a", None, prompt="n")]
-    store = make_store(given=given, overlap=1, gold_share=0.5)
+    given = [asked("a", "b", "a", "b", gold=0), asked("a", None, prompt="n")]
+    store = make_store(given=given, overlap=1)
     judge(store, *people(store, "ann"), lambda shown: "both_bad")
     assert choices_of_store(store).choices == [Choice(("a", "b"), 0.5)]
 
