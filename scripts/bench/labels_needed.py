@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=list(SELECTIONS[:2]))
     parser.add_argument("--labels", type=int, default=160, help="the most to ask for")
     parser.add_argument("--batch", type=int, default=16, help="labels asked for at once")
-    parser.add_argument("--pool", type=int, default=1500, help="pairs to choose from, by seed")
+    parser.add_argument("--pool", type=int, default=1000, help="pairs to choose from, by seed")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
