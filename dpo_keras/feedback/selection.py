@@ -102,7 +102,7 @@ SELECTIONS = tuple(_NEEDS)
 
 def _k_centre(points: np.ndarray, count: int) -> np.ndarray:
     """Choose `count` of `[N, d]` points, each the farthest from those before it."""
-    squares = np.einsum("nd,nd->n", points, points)
+    squares = (points * points).sum(axis=1)
     nearest = np.full(len(points), np.inf)
     chosen = np.zeros(count, int)
     for place in range(count):

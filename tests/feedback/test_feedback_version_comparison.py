@@ -165,8 +165,8 @@ SOME = Choices([Choice(("new", "old"), 1.0)])
     ("call", "says"),
     [
         (lambda: compare_versions(Choices()), "choices hold no choice between two versions"),
-        (lambda: compare_versions(SOME, ["old", "nwe"]), "versions must be among those compared "
-         "(new, old), got 'nwe'. did you mean 'new'?"),
+        (lambda: compare_versions(SOME, ["old", "newer"]), "versions must be among those compared "
+         "(new, old), got 'newer'. did you mean 'new'?"),
         (lambda: compare_versions(SOME, ["old"]), "versions must be two or more different labels"),
         (lambda: compare_versions(SOME, ["old", "old"]), "must be two or more different"),
         (lambda: compare_versions(SOME, alpha=2), "alpha must be between 0 and 1, got 2"),
