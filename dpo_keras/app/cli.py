@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.comparison_commands import compare
 from dpo_keras.app.console import (
     AsJson,
     ConfigFile,
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
+app.command()(compare)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_keras.app.console import AsJson, Debug, Force, Terminal, check_output, reporting
+from dpo_keras.app.console import (
+    AsJson,
+    Debug,
+    Force,
+    Silent,
+    Terminal,
+    check_output,
+    reporting,
+    working,
+)
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
 from dpo_keras.utils.deferred_imports import deferred_function
 
 if TYPE_CHECKING:
-    from dpo_keras.feedback import Store
+    from collections.abc import Sequence
+
+    from dpo_keras.feedback import Candidates, Imported, Store
 
 read_text = deferred_function("dpo_keras.app.config", "read_text")
+add_most_useful = deferred_function("dpo_keras.app.pair_selection", "add_most_useful")
+check_selection = deferred_function("dpo_keras.app.pair_selection", "check_selection")
 keys_for_arguments = deferred_function("dpo_keras.app.config_rules", "keys_for_arguments")
 
 feedback = typer.Typer(
@@ -45,6 +59,20 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         typer.Option("--renew", help="Give new links to known annotators and end old ones."),
     ] = False,
     overlap: Annotated[int, typer.Option(min=1, help="How many people judge each pair.")] = 1,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="Which pairs come first: random, uncertain, disagreement or diverse. Default: "
+            "uncertain with --policy, else random."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option(help="A run that the selection goes by; repeatable for disagreement."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Add only this many new pairs. Default: all.")
+    ] = None,
     guidelines: Annotated[
         Path | None, typer.Option(help="Markdown that the page shows to annotators.")
     ] = None,
@@ -77,6 +105,8 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         from dpo_keras.feedback.quality import overview
         from dpo_keras.feedback.request_guard import LOOPBACK, address_of
 
+        selection = selection or ("uncertain" if policy else "random")
+        check_selection(selection, policy or ())
         address = address_of(host, url)
         with keys_for_arguments("guidelines:"):
             shown = "" if guidelines is None else read_text(guidelines)
@@ -91,7 +121,7 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         listening = bind(host, port)
         try:
             round = open_store(store, settings, create=True)
-            added = round.add(given)
+            added = _add(terminal, round, candidates, given, selection, policy or (), count)
             del given  # it may be large, and the server runs for weeks
             base = (url or f"http://{_in_url(host)}:{listening.getsockname()[1]}").rstrip("/")
             links = make_links(round, annotator or [], renew, base)
@@ -282,6 +312,24 @@ def make_links(store: Store, people: list[str], renew: bool, base: str) -> list[
     _, token = store.add_annotator("admin", admin=True, end_sessions=renew)
     links.append({"name": "admin", "group": None, "admin": True, "link": f"{base}/admin#{token}"})
     return links
+
+
+def _add(
+    terminal: Terminal,
+    store: Store,
+    path: Path,
+    candidates: Sequence[Candidates],
+    selection: str,
+    policies: Sequence[Path],
+    count: int | None,
+) -> Imported:
+    """Add all pairs of the candidates, or those that a selection takes first."""
+    if selection == "random" and count is None:
+        return store.add(candidates)
+    with working(terminal) if policies else nullcontext(Silent()) as progress:
+        return add_most_useful(
+            store, path, candidates, selection, policies, count, progress=progress
+        )
 
 
 def _tell_of_others(

@@ -20,8 +20,9 @@ from dpo_keras.utils.text import visible
 
 if TYPE_CHECKING:
     from dpo_keras.app.runs import RunResult
+    from dpo_keras.feedback.version_comparison import VersionComparison
     from dpo_keras.preferences import Preferences, RatedResponses
-    from dpo_keras.preferences.audit import RatedAudit
+    from dpo_keras.preferences.audit import Audit, RatedAudit
 
 _BAD_LINES = 20
 
@@ -55,6 +56,28 @@ def data_views(
     if picture.annotators or picture.groups:
         views.append(_parts(picture))
     return views
+
+
+def comparison_views(
+    comparisons: Sequence[VersionComparison], left_out: Mapping[str, int]
+) -> list[RenderableType]:
+    """Draw what `dpo-keras compare` shows: a row for each version, its verdict, what is missing."""
+    table = _table(
+        None, "version", "against", "wins", "ties", "losses", "share", "interval", "p",
+        numbers=range(2, 8),
+    )  # fmt: skip
+    for one in comparisons:
+        low, high = one.interval
+        table.add_row(
+            *map(escape, (one.version, one.against)),
+            *(f"{count:,}" for count in (one.wins, one.ties, one.losses)),
+            "-" if one.share is None else f"{one.share:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{one.p_value:.2g}",
+        )
+    verdicts = [f"{one.version} against {one.against}: {one.verdict}." for one in comparisons]
+    missing = [f"{count:,} {what}" for what, count in left_out.items()]
+    return [table, *verdicts, *([f"Left out: {', '.join(missing)}."] if missing else [])]
 
 
 def _counts(picture: Audit) -> Table:

@@ -4,11 +4,10 @@ import gzip
 import itertools
 import json
 import os
-import random
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,9 +290,9 @@ class Imported:
 
 
 def add_candidates(
-    connection: sqlite3.Connection, chance: random.Random, candidates: Iterable[Candidates]
+    connection: sqlite3.Connection, place: Callable[[], float], candidates: Iterable[Candidates]
 ) -> Imported:
-    """Add pairs in a random order of presentation, in a transaction; known pairs stay."""
+    """Add pairs in a transaction; known pairs stay. Those of a lower `place` are shown first."""
     counts: Counter[str] = Counter()
     for prompt in candidates:
         usable = prompt.usable()
@@ -302,12 +301,12 @@ def add_candidates(
         counts["identical"] += len(prompt.responses) - empty - len(usable)
         counts["alone"] += len(usable) < 2
         if len(usable) >= 2:
-            counts += _add_pairs(connection, chance, prompt)
+            counts += _add_pairs(connection, place, prompt)
     return Imported(**counts)
 
 
 def _add_pairs(
-    connection: sqlite3.Connection, chance: random.Random, candidates: Candidates
+    connection: sqlite3.Connection, place: Callable[[], float], candidates: Candidates
 ) -> Counter[str]:
     counts: Counter[str] = Counter()
     content = prompt_content(candidates)
@@ -340,7 +339,7 @@ def _add_pairs(
         added = connection.execute(
             "INSERT INTO pairs (prompt, first, second, gold, shuffle) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT DO NOTHING",
-            (prompt_id, first, second, winner, chance.random()),
+            (prompt_id, first, second, winner, place()),
         ).rowcount
         counts["pairs"] += added
         counts["known"] += 1 - added

@@ -59,7 +59,7 @@ class Store:
     def add(self, candidates: Iterable[Candidates]) -> Imported:
         """Add every two different responses of a prompt as a pair, or nothing on a StoreError."""
         with self.database.writing() as connection:
-            return add_candidates(connection, self.chance, candidates)
+            return add_candidates(connection, self.chance.random, candidates)
 
     def next(self, annotator: int, count: int = 1) -> list[Presentation]:
         """Return up to `count` pairs to judge: those that the person holds, then new ones."""

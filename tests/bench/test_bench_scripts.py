@@ -73,3 +73,25 @@ def test_the_exponent_is_the_slope_in_logarithms(monkeypatch):
     common = importlib.import_module("_common")
     exponent, constant = common.slope([1, 2, 4], [3, 12, 48])
     assert (exponent, np.exp(constant)) == (pytest.approx(2), pytest.approx(3))
+
+
+def test_labels_needed_are_read_off_the_mean_curve(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("labels_needed")
+    records = [
+        {"selection": name, "seed": seed, "labels": 10 * (place + 1), "accuracy": value + seed / 10}
+        for name, values in {"random": (0.5, 0.7, 0.6, 0.8), "uncertain": (0.5, 0.8)}.items()
+        for place, value in enumerate(values)
+        for seed in (0, 1)
+    ]
+    labels, mean, spread = script.mean_curve(records, "random")
+    assert labels.tolist() == [10, 20, 30, 40]
+    np.testing.assert_allclose(mean, [0.55, 0.75, 0.65, 0.85])
+    np.testing.assert_allclose(spread, 0.1 / np.sqrt(2))
+    # 0.8 lies half-way from 0.75, which was reached at 20 and is kept at 30, to 0.85 at 40.
+    assert script.labels_needed(labels, mean, 0.8) == pytest.approx(35)
+    assert script.labels_needed(labels, mean, 0.55) == 10
+    assert script.labels_needed(labels, mean, 0.9) is None
+    assert script.labels_needed(*script.mean_curve(records, "uncertain")[:2], 0.8) == pytest.approx(
+        18.333, abs=1e-3
+    )
