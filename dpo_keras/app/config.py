@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from dpo_keras.app.config_dependencies import unread_options
 from dpo_keras.app.config_improve import Feedback, Improve
+from dpo_keras.app.config_judge import JudgeSettings
 from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules, config_warnings
 from dpo_keras.app.config_sections import (
     Data,
@@ -64,6 +65,7 @@ class Config(Section):
     export: Export | None = key(None, "the SavedModel; null for none")
     improve: Improve | None = key(None, "rounds of `dpo-keras improve`; null for none")
     feedback: Feedback = key({}, "which pairs are judged")
+    judge: JudgeSettings | None = key(None, "who compares responses; null: nobody is asked")
 
     @model_validator(mode="before")
     @classmethod

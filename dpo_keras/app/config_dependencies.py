@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from dpo_keras.app.config_judge import JUDGE_KEYS
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss
 from dpo_keras.errors import InputProblem
 from dpo_keras.preferences.stored_preferences import is_built
@@ -90,6 +91,10 @@ def _is_above_0(value: JSON) -> bool:
 
 def _generates(signatures: list[str]) -> bool:
     return "generate" in signatures
+
+
+def _is_no_person(judge: str) -> bool:
+    return judge != "people"
 
 
 GENERATE = "generate among export.signatures"
@@ -173,6 +178,16 @@ DEPENDENCIES: tuple[Dependency, ...] = (
         Dependency(f"export.{name}", "export.signatures", _generates, GENERATE)
         for name in ("max_new_tokens", "temperature", "top_p")
     ),
+    *(
+        Dependency(f"judge.{name}", "judge.type", _one_of(type), f"judge.type: {type}")
+        for type, names in JUDGE_KEYS.items()
+        for name in names
+    ),
+    *(
+        Dependency(f"judge.{name}", "judge.type", _is_no_person, "a judge.type other than people")
+        for name in ("name", "error_rate")
+    ),
+    Dependency("judge.error_seed", "judge.error_rate", bool, "errors (judge.error_rate above 0)"),
 )
 
 

@@ -21,7 +21,7 @@ from dpo_keras.app.improvement_stages import (
     train,
     warm_up,
 )
-from dpo_keras.app.run_directory import RunDirectory, check_run, locked_run, open_run, start_run
+from dpo_keras.app.run_directory import check_run, locked_run, open_run, start_run
 from dpo_keras.app.run_inputs import read_sides
 from dpo_keras.cluster import StopRequest
 from dpo_keras.errors import InputError, InputProblem
@@ -176,11 +176,8 @@ def _from_start(config: Config, settings: Improve) -> Config:
     try:
         policy = open_run(settings.start).policy
     except InputError as error:
-        raise InputError([p.renamed(f"improve.start: {p.argument}") for p in error.problems]) from error
+        raise InputError(
+            [p.renamed(f"improve.start: {p.argument}") for p in error.problems]
+        ) from error
     model = config.model.model_copy(update={"path": str(policy), "scratch": None})
     return config.model_copy(update={"model": model, "warmup": None})
-
-
-def result_of(directory: str) -> dict[str, JSON]:
-    """Return what an improvement has come to, from its directory."""
-    return dict(RunDirectory(directory).read("improvement.json") or {})

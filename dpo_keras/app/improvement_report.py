@@ -37,7 +37,7 @@ FIGURES = (
     _Figure("kl", "KL to round 0 (nats)", ".2f", 0.0, share=False),
     _Figure("tokens", "Length (tokens)", ".1f", share=False),
 )
-_COLUMNS = ("round", *(one.title for one in FIGURES), "judgements", "in all", "pairs trained on")
+COLUMNS = ("round", *(one.title for one in FIGURES), "judgements", "in all", "pairs trained on")
 _NOTE = (
     "Figures are of held-out prompts, with 95 % intervals. Good replies: by the data's ground truth. "
     "Wins: responses that the judge prefers to those of round 0, a tie is half a win. Reward accuracy: "
@@ -70,7 +70,7 @@ def write_rounds(improvement: Improvement, rounds: Sequence[Mapping[str, JSON]])
     page = _environment().get_template("rounds.html.jinja")
     text = page.render(
         title=f"{config.name}: {len(rounds) - 1} rounds",
-        columns=_COLUMNS,
+        columns=COLUMNS,
         rows=[row(one, before) for one, before in zip(rounds, [None, *rounds], strict=False)],
         note=_NOTE,
         picture=picture,
@@ -93,20 +93,17 @@ def row(this: Mapping[str, JSON], before: Mapping[str, JSON] | None) -> list[str
         for one in FIGURES
     ]
     spent = this["judgements"] - (before["judgements"] if before else 0)
-    return [str(this["round"]), *cells, *(f"{n:,}" for n in (spent, this["judgements"], this["pairs"]))]
-
-
-def columns() -> tuple[str, ...]:
-    """Return the titles of the columns of `row`."""
-    return _COLUMNS
+    return [
+        str(this["round"]),
+        *cells,
+        *(f"{n:,}" for n in (spent, this["judgements"], this["pairs"])),
+    ]
 
 
 def rounds_plot(rounds: Sequence[Mapping[str, JSON]]) -> Plot:
     """Plot each figure that was measured, and the judgements, over the rounds."""
     shown = [
-        one
-        for one in FIGURES
-        if any(r["figures"][one.name]["value"] is not None for r in rounds)
+        one for one in FIGURES if any(r["figures"][one.name]["value"] is not None for r in rounds)
     ]
 
     def draw(figure: Figure) -> None:

@@ -102,6 +102,7 @@ class AnnotatorQuality:
 
     name: str
     group: str | None
+    judge: bool  # a program
     judged: int  # judgements of pairs, without checks and repeats
     skipped: int
     seconds: Estimate  # median time of a judgement
@@ -213,6 +214,7 @@ def _assess_annotator(
     return AnnotatorQuality(
         name=table.annotators[number],
         group=table.groups[number],
+        judge=bool(table.judges[number]),
         judged=len(judged),
         skipped=int(table.skipped[number]),
         seconds=Estimate(float(np.median(times)), count=len(times))

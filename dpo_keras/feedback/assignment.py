@@ -1,8 +1,9 @@
-"""Which pair a person sees next: leases, overlap, sides, hidden checks and repeats."""
+"""Which pair an annotator sees next: leases, overlap, sides, hidden checks and repeats."""
 
 import math
 import random
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,13 @@ WHERE p.annotator = :annotator AND p.state = 'judged' AND p.repeat = 0 AND pairs
     AND r.annotator = :annotator AND r.repeat = 1 AND r.state <> 'released')
 ORDER BY p.id
 """
+# A judge takes each pair once, checks among them; those that people have judged come first.
+_UNJUDGED = """
+SELECT id FROM pairs WHERE NOT EXISTS (
+  SELECT 1 FROM presentations p WHERE p.pair = pairs.id AND p.annotator = :annotator
+  AND p.state <> 'released')
+ORDER BY taken DESC, shuffle LIMIT :count
+"""
 
 
 def hand_out(
@@ -112,7 +120,7 @@ def hand_out(
     annotator: int,
     count: int,
 ) -> list[Presentation]:
-    """Renew a person's leases and add new ones up to `count`, in a transaction."""
+    """Renew an annotator's leases and add new ones up to `count`, in a transaction."""
     _release_expired(connection, now, except_of=annotator)
     expires = now + settings.lease_seconds
     # Leases with more than half their time left stay as they are: nothing to write.
@@ -124,11 +132,7 @@ def hand_out(
     held = connection.execute(
         "SELECT count(*) FROM presentations WHERE annotator = ? AND state = 'leased'", (annotator,)
     ).fetchone()[0]
-    while held < count:
-        choice = _choose(connection, settings, chance, annotator)
-        if choice is None:
-            break
-        pair, repeat = choice
+    for pair, repeat in _chosen(connection, settings, chance, annotator, count - held):
         # A person who gets a released pair back sees the same sides as before.
         connection.execute(
             "INSERT INTO presentations "
@@ -138,8 +142,7 @@ def hand_out(
             (pair, annotator, repeat, chance.getrandbits(1), now, expires),
         )
         if not repeat:
-            take_place(connection, pair, 1)
-        held += 1
+            take_place(connection, pair, annotator, 1)
     presentations = []
     for row in connection.execute(_HELD, (annotator, count)):
         left, right = in_sides(row)
@@ -154,9 +157,13 @@ def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:
     return (first, second) if row["first_on_left"] else (second, first)
 
 
-def take_place(connection: sqlite3.Connection, pair: int, change: int) -> None:
-    """Count a place of a pair as used (`change` 1) or as free again (-1)."""
-    connection.execute("UPDATE pairs SET taken = taken + ? WHERE id = ?", (change, pair))
+def take_place(connection: sqlite3.Connection, pair: int, annotator: int, change: int) -> None:
+    """Count a place of a pair as used (`change` 1) or as free again (-1); a judge needs none."""
+    connection.execute(
+        "UPDATE pairs SET taken = taken + ? "
+        "WHERE id = ? AND NOT (SELECT judge FROM annotators WHERE id = ?)",
+        (change, pair, annotator),
+    )
 
 
 def _release_expired(connection: sqlite3.Connection, now: float, except_of: int) -> None:
@@ -171,12 +178,39 @@ def release_all(connection: sqlite3.Connection, annotator: int) -> None:
 
 def _release(connection: sqlite3.Connection, which: str, values: tuple[object, ...]) -> None:
     released = connection.execute(
-        f"SELECT id, pair, repeat FROM presentations WHERE state = 'leased' AND {which}", values
+        f"SELECT id, pair, annotator, repeat FROM presentations WHERE state = 'leased' AND {which}",
+        values,
     ).fetchall()
     for row in released:
         connection.execute("UPDATE presentations SET state = 'released' WHERE id = ?", (row["id"],))
         if not row["repeat"]:
-            take_place(connection, row["pair"], -1)
+            take_place(connection, row["pair"], row["annotator"], -1)
+
+
+def _chosen(
+    connection: sqlite3.Connection,
+    settings: Settings,
+    chance: random.Random,
+    annotator: int,
+    count: int,
+) -> Iterator[tuple[int, int]]:
+    """Yield new pairs for an annotator; a person's next one depends on the last."""
+    if is_judge(connection, annotator):
+        values = {"annotator": annotator, "count": max(count, 0)}
+        for row in connection.execute(_UNJUDGED, values).fetchall():
+            yield row["id"], 0
+        return
+    for _ in range(count):
+        choice = _choose(connection, settings, chance, annotator)
+        if choice is None:
+            return
+        yield choice
+
+
+def is_judge(connection: sqlite3.Connection, annotator: int) -> bool:
+    """Tell whether an annotator is a program."""
+    query = "SELECT 1 FROM annotators WHERE id = ? AND judge"
+    return connection.execute(query, (annotator,)).fetchone() is not None
 
 
 def _choose(

@@ -2,10 +2,8 @@
 
 import contextlib
 import hashlib
-import importlib.resources
 import os
 import queue
-import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback.schema import (
+    APPLICATION,
+    VERSION,
+    create_schema,
+    show_as_version_2,
+    upgrade_schema,
+)
 from dpo_keras.utils.atomic_files import replaced
 
 T = TypeVar("T")
 
-VERSION = 1
-APPLICATION = 0x44504F46  # "DPOF" tells a feedback store apart from another program's database
 BUSY_SECONDS = 10  # to wait for other processes
 READERS = 4  # connections that read; each holds up to three files open
 
@@ -69,14 +72,16 @@ class Database:
         self._readers: queue.LifoQueue[sqlite3.Connection | None] = queue.LifoQueue()
         for _ in range(READERS):
             self._readers.put(None)  # opened when it is needed
+        self._old = False  # of version 1, and read-only
         self._check_path(create)
         try:
             if create:
                 # Both pragmas and the schema in one transaction: a killed start leaves nothing.
                 with self.writing() as connection:
                     if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                        _create(connection)
+                        create_schema(connection)
             self._check_version()
+            self._upgrade()
         except BaseException:
             self.close()
             raise
@@ -126,12 +131,25 @@ class Database:
         version = self.rows("PRAGMA user_version")[0][0]
         if application != APPLICATION:
             raise StoreError(f"store: {self.path} holds nothing; `dpo-keras annotate` fills it.")
-        if version != VERSION:
+        if version not in (1, VERSION):
             which = "a newer" if version > VERSION else "an older"
             raise StoreError(
                 f"store: {self.path} is of version {version}, this dpo_keras reads version "
                 f"{VERSION}; use {which} dpo_keras, or start a new store. Nothing was changed."
             )
+
+    def _upgrade(self) -> None:
+        """Bring a store of version 1 to version 2; one that can only be read stays as it is."""
+        if self.rows("PRAGMA user_version")[0][0] == VERSION:
+            return
+        try:
+            with self.writing() as connection:
+                upgrade_schema(connection)
+        except StoreError as error:
+            if _ADVICE["readonly"] not in str(error):
+                raise
+            self._old = True
+            self._close_readers()
 
     def _open(self) -> sqlite3.Connection:
         connection = self._connect("mode=rw")
@@ -165,6 +183,8 @@ class Database:
         try:
             if connection is None:
                 connection = self._open()
+                if self._old:
+                    show_as_version_2(connection)
                 connection.execute("PRAGMA query_only=ON")
             yield connection
         finally:
@@ -184,6 +204,8 @@ class Database:
     @contextlib.contextmanager
     def writing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Run a block as one transaction: all of it is on the disk afterwards, or none of it."""
+        if self._old:
+            raise StoreError(f"store: {self.path} {_ADVICE['readonly']}")
         with explained_errors(self.path), self._lock:
             if self._writer is None:
                 self._writer = self._open()
@@ -261,6 +283,9 @@ class Database:
             if self._writer is not None:
                 self._writer.close()
             self._writer = None
+        self._close_readers()
+
+    def _close_readers(self) -> None:
         for _ in range(READERS):  # waits for those in use
             connection = self._readers.get()
             if connection is not None:
@@ -302,19 +327,6 @@ def _move_log(connection: sqlite3.Connection, how: str) -> None:
     with contextlib.suppress(sqlite3.OperationalError):
         connection.execute(f"PRAGMA wal_checkpoint({how})").fetchall()
     connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
-
-
-def _create(connection: sqlite3.Connection) -> None:
-    schema = importlib.resources.files(__package__).joinpath("schema.sql").read_text("utf-8")
-    statement = ""
-    for line in schema.splitlines(keepends=True):  # executescript() would commit before it begins
-        statement += line
-        if sqlite3.complete_statement(statement):
-            connection.execute(statement)
-            statement = ""
-    connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(6),))
-    connection.execute(f"PRAGMA user_version={VERSION}")
-    connection.execute(f"PRAGMA application_id={APPLICATION}")
 
 
 def sha256(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.feedback.assignment import Settings, in_sides, take_place
+from dpo_keras.feedback.assignment import Settings, in_sides, is_judge, take_place
 from dpo_keras.feedback.database import Database, has_lone_surrogate
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
@@ -48,12 +48,15 @@ class Submission:
     strength: int | None = None  # 1 (slightly) to 3 (much better), for "left" and "right"
     reason: str | None = None  # in words, 2,000 characters at most
     seconds: float | None = None  # time the person took
+    preference: float | None = None  # a judge's P(the chosen one is better), for "left" and "right"
 
     def __post_init__(self) -> None:
         """Check every rule: the values come from a browser and may have any type."""
         problems = _problems({name: getattr(self, name) for name in _RULES})
         if self.choice in ("tie", "both_bad", "skip") and self.strength is not None:
             problems.append(InputProblem("strength", "goes with left or right", self.choice))
+        if self.choice not in ("left", "right") and self.preference is not None:
+            problems.append(InputProblem("preference", "goes with left or right", self.choice))
         if problems:
             raise InputError(problems)
 
@@ -64,6 +67,10 @@ def _is_whole(value: object) -> bool:
 
 def _is_reason(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_REASON and not has_lone_surrogate(value)
+
+
+def _is_preference(value: object) -> bool:
+    return isinstance(value, int | float) and 0.5 < value <= 1
 
 
 def _is_time(value: object) -> bool:
@@ -82,11 +89,12 @@ _RULES: dict[str, tuple[Callable[[JSON], bool], str]] = {
     "strength": (lambda value: _is_whole(value) and 1 <= value <= 3, "must be 1, 2 or 3"),
     "reason": (_is_reason, f"must be valid text of {MAX_REASON:,} characters at most"),
     "seconds": (_is_time, "must be finite and >= 0"),
+    "preference": (_is_preference, "must be above 0.5 and at most 1"),
 }
 
 
 def _problems(values: Mapping[str, object]) -> list[InputProblem]:
-    optional = ("strength", "reason", "seconds")
+    optional = ("strength", "reason", "seconds", "preference")
     return [
         InputProblem(name, f"{_RULES[name][1]}, got {_shown(value)}")
         for name, value in values.items()
@@ -123,17 +131,20 @@ def submit(
     if row["state"] == "released" and not row["repeat"]:
         # The lease ended; the pair may have gone to others.
         if not skip:
-            _check_free_place(row, settings)
-            take_place(connection, row["pair"], 1)
+            _check_free_place(connection, row, settings)
+            take_place(connection, row["pair"], annotator, 1)
     elif skip and not row["repeat"]:
-        take_place(connection, row["pair"], -1)
+        take_place(connection, row["pair"], annotator, -1)
     left, right = in_sides(row)
     winner = {"left": left, "right": right}.get(submission.choice)
     verdict = submission.choice if winner is None else "prefer"
     reason = (submission.reason or "").strip() or None
     # A whole number of hundreds of digits is no float.
     seconds = None if submission.seconds is None else float(min(submission.seconds, MAX_SECONDS))
-    entry = (submission.key, now, verdict, winner, submission.strength, reason, seconds)
+    entry = (
+        submission.key, now, verdict, winner, submission.strength, reason, seconds,
+        submission.preference,
+    )  # fmt: skip
     return _append(connection, row, "skipped" if skip else "judged", row["expires"], entry)
 
 
@@ -156,9 +167,9 @@ def undo(
     if row["state"] not in ("judged", "skipped"):
         raise Conflict("there is no judgement of this pair to take back.")
     if row["state"] == "skipped" and not row["repeat"]:
-        _check_free_place(row, settings)
-        take_place(connection, row["pair"], 1)
-    entry = (key, now, "undo", None, None, None, None)
+        _check_free_place(connection, row, settings)
+        take_place(connection, row["pair"], annotator, 1)
+    entry = (key, now, "undo", None, None, None, None, None)
     return _append(connection, row, "leased", now + settings.lease_seconds, entry)
 
 
@@ -171,8 +182,8 @@ def _append(
 ) -> Receipt:
     """Append an entry to the log, and change the presentation that it judges."""
     number = connection.execute(
-        "INSERT INTO judgements (presentation, key, at, verdict, winner, strength, reason, seconds)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO judgements (presentation, key, at, verdict, winner, strength, reason, seconds,"
+        " preference) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (row["id"], *entry),
     ).lastrowid
     connection.execute(
@@ -212,8 +223,9 @@ def _presentation_of(
     return row
 
 
-def _check_free_place(row: sqlite3.Row, settings: Settings) -> None:
-    if row["gold"] is None and row["taken"] >= settings.overlap:
+def _check_free_place(connection: sqlite3.Connection, row: sqlite3.Row, settings: Settings) -> None:
+    full = row["gold"] is None and row["taken"] >= settings.overlap
+    if full and not is_judge(connection, row["annotator"]):
         raise Conflict(
             "the pair waited too long, and others have judged it in the meantime; it is done."
         )
@@ -225,6 +237,7 @@ class Table:
 
     annotators: tuple[str, ...]  # names
     groups: tuple[str | None, ...]  # of the annotators
+    judges: np.ndarray  # bool: which annotators are programs
     skipped: np.ndarray  # how many pairs each annotator skipped
 
     pairs: np.ndarray  # [P] ids
@@ -239,6 +252,7 @@ class Table:
     first_on_left: np.ndarray  # [N] bool
     seconds: np.ndarray  # [N] NaN where the time is not known
     strength: np.ndarray  # [N] 1 to 3, 0 where it was not given
+    preference: np.ndarray  # [N] P(the preferred one is better): a judge's, else 1
     repeat: np.ndarray  # [N] bool: the pair was shown to the same person again
     gold: np.ndarray  # [N] FIRST or SECOND where the answer is known, else -1
 
@@ -247,7 +261,7 @@ class Table:
 
     def keep(self, mask: np.ndarray) -> Self:
         """Return the table with the judgements where `mask`, `[N]` bool, is true."""
-        return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
+        return replace(self, **{name: getattr(self, name)[mask] for name in _TYPES})
 
     def work(self) -> Self:
         """Return the judgements that become preferences: no hidden checks, no repeats."""
@@ -260,12 +274,21 @@ class Table:
         return counts
 
 
-# The arrays of `Table` with one entry per judgement.
-_COLUMNS = ("annotator", "pair", "label", "first_on_left", "seconds", "strength", "repeat", "gold")
-_TYPES = {"first_on_left": np.bool_, "seconds": np.float64, "repeat": np.bool_}
+# The arrays of `Table` with one entry per judgement, and their types.
+_TYPES = {
+    "annotator": np.int64,
+    "pair": np.int64,
+    "label": np.int64,
+    "first_on_left": np.bool_,
+    "seconds": np.float64,
+    "strength": np.int64,
+    "preference": np.float64,
+    "repeat": np.bool_,
+    "gold": np.int64,
+}
 _JUDGED = f"""
 SELECT p.annotator, p.pair, p.first_on_left, p.repeat,
-  c.seconds, coalesce(c.strength, 0) AS strength,
+  c.seconds, coalesce(c.strength, 0) AS strength, coalesce(c.preference, 1.0) AS preference,
   CASE WHEN c.verdict = 'tie' THEN {TIE} WHEN c.verdict = 'both_bad' THEN {BOTH_BAD}
     WHEN c.winner = q.first THEN {FIRST} ELSE {SECOND} END AS label,
   CASE WHEN q.gold IS NULL THEN -1 WHEN q.gold = q.first THEN {FIRST} ELSE {SECOND} END AS gold
@@ -278,7 +301,7 @@ SELECT p.id, p.prompt, p.first, p.second, length(a.content) AS first_length,
 FROM pairs p JOIN responses a ON a.id = p.first JOIN responses b ON b.id = p.second ORDER BY p.id
 """
 _ANNOTATORS = """
-SELECT id, name, grp, (SELECT count(*) FROM presentations p
+SELECT id, name, grp, judge, (SELECT count(*) FROM presentations p
   WHERE p.annotator = annotators.id AND p.state = 'skipped') AS skipped FROM annotators ORDER BY id
 """
 
@@ -288,8 +311,8 @@ def read_table(database: Database) -> Table:
     annotators, pairs = database.rows(_ANNOTATORS), database.rows(_PAIRS)
     judged = database.rows(_JUDGED)
     columns: dict[str, np.ndarray] = {
-        name: np.array([row[name] for row in judged], _TYPES.get(name, np.int64))
-        for name in _COLUMNS  # a time that is None becomes NaN
+        name: np.array([row[name] for row in judged], dtype)
+        for name, dtype in _TYPES.items()  # a time that is None becomes NaN
     }
 
     def two_columns(first: str, second: str) -> np.ndarray:
@@ -302,6 +325,7 @@ def read_table(database: Database) -> Table:
     return Table(
         annotators=tuple(row["name"] for row in annotators),
         groups=tuple(row["grp"] for row in annotators),
+        judges=np.array([row["judge"] for row in annotators], np.bool_),
         skipped=np.array([row["skipped"] for row in annotators], np.int64),
         pairs=ids,
         lengths=two_columns("first_length", "second_length"),

@@ -39,7 +39,8 @@ def to_pairs(
         store: the open store.
         label: "each" makes one pair of each judgement, so that annotators can be held out. The
             others make one of all judgements of a pair: "majority", "vote_share" (a tie is half a
-            vote for each) or "dawid_skene" (the posterior; half a tie's goes to each response).
+            vote for each, and a judge's 0.75 three quarters of one) or "dawid_skene" (the
+            posterior; half a tie's goes to each response).
         ties: "half" keeps pairs without a preference as 0.5, "drop" leaves them out.
         weights: "quality" weighs a pair by the mean information of its annotators: their
             Dawid-Skene accuracy a gives (2a - 1)², relative to the mean over all judgements, so
@@ -96,7 +97,7 @@ def to_pairs(
     pairs = []
     for rows in _rows_of_pairs(work, label):
         pair = int(work.pair[rows[0]])
-        votes = np.bincount(np.minimum(work.label[rows], TIE), minlength=3)
+        votes = _votes(work, rows)
         preference = float(LABELLERS[label](votes, fit.posterior[pair]))
         if abs(preference - 0.5) < 1e-9 and ties == "drop":
             dropped["ties"] += 1
@@ -114,6 +115,16 @@ def _rows_of_pairs(work: Table, label: str) -> list[np.ndarray]:
         return [np.array([row]) for row in range(len(work))]
     order = np.argsort(work.pair, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(work.pair[order])) + 1)
+
+
+def _votes(work: Table, rows: np.ndarray) -> np.ndarray:
+    """Count the votes for first, second and tie; a judge may split its own between the two."""
+    votes = np.zeros(3)
+    label, preference = np.minimum(work.label[rows], TIE), work.preference[rows]
+    np.add.at(votes, label, preference)
+    decided = label < TIE
+    np.add.at(votes, 1 - label[decided], 1 - preference[decided])
+    return votes
 
 
 def _majority(votes: np.ndarray, posterior: np.ndarray) -> float:

@@ -83,8 +83,8 @@ def sections(quality: Quality) -> list[Section]:
         Section(
             "people",
             "Annotators",
-            ("name", "group", "judged", "skipped", "seconds", "agreement", "accuracy", "left",
-             "longer", "checks", "repeats"),
+            ("name", "kind", "group", "judged", "skipped", "seconds", "agreement", "accuracy",
+             "left", "longer", "checks", "repeats"),
             [_annotator_row(person) for person in quality.people],
             "Accuracy is Dawid and Skene's. Left and longer: share of decided judgements that went "
             "to the left, and to the longer response. p tests left against half, and longer among "
@@ -121,6 +121,7 @@ def _annotator_row(person: AnnotatorQuality) -> tuple[str, ...]:
     seconds = person.seconds.value
     return (
         visible(person.name),
+        "judge" if person.judge else "",
         visible(person.group or ""),
         f"{person.judged:,}",
         f"{person.skipped:,}",

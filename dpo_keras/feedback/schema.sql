@@ -23,7 +23,7 @@ CREATE TABLE pairs (
   first INTEGER NOT NULL REFERENCES responses,
   second INTEGER NOT NULL REFERENCES responses,
   gold INTEGER REFERENCES responses, -- the better one, where it is known and asked as a check
-  taken INTEGER NOT NULL DEFAULT 0,  -- places in use: leases and judgements, skips left out
+  taken INTEGER NOT NULL DEFAULT 0,  -- places in use: people's leases and judgements, not skips
   shuffle REAL NOT NULL,             -- random order of presentation
   UNIQUE (first, second),
   CHECK (first <> second)
@@ -37,7 +37,8 @@ CREATE TABLE annotators (
   grp TEXT,
   admin INTEGER NOT NULL DEFAULT 0,
   token_hash TEXT NOT NULL UNIQUE,
-  expires REAL NOT NULL
+  expires REAL NOT NULL,
+  judge INTEGER NOT NULL DEFAULT 0     -- 1: a program; it takes no place of a person, nor signs in
 );
 CREATE TABLE sessions (
   hash TEXT PRIMARY KEY,
@@ -72,6 +73,7 @@ CREATE TABLE judgements (
   seconds REAL,
   at REAL NOT NULL,
   key TEXT NOT NULL UNIQUE,            -- the browser's: the same one twice is one judgement
+  preference REAL,                     -- a judge's P(the winner is better); people give none
   CHECK ((verdict = 'prefer') = (winner IS NOT NULL))
 );
 CREATE INDEX judgements_presentation ON judgements (presentation, id);
@@ -79,6 +81,9 @@ CREATE TRIGGER judgements_stay BEFORE UPDATE ON judgements
 BEGIN SELECT RAISE(ABORT, 'judgements are never changed'); END;
 CREATE TRIGGER judgements_remain BEFORE DELETE ON judgements
 BEGIN SELECT RAISE(ABORT, 'judgements are never deleted'); END;
+
+-- What judges paid for, by a hash of the question: nothing is asked twice.
+CREATE TABLE answers (hash TEXT PRIMARY KEY, content TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 
 -- The judgements that hold: the last entry of each presentation, unless it is an undo.
 CREATE VIEW current AS

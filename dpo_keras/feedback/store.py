@@ -1,4 +1,4 @@
-"""The feedback store: pairs to judge, the people who judge, and the log of their judgements."""
+"""The feedback store: pairs to judge, the annotators, and the log of their judgements."""
 
 import json
 import os
@@ -22,12 +22,13 @@ DAY = 86_400.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
-    """A person who judges."""
+    """A person, or a program, that judges."""
 
     id: int
     name: str  # unique; in reports and exported pairs
     group: str | None = None  # kept in exported pairs
     admin: bool = False  # may see the administrator's page
+    judge: bool = False  # a program: see `dpo_keras.feedback.judges`
 
 
 class Store:
@@ -79,11 +80,14 @@ class Store:
         return images[number] if 0 <= number < len(images) else None
 
     def progress(self) -> Progress:
-        """Return how far the round is."""
+        """Return how far the round is, in judgements of people."""
         # Each count reads one index: the page asks again and again.
         judged, checks, pairs = self.database.rows(
-            "SELECT (SELECT count(*) FROM presentations WHERE state = 'judged' AND repeat = 0), "
+            "SELECT (SELECT count(*) FROM presentations WHERE state = 'judged' AND repeat = 0) "
+            "- (SELECT count(*) FROM annotators a JOIN presentations p ON p.annotator = a.id "
+            "WHERE a.judge AND p.state = 'judged'), "
             "(SELECT count(*) FROM pairs JOIN presentations p ON p.pair = pairs.id "
+            "JOIN annotators a ON a.id = p.annotator AND NOT a.judge "
             "WHERE pairs.gold IS NOT NULL AND p.state = 'judged' AND p.repeat = 0), "
             "(SELECT count(*) FROM pairs WHERE gold IS NULL)"
         )[0]
@@ -101,6 +105,7 @@ class Store:
         """Return whether pairs that others hold may still come to this person."""
         found = self.database.rows(
             "SELECT 1 FROM presentations p JOIN pairs ON pairs.id = p.pair "
+            "JOIN annotators a ON a.id = p.annotator AND NOT a.judge "
             "WHERE p.state = 'leased' AND p.annotator <> ?1 AND p.repeat = 0 "
             "AND pairs.gold IS NULL AND NOT EXISTS (SELECT 1 FROM presentations o "
             "WHERE o.pair = p.pair AND o.annotator = ?1 AND o.repeat = 0 "
@@ -119,6 +124,7 @@ class Store:
         strength: int | None = None,
         reason: str | None = None,
         seconds: float | None = None,
+        preference: float | None = None,
     ) -> Receipt:
         """Record a judgement, whose fields `Submission` describes. It is on the disk on return.
 
@@ -126,7 +132,7 @@ class Store:
             InputError: naming every value that breaks a rule.
             Conflict: (an `InputError`) the pair was judged before, or others have finished it.
         """
-        submission = Submission(presentation, choice, key, strength, reason, seconds)
+        submission = Submission(presentation, choice, key, strength, reason, seconds, preference)
         return self._batched(judgements.submit, annotator, submission)
 
     def undo(self, annotator: int, presentation: int, *, key: str) -> Receipt:
@@ -156,6 +162,8 @@ class Store:
     ) -> tuple[Annotator, str]:
         """Add a person, or give a known one a new token in place of the old one.
 
+        A judge's name raises InputError.
+
         Args:
             name: 1 to 100 characters.
             group: None leaves the group as it was.
@@ -169,6 +177,7 @@ class Store:
         _check_names(name, group)
         token = secrets.token_urlsafe(24)
         with self.database.writing() as connection:
+            _check_kind(connection, name, judge=False)
             connection.execute(
                 "INSERT INTO annotators (name, grp, admin, token_hash, expires) "
                 "VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
@@ -183,9 +192,33 @@ class Store:
         return _annotator(row), token
 
     def judge_annotator(self, name: str) -> int:
-        """Return the id of the annotator that a judge is; a new one cannot sign in."""
-        known = self.database.rows("SELECT id FROM annotators WHERE name = ?", (name,))
-        return known[0]["id"] if known else self.add_annotator(name, days=0)[0].id
+        """Return the id of the annotator that a judge is, who can never sign in.
+
+        Raises InputError where the name is a person's.
+        """
+        _check_names(name, None)
+        with self.database.writing() as connection:
+            _check_kind(connection, name, judge=True)
+            connection.execute(
+                "INSERT INTO annotators (name, judge, token_hash, expires) VALUES (?, 1, ?, 0) "
+                "ON CONFLICT (name) DO NOTHING",
+                (name, sha256(secrets.token_urlsafe(24))),
+            )
+            query = "SELECT id FROM annotators WHERE name = ?"
+            return int(connection.execute(query, (name,)).fetchone()["id"])
+
+    def answer(self, question: str) -> str | None:
+        """Return the answer to a question of a judge, by the question's hash; None if unknown."""
+        rows = self.database.rows("SELECT content FROM answers WHERE hash = ?", (question,))
+        return rows[0]["content"] if rows else None
+
+    def keep_answer(self, question: str, content: str) -> None:
+        """Keep the answer to a question of a judge. It is on the disk on return."""
+        with self.database.writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+                (question, content, self.clock()),
+            )
 
     def remove_annotator(self, name: str) -> None:
         """End a person's token and sessions, and give the pairs they hold to others.
@@ -246,7 +279,16 @@ class Store:
 
 
 def _annotator(row: sqlite3.Row) -> Annotator:
-    return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]))
+    return Annotator(row["id"], row["name"], row["grp"], bool(row["admin"]), bool(row["judge"]))
+
+
+def _check_kind(connection: sqlite3.Connection, name: str, *, judge: bool) -> None:
+    """Refuse a person's name to a judge, and a judge's to a person."""
+    row = connection.execute("SELECT judge FROM annotators WHERE name = ?", (name,)).fetchone()
+    if row is not None and bool(row["judge"]) != judge:
+        rule = "must not be a person's" if judge else "must not be a judge's"
+        hint = "Give the judge another name (judge.name)." if judge else "Give another name."
+        raise InputError(InputProblem("name", rule, name, hint))
 
 
 def _check_names(name: str, group: str | None) -> None:

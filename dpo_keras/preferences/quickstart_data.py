@@ -150,6 +150,10 @@ class Verdict:
         """How many of the three virtues the response has."""
         return self.courteous + self.answers + self.invents_nothing
 
+    def __float__(self) -> float:
+        """Return a score: one for each virtue, and one for the form of a reply."""
+        return float(self.virtues + self.parses)
+
 
 def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
     """Generate support-desk preference pairs; the same arguments always give the same pairs.

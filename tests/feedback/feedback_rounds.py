@@ -1,6 +1,8 @@
 """Candidates, a clock, and the bookkeeping that must hold after anything: shared by the tests."""
 
+import sqlite3
 from collections import Counter
+from pathlib import Path
 
 from dpo_keras.feedback import Candidates, Response
 
@@ -25,6 +27,17 @@ def candidates(count, **options):
         )
         for number in range(count)
     ]
+
+
+def store_of_version_1(path):
+    """Write a store of an earlier release; two people have judged two pairs."""
+    with sqlite3.connect(path) as connection:
+        dump = Path(__file__).with_name("store_of_version_1.sql").read_text(encoding="utf-8")
+        connection.executescript(dump)
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA application_id = 1146113862")
+    connection.close()
+    return path
 
 
 def judge_all(store, annotator, choose, count=1, limit=10_000):
@@ -54,7 +67,8 @@ def check_books(store):
     assert rows("PRAGMA foreign_key_check") == []
     used = Counter()
     for row in rows(
-        "SELECT pair FROM presentations WHERE state IN ('leased', 'judged') AND repeat = 0"
+        "SELECT pair FROM presentations p JOIN annotators a ON a.id = p.annotator "
+        "WHERE state IN ('leased', 'judged') AND repeat = 0 AND NOT judge"
     ):
         used[row["pair"]] += 1
     for row in rows("SELECT id, taken, gold FROM pairs"):

@@ -11,6 +11,7 @@ def table_of(annotator, pair, label, *, annotators, pairs, lengths=None, left=No
     columns = {
         "annotators": tuple(annotators),
         "groups": (None,) * len(annotators),
+        "judges": np.zeros(len(annotators), bool),
         "skipped": np.zeros(len(annotators), int),
         "pairs": np.arange(1, pairs + 1),
         "lengths": np.full((pairs, 2), 10) if lengths is None else lengths,
@@ -23,6 +24,7 @@ def table_of(annotator, pair, label, *, annotators, pairs, lengths=None, left=No
         "first_on_left": np.ones(count, bool) if left is None else left,
         "seconds": np.full(count, 3.0),
         "strength": np.zeros(count, int),
+        "preference": np.ones(count),
         "repeat": np.zeros(count, bool),
         "gold": np.full(count, -1),
     }

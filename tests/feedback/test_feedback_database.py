@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from feedback_rounds import candidates, check_books, judge_all, prefers
+from feedback_rounds import candidates, check_books, judge_all, prefers, store_of_version_1
 
-from dpo_keras.feedback import Settings, StoreError, database, open_store
+from dpo_keras.feedback import Settings, StoreError, database, open_store, schema
 
 WORKER = Path(__file__).with_name("feedback_worker.py")
 
@@ -175,23 +175,104 @@ def test_a_read_only_file_can_be_read_and_writing_says_why_not(make_store, peopl
     store = make_store(2)
     people(store, "ann")
     store.close()
-    path = tmp_path / "feedback.sqlite"
+    printed = in_read_only_folder(READ_ONLY, tmp_path / "feedback.sqlite")
+    assert printed.startswith("2\n") and "read-only" in printed
+
+
+def in_read_only_folder(program, path):
+    """What a program prints that gets a file which it cannot write, nor the folder."""
     path.chmod(0o444)
+    tmp_path = path.parent
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and "pytest" in str(folder):
             folder.chmod(0o555)
     try:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, str(path)],
+            [sys.executable, "-c", program, str(path)],
             capture_output=True, text=True, timeout=60, env=environment, check=False,
         )  # fmt: skip
     finally:
         for folder in (tmp_path, *tmp_path.parents):
             if folder.stat().st_uid == os.getuid() and "pytest" in str(folder):
                 folder.chmod(0o755)
-    assert done.stderr == "" and done.stdout.startswith("2\n"), done.stderr
-    assert "read-only" in done.stdout
+    assert done.stderr == "", done.stderr
+    return done.stdout
+
+
+REPORT = """
+import importlib.readers  # while root's Python can be read
+import os, sys
+from dpo_keras.feedback import StoreError, assess, open_store, to_pairs
+if os.geteuid() == 0:
+    os.setuid(65534)
+store = open_store(sys.argv[1])
+print(assess(store, resamples=5).counts["judgements"], to_pairs(store).pairs[0].preference)
+print(store.progress().judged, [one.name for one in store.annotators()])
+print(store.database.rows("PRAGMA user_version")[0][0])
+try:
+    store.judge_annotator("robot")
+except StoreError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_store_of_version_1_is_reported_on_as_it_is(tmp_path):
+    path = store_of_version_1(tmp_path / "feedback.sqlite")
+    sqlite3.connect(path).execute("PRAGMA journal_mode = WAL").connection.close()
+    before = path.read_bytes()
+    printed = in_read_only_folder(REPORT, path)
+    assert printed.startswith("4 0.75\n4 ['ann', 'bob']\n1\n") and "read-only" in printed
+    path.chmod(0o644)
+    assert path.read_bytes() == before
+
+
+def tables(path):
+    """Columns by table, and all triggers, indexes and views."""
+    connection = sqlite3.connect(path)
+    names = connection.execute("SELECT type, name FROM sqlite_master ORDER BY name").fetchall()
+    columns = {
+        name: sorted(row[1:] for row in connection.execute(f"PRAGMA table_xinfo({name})"))
+        for kind, name in names
+        if kind == "table"
+    }
+    connection.close()
+    without_numbers = {t: [c[:4] for c in found] for t, found in columns.items()}
+    return sorted(names), without_numbers
+
+
+def test_an_upgraded_store_has_the_tables_of_a_new_one(make_store, tmp_path):
+    make_store(1).close()
+    path = store_of_version_1(tmp_path / "old.sqlite")
+    with sqlite3.connect(path) as connection:
+        before = connection.execute("SELECT * FROM judgements").fetchall()
+    connection.close()
+    store = open_store(path)
+    robot = store.judge_annotator("robot")
+    shown = store.next(robot, 1)[0]
+    store.submit(robot, shown.id, "left", key="k", preference=0.75)
+    with pytest.raises(sqlite3.IntegrityError, match="never changed"):
+        store.database.batched(lambda c: c.execute("UPDATE judgements SET preference = 1"))
+    check_books(store)
+    store.close()
+    assert tables(path) == tables(tmp_path / "feedback.sqlite")
+    with sqlite3.connect(path) as connection:
+        after = connection.execute("SELECT * FROM judgements").fetchall()
+        assert connection.execute("PRAGMA user_version").fetchone()[0] == 2
+    connection.close()
+    assert after[:-1] == [(*row, None) for row in before] and after[-1][-1] == 0.75
+
+
+def test_an_upgrade_that_fails_changes_nothing(tmp_path, monkeypatch):
+    path = store_of_version_1(tmp_path / "feedback.sqlite")
+    before = tables(path)
+    half = "ALTER TABLE annotators ADD COLUMN judge INTEGER;\nCREATE TABLE judgements (x);\n"
+    monkeypatch.setattr(schema, "_text", lambda name: half)
+    with pytest.raises(StoreError, match="already exists"):
+        open_store(path)
+    monkeypatch.undo()
+    assert tables(path) == before
+    open_store(path).close()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 import random
 import sqlite3
-from pathlib import Path
 
 import pytest
-from feedback_rounds import candidates, check_books, judge_all, prefers
+from feedback_rounds import candidates, check_books, judge_all, prefers, store_of_version_1
 
 from dpo_keras.feedback import Candidates, Conflict, Response, assess, open_store, to_pairs
 
@@ -84,13 +83,7 @@ def test_the_books_balance_whatever_people_do(make_store, people, seed):
 
 
 def test_a_store_of_an_earlier_release_opens_and_goes_on(tmp_path):
-    path = tmp_path / "feedback.sqlite"
-    with sqlite3.connect(path) as connection:
-        dump = Path(__file__).with_name("store_of_version_1.sql").read_text(encoding="utf-8")
-        connection.executescript(dump)
-        connection.execute("PRAGMA user_version = 1")
-        connection.execute("PRAGMA application_id = 1146113862")
-    connection.close()
+    path = store_of_version_1(tmp_path / "feedback.sqlite")
     store = open_store(path, create=True)
     check_books(store)
     assert (store.settings.overlap, store.settings.gold_share) == (2, 0.0)
