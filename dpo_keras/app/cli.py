@@ -133,8 +133,8 @@ def improve(
 ) -> None:
     """Improve a policy in rounds: it answers, is judged, and learns from the judgements.
 
-    Where people judge, the command ends when a round is ready for them, with the command that serves
-    the page; --resume goes on. SIGTERM, or Ctrl-C, ends it with 75; --resume goes on then, too.
+    Where people judge, the command ends when a round is ready for them, and says how to serve the
+    page. SIGTERM, or Ctrl-C once, ends it with 75. --resume goes on after either.
     """
     with reporting(as_json, debug) as terminal:
         document = config_document(config, overrides or ())

@@ -176,8 +176,7 @@ def _from_start(config: Config, settings: Improve) -> Config:
     try:
         policy = open_run(settings.start).policy
     except InputError as error:
-        raise InputError(
-            [p.renamed(f"improve.start: {p.argument}") for p in error.problems]
-        ) from error
+        problems = [InputProblem("improve.start", f": {problem}") for problem in error.problems]
+        raise InputError(problems) from error
     model = config.model.model_copy(update={"path": str(policy), "scratch": None})
     return config.model_copy(update={"model": model, "warmup": None})

@@ -39,11 +39,11 @@ FIGURES = (
 )
 COLUMNS = ("round", *(one.title for one in FIGURES), "judgements", "in all", "pairs trained on")
 _NOTE = (
-    "Figures are of held-out prompts, with 95 % intervals. Good replies: by the data's ground truth. "
-    "Wins: responses that the judge prefers to those of round 0, a tie is half a win. Reward accuracy: "
-    "of the held-out pairs, by scores against round 0. KL: mean of log π(y) − log π₀(y) over the "
-    "policy's responses. Judgements: what the training took; comparisons for the wins are "
-    "not among them."
+    "Figures are of held-out prompts, with 95 % intervals. Good replies: by the data's ground "
+    "truth. Wins: responses that the judge prefers to those of round 0; a tie is half a win. "
+    "Reward accuracy: of the held-out pairs, by scores against round 0. KL: mean of "
+    "log π(y) − log π₀(y) over the policy's responses. Judgements: those that the training took, "
+    "without the comparisons for the wins."
 )
 
 
