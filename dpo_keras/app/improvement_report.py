@@ -118,6 +118,7 @@ def rounds_plot(rounds: Sequence[Mapping[str, JSON]]) -> Plot:
             axes.set_visible(False)
         for axes in figure.axes:
             axes.set_xticks([r["round"] for r in rounds])
+            axes.set_xlim(-0.5, len(rounds) - 0.5)
             axes.set_xlabel("round")
 
     return Plot((8.4, 4.8), draw)
