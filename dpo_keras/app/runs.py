@@ -95,6 +95,9 @@ def train(
     `Watchdog`).
     """
     progress, stop = progress or Silent(), stop or StopRequest()
+    if config.improve is not None:
+        rule = "has no effect on dpo-keras train; run dpo-keras improve, or set it to null."
+        raise InputError(InputProblem("improve", rule))
     cluster = cluster_of(config)
     run, _ = check_run(config, resume)
     if resume and run.finished:

@@ -1,7 +1,10 @@
 """Rounds of improvement: what each does, what it costs, and that none does anything twice."""
 
+import contextlib
 import json
+import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,11 +15,12 @@ import numpy as np
 import pytest
 from app_runs import steps_of
 
+from dpo_keras.app import improve as app_improve
 from dpo_keras.app.config import Config, parse_config
 from dpo_keras.app.console import Silent
 from dpo_keras.app.improve import improve
+from dpo_keras.app.improvement_report import FIGURES
 from dpo_keras.app.models import load_model
-from dpo_keras.cluster import RunStopped, StopRequest
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import open_store
 from dpo_keras.feedback.judgements import read_table
@@ -79,9 +83,16 @@ def config(gpt2_preset):
 
 @pytest.fixture(scope="module")
 def improved(config, tmp_path_factory):
-    """An improvement that nothing disturbed, with what it said."""
-    heard = Heard()
-    return improve(config(tmp_path_factory.mktemp("improved") / "whole"), ROUNDS, progress=heard), heard
+    """An improvement that nothing disturbed."""
+    return improve(config(tmp_path_factory.mktemp("improved") / "whole"), ROUNDS)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """For what comes after the evaluation of round 0, which takes seconds."""
+    found = {"figures": {one.name: {"value": None} for one in FIGURES}}
+    found |= dict.fromkeys(("round", "judgements", "pairs"), 0)
+    monkeypatch.setattr(app_improve, "measure", lambda *arguments: found)
 
 
 def lines(path):
@@ -122,7 +133,7 @@ def same_as(improved, directory):
 
 
 def test_each_round_learns_from_judgements_of_the_policy_of_the_round_before(improved):
-    result, _ = improved
+    result = improved
     folder = Path(result.directory)
     assert [one["round"] for one in result.rounds] == [0, 1, 2]
     train, held_out = read_preferences("builtin:support", limit=40).split(0.15, seed=0)
@@ -146,7 +157,7 @@ def test_each_round_learns_from_judgements_of_the_policy_of_the_round_before(imp
 
 
 def test_costs_are_counted_in_judgements(improved):
-    result, _ = improved
+    result = improved
     table = judged(result.directory)
     assert [one["judgements"] for one in result.rounds] == [0, JUDGEMENTS, 2 * JUDGEMENTS]
     assert len(table) == 2 * JUDGEMENTS and table.annotators == ("improve_judges:longer",)
@@ -156,7 +167,7 @@ def test_costs_are_counted_in_judgements(improved):
 
 
 def test_figures_are_against_round_0(improved):
-    result, _ = improved
+    result = improved
     first, *later = (one["figures"] for one in result.rounds)
     assert first["kl"]["value"] == 0.0 and first["wins"]["value"] is None
     assert first["reward_accuracy"]["value"] == 0.5, "equal policies tie on every pair"
@@ -178,7 +189,7 @@ def test_figures_are_against_round_0(improved):
 
 
 def test_the_report_shows_every_round(improved):
-    result, _ = improved
+    result = improved
     page = Path(result.report["html"]).read_text()
     assert page.count("<tr><td>0</td>") == page.count("<tr><td>2</td>") == 1
     assert "data:image/svg+xml" in page and "improve_judges:longer" in page
@@ -191,14 +202,14 @@ def test_the_report_shows_every_round(improved):
 def test_an_improvement_that_crashes_in_every_stage_ends_as_an_undisturbed_one(
     improved, config, tmp_path
 ):
-    whole, _ = improved
+    whole = improved
     settings = config(tmp_path / "run")
     crashes = [
         ("Round 0: evaluation", None),
         ("Round 1: candidates", None),
         ("Round 1: selection", None),
         ("Round 1: judgements of improve_judges:longer", 3),  # verdicts
-        ("Preference training", 1),  # steps
+        ("Preference training", 2),  # steps
         ("Round 1: comparison with round 0", None),
         ("Round 2: selection", None),
         ("Round 2: training", None),
@@ -231,9 +242,9 @@ def test_an_improvement_that_crashes_in_every_stage_ends_as_an_undisturbed_one(
 
 
 def test_a_judge_that_fails_keeps_its_verdicts_and_is_asked_for_the_rest_only(
-    improved, config, tmp_path
+    config, tmp_path, unmeasured
 ):
-    settings = config(tmp_path / "run", evaluation={"prompts": 1})
+    settings = config(tmp_path / "run")
     improve_judges.FAIL_AT[0] = 4
     with pytest.raises(InputError, match=r"function: longer raised RuntimeError: the judge is ill"):
         improve(settings, 1)
@@ -246,8 +257,9 @@ def test_a_judge_that_fails_keeps_its_verdicts_and_is_asked_for_the_rest_only(
     assert len(judged(tmp_path / "run")) == JUDGEMENTS
 
 
-def test_people_are_waited_for(config, tmp_path, run):
-    settings = config(tmp_path / "run", judge={"type": "people", "function": None}, improve={"responses": 2})
+def test_people_are_waited_for(config, tmp_path, run, unmeasured):
+    people = {"type": "people", "function": None}
+    settings = config(tmp_path / "run", judge=people, improve={"responses": 2})
     path = tmp_path / "people.yaml"
     path.write_text(settings.resolved())
     code, out, _ = run("improve", path, "--rounds", 1)
@@ -260,23 +272,25 @@ def test_people_are_waited_for(config, tmp_path, run):
     result = improve(settings, 1, resume=True)
     assert result.waiting["missing"] == PROMPTS - 2
     answer(store, PROMPTS - 2)
-    result = improve(settings, 1, resume=True)
-    assert result.waiting is None and [one["judgements"] for one in result.rounds] == [0, PROMPTS]
-    assert "asked" in result.rounds[1]["figures"]["wins"]["reason"]
+    with pytest.raises(CrashError):
+        improve(settings, 1, resume=True, progress=Heard("Round 1: training"))
+    assert len(lines(selected.with_name("pairs.jsonl"))) == PROMPTS - 2, (
+        "skipped pairs are not owed"
+    )
 
 
 def answer(path, count):
-    """Judge pairs as a person does on the page."""
+    """Judge pairs as a person does on the page: all but the first by preferring the right one."""
     store = open_store(path)
     ann = store.add_annotator("ann")[0]
     for number, shown in enumerate(store.next(ann.id, count)):
-        choice = "skip" if number else "left"
-        store.submit(ann.id, shown.id, choice if number < 1 else "right", key=f"{time.time_ns()}")
+        choice = "skip" if number == 0 else "right"
+        store.submit(ann.id, shown.id, choice, key=f"{count}-{number}")
     store.close()
 
 
 def test_more_rounds_may_be_added_but_no_key_changed(improved, config):
-    result, _ = improved
+    result = improved
     settings = config(result.directory)
     heard = Heard("Round 3: candidates")
     with pytest.raises(CrashError):
@@ -289,7 +303,7 @@ def test_more_rounds_may_be_added_but_no_key_changed(improved, config):
         improve(settings, ROUNDS)
 
 
-def test_judgements_that_are_all_ties_end_with_what_to_do(config, tmp_path):
+def test_judgements_that_are_all_ties_end_with_what_to_do(config, tmp_path, unmeasured):
     settings = config(tmp_path / "run", judge={"function": "improve_judges:never"})
     with pytest.raises(InputError, match=r"^judge led to no pair to learn from: all 6 of round 1"):
         improve(settings, 1)
@@ -307,7 +321,13 @@ def test_judgements_that_are_all_ties_end_with_what_to_do(config, tmp_path):
         ({"improve": {"reference": "moving"}}, r"improve\.reference must be moving where"),
         ({"improve": {"start": "nowhere"}}, r"improve\.start: nowhere is not the directory"),
         (
-            {"model": {"path": None, "scratch": {"num_layers": 1}, }, "data": {"max_length": 64}},
+            {
+                "model": {
+                    "path": None,
+                    "scratch": {"num_layers": 1},
+                },
+                "data": {"max_length": 64},
+            },
             r"model\.scratch has random weights",
         ),
     ],
@@ -332,3 +352,48 @@ def test_train_does_not_take_the_configuration_of_an_improvement(config, tmp_pat
     path.write_text(config(tmp_path / "run").resolved())
     code, _, err = run("train", path)
     assert code == 2 and "improve has no effect on dpo-keras train" in err
+
+
+@pytest.mark.slow
+def test_kill_9_while_the_judge_judges_and_while_the_policy_trains(improved, config, tmp_path):
+    settings = config(tmp_path / "run")
+    path = tmp_path / "a.yaml"
+    path.write_text(settings.resolved())
+    store = tmp_path / "run" / "feedback.sqlite"
+    metrics = tmp_path / "run" / "round-1" / "run" / "metrics.jsonl"
+    kill(path, lambda: store.exists() and verdicts(store) > 0)
+    assert 0 < len(judged(store.parent)) < JUDGEMENTS
+    kill(path, lambda: metrics.exists() and metrics.read_text().count("\n") >= 1)
+    heard = Heard()
+    improve(settings, ROUNDS, resume=True, progress=heard)
+    assert next(s for s in heard.stages if s.startswith("Round")) == "Round 1: training"
+    same_as(improved, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.partial*"))
+
+
+def verdicts(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        try:
+            return connection.execute("SELECT count(*) FROM judgements").fetchone()[0]
+        except sqlite3.OperationalError:  # the store is being made
+            return 0
+
+
+def kill(path, due):
+    """Go on with an improvement in a process of its own, and end it by kill -9 once it is due."""
+    arguments = ["improve", str(path), "--rounds", str(ROUNDS), "--resume"]
+    folders = [str(ROOT), str(ROOT / "tests" / "app"), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpo_keras.app", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "SLOW_JUDGE": "0.3"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if due():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
