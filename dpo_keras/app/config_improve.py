@@ -23,7 +23,7 @@ class Improve(Section):
     temperature: Positive = key(1.0, "of the candidates")
     judgements: Count = key(256, "pairs of candidates that are judged in a round, at most")
     reference: Literal["first", "previous", "moving"] = key(
-        "previous",
+        "first",
         "policy that a round's training is held to: that of round 0, that of the round before, or "
         "one that follows by `training.sync_reference`",
     )

@@ -101,9 +101,7 @@ def _kl(
     # Only the first column is of interest. The second differs from it, as a pair's must.
     texts = [record["response"] for record in samples.records]
     rows = [(_record(pair), (text, f"{text}.")) for pair, text in zip(asked, texts, strict=True)]
-    own, first = (
-        score_responses(improvement, improvement.policy(n), rows)[:, 0] for n in (number, 0)
-    )
+    own, first = (score_responses(improvement, n, rows)[:, 0] for n in (number, 0))
     ratio = own - first
     return mean(ratio[np.isfinite(ratio)], of="response")
 
@@ -167,31 +165,41 @@ def ask(
 
 def score_responses(
     improvement: Improvement,
-    policy: str,
-    asked: Sequence[tuple[dict[str, JSON], tuple[str, str]]],
+    number: int,
+    asked: Sequence[tuple[dict[str, JSON], Sequence[str]]],
+    score: Callable[..., np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Compute log pi of two responses to each prompt, `[N, 2]`; NaN where one is empty."""
+    """Score two responses to each prompt under a round's policy: `[N, 2, …]`.
+
+    `score` takes a model, tokenized pairs and `batch_size`; None: the log-probs of `score_pairs`.
+    Rows in which a response is empty are NaN.
+    """
     from dpo_keras.batching import tokenize_pairs
     from dpo_keras.scoring import score_pairs
 
-    data, model = improvement.config.data, load_model(policy, improvement.config.model.dtype)
+    data, dtype = improvement.config.data, improvement.config.model.dtype
     usable = [n for n, (_, texts) in enumerate(asked) if all(text.strip() for text in texts)]
-    pairs = [_as_pair(*asked[n]) for n in usable]
-    scores = np.full((len(asked), 2), np.nan)
-    if pairs:
-        tokenized = tokenize_pairs(
-            pairs, model.preprocessor, max_length=data.max_length, template=data.template
-        )
-        kept = np.arange(len(pairs)) if tokenized.source is None else np.asarray(tokenized.source)
-        batch_size = improvement.config.evaluation.batch_size
-        scores[np.array(usable)[kept]] = score_pairs(model, tokenized, batch_size=batch_size)
+    if not usable:
+        return np.full((len(asked), 2), np.nan)
+    model = load_model(improvement.policy(number), dtype)
+    tokenized = tokenize_pairs(
+        [_as_pair(*asked[n]) for n in usable],
+        model.preprocessor,
+        max_length=data.max_length,
+        template=data.template,
+    )
+    kept = range(len(usable)) if tokenized.source is None else tokenized.source
+    batch_size = improvement.config.evaluation.batch_size
+    found = (score or score_pairs)(model, tokenized, batch_size=batch_size)
+    scores = np.full((len(asked), *found.shape[1:]), np.nan)
+    scores[np.array(usable)[np.asarray(kept)]] = found
     return scores
 
 
-def _as_pair(record: dict[str, JSON], responses: tuple[str, str]) -> dict[str, JSON]:
-    texts: tuple[JSON, ...] = responses
+def _as_pair(record: dict[str, JSON], responses: Sequence[str]) -> dict[str, JSON]:
+    texts: Sequence[JSON] = responses
     if not isinstance(record["prompt"], str):
-        texts = tuple([{"role": "assistant", "content": text}] for text in responses)
+        texts = [[{"role": "assistant", "content": text}] for text in responses]
     pair = {"prompt": record["prompt"], "chosen": texts[0], "rejected": texts[1]}
     return pair | ({"images": record["images"]} if "images" in record else {})
 

@@ -140,7 +140,8 @@ def select(improvement: Improvement, this: Round) -> None:
     chosen = select_pairs(how, count, pool, len(pairs), improvement.config.seed + this.number)
     improvement.progress.note(f"{count:,} of {len(pairs):,} pairs, by {how} choice")
     write_lines(this.file("selected.jsonl"), [pairs[int(place)] for place in chosen])
-    forget_models()
+    if how != "random":
+        forget_models()
 
 
 def _pool(
@@ -150,29 +151,27 @@ def _pool(
     from dpo_keras.feedback.selection import Pool
 
     how = improvement.config.feedback.selection
+    asked = [(pair, pair["responses"]) for pair in pairs]
+    if how == "diverse":
+        from dpo_keras.scoring.response_embeddings import response_embeddings
+
+        states = score_responses(improvement, this.number - 1, asked, response_embeddings)
+        return how, Pool(embeddings=states[:, 0] - states[:, 1])
     # P(first is better) is that of the scores against the first policy: 0.5 for that policy itself.
-    needed = {"uncertain": 1, "disagreement": 2}.get(how, 0)
-    if how == "random" or this.number - 1 < needed:
-        if how != "random":
-            improvement.progress.note(f"too early for {how}: {this.number - 1} policies trained")
-        return "random", Pool(None, None, None)
-    first = _log_probs(improvement, 0, pairs)
-    numbers = range(1, this.number) if how == "disagreement" else [this.number - 1]
-    margins = [_log_probs(improvement, number, pairs) - first for number in numbers]
-    beta = improvement.config.loss.beta
-    committee = np.array([1 / (1 + np.exp(-beta * (m[:, 0] - m[:, 1]))) for m in margins])
-    return how, Pool(committee[-1], committee, None)
-
-
-def _log_probs(
-    improvement: Improvement, number: int, pairs: Sequence[dict[str, JSON]]
-) -> np.ndarray:
-    """Compute log pi of both responses of each pair under a round's policy, `[N, 2]`."""
-    return score_responses(
-        improvement,
-        improvement.policy(number),
-        [(pair, tuple(pair["responses"])) for pair in pairs],
-    )
+    trained = range(1, this.number)
+    needed = {"random": 0, "uncertain": 1, "disagreement": 2}[how]
+    if len(trained) < needed:
+        improvement.progress.note(f"too early for {how}: {len(trained)} policies were trained")
+    if needed == 0 or len(trained) < needed:
+        return "random", Pool()
+    first = score_responses(improvement, 0, asked)
+    committee = []
+    for number in trained[-1:] if how == "uncertain" else trained:
+        rewards = improvement.config.loss.beta * (
+            score_responses(improvement, number, asked) - first
+        )
+        committee.append(1 / (1 + np.exp(np.clip(rewards[:, 1] - rewards[:, 0], -50, 50))))
+    return how, Pool(probabilities=committee[-1], committee=np.array(committee))
 
 
 def judge(improvement: Improvement, this: Round) -> tuple[int, int]:

@@ -96,8 +96,7 @@ def train(
     """
     progress, stop = progress or Silent(), stop or StopRequest()
     if config.improve is not None:
-        rule = "has no effect on dpo-keras train; run dpo-keras improve, or set it to null."
-        raise InputError(InputProblem("improve", rule))
+        raise InputError(InputProblem("improve", "is for dpo-keras improve only; set it to null."))
     cluster = cluster_of(config)
     run, _ = check_run(config, resume)
     if resume and run.finished:

@@ -33,6 +33,9 @@ ALWAYS_READ = {
     "evaluation": {"max_new_tokens", "temperature", "batch_size"}  # of dpo-keras generate, too
     | {"prompts", "samples_shown"},  # upper bounds
     "export": {"path", "signatures"},
+    "improve": {"start", "prompts", "prompts_per_round", "responses", "temperature", "judgements"}
+    | {"reference", "keep_earlier_pairs", "poll_seconds"},
+    "feedback": {"selection"},
     "judge": {"type"},
 }
 DROPOUT = {"dropout": 0.1, "max_sequence_length": 1024}

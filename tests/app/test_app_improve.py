@@ -19,8 +19,10 @@ from dpo_keras.app import improve as app_improve
 from dpo_keras.app.config import Config, parse_config
 from dpo_keras.app.console import Silent
 from dpo_keras.app.improve import improve
+from dpo_keras.app.improvement import Improvement
 from dpo_keras.app.improvement_report import FIGURES
 from dpo_keras.app.models import load_model
+from dpo_keras.cluster import StopRequest
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import open_store
 from dpo_keras.feedback.judgements import read_table
@@ -106,10 +108,10 @@ def judged(directory):
     return table
 
 
-def content_of(directory):
+def content_of(directory, rounds):
     """What an improvement has made, in words and numbers."""
     folder, found = Path(directory), {}
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, rounds + 1):
         for name in ("candidates", "selected", "pairs"):
             found[number, name] = lines(folder / f"round-{number}" / f"{name}.jsonl")
         found[number, "figures"] = lines_of_round(folder, number)["figures"]
@@ -120,16 +122,18 @@ def lines_of_round(folder, number):
     return json.loads((Path(folder) / f"round-{number}" / "round.json").read_text())
 
 
-def same_as(improved, directory):
-    assert content_of(directory) == content_of(improved.directory)
-    for number in range(1, ROUNDS + 1):
+def same_as(improved, directory, rounds=ROUNDS):
+    assert content_of(directory, rounds) == content_of(improved.directory, rounds)
+    for number in range(1, rounds + 1):
         one, other = (
             load_model(f"{folder}/round-{number}/run/policy")
             for folder in (improved.directory, directory)
         )
         for a, b in zip(one.weights, other.weights, strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-6)
-    assert len(judged(directory)) == len(judged(improved.directory))
+    ours, theirs = judged(directory), judged(improved.directory)
+    assert len(ours) == rounds * JUDGEMENTS
+    np.testing.assert_array_equal(ours.first_on_left, theirs.first_on_left[: len(ours)])
 
 
 def test_each_round_learns_from_judgements_of_the_policy_of_the_round_before(improved):
@@ -147,13 +151,33 @@ def test_each_round_learns_from_judgements_of_the_policy_of_the_round_before(imp
         assert {maker["policy"] for one in candidates for maker in one["makers"]} == {
             f"round {number - 1}"
         }
-        before = parse_config((run / "config.yaml").read_text(), stored=True).model.path
-        assert before == result.rounds[number - 1]["policy"]
+        used = parse_config((run / "config.yaml").read_text(), stored=True)
+        assert used.model.path == result.rounds[number - 1]["policy"]
+        assert used.reference == result.rounds[0]["policy"]
         pairs = read_preferences(run.parent / "pairs.jsonl")
         assert all(len(pair.chosen) > len(pair.rejected) for pair in pairs)
-        assert steps_of(run)[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+        at_first = abs(steps_of(run)[0]["loss"] - np.log(2)) < 1e-4
+        assert at_first == (number == 1), "round 2 does not begin as its reference"
     assert not seen[0] & seen[1], "no prompt comes again before all have come"
     assert not (seen[0] | seen[1]) & {pair.prompt for pair in held_out}
+
+
+@pytest.mark.parametrize("reference", ["first", "previous", "moving"])
+def test_the_reference_of_a_round(reference, config, tmp_path):
+    sync = {"every": 2, "alpha": 0.5} if reference == "moving" else None
+    settings = config(
+        tmp_path / "run",
+        reference="frozen_copy",
+        improve={"reference": reference},
+        training={"sync_reference": sync},
+    )
+    improvement = Improvement(settings, settings.improve, None, Silent(), StopRequest())
+    rounds = [improvement.config_of(number) for number in (1, 2)]
+    first = settings.model.path
+    assert [one.model.path for one in rounds] == [first, f"{tmp_path}/run/round-1/run/policy"]
+    # A frozen copy is one of the policy that the round's training begins with.
+    assert {one.reference for one in rounds} == {first if reference == "first" else "frozen_copy"}
+    assert all(one.training.sync_reference == settings.training.sync_reference for one in rounds)
 
 
 def test_costs_are_counted_in_judgements(improved):
@@ -351,7 +375,7 @@ def test_train_does_not_take_the_configuration_of_an_improvement(config, tmp_pat
     path = tmp_path / "a.yaml"
     path.write_text(config(tmp_path / "run").resolved())
     code, _, err = run("train", path)
-    assert code == 2 and "improve has no effect on dpo-keras train" in err
+    assert code == 2 and "improve is for dpo-keras improve only" in err
 
 
 @pytest.mark.slow
@@ -365,9 +389,9 @@ def test_kill_9_while_the_judge_judges_and_while_the_policy_trains(improved, con
     assert 0 < len(judged(store.parent)) < JUDGEMENTS
     kill(path, lambda: metrics.exists() and metrics.read_text().count("\n") >= 1)
     heard = Heard()
-    improve(settings, ROUNDS, resume=True, progress=heard)
+    improve(settings, 1, resume=True, progress=heard)
     assert next(s for s in heard.stages if s.startswith("Round")) == "Round 1: training"
-    same_as(improved, tmp_path / "run")
+    same_as(improved, tmp_path / "run", rounds=1)
     assert not list((tmp_path / "run").rglob("*.partial*"))
 
 
@@ -381,7 +405,7 @@ def verdicts(path):
 
 def kill(path, due):
     """Go on with an improvement in a process of its own, and end it by kill -9 once it is due."""
-    arguments = ["improve", str(path), "--rounds", str(ROUNDS), "--resume"]
+    arguments = ["improve", str(path), "--rounds", "1", "--resume"]
     folders = [str(ROOT), str(ROOT / "tests" / "app"), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, "-m", "dpo_keras.app", *arguments],
