@@ -184,6 +184,20 @@ class ResponseScorer:
         text = TextRows(flat(batch["token_ids"]), flat(batch["padding_mask"]), positions, response)
         return model_inputs(self._body, text, image_inputs(self._body, batch))
 
+    def hidden_states(
+        self,
+        batch: PreparedBatch,
+        training: bool = False,
+        collected: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the body: its states (on the plain path, logits) `[rows * sequences, length, d]`."""
+        inputs = self._inputs(batch)
+        with overridden_methods(self._overrides(batch, collected)):
+            states = self._body(inputs, training=training)
+        if self.parts is not None and self.parts[1].image_states:
+            states = states[:, self.parts[1].image_states :]
+        return states
+
     def _token_values(
         self,
         batch: PreparedBatch,
@@ -193,11 +207,7 @@ class ResponseScorer:
     ) -> Tensor:
         rows, sequences, length = ops.shape(batch["token_ids"])
         slots = ops.shape(batch["owner"])[1]
-        inputs = self._inputs(batch)
-        with overridden_methods(self._overrides(batch, collected)):
-            states = self._body(inputs, training=training)
-        if self.parts is not None and self.parts[1].image_states:
-            states = states[:, self.parts[1].image_states :]
+        states = self.hidden_states(batch, training, collected)
         if len(states.shape) != 3:
             rule = "must return logits of shape [batch, length, vocabulary]"
             raise InputError(InputProblem("policy", rule, tuple(states.shape)))
