@@ -16,6 +16,7 @@ import pytest
 from app_runs import steps_of
 
 from dpo_keras.app import improve as app_improve
+from dpo_keras.app import improvement_stages
 from dpo_keras.app.config import Config, parse_config
 from dpo_keras.app.console import Silent
 from dpo_keras.app.improve import improve
@@ -27,6 +28,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.feedback import open_store
 from dpo_keras.feedback.judgements import read_table
 from dpo_keras.preferences import read_preferences
+from dpo_keras.scoring import response_log_probs
 
 ROOT = Path(__file__).parents[2]
 ROUNDS, JUDGEMENTS, PROMPTS = 2, 6, 5
@@ -220,6 +222,41 @@ def test_the_report_shows_every_round(improved):
     report = json.loads(Path(result.report["json"]).read_text())
     assert report["rounds"] == json.loads(json.dumps(result.rounds))
     assert Path(result.report["plot"]).read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_selections_go_by_the_policies_of_the_rounds_so_far(improved, config):
+    records = lines(Path(improved.directory) / "round-2" / "candidates.jsonl")
+    pairs = [{**one, "responses": one["responses"][:2]} for one in records]
+    policies = [load_model(one["policy"]) for one in improved.rounds]
+    beta = 0.1
+    logps = np.array(
+        [
+            [response_log_probs(policy, *zip(*asked, strict=True))[0] for policy in policies]
+            for asked in (
+                [(pair["prompt"], pair["responses"][side]) for pair in pairs] for side in (0, 1)
+            )
+        ]
+    )
+    margin = beta * ((logps[0] - logps[1])[1:] - (logps[0] - logps[1])[0])
+    expected = 1 / (1 + np.exp(-margin))  # [policies of rounds 1 and 2, pairs]
+
+    def pool(selection, number):
+        settings = config(
+            improved.directory, loss={"beta": beta}, feedback={"selection": selection}
+        )
+        improvement = Improvement(settings, settings.improve, None, Silent(), StopRequest())
+        return improvement_stages._pool(improvement, improvement.round(number), pairs)
+
+    how, found = pool("uncertain", 3)
+    assert how == "uncertain"
+    np.testing.assert_allclose(found.probabilities, expected[1], atol=1e-5)
+    how, found = pool("disagreement", 3)
+    np.testing.assert_allclose(found.committee, expected, atol=1e-5)
+    assert pool("uncertain", 1)[0] == pool("disagreement", 2)[0] == "random"
+    how, found = pool("diverse", 1)
+    assert how == "diverse" and found.embeddings.shape == (len(pairs), 16)
+    assert np.ptp(found.embeddings) > 0
 
 
 @pytest.mark.slow
