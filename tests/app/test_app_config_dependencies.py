@@ -15,7 +15,7 @@ from dpo_keras.training import choose_layout, make_optimizer
 # Keys that every run reads, or every run that has their section.
 ALWAYS_READ = {
     "": {"name", "output", "seed", "model", "data", "warmup", "loss", "training", "evaluation"}
-    | {"export", "judge"},
+    | {"export", "judge", "improve", "feedback"},
     "model": {"path", "scratch", "dtype", "quantization", "lora_rank"},
     "model.scratch": {"family", "vocabulary_size", "num_layers", "num_heads", "hidden_dim"}
     | {"intermediate_dim", "max_sequence_length"},
