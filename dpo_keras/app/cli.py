@@ -35,6 +35,7 @@ from dpo_keras.utils.deferred_imports import Deferred, deferred_function
 from dpo_keras.version import __version__
 
 runs = Deferred("dpo_keras.app.runs")
+improvement = Deferred("dpo_keras.app.improve")
 views = Deferred("dpo_keras.app.views")
 build_config = deferred_function("dpo_keras.app.config", "build_config")
 config_document = deferred_function("dpo_keras.app.config", "config_document")
@@ -119,6 +120,42 @@ def train(
             terminal.result(result.as_dict(), *views.run_views(result))
         elif cluster is not None:
             terminal.say(f"{cluster.this} is done; {cluster.chief} has the result.")
+
+
+@app.command()
+def improve(
+    config: ConfigFile,
+    rounds: Annotated[int, typer.Option("--rounds", "-r", help="How many there are in all.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Where people judge, wait until they have.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Improve a policy in rounds: it answers, is judged, and learns from the judgements.
+
+    Where people judge, the command ends when a round is ready for them, and says how to serve the
+    page. SIGTERM, or Ctrl-C once, ends it with 75. --resume goes on after either.
+    """
+    with reporting(as_json, debug) as terminal:
+        document = config_document(config, overrides or ())
+        given = given_text(config, overrides or ())
+        settings = build_config(document, outside=True)
+        prepare_keras()
+        stop = StopRequest()
+        with stop.signals(), TerminalProgress(terminal.log) as progress:
+            result = improvement.improve(
+                settings,
+                rounds,
+                resume=resume,
+                wait=wait,
+                given=given,
+                progress=progress,
+                stop=stop,
+            )
+        terminal.result(result.as_dict(), *views.improvement_views(result))
 
 
 @app.command()

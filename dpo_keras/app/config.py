@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from dpo_keras.app.config_dependencies import unread_options
+from dpo_keras.app.config_improve import Feedback, Improve
 from dpo_keras.app.config_judge import JudgeSettings
 from dpo_keras.app.config_rules import OUTSIDE_RULES, broken_rules, config_warnings
 from dpo_keras.app.config_sections import (
@@ -62,6 +63,8 @@ class Config(Section):
     training: Training = key({}, "preference training")
     evaluation: Evaluation = key({}, "what is measured before and after")
     export: Export | None = key(None, "the SavedModel; null for none")
+    improve: Improve | None = key(None, "rounds of `dpo-keras improve`; null for none")
+    feedback: Feedback = key({}, "which pairs are judged")
     judge: JudgeSettings | None = key(None, "who compares responses; null: nobody is asked")
 
     @model_validator(mode="before")
@@ -70,7 +73,7 @@ class Config(Section):
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
-        for name in ("model", "data", "loss", "training", "evaluation"):
+        for name in ("model", "data", "loss", "training", "evaluation", "feedback"):
             if name in filled and filled[name] is None:
                 filled[name] = {}
         if filled.get("output") is None and isinstance(filled.get("name", "run"), str):

@@ -50,8 +50,9 @@ class RunDirectory:
 
     @property
     def begun(self) -> bool:
-        """Whether there is any training that could be lost."""
-        return self.finished or any(self.checkpoints.glob("*/step-*"))
+        """Whether there is any training, or a round of an improvement, that could be lost."""
+        begun = (*self.checkpoints.glob("*/step-*"), *self.path.glob("round-*"))
+        return self.finished or bool(begun)
 
     @property
     def finished(self) -> bool:

@@ -95,6 +95,8 @@ def train(
     `Watchdog`).
     """
     progress, stop = progress or Silent(), stop or StopRequest()
+    if config.improve is not None:
+        raise InputError(InputProblem("improve", "is for dpo-keras improve only; set it to null."))
     cluster = cluster_of(config)
     run, _ = check_run(config, resume)
     if resume and run.finished:

@@ -19,6 +19,7 @@ from dpo_keras.utils import JSON
 from dpo_keras.utils.text import visible
 
 if TYPE_CHECKING:
+    from dpo_keras.app.improve import Improved
     from dpo_keras.app.runs import RunResult
     from dpo_keras.feedback.version_comparison import VersionComparison
     from dpo_keras.preferences import Preferences, RatedResponses
@@ -303,3 +304,22 @@ def _cell(text: str, width: int = 400) -> str:
     """Make text safe to draw. The end is kept, for the end of a prompt is what is answered."""
     text = visible(text.strip())
     return escape(text if len(text) <= width else "... " + text[-width:])
+
+
+def improvement_views(result: Improved) -> list[RenderableType]:
+    """Show the rounds of an improvement, and what people still have to judge."""
+    from dpo_keras.app.improvement_report import COLUMNS, row
+
+    found: list[RenderableType] = []
+    if result.rounds:
+        rounds = _table(None, *COLUMNS, numbers=range(1, len(COLUMNS)))
+        for this, before in zip(result.rounds, [None, *result.rounds], strict=False):
+            rounds.add_row(*row(this, before))
+        found += [rounds, f"The report is {result.report['html']}."]
+    if (waiting := result.waiting) is not None:
+        found.append(
+            f"waiting: round {waiting['round']} needs {waiting['missing']:,} more judgements, of "
+            f"{waiting['of']:,}. Serve the page with\n  {waiting['command']}\n"
+            "and go on with the same command and --resume."
+        )
+    return found

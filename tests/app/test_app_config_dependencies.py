@@ -16,7 +16,7 @@ from dpo_keras.training import choose_layout, make_optimizer
 # Keys that every run reads, or every run that has their section.
 ALWAYS_READ = {
     "": {"name", "output", "seed", "model", "data", "warmup", "loss", "training", "evaluation"}
-    | {"export", "judge"},
+    | {"export", "judge", "improve", "feedback"},
     "model": {"path", "scratch", "dtype", "quantization", "lora_rank"},
     "model.scratch": {"family", "vocabulary_size", "num_layers", "num_heads", "hidden_dim"}
     | {"intermediate_dim", "max_sequence_length"},
@@ -33,6 +33,9 @@ ALWAYS_READ = {
     "training.sync_reference": {"every", "alpha"},
     "evaluation": {"batch_size"},
     "export": {"path", "signatures"},
+    "improve": {"start", "prompts", "prompts_per_round", "responses", "temperature", "judgements"}
+    | {"reference", "keep_earlier_pairs", "poll_seconds"},
+    "feedback": {"selection"},
     "judge": {"type"},
 }
 DROPOUT = {"dropout": 0.1, "max_sequence_length": 1024}
