@@ -24,19 +24,21 @@ from dpo_keras.utils import JSON
 JUDGE_KEYS: dict[str, tuple[str, ...]] = {
     "people": (),
     "function": ("function", "returns"),
+    "reward": ("path",),
     "endpoint": (
         "url", "model", "rubric", "api_key_variable", "temperature", "options", "attempts",
         "timeout", "patience", "concurrency", "requests_per_minute",
     ),
 }  # fmt: skip
-_REQUIRED = {"function": ("function",), "endpoint": ("url", "model")}
+_REQUIRED = {"function": ("function",), "reward": ("path",), "endpoint": ("url", "model")}
 
 
 class JudgeSettings(Section):
-    """Who compares responses: the argument of `dpo_keras.feedback.judges.judge_of`."""
+    """Who compares responses: the argument of `dpo_keras.app.reward_judge.judge_of`."""
 
-    type: Literal["people", "function", "endpoint"] = key(
-        "people", "people on the annotation page, a Python function, or a chat endpoint"
+    type: Literal["people", "function", "reward", "endpoint"] = key(
+        "people",
+        "people on the annotation page, a Python function, a reward model, or a chat endpoint",
     )
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = key(
         None, "of the judge in the store; null: that of the function or the model"
@@ -48,6 +50,9 @@ class JudgeSettings(Section):
     )
     returns: Literal["preference", "score"] | None = key(
         None, "what the function returns; null goes by the number of its parameters"
+    )
+    path: str | None = key(
+        None, "the directory of a run that has trained a reward model (`loss.type: reward`)"
     )
     url: str | None = key(
         None, "of an OpenAI-compatible endpoint, such as `https://api.openai.com/v1`"

@@ -83,7 +83,7 @@ def improve(
         progress.note(f"{run.path} has no round to resume: it starts from the beginning.")
     judge_settings = config.judge
     assert judge_settings is not None
-    from dpo_keras.feedback.judges import judge_of
+    from dpo_keras.app.reward_judge import judge_of
 
     improvement = Improvement(
         _from_start(config, settings),

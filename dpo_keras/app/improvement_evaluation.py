@@ -18,7 +18,7 @@ from dpo_keras.app.training_stages import Context
 from dpo_keras.feedback import Candidates, Response, Settings, Store, open_store
 from dpo_keras.feedback.judgements import TIE, read_table
 from dpo_keras.feedback.judges import Judge, ask_judge
-from dpo_keras.preferences import PreferencePair
+from dpo_keras.preferences import Record
 from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, undefined
 
@@ -64,7 +64,7 @@ def measure(improvement: Improvement, this: Round, held_out: Pairs) -> dict[str,
 
 def _examine(
     improvement: Improvement, this: Round, run: RunDirectory, held_out: Pairs
-) -> tuple[Measured, list[PreferencePair]]:
+) -> tuple[Measured, list[Record]]:
     """Measure held-out pairs and sample responses; return the pairs whose prompts they answer."""
     from dpo_keras.training import DPOModel, strategy
 
@@ -88,7 +88,7 @@ def _examine(
 
 
 def _kl(
-    improvement: Improvement, number: int, asked: Sequence[PreferencePair], samples: Samples
+    improvement: Improvement, number: int, asked: Sequence[Record], samples: Samples
 ) -> Estimate:
     """Estimate KL(policy || first policy) by the mean of log pi(y) - log pi_0(y) of its responses.
 
@@ -107,7 +107,7 @@ def _kl(
 
 
 def _wins(
-    improvement: Improvement, this: Round, asked: Sequence[PreferencePair], samples: Samples
+    improvement: Improvement, this: Round, asked: Sequence[Record], samples: Samples
 ) -> tuple[Estimate, int]:
     """Let the judge compare the responses with round 0's; equal ones tie and cost nothing.
 
@@ -204,6 +204,6 @@ def _as_pair(record: dict[str, JSON], responses: Sequence[str]) -> dict[str, JSO
     return pair | ({"images": record["images"]} if "images" in record else {})
 
 
-def _record(pair: PreferencePair) -> dict[str, JSON]:
+def _record(pair: Record) -> dict[str, JSON]:
     record: dict[str, JSON] = {"prompt": pair.as_dict()["prompt"]}
     return record | ({"images": list(pair.images)} if pair.images else {})

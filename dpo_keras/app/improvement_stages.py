@@ -29,7 +29,7 @@ from dpo_keras.app.training_stages import Context, warm_up_policy
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback import Candidates, Settings, Store, open_store, read_candidates
 from dpo_keras.feedback.judgements import read_table
-from dpo_keras.preferences import PreferencePair, write_preferences
+from dpo_keras.preferences import PreferencePair, Record, write_preferences
 from dpo_keras.preferences.pair import plain_text
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
@@ -81,7 +81,7 @@ def prompt_records(improvement: Improvement, sides: Sides) -> list[dict[str, JSO
     return records
 
 
-def _prompt_record(pair: PreferencePair) -> dict[str, JSON]:
+def _prompt_record(pair: Record) -> dict[str, JSON]:
     record: dict[str, JSON] = {"prompt": pair.as_dict()["prompt"]}
     if pair.images:
         record["images"] = [image.as_text() for image in pair.images]

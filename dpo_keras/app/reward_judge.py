@@ -10,6 +10,7 @@ import numpy as np
 from dpo_keras.app.run_directory import open_run
 from dpo_keras.app.run_evaluation import load_trained
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.feedback import judges
 from dpo_keras.feedback.judges import Comparison, Judge, Verdict
 from dpo_keras.utils import JSON
 
@@ -18,18 +19,18 @@ class RewardJudge(Judge):
     """Prefer by the Bradley-Terry model: P(first is better) = sigmoid(r(first) - r(second)).
 
     Args:
-        run: the directory of a run that has trained a reward model.
+        path: the directory of a run that has trained a reward model.
         name: of the annotator; None: the run's.
 
     Raises:
         InputError: no such run, or it has trained a policy.
     """
 
-    def __init__(self, run: str | Path, name: str | None = None):
-        directory = open_run(run)
+    def __init__(self, path: str | Path, name: str | None = None):
+        directory = open_run(path)
         self.config = directory.config()
         if not self.config.trains_reward:
-            rule = f"must be a run of a reward model (loss.type: reward); {run} trained a policy"
+            rule = f"must be a run of a reward model (loss.type: reward); {path} trained a policy"
             raise InputError(InputProblem("judge.path", rule))
         super().__init__(name or self.config.name)
         self.model = load_trained(directory)
@@ -61,6 +62,11 @@ class RewardJudge(Judge):
         yield from ((int(n), Verdict(float(p))) for n, p in zip(places, preferences, strict=True))
         if tokenized.report.dropped:
             raise InputError([f"judge: {dropped}." for dropped in tokenized.report.dropped])
+
+
+def judge_of(settings: judges.JudgeSettings) -> Judge | None:
+    """Make the judge that a configuration describes; None where people judge."""
+    return judges.judge_of(settings, reward=RewardJudge)
 
 
 def _record(comparison: Comparison) -> dict[str, JSON]:

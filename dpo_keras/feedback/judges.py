@@ -139,7 +139,7 @@ class JudgeSettings(Protocol):
 
     @property
     def type(self) -> str:
-        """One of "function", "endpoint" and "people"."""
+        """Such as "function", "endpoint" and "people"."""
 
     @property
     def error_rate(self) -> float:
@@ -159,15 +159,17 @@ _MAKERS: dict[str, Callable[..., Judge]] = {
 }
 
 
-def judge_of(settings: JudgeSettings) -> Judge | None:
+def judge_of(settings: JudgeSettings, **further: Callable[..., Judge]) -> Judge | None:
     """Make the judge that a configuration describes; None where people judge.
+
+    `further` makes judges of other types, by their names.
 
     Raises:
         InputError: such as an unknown function.
     """
     if settings.type == "people":
         return None
-    judge = _MAKERS[settings.type](**settings.arguments())
+    judge = {**_MAKERS, **further}[settings.type](**settings.arguments())
     if not settings.error_rate:
         return judge
     return Erring(judge, settings.error_rate, settings.error_seed)
