@@ -1,6 +1,7 @@
 """`dpo-keras feedback judge`, and the section `judge` of a configuration."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dpo_keras.preferences import support_pairs
 sys.path.append(str(Path(__file__).parents[1] / "feedback"))
 from feedback_endpoint import Endpoint  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 TRUTH = "dpo_keras.preferences.quickstart_data:judge"
 
 
@@ -119,3 +121,19 @@ def test_each_type_of_judge_takes_exactly_its_keys():
     judge = judge_of(settings)
     assert isinstance(judge, Erring) and isinstance(judge.inner, EndpointJudge)
     assert (judge.name, judge.inner.attempts) == ("m", 7)
+
+
+def test_the_examples_of_the_guide_run(tmp_path, monkeypatch, capsys):
+    guide = (ROOT / "dpo_keras" / "feedback" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(block, names)
+    assert "shorter  judge" in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text(
+        re.search(r"```yaml\n(judge:.*?)```", guide, re.DOTALL)[1]
+    )
+    assert judge_of(judge_settings("config.yaml")).name == "some-model"
+    (tmp_path / "my_judges.py").write_text("def prefer(prompt, first, second): return 1\n")
+    for line in re.findall(r"^dpo-keras (feedback judge .*--function.*)$", guide, re.MULTILINE):
+        assert main(line.split()) == 0
