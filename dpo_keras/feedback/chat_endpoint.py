@@ -64,18 +64,28 @@ class ChatEndpoint:
         self._key = None if api_key_variable is None else _key(api_key_variable)
         self._turns = _Turns(requests_per_minute)
         self._stopped = threading.Event()
-        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
-        self._client = _httpx().Client(
-            headers=headers, timeout=timeout, limits=_httpx().Limits(max_connections=None)
-        )
+        self._timeout = timeout
+        self._client: httpx2.Client | None = None
+
+    def open(self) -> None:
+        """Begin to take questions."""
+        httpx = _httpx()
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.Client(headers=headers, timeout=self._timeout, limits=limits)
+        self._stopped.clear()
 
     def stop(self) -> None:
         """End all waiting: what is asked from now on raises EndpointError."""
         self._stopped.set()
 
-    def start(self) -> None:
-        """Ask again after `stop`."""
-        self._stopped.clear()
+    def close(self) -> None:
+        """Close the connections, on which no thread may be waiting."""
+        if self._client is not None:
+            self._client.close()
+        self._client = None
 
     def ask(self, body: Mapping[str, JSON]) -> str:
         """Send a request body and return the text of the first choice, empty where it has none.
@@ -84,6 +94,8 @@ class ChatEndpoint:
             EndpointError: there was no answer within the patience, or the key is refused.
             QuestionError: the endpoint refused this body.
         """
+        if self._client is None:
+            raise EndpointError("the endpoint is not open")
         transport_error = _httpx().TransportError
         content = json.dumps(body).encode()
         began, failures = 0.0, 0
@@ -91,9 +103,7 @@ class ChatEndpoint:
             self._wait(self._turns.next())
             asked = None
             try:
-                response = self._client.post(
-                    self.url, content=content, headers={"Content-Type": "application/json"}
-                )
+                response = self._client.post(self.url, content=content)
             except transport_error as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:

@@ -114,7 +114,7 @@ class EndpointJudge(Judge):
         Raises:
             EndpointError: the endpoint gives no answers.
         """
-        self.endpoint.start()
+        self.endpoint.open()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             places: dict[Future[_Answer | NoVerdict], int] = {}
@@ -136,6 +136,7 @@ class EndpointJudge(Judge):
             # Requests on their way are waited for, so that what they cost is not lost.
             self.endpoint.stop()
             pool.shutdown(cancel_futures=True)
+            self.endpoint.close()
 
     def _ask(self, asked: Comparison) -> _Answer | NoVerdict:
         """Return the answer to one order: a known one, or that of the endpoint."""
