@@ -15,7 +15,7 @@ from dpo_keras.app.config_dependencies import OUR_SCHEDULES, reads_reference
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
 from dpo_keras.app.model_sources import source_problem
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import Preferences, read_preferences
+from dpo_keras.preferences import Record, read_preferences
 from dpo_keras.preferences.record_stream import Reading
 from dpo_keras.preferences.stored_preferences import MANIFEST, is_built
 from dpo_keras.preferences.tfds_source import parse_name
@@ -35,7 +35,7 @@ Rule = Callable[..., Iterable[InputProblem]]
 _SAME_NAMES = {
     "loss": ("beta", "label_smoothing", "penalties"),
     "data": (
-        *("columns", "data_dir", "format", "on_error"),
+        *("columns", "data_dir", "format", "on_error", "feedback"),
         *("template", "max_length", "overlength", "min_prompt_tokens"),
     ),
     "training": (
@@ -215,12 +215,15 @@ def _first_records_are_pairs(data: Data) -> Iterator[InputProblem]:
                         format=data.format,
                         on_error=data.on_error,
                         columns=data.columns,
+                        feedback=data.feedback,
                     )
                 yield from _messages_have_a_template(data, name, pairs)
 
 
-def _messages_have_a_template(data: Data, name: str, pairs: Preferences) -> Iterator[InputProblem]:
-    texts = (text for pair in pairs for text in (pair.prompt, pair.chosen, pair.rejected))
+def _messages_have_a_template(
+    data: Data, name: str, pairs: Iterable[Record]
+) -> Iterator[InputProblem]:
+    texts = (text for pair in pairs for text in (pair.prompt, *pair.responses))
     if data.template is None and not all(isinstance(text, str) for text in texts):
         rule = f"is needed: {name} holds messages, which a chat template makes text of. Give the"
         yield InputProblem("data.template", f"{rule} model's own directory, or a template's name.")

@@ -153,7 +153,8 @@ class Data(Section):
     path: OneOrMore | None = key(
         None,
         "a file, a list of files, a directory that `dpo-keras data build` made (it is streamed "
-        "and its tokens are kept on disk), `tfds:NAME/CONFIG:SPLIT`, or `builtin:support`",
+        "and its tokens are kept on disk), `tfds:NAME/CONFIG:SPLIT`, `builtin:support`, or rated "
+        "replies, `builtin:support-thumbs:NOISE`",
     )
     columns: dict[str, str] | None = key(
         None, "our name of a column to the data's, such as `{prompt: question, chosen: best}`"
@@ -165,6 +166,12 @@ class Data(Section):
     )
     on_error: Literal["report", "fail"] = key(
         "report", "`report` keeps the good lines, `fail` stops at bad ones and names all of them"
+    )
+    feedback: Literal["choices", "thumbs"] | None = key(
+        None, "what to take of a feedback log that has both choices and thumbs"
+    )
+    unpair: bool = key(
+        False, "rate the responses of pairs: chosen good, rejected bad; for `loss.type: kto`"
     )
     allow_truncated: bool = key(
         False,

@@ -13,6 +13,7 @@ from dpo_keras.utils.deferred_imports import Deferred, deferred_function
 
 views = Deferred("dpo_keras.app.views")
 audit = deferred_function("dpo_keras.preferences", "audit")
+audit_rated = deferred_function("dpo_keras.preferences", "audit_rated")
 build_preferences = deferred_function("dpo_keras.preferences", "build_preferences")
 read_preferences = deferred_function("dpo_keras.preferences", "read_preferences")
 
@@ -32,8 +33,14 @@ AllowTruncated = Annotated[
 Format = Annotated[str, typer.Option(help="How to read them; auto goes by name and columns.")]
 
 
+Feedback = Annotated[
+    str | None,
+    typer.Option(help="What to take of a feedback log that has both: choices or thumbs."),
+]
+
+
 @data.command("inspect")
-def data_inspect(
+def data_inspect(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Preference files, or builtin:support.")
     ],
@@ -41,6 +48,7 @@ def data_inspect(
     column: Columns = None,
     limit: PairLimit = None,
     allow_truncated: AllowTruncated = False,
+    feedback: Feedback = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -52,8 +60,9 @@ def data_inspect(
             columns=_renaming(column or ()),
             limit=limit,
             allow_truncated=allow_truncated,
+            feedback=feedback,
         )
-        picture = audit(pairs)
+        picture = audit_rated(pairs) if hasattr(pairs, "ratings") else audit(pairs)
         content = {"report": pairs.report.as_dict(), "audit": picture.as_dict()}
         terminal.result(content, *views.data_views(pairs, picture))
 

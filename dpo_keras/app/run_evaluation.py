@@ -19,6 +19,7 @@ from dpo_keras.app.run_inputs import Pairs, count_trained_on, read_pairs, tokeni
 from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
+from dpo_keras.preferences.quickstart_thumbs import THUMBS
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import make_directory, replaced
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from dpo_keras.batching import TokenizedPairs
     from dpo_keras.batching.image_preprocessing import PairImages
     from dpo_keras.evaluation import HeldOut, Report, Samples
-    from dpo_keras.preferences import PreferencePair
+    from dpo_keras.preferences import Record
     from dpo_keras.training import DPOModel
 
 Judge = Callable[[str, str], object]
@@ -65,7 +66,7 @@ class Examiner:
         self.context = context
         self.model = model
         self.tokenized = tokenized
-        self.chosen: list[PreferencePair] = []
+        self.chosen: list[Record] = []
         self._prompts: list[JSON] = []
         self._images: PairImages | None = None
         if tokenized is not None and pairs is not None:
@@ -106,7 +107,7 @@ class Examiner:
 
     def measure(self, name: str) -> Measured | None:
         """Measure, or load what the folder `name` has; None without pairs, or on mere workers."""
-        from dpo_keras.evaluation import HeldOut, Samples, evaluate_preferences
+        from dpo_keras.evaluation import Samples, evaluate_preferences, load_held_out
 
         run, progress = self.context.run, self.context.progress
         if self.tokenized is None or not run.writes:
@@ -115,7 +116,7 @@ class Examiner:
         if folder.is_dir():
             stored = folder / "responses.json"
             samples = Samples.load(stored) if stored.is_file() else None
-            return Measured(HeldOut.load(folder / "pairs.npz"), samples)
+            return Measured(load_held_out(folder / "pairs.npz"), samples)
         progress.stage(f"Evaluation {name} preference training")
         held_out = evaluate_preferences(
             self.model,
@@ -125,7 +126,7 @@ class Examiner:
             on_batch=progress.advance,
         )
         accuracy = held_out.figures["reward_accuracy"]
-        progress.note(f"{len(held_out):,} pairs: reward accuracy {accuracy}")
+        progress.note(f"{len(held_out):,} {held_out.item}s: reward accuracy {accuracy}")
         samples = self._sample(name) if self._prompts else None
         with replaced(folder) as partial:
             partial.mkdir()
@@ -174,7 +175,10 @@ def choose_rows(
 def judge_of(paths: Sequence[str] | None) -> Judge | None:
     """Find who can judge responses to prompts of these data; None where nobody can."""
     names = set(paths or ())
-    return JUDGES.get(names.pop()) if len(names) == 1 else None
+    if len(names) != 1:
+        return None
+    name = names.pop()
+    return judge if name.startswith(THUMBS) else JUDGES.get(name)
 
 
 def report_training(

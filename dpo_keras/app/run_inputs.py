@@ -15,7 +15,13 @@ from dpo_keras.app.config_sections import Data
 from dpo_keras.app.console import Progress
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import Preferences, StoredPreferences, is_built, read_preferences
+from dpo_keras.preferences import (
+    Preferences,
+    RatedResponses,
+    StoredPreferences,
+    is_built,
+    read_preferences,
+)
 from dpo_keras.preferences.collection import earlier_split
 from dpo_keras.preferences.pair import plain_text
 from dpo_keras.utils.atomic_files import replaced
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
 
     from dpo_keras.batching import TokenizedPairs
 
-Pairs: TypeAlias = Preferences | StoredPreferences
+Pairs: TypeAlias = Preferences | RatedResponses | StoredPreferences
 _PROMPTS = "trained_prompts.npy"
 TOKENIZER_PAIRS = 20_000  # of a built directory, which a tokenizer from scratch learns from
 
@@ -43,8 +49,10 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
     data = config.data
     assert data.path is not None
     pairs = read_pairs(data.path, data, progress, data.limit)
+    _check_kind(config, pairs)
     if data.held_out_path is not None:
         held_out = read_pairs(data.held_out_path, data, progress, key="data.held_out_path")
+        _check_kind(config, held_out)
         shared = int(np.isin(held_out.prompt_hashes, pairs.prompt_hashes).sum())
         if shared:
             progress.note(
@@ -61,8 +69,29 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
         with keys_for_arguments():
             sides = pairs.split(data.held_out, seed=config.seed, by=data.split_by)
     train, held_out = sides
-    progress.note(f"{len(train):,} pairs to train on, {len(held_out):,} held out.")
+    kind = "rated responses" if isinstance(train, RatedResponses) else "pairs"
+    progress.note(f"{len(train):,} {kind} to train on, {len(held_out):,} held out.")
     return Sides(train, held_out, pairs.report.dropped)
+
+
+def _check_kind(config: Config, pairs: Pairs) -> None:
+    """Refuse pairs for an objective on rated responses, and the other way round."""
+    from dpo_keras.losses import OBJECTIVES
+
+    types = config.loss.type
+    unpaired = any(OBJECTIVES[name].unpaired for name in types)
+    if unpaired == isinstance(pairs, RatedResponses):
+        return
+    named = "+".join(types)
+    if unpaired:
+        rule = (
+            f"{named} takes rated responses (prompt, response, desirable), and the data are pairs"
+        )
+        hint = "Set data.unpair: true to rate their responses: chosen good, rejected bad."
+    else:
+        rule = f"{named} takes pairs, and the data are rated responses"
+        hint = "Choose loss.type: kto" + (", or data.unpair: false." if config.data.unpair else ".")
+    raise InputError(InputProblem("loss.type", rule, hint=hint))
 
 
 def read_pairs(
@@ -80,6 +109,9 @@ def read_pairs(
         if data.allow_truncated:
             rule = f"has no effect on {paths[0]}: the files of a built directory must be whole."
             raise InputError(InputProblem("data.allow_truncated", rule))
+        if data.unpair:
+            rule = f"has no effect on {paths[0]}: a built directory holds pairs; name their files"
+            raise InputError(InputProblem("data.unpair", rule))
         stored = StoredPreferences.open(paths[0])
         progress.note(f"{len(stored):,} pairs in {len(stored.shards)} shards, built from:")
         progress.note(stored.report.summary())
@@ -93,8 +125,16 @@ def read_pairs(
             columns=data.columns,
             data_dir=data.data_dir,
             allow_truncated=data.allow_truncated,
+            feedback=data.feedback,
         )
     progress.note(pairs.report.summary())
+    if data.unpair:
+        if isinstance(pairs, RatedResponses):
+            rule = "has no effect: the data are rated responses already; set it to false"
+            raise InputError(InputProblem("data.unpair", rule))
+        pairs = pairs.unpaired()
+    if isinstance(pairs, RatedResponses):
+        progress.note("{:,} desirable, {:,} undesirable responses.".format(*pairs.ratings))
     return pairs
 
 
@@ -117,7 +157,7 @@ def texts_of(pairs: Pairs) -> Iterator[str]:
     if isinstance(pairs, StoredPreferences) and len(pairs) > TOKENIZER_PAIRS:
         pairs = pairs.select(np.linspace(0, len(pairs) - 1, TOKENIZER_PAIRS).astype(np.int64))
     for pair in pairs:
-        yield from map(plain_text, (pair.prompt, pair.chosen, pair.rejected))
+        yield from map(plain_text, (pair.prompt, *pair.responses))
 
 
 def tokenize(

@@ -70,10 +70,11 @@ class Work:
 
 def work_of(context: Context, settings: Optimization, pairs: TokenizedPairs) -> Work:
     """Count the work of a section, `warmup` or `training`."""
-    from dpo_keras.training.supervised_model import chosen_alone
+    from dpo_keras.training.supervised_model import chosen_alone, worth_imitating
 
     layout, seed = context.layout, context.config.seed
     alone = settings is context.config.warmup
+    pairs = worth_imitating(pairs) if alone else pairs
     laid_out = chosen_alone(pairs) if alone and layout.packed else pairs
     with keys_for_arguments():
         steps = steps_in_all(context, settings, laid_out)

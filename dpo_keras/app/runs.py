@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import keras
 
     from dpo_keras.batching import TokenizedPairs
-    from dpo_keras.preferences import PreferencePair
+    from dpo_keras.preferences import Record
     from dpo_keras.training import DPOModel
 
 __all__ = ["RunResult", "evaluate", "export_run", "generate", "train"]
@@ -304,7 +304,7 @@ def _export(
     config: Config,
     settings: Export,
     model: DPOModel,
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[Record],
     progress: Progress,
     run: RunDirectory | None = None,
 ) -> dict[str, JSON]:
@@ -320,9 +320,10 @@ def _export(
     if exported is not None and Path(exported["path"]).is_dir():
         return dict(exported)
     texts = [
-        (prompt, chosen, rejected)
-        for prompt, chosen, rejected in ((p.prompt, p.chosen, p.rejected) for p in pairs)
-        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)
+        (str(pair.prompt), str(pair.responses[0]), str(pair.responses[-1]))
+        for pair in pairs
+        if len(pair.responses) > 1
+        and all(isinstance(text, str) for text in (pair.prompt, *pair.responses))
     ]
     examples = (*texts[:1], *EXAMPLES)
     report = export(

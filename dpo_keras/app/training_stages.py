@@ -156,9 +156,10 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
     if settings is None:
         return
     from dpo_keras.training import SupervisedModel, warm_up
-    from dpo_keras.training.supervised_model import chosen_alone
+    from dpo_keras.training.supervised_model import chosen_alone, worth_imitating
 
     context.progress.stage(WARM_UP)
+    pairs = worth_imitating(pairs)
     laid_out = chosen_alone(pairs) if context.layout.packed else pairs
     with context.strategy.scope():
         remat = context.config.training.remat

@@ -13,7 +13,7 @@ from rich.text import Text
 from dpo_keras.app.console import duration
 from dpo_keras.app.run_clock import megabytes, outcome_lines
 from dpo_keras.preferences import Message
-from dpo_keras.preferences.audit import share_text
+from dpo_keras.preferences.audit import Audit, share_text
 from dpo_keras.preferences.read_report import grouped
 from dpo_keras.utils import JSON
 from dpo_keras.utils.text import visible
@@ -21,8 +21,8 @@ from dpo_keras.utils.text import visible
 if TYPE_CHECKING:
     from dpo_keras.app.runs import RunResult
     from dpo_keras.feedback.version_comparison import VersionComparison
-    from dpo_keras.preferences import Preferences
-    from dpo_keras.preferences.audit import Audit
+    from dpo_keras.preferences import Preferences, RatedResponses
+    from dpo_keras.preferences.audit import RatedAudit
 
 _BAD_LINES = 20
 
@@ -36,7 +36,9 @@ def _table(title: str | None, *columns: str, numbers: Iterable[int] = ()) -> Tab
     return table
 
 
-def data_views(pairs: Preferences, picture: Audit) -> list[RenderableType]:
+def data_views(
+    pairs: Preferences | RatedResponses, picture: Audit | RatedAudit
+) -> list[RenderableType]:
     """Draw what `dpo-keras data inspect` shows: the report of reading, and the audit."""
     report = pairs.report
     views: list[RenderableType] = [report.summary()]
@@ -49,7 +51,8 @@ def data_views(pairs: Preferences, picture: Audit) -> list[RenderableType]:
         if len(groups) > _BAD_LINES:
             bad.add_row("...", "", f"and {len(groups) - _BAD_LINES:,} more (--json: all)")
         views.append(bad)
-    views += [_counts(picture), _lengths(picture)]
+    counts = _counts(picture) if isinstance(picture, Audit) else _rated_counts(picture)
+    views += [counts, _lengths(picture)]
     if picture.annotators or picture.groups:
         views.append(_parts(picture))
     return views
@@ -97,7 +100,26 @@ def _counts(picture: Audit) -> Table:
     return table
 
 
-def _lengths(picture: Audit) -> Table:
+def _rated_counts(picture: RatedAudit) -> Table:
+    table = _table("Rated responses", "what", "count", numbers=[1])
+    good, bad = picture.median_characters
+    rows: dict[str, object] = {
+        "responses": f"{picture.responses:,}",
+        "distinct prompts": f"{picture.prompts:,}",
+        "desirable": f"{picture.desirable:,}",
+        "undesirable": f"{picture.undesirable:,}",
+        "soft ratings": f"{picture.soft:,}",
+        "of weight 0": f"{picture.zero_weight:,}",
+        "duplicates": f"{len(picture.duplicates):,}",
+        "contradictions": f"{len(picture.contradictions):,}",
+        "characters at the median": f"{good:,.0f} desirable, {bad:,.0f} undesirable",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _lengths(picture: Audit | RatedAudit) -> Table:
     percentiles = ["0", "10", "50", "90", "99", "100"]
     table = _table("Lengths", "text", "unit", "mean", *percentiles, numbers=range(2, 9))
     for name, units in picture.lengths.items():
@@ -107,8 +129,9 @@ def _lengths(picture: Audit) -> Table:
     return table
 
 
-def _parts(picture: Audit) -> Table:
-    table = _table("Who and what", "kind", "name", "pairs", numbers=[2])
+def _parts(picture: Audit | RatedAudit) -> Table:
+    counted = "pairs" if isinstance(picture, Audit) else "responses"
+    table = _table("Who and what", "kind", "name", counted, numbers=[2])
     for kind, counts in (("annotator", picture.annotators), ("group", picture.groups)):
         for name, count in list(counts.items())[:_BAD_LINES]:
             table.add_row(kind, escape(name), f"{count:,}")

@@ -8,12 +8,13 @@ from typing import TypedDict, cast
 import numpy as np
 
 from dpo_keras.batching.ragged import Ragged, places, round_up
-from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import Tensor
 
 # The columns of pairs that batches carry, with their values in an empty pair slot.
 _EMPTY_LABELS = {"preference": 0.5, "weight": 0, "reference": 0, "group": -1, "margin": 0}
+_EMPTY_LABELS["rated"] = 0
 
 
 class Batch(TypedDict, total=False):
@@ -63,6 +64,9 @@ class Batch(TypedDict, total=False):
     """int32 `[rows, pairs]`, only where pairs have groups: number of the group, -1 without one."""
     margin: Tensor
     """float32 `[rows, pairs]`, only where pairs have margins: the margin, 0 without one."""
+    rated: Tensor
+    """float32 `[rows, pairs]`, only of rated responses: 1, and 0 in an empty slot. "Chosen" is then
+    the response, "rejected" a response to another prompt, and `preference` P(response is good)."""
     images: Tensor
     """float32 `[rows, images, height, width, 3]`, only where prompts have images; PaliGemma's have
     no dimension of images."""
@@ -226,3 +230,9 @@ def labels(
             labels[name] = np.full((*shape, *values.shape[1:]), empty, values.dtype)
             labels[name][place] = values[pairs]
     return cast(Batch, labels)
+
+
+def prompt_without_tokens(number: int) -> InputProblem:
+    """Describe the problem of a prompt that no response can follow."""
+    rule = f"prompt {number} has no token: nothing predicts its response's first token."
+    return InputProblem("", rule, hint="Give it some text, or use a tokenizer with a start token.")

@@ -14,7 +14,7 @@ from dpo_keras.batching.image_preprocessing import ImagePreprocessor, filled
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.tokenized_pairs import TokenizationReport
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import PreferencePair, Text
+from dpo_keras.preferences import Record, Text
 from dpo_keras.utils import JSON
 
 # A Unicode noncharacter, never part of text: marks where a message is cut before tokenization.
@@ -33,7 +33,7 @@ Turns: TypeAlias = list[dict[str, JSON]]
 
 
 def encode_conversations(
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[Record],
     encoder: TextEncoder,
     template: ChatTemplate,
     first: int = 0,
@@ -149,9 +149,9 @@ class _ConversationEncoder:
         )
         self.report.warnings += [warning] if spelled else []
 
-    def pair(self, pair: PreferencePair) -> tuple[Pieces, Pieces, Pieces]:
+    def pair(self, pair: Record) -> tuple[Pieces, Pieces, Pieces]:
         """Render a pair: prompt, chosen, rejected."""
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        prompt, chosen, rejected = pair.prompt, pair.responses[0], pair.responses[-1]
         images = self.images.texts(pair.images) if self.images is not None else []
         if (
             self.template.name == "plain"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import tokenizers
 
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils import Tensor
+from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_hub_tokenizers import (
     RULES_FILE,
     checkpoint_rules,
@@ -20,6 +22,7 @@ from dpo_keras.utils.keras_hub_tokenizers import (
     follow_rules,
     mend_word_splits,
     python_tokenizer,
+    rules_digest,
     saving_obstacle,
 )
 from dpo_keras.utils.text import shortened
@@ -239,3 +242,27 @@ def _as_lists(rows: Tensor) -> list[list[int]]:
     if hasattr(rows, "numpy"):
         rows = rows.numpy()
     return [row if isinstance(row, list) else np.asarray(row).tolist() for row in rows]
+
+
+def tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
+    """Return everything that tells a tokenizer from another."""
+    parts: dict[str, str | None] = {}
+    for name in ("get_vocabulary", "merges", "proto"):
+        value = getattr(encoder.tokenizer, name, None)
+        with contextlib.suppress(Exception):  # a custom tokenizer may have anything here
+            value = value() if callable(value) else value
+            value = sorted(value) if isinstance(value, set) else value
+            parts[name] = None if value is None else text_digest(repr(value))
+    rules = rules_digest(encoder.tokenizer)
+    return {
+        "class": type(encoder.tokenizer).__name__,
+        "ids": [encoder.start, encoder.end, sorted(encoder.ends), encoder.pad],
+        "anchor": encoder.anchor,
+        **({} if rules is None else {"rules": rules}),
+        **parts,
+    }
+
+
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_keras.batching.collate import Batch, labels, size_of
+from dpo_keras.batching.collate import Batch, labels, prompt_without_tokens, size_of
 from dpo_keras.batching.ragged import Ragged, places
-from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 
 _KEYS = 2  # columns in front of the tokens: row and tree

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_keras.batching.image_decoding import decode
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import Image, PreferencePair, StoredPreferences, Text
+from dpo_keras.preferences import Image, Record, StoredPreferences, Text
 from dpo_keras.preferences.images import PLACE
 from dpo_keras.utils import JSON
 
@@ -82,7 +82,7 @@ class ImagePreprocessor:
             return _before(prompt, SLOT * count)
         return places
 
-    def with_slots(self, records: list[PreferencePair], first: int) -> list[PreferencePair]:
+    def with_slots(self, records: Sequence[Record], first: int) -> list[Record]:
         """Mark the places of images in the prompts that have any; `first` numbers the records.
 
         Raises:
@@ -102,7 +102,7 @@ class ImagePreprocessor:
             raise InputError(problems[:_LISTED])
         return marked
 
-    def held(self, records: Sequence[PreferencePair], prompts: Ragged, first: int) -> np.ndarray:
+    def held(self, records: Sequence[Record], prompts: Ragged, first: int) -> np.ndarray:
         """Mark the prompts that hold tokens of images, bool `[N]`: they cannot be cut.
 
         Raises:
@@ -165,12 +165,12 @@ class ImagePreprocessor:
         return arrays
 
 
-def any_images(pairs: Sequence[PreferencePair]) -> bool:
+def any_images(pairs: Sequence[Record]) -> bool:
     """Return whether any prompt has an image."""
     return any(pair.images for pair in pairs)
 
 
-def expanded(pair: PreferencePair, family: ImagePreprocessor | None) -> str:
+def expanded(pair: Record, family: ImagePreprocessor | None) -> str:
     """Return a pair's prompt with the texts that stand for its images."""
     prompt = str(pair.prompt)
     if family is None or not pair.images:
@@ -221,7 +221,7 @@ class PairImages:
     room: int
 
     @classmethod
-    def of(cls, pairs: Sequence[PreferencePair], preprocessor: ImagePreprocessor) -> PairImages:
+    def of(cls, pairs: Sequence[Record], preprocessor: ImagePreprocessor) -> PairImages:
         """Return the images of pairs."""
         rows = np.empty(len(pairs), object)
         for row, pair in enumerate(pairs):  # NumPy would make an array of tuples two-dimensional

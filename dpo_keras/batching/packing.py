@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dpo_keras.batching.collate import prompt_without_tokens
 from dpo_keras.batching.prompt_trees import PromptTrees, lone_pairs, prompt_trees
 from dpo_keras.batching.ragged import round_up
-from dpo_keras.batching.tokenized_pairs import TokenizedPairs, prompt_without_tokens
+from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils.bin_packing import Capacity, Rows, Sizes, best_fit, split_rows, squeeze_rows
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ import numpy as np
 
 from dpo_keras.batching.chat_templates import ChatTemplate, get_template
 from dpo_keras.batching.conversations import encode_conversations, kept_tokens
-from dpo_keras.batching.encoders import TextEncoder
+from dpo_keras.batching.encoders import TextEncoder, text_digest, tokenizer_key
 from dpo_keras.batching.image_families import image_preprocessor
 from dpo_keras.batching.image_preprocessing import (
     ImagePreprocessor,
@@ -24,6 +23,7 @@ from dpo_keras.batching.image_preprocessing import (
     any_images,
     expanded,
 )
+from dpo_keras.batching.mismatches import check_one_kind, mismatched
 from dpo_keras.batching.ragged import Ragged
 from dpo_keras.batching.token_cache import FORMAT, Chunk, cached_tokens
 from dpo_keras.batching.tokenized_pairs import (
@@ -36,10 +36,15 @@ from dpo_keras.batching.tokenized_pairs import (
     truncate,
 )
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences import PreferencePair, StoredPreferences, read_preferences
+from dpo_keras.preferences import (
+    PreferencePair,
+    RatedResponse,
+    Record,
+    StoredPreferences,
+    read_preferences,
+)
 from dpo_keras.preferences.collection import hash64, prompt_bytes
 from dpo_keras.utils import JSON
-from dpo_keras.utils.keras_hub_tokenizers import rules_digest
 
 Overlength = Literal["truncate", "drop", "error"]
 PAIRS_AT_ONCE = 2048  # of a built directory
@@ -48,7 +53,7 @@ _LISTED = 20  # pairs that an error lists
 
 
 def tokenize_pairs(
-    pairs: Iterable[PreferencePair | Mapping[str, Any]],
+    pairs: Iterable[Record | Mapping[str, Any]],
     preprocessor: object,
     *,
     max_length: int = 1024,
@@ -69,7 +74,8 @@ def tokenize_pairs(
     did not end there. The report warns where more than 5 % of the pairs are cut.
 
     Args:
-        pairs: `PreferencePair`s, or mappings as `read_preferences` takes them. Pairs of a built
+        pairs: `PreferencePair`s, or `RatedResponse`s, each of which is laid out beside a response
+            to another prompt; or mappings as `read_preferences` takes them. Pairs of a built
             directory (`StoredPreferences`) are tokenized once, and their tokens stay on disk.
         preprocessor: the model's KerasHub preprocessor (`policy.preprocessor`), its tokenizer, or
             anything that `TextEncoder` takes.
@@ -155,8 +161,9 @@ class PairTokenizer:
         """How the model reads images."""
         return image_preprocessor(self.preprocessor)
 
-    def tokenize(self, records: list[PreferencePair], first: int = 0) -> Chunk:
+    def tokenize(self, records: Sequence[Record], first: int = 0) -> Chunk:
         """Tokenize some of the pairs of a larger set, the first of which has number `first`."""
+        rated = check_one_kind(records)
         prompt, chosen, rejected, report = self._encode(records, first)
         kept, dropped = self._sort_out(records, prompt, chosen, rejected, first)
         whole = [part.take(kept) for part in (prompt, chosen, rejected)]
@@ -165,25 +172,33 @@ class PairTokenizer:
         uncut = np.zeros(len(kept), UNCUT)
         uncut["prompt"] = whole[0].lengths
         uncut["response"] = np.maximum(whole[1].lengths, whole[2].lengths)
-        for i in np.flatnonzero(chosen.lengths == rejected.lengths):
+        for i in () if rated else np.flatnonzero(chosen.lengths == rejected.lengths):
             uncut["identical"][i] = np.array_equal(chosen[int(i)], rejected[int(i)])
-        left = [records[i] for i in kept]
-        margins = [pair.margin or 0.0 for pair in left]
-        any_margin = any(pair.margin is not None for pair in left)
+        left = [records[int(i)] for i in kept]
+        hashes = np.array([hash64(prompt_bytes(record)) for record in left], np.uint64)
+        if rated:
+            rejected = mismatched(prompt, chosen, hashes, self.max_length)
+            preference = [record.desirable for record in left if isinstance(record, RatedResponse)]
+        else:
+            preference = [pair.preference for pair in left if isinstance(pair, PreferencePair)]
+        margin = [getattr(record, "margin", None) for record in left]
+        margins = [value or 0.0 for value in margin]
+        any_margin = any(value is not None for value in margin)
         names = tuple(sorted({pair.group for pair in left if pair.group is not None}))
         numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         tokens = TokenizedPairs(
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            preference=np.array([pair.preference for pair in left], np.float32),
+            preference=np.array(preference, np.float32),
             weight=np.array([pair.weight for pair in left], np.float32),
             pad=self.encoder.pad,
             group=np.array([numbers.get(p.group, -1) for p in left], np.int32) if names else None,
             margin=np.array(margins, np.float32) if any_margin else None,
+            rated=np.ones(len(left), np.float32) if rated else None,
             group_names=names,
             source=first + kept,
-            prompt_hash=np.array([hash64(prompt_bytes(pair)) for pair in left], np.uint64),
+            prompt_hash=hashes,
             max_length=self.max_length,
             images=PairImages.of(left, self.image_family) if any_images(left) else None,
         )
@@ -212,9 +227,9 @@ class PairTokenizer:
             "format": FORMAT,
             "records": pairs.checksum,
             "pairs": pairs.extent,
-            "tokenizer": _tokenizer_key(self.encoder),
+            "tokenizer": tokenizer_key(self.encoder),
             "probe": probe.hexdigest(),
-            "template": None if template is None else [template.name, _digest(template.source)],
+            "template": None if template is None else [template.name, text_digest(template.source)],
             "max_length": self.max_length,
             "overlength": self.overlength,
             "min_prompt_tokens": self.min_prompt_tokens,
@@ -224,7 +239,7 @@ class PairTokenizer:
         }
 
     def _encode(
-        self, records: list[PreferencePair], first: int
+        self, records: Sequence[Record], first: int
     ) -> tuple[Ragged, Ragged, Ragged, TokenizationReport]:
         family = self.image_family if any_images(records) else None
         if family is not None:
@@ -234,7 +249,7 @@ class PairTokenizer:
         messages = [
             number
             for number, pair in enumerate(records, first)
-            if not all(isinstance(x, str) for x in (pair.prompt, pair.chosen, pair.rejected))
+            if not all(isinstance(text, str) for text in (pair.prompt, *pair.responses))
         ]
         if messages:
             rule = (
@@ -245,14 +260,15 @@ class PairTokenizer:
             raise InputError(InputProblem("template", rule, hint=hint))
         return (
             self.encoder.prompts([expanded(pair, family) for pair in records]),
-            self.encoder.responses([str(pair.chosen) for pair in records]),
-            self.encoder.responses([str(pair.rejected) for pair in records]),
+            # A rated response stands in both columns, until it is known which ones stay.
+            self.encoder.responses([str(pair.responses[0]) for pair in records]),
+            self.encoder.responses([str(pair.responses[-1]) for pair in records]),
             TokenizationReport(),
         )
 
     def _sort_out(
         self,
-        records: list[PreferencePair],
+        records: Sequence[Record],
         prompt: Ragged,
         chosen: Ragged,
         rejected: Ragged,
@@ -276,7 +292,7 @@ class PairTokenizer:
         dropped = [
             DroppedPair(
                 first + int(i),
-                records[i].id,
+                records[int(i)].id,
                 str(rule[i]),
                 f"prompt {prompt.lengths[i]}, chosen {chosen.lengths[i]}, "
                 f"rejected {rejected.lengths[i]} tokens",
@@ -290,7 +306,7 @@ class PairTokenizer:
         return (responses.lengths == 0) | ((responses.lengths == 1) & is_end)
 
     def _too_long(
-        self, records: list[PreferencePair], rows: np.ndarray, total: np.ndarray, first: int
+        self, records: Sequence[Record], rows: np.ndarray, total: np.ndarray, first: int
     ) -> list[str]:
         rule = (
             f"is 'error', and {len(rows)} of {len(records)} pairs are longer than "
@@ -299,7 +315,7 @@ class PairTokenizer:
         hint = "Raise max_length, or choose 'truncate' or 'drop'."
         problems: list[str] = [InputProblem("overlength", rule, hint=hint)]
         for i in rows[:_LISTED]:
-            name = f" (id {records[i].id!r})" if records[i].id is not None else ""
+            name = f" (id {records[int(i)].id!r})" if records[int(i)].id is not None else ""
             problems.append(f"pair {first + i}{name}: {total[i]} tokens")
         if len(rows) > _LISTED:
             problems.append(f"… and {len(rows) - _LISTED} more.")
@@ -324,25 +340,3 @@ def _length_problems(
         rule = f"has no effect with overlength={overlength!r}"
         problems.append(InputProblem("min_prompt_tokens", rule, least, "Leave it out."))
     return problems
-
-
-def _tokenizer_key(encoder: TextEncoder) -> dict[str, JSON]:
-    parts: dict[str, str | None] = {}
-    for name in ("get_vocabulary", "merges", "proto"):
-        value = getattr(encoder.tokenizer, name, None)
-        with contextlib.suppress(Exception):  # a custom tokenizer may have anything here
-            value = value() if callable(value) else value
-            value = sorted(value) if isinstance(value, set) else value
-            parts[name] = None if value is None else _digest(repr(value))
-    rules = rules_digest(encoder.tokenizer)
-    return {
-        "class": type(encoder.tokenizer).__name__,
-        "ids": [encoder.start, encoder.end, sorted(encoder.ends), encoder.pad],
-        "anchor": encoder.anchor,
-        **({} if rules is None else {"rules": rules}),
-        **parts,
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -23,7 +23,7 @@ RULES = {
     "images_cut": "longer than max_length, and cutting its prompt would cut its images",
 }
 # The fields of `TokenizedPairs` with a value per pair.
-_LABELS = ("preference", "weight", "reference", "group", "margin")
+_LABELS = ("preference", "weight", "reference", "group", "margin", "rated")
 COLUMNS = (*_LABELS, "source", "prompt_hash", "images")
 # A pair before truncation: tokens of its prompt and longer response; same responses after it.
 UNCUT = np.dtype([("prompt", "<i4"), ("response", "<i4"), ("identical", "?")])
@@ -197,6 +197,8 @@ class TokenizedPairs:
         reference: float32 `[N, 2]`, log-probs of a reference model (chosen, rejected), or None.
         group: int32 `[N]`, numbers into `group_names`, -1 without a group; or None.
         margin: float32 `[N]`, or None.
+        rated: float32 `[N]` of ones where these are rated responses: `chosen` is then the response,
+            `rejected` a response to another prompt, `preference` P(good). None for pairs.
         group_names: the names that `group` numbers.
         source: int64 `[N]`, place of each pair among the pairs that were given.
         prompt_hash: uint64 `[N]`, equal for pairs whose prompts are the same text (messages).
@@ -216,6 +218,7 @@ class TokenizedPairs:
     reference: np.ndarray | None = None
     group: np.ndarray | None = None
     margin: np.ndarray | None = None
+    rated: np.ndarray | None = None
     group_names: tuple[str, ...] = ()
     source: np.ndarray | None = None
     prompt_hash: np.ndarray | None = None
@@ -342,9 +345,3 @@ def identity_of_rows(identity: str, rows: np.ndarray) -> str:
     """Return the identity of some rows of a set."""
     chosen = np.ascontiguousarray(rows, "<i8").tobytes()
     return hashlib.sha256(identity.encode() + chosen).hexdigest()
-
-
-def prompt_without_tokens(number: int) -> InputProblem:
-    """Describe the problem of a prompt that no response can follow."""
-    rule = f"prompt {number} has no token: nothing predicts its response's first token."
-    return InputProblem("", rule, hint="Give it some text, or use a tokenizer with a start token.")

@@ -12,6 +12,7 @@ from dpo_keras.evaluation.calibration import Bin, Calibration, calibrate
 from dpo_keras.evaluation.findings import Finding
 from dpo_keras.evaluation.held_out import evaluate_preferences
 from dpo_keras.evaluation.held_out_figures import HeldOut
+from dpo_keras.evaluation.rated_figures import RatedHeldOut, load_held_out
 from dpo_keras.evaluation.report_content import most_wrong
 from dpo_keras.evaluation.run_report import Report, write_report
 from dpo_keras.evaluation.samples import Samples, sample_and_judge, side_by_side
@@ -25,6 +26,8 @@ __all__ = [
     "Estimate",
     "Finding",
     "HeldOut",
+    "RatedHeldOut",
+    "load_held_out",
     "Report",
     "Samples",
     "TrainingLog",

@@ -88,6 +88,8 @@ def chosen_logps_fell(measured: Measured) -> str | None:
 def _course_of_chosen(measured: Measured) -> tuple[Estimate, Estimate, str]:
     """Return the changes of the chosen log-probs and of the margin, and since when."""
     after, before = measured.after, measured.before
+    if "chosen_logps" not in after.figures:
+        return undefined("there are no pairs"), undefined("there are no pairs"), ""
     names = ("chosen_logps", "reward_margin")
     if before is not None and not after.difference_from(before):
         changed, grown = (change(before, after, name) for name in names)
@@ -164,6 +166,8 @@ def overfitting(measured: Measured) -> str | None:
 
 def length_bias(measured: Measured) -> str | None:
     """Report accuracy that depends on which response is longer."""
+    if not measured.after.by_length:
+        return None
     longer, shorter = (measured.after.by_length[f"chosen_{name}"] for name in ("longer", "shorter"))
     if longer.value is None or shorter.value is None:
         return None

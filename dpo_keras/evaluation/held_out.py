@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +12,9 @@ from keras import ops
 from dpo_keras.batching import Batch, BatchingChoice, Part, TokenizedPairs, one_pass, pass_signature
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.evaluation.held_out_figures import HeldOut
-from dpo_keras.losses import OBJECTIVES, kl_to_reference, preference_probabilities
+from dpo_keras.evaluation.rated_figures import held_out_of
+from dpo_keras.losses import OBJECTIVES, Outputs, kl_to_reference, preference_probabilities
+from dpo_keras.losses.dpo_loss import DPOLoss
 from dpo_keras.scoring.batch_layout import scoring_layout, scoring_models
 from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils import Tensor
@@ -28,7 +30,8 @@ def evaluate_preferences(
 ) -> HeldOut:
     """Measure a policy on preference pairs, pair by pair.
 
-    `HeldOut.metrics` equals what `model.evaluate` returns on the same pairs. `HeldOut` adds
+    `HeldOut.metrics` equals what `model.evaluate` returns on the same pairs; of rated responses, up
+    to KTO's reference point, which is here that of all of them, not of a batch. `HeldOut` adds
     intervals, accuracy by group and by length, calibration, and a row for every pair.
 
     Args:
@@ -87,7 +90,9 @@ def evaluate_preferences(
         done += int((part.pairs >= 0).sum())
         if on_batch is not None:
             on_batch(done, len(tokenized))
-    return HeldOut(
+    if model.preference_loss.unpaired:
+        measured |= _over_all(model.preference_loss, tokenized, measured)
+    return held_out_of(
         {**_known_columns(tokenized), **measured},
         group_names=tokenized.group_names,
         entropy=entropy / max(tokens, 1.0),
@@ -115,7 +120,23 @@ def _known_columns(tokenized: TokenizedPairs) -> dict[str, np.ndarray]:
         "group": group,
         "preference": tokenized.preference,
         "weight": tokenized.weight,
+        **({} if tokenized.rated is None else {"rated": tokenized.rated}),
     }
+
+
+def _over_all(
+    loss: DPOLoss, tokenized: TokenizedPairs, measured: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Compute the loss of rated responses, with the reference point of all of them."""
+    names = {"policy": "logps", "reference": "reference_logps", "lengths": "tokens"}
+    outputs: Outputs = {
+        name: np.stack([measured[f"{side}_{column}"] for side in ("chosen", "rejected")], axis=1)
+        for name, column in names.items()
+    }  # type: ignore[assignment]
+    outputs["weight"] = tokenized.weight
+    terms = loss.terms(ops.convert_to_tensor(tokenized.preference), outputs)
+    found = {name: ops.convert_to_numpy(term) for name, term in terms.items()}
+    return {**found, "loss": sum(found.values())}
 
 
 def _measured(

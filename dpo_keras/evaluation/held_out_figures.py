@@ -24,7 +24,7 @@ NEEDED_COLUMNS = (
     *("source", "prompt", "group", "preference", "weight", "chosen_tokens", "rejected_tokens"),
     *("chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps", "loss"),
 )
-_ABOUT_PAIRS = {"source", "prompt", "group", "preference", "weight"}
+_ABOUT_PAIRS = {"source", "prompt", "group", "preference", "weight", "rated"}
 _NO_GROUP = "(no group)"
 
 
@@ -57,6 +57,9 @@ class HeldOut:
         >>> held_out.groups["price"]["reward_accuracy"].value
         0.25
     """
+
+    item = "pair"
+    """What a row is."""
 
     def __init__(
         self,

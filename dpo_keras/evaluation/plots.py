@@ -39,8 +39,17 @@ _PANELS = [
         0.0,
     ),
     _Panel(
+        "Rewards (nats)",
+        [("desirable_reward", "good", CHOSEN), ("undesirable_reward", "bad", REJECTED)],
+        0.0,
+    ),
+    _Panel(
         "Log-probs (nats per response)",
         [("chosen_logps", "chosen", CHOSEN), ("rejected_logps", "rejected", REJECTED)],
+    ),
+    _Panel(
+        "Log-probs (nats per response)",
+        [("desirable_logps", "good", CHOSEN), ("undesirable_logps", "bad", REJECTED)],
     ),
     _Panel("KL to reference (estimate)", [("kl", "", TRAIN)]),
     _Panel("Entropy (nats per token)", [("entropy", "", TRAIN)]),
@@ -241,9 +250,12 @@ def margins(after: HeldOut, before: HeldOut | None) -> Plot | None:
             else:
                 label = f"{name}: all pairs at {values[0]:.3g}"
                 axes.axvline(values[0], color=colour, linewidth=3, label=label)
-        axes.set_title("Reward margin of held-out pairs")
-        axes.set_xlabel("S(chosen) − S(rejected), nats")
-        axes.set_ylabel("share of pairs")
+        rated = after.item != "pair"
+        axes.set_title(f"Reward margin of held-out {after.item}s")
+        axes.set_xlabel(
+            "reward less reference point, nats" if rated else "S(chosen) − S(rejected), nats"
+        )
+        axes.set_ylabel(f"share of {after.item}s")
         _legend_above(figure, axes)
 
     return Plot((4.0, 2.8), draw)

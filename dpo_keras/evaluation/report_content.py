@@ -13,7 +13,7 @@ from dpo_keras.evaluation.findings import Measured
 from dpo_keras.evaluation.held_out_figures import HeldOut
 from dpo_keras.evaluation.samples import side_by_side
 from dpo_keras.evaluation.statistics import Measurement, change
-from dpo_keras.preferences import PreferencePair, plain_text
+from dpo_keras.preferences import RatedResponse, Record, plain_text
 from dpo_keras.utils import JSON
 from dpo_keras.utils.intervals import Estimate, short, undefined
 
@@ -26,7 +26,7 @@ WRONG_SHOWN = 5
 
 
 def report_content(
-    measured: Measured, pairs: Sequence[PreferencePair] | None, samples_shown: int
+    measured: Measured, pairs: Sequence[Record] | None, samples_shown: int
 ) -> dict[str, JSON]:
     """Gather what the templates print: strings, numbers, lists and dicts."""
     after, before = measured.after, measured.before
@@ -49,7 +49,10 @@ def report_content(
         "groups": _rows({}, *accuracies),
         "calibration": _rows(
             _LABELS["calibration"], *(h.calibration.figures for h in measured_sets)
-        ),
+        )
+        if after.item == "pair"
+        else [],
+        "items": f"{after.item}s",
         "calibration_note": after.note,
         "samples": _sample_rows(measured),
         "samples_count": len(samples) if samples else 0,
@@ -61,7 +64,7 @@ def report_content(
 def headline(measured: Measured) -> list[str]:
     """State accuracy and preferred share, each with its change, in a sentence each."""
     accuracy = measured.after.figures["reward_accuracy"]
-    text = f"Held-out reward accuracy: {accuracy} on {accuracy.count:,} pairs"
+    text = f"Held-out reward accuracy: {accuracy} on {accuracy.count:,} {measured.after.item}s"
     lines = [text + _since(measured.before, measured.after, "reward_accuracy") + "."]
     samples = measured.samples_after
     if samples is not None and "preferred" in samples.figures:
@@ -82,7 +85,7 @@ def _since(before: Measurement | None, after: Measurement, name: str) -> str:
 
 
 def most_wrong(
-    held_out: HeldOut, pairs: Sequence[PreferencePair], count: int = WRONG_SHOWN
+    held_out: HeldOut, pairs: Sequence[Record], count: int = WRONG_SHOWN
 ) -> list[dict[str, JSON]]:
     """Return the pairs on which policy and people disagree most. Their labels may be wrong.
 
@@ -93,7 +96,8 @@ def most_wrong(
 
     Returns:
         `{"prompt", "chosen", "rejected", "probability", "margin", "id", "annotator", "group"}`
-        each, the worst first; `probability` is the policy's P(chosen).
+        each, the worst first; `probability` is the policy's P(chosen). Of rated responses,
+        `response` and `rating` stand in place of the two.
 
     Raises:
         InputError: there are fewer pairs than were measured.
@@ -122,7 +126,11 @@ def most_wrong(
         pair = pairs[int(source[row])]
         llr = float(held_out.reward_margin[row])
         probability = float(0.5 * (1 + np.tanh(llr / 2)))  # sigmoid without overflow
-        texts = {n: plain_text(getattr(pair, n)) for n in ("prompt", "chosen", "rejected")}
+        names = ("chosen", "rejected") if len(pair.responses) > 1 else ("response",)
+        texts = {"prompt": plain_text(pair.prompt)}
+        texts |= {n: plain_text(text) for n, text in zip(names, pair.responses, strict=True)}
+        if isinstance(pair, RatedResponse):
+            texts["rating"] = f"{pair.desirable:g}"
         about = {n: getattr(pair, n) for n in ("id", "annotator", "group")}
         rows.append({**texts, "probability": probability, "margin": llr, **about})
     return rows

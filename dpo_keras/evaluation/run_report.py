@@ -21,7 +21,7 @@ from dpo_keras.evaluation.plots import margins, reliability, training_curves, tr
 from dpo_keras.evaluation.report_content import report_content
 from dpo_keras.evaluation.samples import Samples
 from dpo_keras.evaluation.statistics import Measurement, change
-from dpo_keras.preferences import PreferencePair
+from dpo_keras.preferences import Record
 from dpo_keras.training.callbacks import read_training_log
 from dpo_keras.utils import JSON
 from dpo_keras.utils import text as texts
@@ -69,7 +69,7 @@ def write_report(  # noqa: PLR0913 - public: one argument for each part of a rep
     samples_after: Samples | None = None,
     metrics_jsonl: str | os.PathLike[str] | None = None,
     config_text: str | None = None,
-    pairs: Sequence[PreferencePair] | None = None,
+    pairs: Sequence[Record] | None = None,
     title: str = "Preference training",
     details: Mapping[str, object] | None = None,
     samples_shown: int = 8,

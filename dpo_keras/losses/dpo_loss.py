@@ -109,6 +109,8 @@ class DPOLoss(StepLoss):
         """
         outputs = self._prepared(outputs)
         preference = prepare_preference(preference, outputs)
+        if self.unpaired:  # penalties, too, shall leave the mismatched responses alone
+            outputs["rated"] = ops.ones_like(preference)
         scores = self._scores(outputs)  # S = β (log π - log π_ref)
         outputs["probabilities"] = preference_probabilities(scores)  # P = softmax(S)
         outputs["llr"] = log_likelihood_ratio(scores)  # LLR = log P₀ - log P₁
@@ -168,6 +170,23 @@ class DPOLoss(StepLoss):
         """
         return any(objective.batchwise for objective in self.objectives)
 
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss takes rated responses, not pairs (KTO)."""
+        return any(objective.unpaired for objective in self.objectives)
+
+    def check_kind(self, rated: bool) -> None:
+        """Refuse pairs for a loss on rated responses, and rated responses for one on pairs."""
+        if self.unpaired and not rated:
+            rule = (
+                f"{self.loss_type!r} takes rated responses (prompt, response, desirable), got pairs"
+            )
+            hint = "Preferences.unpaired() makes them of pairs (in a configuration data.unpair)."
+            raise InputError(InputProblem("loss_type", rule, hint=hint))
+        if rated and not self.unpaired:
+            rule = f"{self.loss_type!r} takes pairs, got rated responses"
+            raise InputError(InputProblem("loss_type", rule, hint="Use kto for them."))
+
     def get_config(self) -> dict[str, Any]:
         """Return the arguments that make this loss again, ready for JSON."""
         penalties: Any = dict(self.penalties)
@@ -205,7 +224,7 @@ def _by_name(penalty: Any) -> Any:
 
 # -- inputs ------------------------------------------------------------------------------------
 
-PER_PAIR = ("margin", "weight")
+PER_PAIR = ("margin", "weight", "rated")
 """Outputs with one value for each pair, `[N]`."""
 
 WITHOUT_GRADIENT = ("reference", "reference_shared", "wpo_log_weight")

@@ -46,6 +46,7 @@ class Objective(ABC):
         probabilistic: whether softmax(scores) is what the loss speaks about, so that a penalty on
             its confidence means something.
         batchwise: whether the loss of one pair depends on the other pairs of the batch.
+        unpaired: whether it takes rated responses, with a mismatched response in column 1.
     """
 
     formula: ClassVar[str]
@@ -53,6 +54,7 @@ class Objective(ABC):
     reads: ClassVar[frozenset[str]]
     probabilistic: ClassVar[bool] = True
     batchwise: ClassVar[bool] = False
+    unpaired: ClassVar[bool] = False
 
     beta: float
     """β > 0, strength of the tie to the reference; scale of the scores."""

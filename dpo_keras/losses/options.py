@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_keras.errors import InputProblem
-from dpo_keras.losses import objectives, other_objectives
+from dpo_keras.losses import objectives, other_objectives, unpaired_objectives
 from dpo_keras.losses.objectives import Objective
 from dpo_keras.losses.penalties import PENALTIES
 from dpo_keras.losses.scores import DIVERGENCES
@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": other_objectives.ORPO,
     "alphapo": other_objectives.AlphaPO,
     "sft": other_objectives.SFT,
+    "kto": unpaired_objectives.KTO,
 }
 
 # What papers and other libraries call an objective: its name here, and the option that makes it.
@@ -164,6 +165,8 @@ OPTIONS: dict[str, Option] = {
         "in [0, 1)",
         lambda v: 0 <= v < 1,
     ),
+    "desirable_weight": _number("kto: λ_D, how much a thumb up counts.", ">= 0", lambda v: v >= 0),
+    "undesirable_weight": _number("kto: λ_U, the same of a down.", ">= 0", lambda v: v >= 0),
     "group_robust": Option(
         "Weight groups of pairs (column `group`) toward the worst one.",
         "a mapping {groups: whole number >= 2, eta: step size > 0}",
@@ -211,7 +214,7 @@ def check_arguments(
     """Find every problem of `DPOLoss`'s arguments."""
     loss_types = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     known = [name for name in loss_types if isinstance(name, str) and name in OBJECTIVES]
-    problems = _loss_type_problems(loss_types)
+    problems = _loss_type_problems(loss_types, known)
     if not is_number(beta, lambda number: number > 0):
         problems.append(InputProblem("beta", "must be a number > 0", beta))
     return [
@@ -224,10 +227,13 @@ def check_arguments(
     ]
 
 
-def _loss_type_problems(loss_types: Sequence[object]) -> list[InputProblem]:
+def _loss_type_problems(loss_types: Sequence[object], known: list[str]) -> list[InputProblem]:
     if not loss_types:
         rule = "must name at least one objective, got an empty list"
         return [InputProblem("loss_type", rule)]
+    if len({OBJECTIVES[name].unpaired for name in known}) > 1:
+        rule = "mixes objectives on pairs with objectives on rated responses"
+        return [InputProblem("loss_type", rule, loss_types)]
     names = f"must be one of {', '.join(OBJECTIVES)}"
     return [
         InputProblem("loss_type", names, name, _objective_meant(name))

@@ -105,6 +105,7 @@ def nll(preference: Tensor, outputs: Outputs) -> Tensor:
 
     -y log π(chosen)/n⁺ - (1 - y) log π(rejected)/n⁻: for y = 1 the chosen tokens' mean negative
     log-likelihood. It keeps the chosen response's probability from falling as the margin grows.
+    Of rated responses only column 0 counts, with y.
 
     Args:
         preference: `[N]`, y in [0, 1].
@@ -122,6 +123,8 @@ def nll(preference: Tensor, outputs: Outputs) -> Tensor:
     """
     per_response = -per_token(outputs["policy"], outputs)
     preference = as_floating(preference, per_response.dtype)
+    if "rated" in outputs:
+        return preference * per_response[:, 0]
     return preference * per_response[:, 0] + (1.0 - preference) * per_response[:, 1]
 
 

@@ -27,6 +27,7 @@ class Outputs(TypedDict, total=False):
     margin: Tensor
     group: Tensor
     weight: Tensor
+    rated: Tensor
     collected: list[Tensor]
     reward_shift: Tensor
     probabilities: Tensor

@@ -70,24 +70,29 @@ class LogRecord:
 
     def pairs(self) -> list[PreferencePair]:
         """Return what the choice says: the chosen response with each other one."""
-        names = {"annotator": self.annotator, "group": self.group, "id": self.id}
-        if self.choice == TIE:
-            return [PreferencePair(self.prompt, *self.responses, preference=0.5, **names)]
-        if not isinstance(self.choice, int):
+        if self.choice is None:
             return []
-        chosen = self.responses[self.choice]
-        others = [text for place, text in enumerate(self.responses) if place != self.choice]
+        first = 0 if self.choice == TIE else int(self.choice)
         return [
-            # `audit` counts how often the first response wins.
-            PreferencePair(self.prompt, chosen, text, swapped=self.choice > place, **names)
-            for place, text in enumerate(others)
+            PreferencePair(
+                self.prompt,
+                self.responses[first],
+                other,
+                preference=0.5 if self.choice == TIE else 1.0,
+                annotator=self.annotator,
+                group=self.group,
+                id=self.id,
+                swapped=place < first,  # `audit` counts how often the first response wins
+            )
+            for place, other in enumerate(self.responses)
+            if place != first
         ]
 
     def rated(self) -> list[RatedResponse]:
         """Return what the thumbs say: a rated response for each."""
-        names = {"annotator": self.annotator, "group": self.group, "id": self.id}
+        names = (self.annotator, self.group, self.id)
         return [
-            RatedResponse(self.prompt, response, thumb, **names)
+            RatedResponse(self.prompt, response, thumb, 1.0, *names)
             for response, thumb in zip(self.responses, self.thumbs, strict=False)
             if thumb is not None
         ]
@@ -125,11 +130,10 @@ def read_log_record(record: Mapping[str, JSON]) -> LogRecord:
     prompt = fields.text("prompt") if "prompt" in record else None
     if "prompt" not in record:
         fields.faults.append(missing(record, "prompt"))
-    choice = fields.choice(len(responses))
-    thumbs = fields.per_response(
-        "thumbs", len(responses), (bool, type(None)), "true, false or null"
-    )
-    versions = fields.per_response("versions", len(responses), (str, int), "names")
+    count = len(responses)
+    choice = fields.choice(count)
+    thumbs = fields.per_response("thumbs", count, (bool, type(None)), "true, false or null")
+    versions = fields.per_response("versions", count, (str, int), "names")
     names = {key: fields.name(key) for key in ("id", "annotator", "group")}
     time = record.get("time")
     if time is not None and (isinstance(time, bool) or not isinstance(time, str | int | float)):
@@ -156,9 +160,8 @@ class _LogFields(Fields):
         return [text for text in texts if text is not None]
 
     def choice(self, count: int) -> int | str | None:
-        value = self.record.get("choice")
-        if hasattr(value, "item"):
-            value = value.item()
+        value: JSON = self.record.get("choice")
+        value = value.item() if hasattr(value, "item") else value
         if value is None or (value == TIE and count == 2):
             return value
         if value == TIE:
@@ -187,7 +190,7 @@ class _LogFields(Fields):
         return values
 
     def _list(self, name: str, wanted: str) -> list[JSON]:
-        value = self.record.get(name)
+        value: JSON = self.record.get(name)
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, list | tuple) and (value or name != "responses"):
             return list(value)

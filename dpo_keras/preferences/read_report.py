@@ -139,7 +139,7 @@ def _message(group: Sequence[Problem]) -> str:
 
 def _scale_hint(group: Sequence[Problem]) -> str:
     """Return how to convert preferences that are all out of range, where the scale is plain."""
-    if group[0].rule != "preference out of range":
+    if group[0].rule not in ("preference out of range", "desirable out of range"):
         return ""
     numbers = [as_number(problem.value) for problem in group]
     for low, high, hint in _SCALES:
@@ -154,6 +154,18 @@ _SCALES = (
     (-1.0, 0.0, "For labels 1 (the first is better) and -1, give (label + 1) / 2."),
     (1.0, 100.0, "For percentages, give them divided by 100."),
 )
+
+
+def merged(problems: list[Problem], everywhere: set[str], records: int) -> list[Problem]:
+    """Make one problem of a column that all records lack: 2,000 times the same helps nobody."""
+    found: list[Problem] = []
+    for problem in problems:
+        if problem.rule != "missing column" or problem.field not in everywhere:
+            found.append(problem)
+        elif not any(p.field == problem.field and p.line is None for p in found):
+            message = f"in all {records:,} records {problem.message}"
+            found.append(replace(problem, line=None, message=message))
+    return found
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences, RatedResponses
 from dpo_keras.preferences.file_formats import open_file
 from dpo_keras.preferences.pair import PreferencePair, shown
-from dpo_keras.preferences.quickstart_data import THUMBS, support_pairs, support_thumbs_of
+from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.quickstart_thumbs import THUMBS, support_thumbs_of
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
@@ -33,7 +34,7 @@ def read_preferences(
     allow_truncated: bool = False,
     feedback: str | None = None,
 ) -> Preferences | RatedResponses:
-    """Read preference pairs, or rated responses, keep the good ones, and report everything that is wrong.
+    """Read pairs or rated responses, keep the good ones, and report everything that is wrong.
 
     Records have the columns `prompt, chosen, rejected`, or `prompt, response_a, response_b,
     preference` (P(a is better); where it is below 0.5 the responses are swapped and it becomes
@@ -42,9 +43,10 @@ def read_preferences(
     Where `prompt` is missing and both responses are whole conversations, everything up to the last
     assistant turn is the prompt. `PreferencePair` lists the rules that a record must keep.
 
-    Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or TRL's
-    `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`) become
-    pairs by their `choice`, or rated responses by their `thumbs`. All records are of one kind.
+    Rated responses have the columns `prompt, response, desirable` (true, false or P(good)), or
+    TRL's `prompt, completion, label`; see `RatedResponse`. Lines of a feedback log (`LogRecord`)
+    become pairs by their `choice`, or rated responses by their `thumbs`. All records are of one
+    kind.
 
     Args:
         source: a path (.jsonl, .json, .csv, their .gz, .parquet, or a directory that
@@ -64,7 +66,8 @@ def read_preferences(
         feedback: what to take of a feedback log that has both, "choices" or "thumbs".
 
     Returns:
-        `Preferences`, or `RatedResponses` where the records are rated responses; its `.report` counts and names what was dropped.
+        `Preferences`, or `RatedResponses` where the records are rated responses; its `.report`
+        counts and names what was dropped.
 
     Raises:
         InputError: if an argument is wrong, a file cannot be read, no record is good, or

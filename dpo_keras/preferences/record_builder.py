@@ -15,8 +15,8 @@ import numpy as np
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import stored_preferences as stored
 from dpo_keras.preferences.collection import hash64, prompt_bytes
-from dpo_keras.preferences.pair import PreferencePair
 from dpo_keras.preferences.reader import PathLike, PreferenceStream
+from dpo_keras.preferences.record_kinds import Record
 from dpo_keras.preferences.stored_preferences import StoredFile, StoredPreferences, serialize
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import flush_to_disk
@@ -137,7 +137,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _write_records(
-    pairs: Iterable[PreferencePair],
+    pairs: Iterable[Record],
     folder: Path,
     shard_bytes: int,
     on_pairs: Callable[[int], None] | None,

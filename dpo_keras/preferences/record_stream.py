@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple, TypeAlias
@@ -20,6 +20,7 @@ from dpo_keras.preferences.read_report import (
     Problem,
     ReadReport,
     encodable,
+    merged,
     place,
 )
 from dpo_keras.preferences.record_kinds import COLUMNS, Record, mixed_kinds, read_records
@@ -247,7 +248,7 @@ class RecordStream(Iterable[Record]):
         everywhere = {field for field, count in lacking.items() if count == parsed > 1}
         if everywhere:
             report.omitted.pop("missing column", None)
-        report.problems += _merged(problems, everywhere, parsed)
+        report.problems += merged(problems, everywhere, parsed)
         if unreadable:  # other files make up for bad lines, but not for a whole file
             raise InvalidPreferences(f"{source.name}: no preference pair could be read:", report)
 
@@ -344,15 +345,3 @@ def _repeat(rule: str, here: Source, before: Source, line: int, rated: bool) -> 
     verb = "says the same as" if rule == "duplicate" else against
     other = place("" if here.name == before.name else before.name, before.unit, _known(line))
     return f"{verb} {other}, to the same prompt and {'response' if rated else 'responses'}."
-
-
-def _merged(problems: list[Problem], everywhere: set[str], records: int) -> list[Problem]:
-    """Make one problem of a column that all records lack: 2,000 times the same helps nobody."""
-    merged: list[Problem] = []
-    for problem in problems:
-        if problem.rule != "missing column" or problem.field not in everywhere:
-            merged.append(problem)
-        elif not any(p.field == problem.field and p.line is None for p in merged):
-            message = f"in all {records:,} records {problem.message}"
-            merged.append(replace(problem, line=None, message=message))
-    return merged

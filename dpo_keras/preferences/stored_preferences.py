@@ -28,6 +28,7 @@ from dpo_keras.preferences.collection import PairSequence
 from dpo_keras.preferences.images import Image
 from dpo_keras.preferences.pair import Message, PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
+from dpo_keras.preferences.record_kinds import Record
 from dpo_keras.utils import JSON
 
 MANIFEST, INDEX = "manifest.json", "index.bin"
@@ -234,7 +235,7 @@ def _read_manifest(
     return shards, report
 
 
-def to_features(pair: PreferencePair) -> dict[str, JSON]:
+def to_features(pair: Record) -> dict[str, JSON]:
     """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
     if not isinstance(pair, PreferencePair):
         raise InputError(
@@ -269,7 +270,7 @@ def from_features(features: Mapping[str, JSON]) -> PreferencePair:
     return PreferencePair(prompt, chosen, rejected, **others, swapped=bool(features["swapped"]))
 
 
-def serialize(pair: PreferencePair) -> bytes:
+def serialize(pair: Record) -> bytes:
     """Return a pair as a serialized `tf.train.Example`, the same bytes for the same pair."""
     example = _example()()
     feature = example.features.feature

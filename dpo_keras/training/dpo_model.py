@@ -279,6 +279,8 @@ def outputs_of(
         outputs["reference_shared"] = under_reference["shared_logps"]
     if weighted:
         outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
+    if loss is not None:
+        loss.check_kind("rated" in batch)
     if "margin" in batch:
         outputs["margin"] = ops.reshape(batch["margin"], (-1,))
     if "group" in batch:

@@ -28,7 +28,12 @@ from dpo_keras.training.distribution import Worker, per_worker
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.fit_interface import check_counts, check_groups
 from dpo_keras.training.policy_trainer import PolicyTrainer
-from dpo_keras.training.supervised_model import SupervisedModel, chosen_alone, supervised_dataset
+from dpo_keras.training.supervised_model import (
+    SupervisedModel,
+    chosen_alone,
+    supervised_dataset,
+    worth_imitating,
+)
 from dpo_keras.utils import JSON
 
 Stream: TypeAlias = Callable[[int], tf.data.Dataset]  # from a step to all batches from there on
@@ -63,6 +68,7 @@ def warm_up(
         Steps taken in all, earlier runs included.
     """
     layout = _layout(model, tokenized, batching, buckets, row_length)
+    tokenized = worth_imitating(tokenized)
     pairs = chosen_alone(tokenized) if layout.packed else tokenized
     change = None if layout.packed else supervised_dataset
     stream = _endless(model, layout, pairs, batch_size, seed, change)

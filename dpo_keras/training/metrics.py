@@ -7,6 +7,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.losses import DPOLoss, Outputs, kl_to_reference
+from dpo_keras.losses.unpaired_objectives import kl_baseline
 from dpo_keras.scoring.auxiliary_loss import auxiliary_loss
 from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import replica_count, sum_over_replicas
@@ -27,8 +28,12 @@ HIDDEN = frozenset({"at_reference", STOP, *COUNTS})
 
 def preference_metric_names(loss: DPOLoss) -> list[str]:
     """Return the names that `preference_sums` measures, `loss` first."""
-    names = ["loss", *loss.term_names(), "reward_accuracy", "reward_margin", "chosen_probability"]
-    names += ["chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
+    names = ["loss", *loss.term_names(), "reward_accuracy"]
+    if loss.unpaired:
+        names += ["desirable_reward", "undesirable_reward", "desirable_logps", "undesirable_logps"]
+    else:
+        names += ["reward_margin", "chosen_probability"]
+        names += ["chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
     names += ["kl"] if loss.needs_reference else []
     names += ["entropy", *_group_names(loss)]
     return [*names, "at_reference"] if loss.needs_reference else names
@@ -49,22 +54,28 @@ def preference_sums(
     `at_reference` is the preference loss that a policy equal to its reference would have.
     """
     weight = outputs["weight"]
-    values = {
-        "loss": sum(terms.values()),
-        **terms,
-        "reward_margin": llr,
-        "chosen_probability": probabilities[:, 0],
-        "chosen_reward": scores[:, 0],
-        "rejected_reward": scores[:, 1],
-        "chosen_logps": outputs["policy"][:, 0],
-        "rejected_logps": outputs["policy"][:, 1],
-    }
+    values = {"loss": sum(terms.values()), **terms}
+    if not loss.unpaired:
+        values |= {
+            "reward_margin": llr,
+            "chosen_probability": probabilities[:, 0],
+            "chosen_reward": scores[:, 0],
+            "rejected_reward": scores[:, 1],
+            "chosen_logps": outputs["policy"][:, 0],
+            "rejected_logps": outputs["policy"][:, 1],
+        }
     if loss.needs_reference:
         values["kl"] = kl_to_reference(outputs)
         values["at_reference"] = _loss_at_reference(loss, preference, outputs)
     total = ops.sum(weight)
     sums: MetricSums = {name: (_weighted(weight, v), total) for name, v in values.items()}
     decided = weight * ops.cast(preference != 0.5, "float32")
+    if loss.unpaired:
+        # What a rated response is compared with is the reference point, not the other column.
+        baseline = kl_baseline(scores, outputs)
+        llr = scores[:, 0] - baseline
+        sums["kl"] = (ops.stop_gradient(baseline / loss.beta) * total, total)
+        sums |= _rated_sums(preference, weight, scores[:, 0], outputs["policy"][:, 0])
     # A tie of scores is half right: before training every pair is one.
     right = 0.5 * (1.0 + ops.sign(llr) * ops.sign(preference - 0.5))
     sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
@@ -73,6 +84,16 @@ def preference_sums(
     for number, name in enumerate(_group_names(loss)):
         member = weight * ops.cast(outputs["group"] == number, "float32")
         sums[name] = (_weighted(member, values["loss"]), ops.sum(member))
+    return sums
+
+
+def _rated_sums(desirable: Tensor, weight: Tensor, rewards: Tensor, logps: Tensor) -> MetricSums:
+    """Return rewards and log-probs of the desirable and of the undesirable responses."""
+    sums: MetricSums = {}
+    for name, share in (("desirable", desirable), ("undesirable", 1.0 - desirable)):
+        counted = weight * share
+        for what, values in (("reward", rewards), ("logps", logps)):
+            sums[f"{name}_{what}"] = (_weighted(counted, values), ops.sum(counted))
     return sums
 
 
@@ -106,8 +127,13 @@ def means(sums: Tensor) -> list[Tensor]:
 
 
 def means_by_name(names: Sequence[str], means: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Name the means that are logged, `worst_group_loss` included where groups have losses."""
+    """Name the means that are logged, with those made of others.
+
+    These are `worst_group_loss`, where groups have losses, and `reward_margin` of rated responses.
+    """
     logged = {n: mean for n, mean in zip(names, means, strict=True) if n not in HIDDEN}
+    if "desirable_reward" in logged:
+        logged["reward_margin"] = logged["desirable_reward"] - logged["undesirable_reward"]
     groups = [mean for name, mean in logged.items() if name.startswith("group_loss/")]
     return {**logged, "worst_group_loss": ops.max(ops.stack(groups))} if groups else logged
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs, UndecidedLayout
+from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
 from dpo_keras.scoring.scorer import compared_tokens
 from dpo_keras.training.distribution import sum_over_replicas
@@ -83,6 +84,17 @@ class SupervisedModel(PolicyTrainer):
         """Return log-probs and lengths of the responses, `[rows * pairs, 2]`."""
         scored = self.scorer(batch, training and self.dropout)
         return {"policy": scored["logps"], "lengths": scored["lengths"]}
+
+
+def worth_imitating(tokenized: TokenizedPairs) -> TokenizedPairs:
+    """Return the pairs whose chosen response a warm-up learns: of rated ones the desirable."""
+    if tokenized.rated is None:
+        return tokenized
+    rows = np.flatnonzero(tokenized.preference > 0.5)
+    if not len(rows):
+        rule = "must hold a desirable response to warm up on, got none"
+        raise InputError(InputProblem("pairs", rule))
+    return tokenized.take(rows)
 
 
 def chosen_alone(tokenized: TokenizedPairs) -> TokenizedPairs:

@@ -161,6 +161,18 @@ def aot(kwargs, outputs):
     return np.sort(smoothed(p, p.beta * gap))
 
 
+def kto(kwargs, y, outputs):
+    """KTO's loss of each response `[N]`, its derivative by the response's log π, and z."""
+    beta = kwargs.get("beta", 0.1)
+    good, bad = (kwargs.get(f"{name}_weight", 1.0) for name in ("desirable", "undesirable"))
+    c, mismatched = (outputs["policy"] - outputs["reference"]).T
+    z = max(0.0, mismatched.mean())
+    if_good, if_bad = 1 - sigmoid(beta * (c - z)), 1 - sigmoid(beta * (z - c))
+    slope = beta * if_good * if_bad  # of σ, either way
+    loss = y * good * if_good + (1 - y) * bad * if_bad
+    return loss, (-y * good + (1 - y) * bad) * slope, z
+
+
 CASES = {
     **{name: {"loss_type": name} for name in LOSSES},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.05},
