@@ -94,8 +94,8 @@ def add_selected(
             text = json.dumps([*done, key])
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('selections', ?)", (text,))
     counts = sum((one.left_out() for one in candidates), Counter[str]())
-    known = len(pairs) - len(new) + others.known
-    return Imported(ordered.pairs + others.pairs, known, others.gold, **counts)
+    before = len(pairs) - len(new) + others.known
+    return Imported(ordered.pairs + others.pairs, before, others.gold, **counts)
 
 
 def _done(store: Store) -> list[str]:
