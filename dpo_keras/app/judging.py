@@ -12,10 +12,11 @@ from dpo_keras.app.config_dependencies import unread_options
 from dpo_keras.app.config_judge import JudgeSettings
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.console import Progress, Silent
+from dpo_keras.app.reward_judge import judge_of
 from dpo_keras.app.yaml_document import read_document
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.feedback import open_store
-from dpo_keras.feedback.judges import ask_judge, judge_of, unjudged
+from dpo_keras.feedback.judges import ask_judge, unjudged
 from dpo_keras.utils import JSON
 
 

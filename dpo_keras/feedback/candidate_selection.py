@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from dpo_keras.errors import InputError, InputProblem
@@ -45,7 +46,7 @@ def single_pairs(candidates: Iterable[Candidates]) -> tuple[list[Candidates], li
 
 def add_selected(
     store: Store,
-    candidates: Iterable[Candidates],
+    candidates: Sequence[Candidates],
     selection: str,
     count: int | None,
     pools: Pools,
@@ -92,9 +93,9 @@ def add_selected(
         if key:
             text = json.dumps([*done, key])
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('selections', ?)", (text,))
-    return Imported(
-        ordered.pairs + others.pairs, len(pairs) - len(new) + others.known, gold=others.gold
-    )
+    counts = sum((one.left_out() for one in candidates), Counter[str]())
+    before = len(pairs) - len(new) + others.known
+    return Imported(ordered.pairs + others.pairs, before, others.gold, **counts)
 
 
 def _done(store: Store) -> list[str]:

@@ -56,6 +56,13 @@ class Candidates:
                 found.setdefault(response.text.strip(), response)
         return list(found.values())
 
+    def left_out(self) -> Counter[str]:
+        """Count what makes no pair, by the names of `Imported`."""
+        usable = len(self.usable())
+        empty = sum(not response.text.strip() for response in self.responses)
+        identical = len(self.responses) - empty - usable
+        return Counter(empty=empty, identical=identical, alone=int(usable < 2))
+
     def pairs(self) -> list[tuple[Response, Response]]:
         """Return every two of the usable responses."""
         return list(itertools.combinations(self.usable(), 2))
@@ -295,12 +302,8 @@ def add_candidates(
     """Add pairs in a transaction; known pairs stay. Those of a lower `place` are shown first."""
     counts: Counter[str] = Counter()
     for prompt in candidates:
-        usable = prompt.usable()
-        empty = sum(not response.text.strip() for response in prompt.responses)
-        counts["empty"] += empty
-        counts["identical"] += len(prompt.responses) - empty - len(usable)
-        counts["alone"] += len(usable) < 2
-        if len(usable) >= 2:
+        counts += prompt.left_out()
+        if len(prompt.usable()) >= 2:
             counts += _add_pairs(connection, place, prompt)
     return Imported(**counts)
 

@@ -43,6 +43,12 @@ def pairs(tmp_path_factory):
     return single_pairs(read_candidates(path))[0]
 
 
+@pytest.fixture(scope="module")
+def alone(trained, pairs):
+    """What `uncertain` goes by under the first run, and the places of the pairs."""
+    return pool_of(pairs, "uncertain", trained[:1])
+
+
 def log_probs(model, pairs, preprocessor):
     """Log-probs and lengths of both responses of each pair, `[2, N]`."""
     sides = [
@@ -57,8 +63,8 @@ def log_probs(model, pairs, preprocessor):
     return np.array([logps for logps, _ in sides]), np.array([lengths for _, lengths in sides])
 
 
-def test_p_is_the_softmax_of_the_implicit_rewards(trained, pairs):
-    pool, places = pool_of(pairs, "uncertain", trained[:1])
+def test_p_is_the_softmax_of_the_implicit_rewards(trained, pairs, alone):
+    pool, places = alone
     run = open_run(trained[0])
     model = load_trained(run)
     policy, reference = (
@@ -80,10 +86,11 @@ def test_a_policy_that_equals_its_reference_goes_by_log_probs_per_token(trained,
     np.testing.assert_allclose(pool.probabilities, expected, atol=1e-4)
 
 
-def test_a_committee_has_a_row_for_each_policy(trained, pairs):
+def test_a_committee_has_a_row_for_each_policy(trained, pairs, alone):
     pool, _ = pool_of(pairs, "disagreement", trained)
-    alone = [pool_of(pairs, "uncertain", [run])[0].probabilities for run in trained]
-    np.testing.assert_allclose(pool.committee, alone, atol=1e-6)
+    np.testing.assert_allclose(pool.committee[0], alone[0].probabilities, atol=1e-6)
+    assert np.abs(pool.committee[1] - pool.committee[0]).max() > 1e-3
+    np.testing.assert_allclose(pool.probabilities, pool.committee.mean(axis=0))
 
 
 def test_embeddings_change_sign_with_the_order_of_a_pair(trained, pairs):
@@ -109,7 +116,7 @@ def test_selections_without_the_policies_that_they_need(trained, pairs, selectio
     assert says in str(caught.value)
 
 
-def test_annotate_adds_the_most_uncertain_pairs_once(trained, pairs, tmp_path):
+def test_annotate_adds_the_most_uncertain_pairs_once(trained, pairs, alone, tmp_path):
     write_candidates(tmp_path / "candidates.jsonl", COUNT)
     server, _ = start(tmp_path, "--policy", str(trained[0]), "--count", "3", "--overlap", "1")
     assert stop(server) == 0
@@ -117,8 +124,7 @@ def test_annotate_adds_the_most_uncertain_pairs_once(trained, pairs, tmp_path):
     again = add_most_useful(store, path, read_candidates(path), "uncertain", trained[:1], 3)
     assert again.pairs == 0
     shown = store.next(store.judge_annotator("ann"), COUNT)
-    pool, _ = pool_of(pairs, "uncertain", trained[:1])
-    nearest = np.argsort(np.abs(pool.probabilities - 0.5))[:3]
+    nearest = np.argsort(np.abs(alone[0].probabilities - 0.5))[:3]
     assert [one.prompt for one in shown] == [pairs[row].prompt for row in nearest]
     store.close()
 

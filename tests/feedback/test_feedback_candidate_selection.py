@@ -64,10 +64,18 @@ def test_pairs_that_a_policy_cannot_read_are_never_chosen(make_store):
     store = make_store(given=[])
 
     def some(pairs):
-        pool, _ = by_number(pairs[:5])
-        return pool, range(5)
+        pool, _ = by_number(pairs[4:])
+        return pool, range(4, PROMPTS)
 
     assert add_selected(store, given(), "uncertain", 7, some).pairs == 5
+    assert shown_prompts(store) == ["8", "7", "6", "5", "4"]
+
+
+def test_what_makes_no_pair_is_counted_as_without_a_selection(make_store):
+    odd = Candidates("odd", tuple(map(Response, ("yes", "yes", " "))))
+    plain = make_store(given=[], name="plain.sqlite").add(given(3, odd))
+    assert add_selected(make_store(given=[]), given(3, odd), "random", 9, by_number) == plain
+    assert (plain.pairs, plain.identical, plain.empty, plain.alone) == (3, 1, 1, 1)
 
 
 def test_random_asks_no_model(make_store):
