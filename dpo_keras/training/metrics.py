@@ -31,6 +31,7 @@ def preference_metric_names(loss: DPOLoss) -> list[str]:
     names = ["loss", *loss.term_names(), "reward_accuracy"]
     if loss.unpaired:
         names += ["desirable_reward", "undesirable_reward", "desirable_logps", "undesirable_logps"]
+        names += ["reference_point"]
     else:
         names += ["reward_margin", "chosen_probability"]
         names += ["chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps"]
@@ -74,7 +75,7 @@ def preference_sums(
         # What a rated response is compared with is the reference point, not the other column.
         baseline = kl_baseline(scores, outputs)
         llr = scores[:, 0] - baseline
-        sums["kl"] = (ops.stop_gradient(baseline / loss.beta) * total, total)
+        sums["reference_point"] = (ops.stop_gradient(baseline / loss.beta) * total, total)
         sums |= _rated_sums(preference, weight, scores[:, 0], outputs["policy"][:, 0])
     # A tie of scores is half right: before training every pair is one.
     right = 0.5 * (1.0 + ops.sign(llr) * ops.sign(preference - 0.5))

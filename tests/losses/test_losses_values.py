@@ -51,6 +51,7 @@ BY_HAND = {
     "orpo": 2.0 + 0.5 * softplus(-(math.log(math.e**3 - 1) - math.log(math.e**2 - 1))),
     "alphapo": softplus(-(0.5 * 4 * (math.exp(0.75) - math.exp(0.5)) - 0.5)),
     "sft": 2.0,
+    "kto": 1 - sigmoid(1.0),  # the second column is the mismatch, whose log-ratio is below 0
 }
 
 
