@@ -57,13 +57,12 @@ class RatedHeldOut(HeldOut):
                 values, weight, prompt, _ = self._side(f"{side}_{name}")
                 kept[f"{side}_{name}"] = mean(values[rows], weight[rows], prompt[rows])
         kept["reward_margin"] = _difference(kept["desirable_reward"], kept["undesirable_reward"])
-        kept["kl"] = mean(self._mismatched_ratio[rows], self.pairs["weight"][rows])
+        if "rejected_reference_logps" in self.pairs:
+            ratio = self.pairs["rejected_logps"] - self.pairs["rejected_reference_logps"]
+            point = mean(ratio[rows], self.pairs["weight"][rows]).value
+            known = point is not None
+            kept["reference_point"] = Estimate(max(0.0, point)) if known else undefined("no rows")
         return kept
-
-    @cached_property
-    def _mismatched_ratio(self) -> np.ndarray:
-        reference = self.pairs.get("rejected_reference_logps", self.pairs["rejected_logps"])
-        return self.pairs["rejected_logps"].astype(np.float64) - reference
 
     def _side(self, name: str) -> PerItem:
         side, _, column = name.partition("_")
@@ -87,10 +86,7 @@ class RatedHeldOut(HeldOut):
         """Return what a figure was computed from, or None if it is not a mean over responses."""
         if name.startswith(("desirable_", "undesirable_")):
             return self._side(name)
-        if name == "kl":
-            weight, prompt = self.pairs["weight"], self.pairs["prompt"]
-            return PerItem(self._mismatched_ratio, weight, prompt, False)
-        return None if name == "reward_margin" else super().per_item(name)
+        return None if name in ("reward_margin", "reference_point") else super().per_item(name)
 
     def summary(self) -> str:
         """Return a few lines for a terminal."""

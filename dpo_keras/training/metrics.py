@@ -32,6 +32,7 @@ def preference_metric_names(loss: DPOLoss) -> list[str]:
     names = ["loss", *loss.term_names(), "reward_accuracy"]
     if loss.unpaired:
         names += ["desirable_reward", "undesirable_reward", "desirable_logps", "undesirable_logps"]
+        names += ["reference_point"]
     else:
         names += ["reward_margin", "chosen_probability", "chosen_reward", "rejected_reward"]
         names += ["chosen_logps", "rejected_logps"] if loss.of_policies else []
@@ -77,7 +78,7 @@ def preference_sums(
         # What a rated response is compared with is the reference point, not the other column.
         baseline = kl_baseline(scores, outputs)
         right = 0.5 * (1.0 + ops.sign(scores[:, 0] - baseline) * ops.sign(preference - 0.5))
-        sums["kl"] = (ops.stop_gradient(baseline / loss.beta) * total, total)
+        sums["reference_point"] = (ops.stop_gradient(baseline / loss.beta) * total, total)
         sums |= _rated_sums(preference, weight, scores[:, 0], outputs["policy"][:, 0])
     sums["reward_accuracy"] = (ops.sum(decided * right), ops.sum(decided))
     tokens = ops.sum(ops.cast(compared_tokens(batch), "float32"))

@@ -12,6 +12,8 @@ from dpo_keras.losses.options import OPTIONS
 VALUES = {
     "length_normalize": False,
     "gamma": 1.0,
+    "desirable_weight": 2.0,
+    "undesirable_weight": 2.0,
     "discopop_tau": 0.5,
     "cpo_alpha": 0.5,
     "alphapo_alpha": 0.5,

@@ -53,6 +53,7 @@ BY_HAND = {
     "sft": 2.0,
     "reward": softplus(2.0),
     "plackett_luce": softplus(-1.5),
+    "kto": 1 - sigmoid(1.0),  # the second column is the mismatch, whose log-ratio is below 0
 }
 
 
