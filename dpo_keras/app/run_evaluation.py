@@ -20,6 +20,7 @@ from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
 from dpo_keras.preferences.quickstart_thumbs import THUMBS
+from dpo_keras.preferences.reader import BUILTIN
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import make_directory, replaced
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 Judge = Callable[[str, str], object]
 # Data whose generator can say whether a response is good, by path; judges take prompt, response.
-JUDGES: Mapping[str, Judge] = {"builtin:support": judge}
+JUDGES: Mapping[str, Judge] = dict.fromkeys(BUILTIN, judge)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ class RatedHeldOut(HeldOut):
         if "rejected_reference_logps" in self.pairs:
             ratio = self.pairs["rejected_logps"] - self.pairs["rejected_reference_logps"]
             point = mean(ratio[rows], self.pairs["weight"][rows]).value
-            known = point is not None
-            kept["reference_point"] = Estimate(max(0.0, point)) if known else undefined("no rows")
+            kept["reference_point"] = (
+                undefined("no rows") if point is None else Estimate(max(0.0, point))
+            )
         return kept
 
     def _side(self, name: str) -> PerItem:

@@ -14,8 +14,9 @@ from itertools import product
 from typing import TypeAlias, TypeVar
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.collection import Preferences
+from dpo_keras.preferences.collection import Preferences, Rankings
 from dpo_keras.preferences.pair import PreferencePair
+from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.read_report import ReadReport
 
 
@@ -184,6 +185,43 @@ def support_pairs(count: int = 4000, seed: int = 0) -> Preferences:
     return Preferences(pairs, ReadReport(sources=["builtin:support"], read=count, kept=count))
 
 
+def support_rankings(count: int = 2000, seed: int = 0) -> Rankings:
+    """Generate support-desk prompts with four replies each, ranked by their virtues: 3, 2, 1, 0.
+
+    Args:
+        count: number of prompts, all different, >= 1.
+        seed: seed of the generator.
+
+    Returns:
+        `Rankings` without ties.
+
+    Raises:
+        InputError: if count < 1.
+
+    Example:
+        >>> ranked = support_rankings(3)[0]
+        >>> [judge(ranked.prompt, response).virtues for response in ranked.responses]
+        [3, 2, 1, 0]
+    """
+    if count < 1:
+        raise InputError(InputProblem("count", "must be >= 1", count))
+    rng = random.Random(seed)
+    found: dict[str, RankedResponses] = {}
+    while len(found) < count:
+        facts, asked, prompt = _draw_prompt(rng)
+        replies = [
+            _draw_response(rng, facts, asked, _pick(rng, _WITH_VIRTUES[number]))
+            for number in (3, 2, 1, 0)
+        ]
+        if prompt not in found:
+            name = f"ranking-{len(found)}"
+            found[prompt] = RankedResponses(
+                prompt, tuple(replies), (1, 2, 3, 4), group=asked, id=name
+            )
+    report = ReadReport(sources=["builtin:support-rankings"], read=count, kept=count)
+    return Rankings(found.values(), report)
+
+
 def judge(prompt: str, response: str) -> Verdict:
     r"""Judge any text as a reply to a support prompt, strictly by the facts in that prompt.
 
@@ -308,4 +346,8 @@ _LESSER = {
     )
     for _, virtues in _CHOSEN_VIRTUES
 }
+_WITH_VIRTUES = tuple(
+    tuple(virtues for virtues in product(_BOTH, _BOTH, _BOTH) if sum(virtues) == number)
+    for number in range(4)
+)
 _SENTENCE = re.compile(r"[^.!]*[.!]|[^.!]+$")

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeGuard
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import Preferences, Rankings, RatedResponses
 from dpo_keras.preferences.file_formats import open_file
 from dpo_keras.preferences.pair import PreferencePair, shown
-from dpo_keras.preferences.quickstart_data import support_pairs
+from dpo_keras.preferences.quickstart_data import support_pairs, support_rankings
 from dpo_keras.preferences.quickstart_thumbs import THUMBS, support_thumbs_of
 from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.rated_response import RatedResponse
 from dpo_keras.preferences.read_report import ReadReport
+from dpo_keras.preferences.record_kinds import Record
 from dpo_keras.preferences.record_stream import LISTED, Reading, Records, RecordStream, Source
 from dpo_keras.preferences.stored_preferences import StoredPreferences, is_built
 from dpo_keras.preferences.tables import table_records
 from dpo_keras.preferences.tfds_source import parse_name, read_tfds
 
 PathLike: TypeAlias = str | os.PathLike[str]
-BUILTIN = {"builtin:support": support_pairs}
+BUILTIN: dict[str, Callable[[], Iterable[Record]]] = {
+    "builtin:support": support_pairs,
+    "builtin:support-rankings": support_rankings,
+}
 
 
 def read_preferences(
