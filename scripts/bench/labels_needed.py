@@ -150,9 +150,7 @@ def tables(records: list[dict], selections: list[str]) -> str:
         cells = []
         for name, (labels, accuracy, _) in curves.items():
             found = labels_needed(labels, accuracy, goal)
-            saved = (
-                "" if name == "random" or not (found and base) else f" ({found / base - 1:+.0%})"
-            )
+            saved = "" if name == "random" or not (found and base) else f" ({found / base - 1:+.0%})"
             cells.append("not reached" if found is None else f"{found:.0f}{saved}")
         lines.append(f"| {goal:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
