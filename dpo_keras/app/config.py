@@ -152,7 +152,7 @@ def build_config(document: Document, *, outside: bool = False, stored: bool = Fa
         config = Config.model_validate(document.tree, context=_FROM_DOCUMENT)
         sections = config.sections()
     except ValidationError as error:
-        found += _explained(error)
+        found += explained(error)
         failed = {item["loc"][0] for item in error.errors() if item["loc"]}
         sections = _valid_sections(document.tree, failed)
         # Rules over several sections are among pydantic's errors only where each section is valid.
@@ -163,7 +163,7 @@ def build_config(document: Document, *, outside: bool = False, stored: bool = Fa
         found += broken_rules(sections, OUTSIDE_RULES)
         found += unread_options(sections, outside=True)
     if document.problems or found or config is None:
-        raise InputError([*document.problems, *_placed(found, document)])
+        raise InputError([*document.problems, *placed(found, document)])
     return config
 
 
@@ -267,14 +267,14 @@ _OTHER_NAMES: Mapping[str, str] = {
 }
 
 
-def _placed(problems: list[InputProblem], document: Document) -> list[InputProblem]:
+def placed(problems: list[InputProblem], document: Document) -> list[InputProblem]:
     """Put the place before each key; in the order of the file, overrides last."""
-    placed = [(document.place(problem.argument), problem) for problem in problems]
-    placed.sort(key=lambda pair: pair[0].line if pair[0].line is not None else 10**9)
-    return [problem.renamed(f"{place}: {problem.argument}") for place, problem in placed]
+    found = [(document.place(problem.argument), problem) for problem in problems]
+    found.sort(key=lambda pair: pair[0].line if pair[0].line is not None else 10**9)
+    return [problem.renamed(f"{place}: {problem.argument}") for place, problem in found]
 
 
-def _explained(error: ValidationError) -> Iterator[InputProblem]:
+def explained(error: ValidationError) -> Iterator[InputProblem]:
     """Yield each of pydantic's errors as a problem whose argument is the key: `loss.beta`."""
     for item in error.errors(include_url=False):
         key = dotted(item["loc"])

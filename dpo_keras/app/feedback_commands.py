@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_keras.app.console import AsJson, Debug, Force, Terminal, check_output, reporting
+from dpo_keras.app.console import (
+    AsJson,
+    Debug,
+    Force,
+    Overrides,
+    Terminal,
+    TerminalProgress,
+    check_output,
+    reporting,
+)
 from dpo_keras.errors import InputError
 from dpo_keras.utils import JSON
 from dpo_keras.utils.deferred_imports import deferred_function
@@ -21,7 +30,8 @@ read_text = deferred_function("dpo_keras.app.config", "read_text")
 keys_for_arguments = deferred_function("dpo_keras.app.config_rules", "keys_for_arguments")
 
 feedback = typer.Typer(
-    help="Look at people's judgements, and make training pairs of them.", no_args_is_help=True
+    help="Look at judgements, let programs judge, and make training pairs of both.",
+    no_args_is_help=True,
 )
 
 StoreFile = Annotated[Path, typer.Argument(metavar="STORE", help="The SQLite file of a round.")]
@@ -112,6 +122,40 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
             round.close()
         finally:
             listening.close()
+
+
+@feedback.command("judge")
+def feedback_judge(
+    store: StoreFile,
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with a section `judge`; no other is read.")
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option(help="A Python function that judges, as module:function.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A chat endpoint that judges.")] = None,
+    model: Annotated[str | None, typer.Option(help="The endpoint's model.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most pairs to ask about.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Let a function or a chat model judge the pairs; the same call goes on after a stop."""
+    with reporting(as_json, debug) as terminal:
+        from dpo_keras.app.judging import judge_store
+
+        given = {"function": function, "url": url, "model": model}
+        kind = {"type": "endpoint" if url else "function"} if url or function else {}
+        options = {**kind, **{name: value for name, value in given.items() if value is not None}}
+        words = [f"judge.{name}={value}" for name, value in options.items()]
+        with TerminalProgress(terminal.log) as progress:
+            result = judge_store(
+                store, config, [*words, *(overrides or [])], limit=limit, progress=progress
+            )
+        for problem in result["failed"]:
+            terminal.say(problem)
+        failed = f"; {len(result['failed']):,} could not be judged" if result["failed"] else ""
+        terminal.result(result, f"{result['judge']} judged {result['judged']:,} pairs{failed}.")
 
 
 @feedback.command("report")

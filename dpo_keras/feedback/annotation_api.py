@@ -117,9 +117,10 @@ class Api:
             "GROUP BY a.id HAVING NOT a.admin OR judged + checks > 0 ORDER BY a.id"
         )
         hours = rows(
-            # The same judgements as the progress counts: no checks, repeats and skips.
+            # The same judgements as the progress counts: no judges, checks, repeats and skips.
             "SELECT CAST(j.at / 3600 AS INTEGER) AS hour, count(*) FROM current j "
             "JOIN presentations p ON p.id = j.presentation JOIN pairs q ON q.id = p.pair "
+            "JOIN annotators a ON a.id = p.annotator AND NOT a.judge "
             "WHERE j.at > ? AND j.verdict <> 'skip' AND q.gold IS NULL AND NOT p.repeat "
             "GROUP BY hour ORDER BY hour",
             (now - 48 * 3600,),

@@ -51,7 +51,7 @@ class NoVerdict:
 
 
 class Answers(Protocol):
-    """Keeps what was paid for, by the hash of the question, as `Store` does."""
+    """Keeps what was paid for, by the hash of the question."""
 
     def answer(self, question: str) -> str | None:
         """Return a known answer, else None."""

@@ -22,6 +22,7 @@ from dpo_keras.feedback.comparisons import (
     prompt_words,
 )
 from dpo_keras.feedback.database import sha256
+from dpo_keras.feedback.endpoint_judge import EndpointJudge
 from dpo_keras.feedback.function_judge import FunctionJudge
 from dpo_keras.feedback.judgements import MAX_REASON
 from dpo_keras.feedback.store import Store
@@ -29,8 +30,8 @@ from dpo_keras.utils import JSON
 from dpo_keras.utils.text import shortened
 
 __all__ = [
-    "Answers", "Comparison", "Erring", "Judge", "JudgeSettings", "NoVerdict", "Verdict",
-    "ask_judge", "judge_of",
+    "Answers", "Comparison", "Erring", "Judge", "JudgeSettings", "NoVerdict", "StoredAnswers",
+    "Verdict", "ask_judge", "judge_of", "unjudged",
 ]  # fmt: skip
 
 AT_ONCE = 64  # presentations that a judge holds
@@ -105,7 +106,7 @@ def ask_judge(
         >>> store.close(); folder.cleanup()
     """
     annotator = store.judge_annotator(judge.name)
-    judge.use_answers(store)
+    judge.use_answers(StoredAnswers(store))
     done = 0
     failed: dict[int, InputProblem] = {}  # by presentation
     while (room := AT_ONCE if limit is None else min(AT_ONCE, limit - done - len(failed))) > 0:
@@ -133,6 +134,36 @@ def ask_judge(
     return done
 
 
+class StoredAnswers(Answers):
+    """The answers of a store; each is on the disk before it is used."""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def answer(self, question: str) -> str | None:
+        """Return a known answer, else None."""
+        query = "SELECT content FROM answers WHERE hash = ?"
+        rows = self._store.database.rows(query, (question,))
+        return rows[0]["content"] if rows else None
+
+    def keep_answer(self, question: str, content: str) -> None:
+        """Keep an answer before it is used."""
+        with self._store.database.writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
+                (question, content, self._store.clock()),
+            )
+
+
+def unjudged(store: Store, name: str) -> int:
+    """Count the pairs that a judge has not judged."""
+    query = (
+        "SELECT (SELECT count(*) FROM pairs) - (SELECT count(*) FROM presentations p "
+        "JOIN annotators a ON a.id = p.annotator WHERE a.name = ? AND p.state = 'judged')"
+    )
+    return int(store.database.rows(query, (name,))[0][0])
+
+
 class JudgeSettings(Protocol):
     """What `judge_of` reads, as the section `judge` of a configuration has it."""
 
@@ -152,6 +183,12 @@ class JudgeSettings(Protocol):
         """Return the keyword arguments of the judge."""
 
 
+_MAKERS: dict[str, Callable[..., Judge]] = {
+    "function": FunctionJudge.named,
+    "endpoint": EndpointJudge,
+}
+
+
 def judge_of(settings: JudgeSettings) -> Judge | None:
     """Make the judge that a configuration describes; None where people judge.
 
@@ -160,7 +197,7 @@ def judge_of(settings: JudgeSettings) -> Judge | None:
     """
     if settings.type == "people":
         return None
-    judge: Judge = FunctionJudge.named(**settings.arguments())
+    judge = _MAKERS[settings.type](**settings.arguments())
     if not settings.error_rate:
         return judge
     return Erring(judge, settings.error_rate, settings.error_seed)

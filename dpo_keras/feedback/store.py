@@ -207,19 +207,6 @@ class Store:
             query = "SELECT id FROM annotators WHERE name = ?"
             return int(connection.execute(query, (name,)).fetchone()["id"])
 
-    def answer(self, question: str) -> str | None:
-        """Return the answer to a question of a judge, by the question's hash; None if unknown."""
-        rows = self.database.rows("SELECT content FROM answers WHERE hash = ?", (question,))
-        return rows[0]["content"] if rows else None
-
-    def keep_answer(self, question: str, content: str) -> None:
-        """Keep the answer to a question of a judge. It is on the disk on return."""
-        with self.database.writing() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)",
-                (question, content, self.clock()),
-            )
-
     def remove_annotator(self, name: str) -> None:
         """End a person's token and sessions, and give the pairs they hold to others.
 
