@@ -15,7 +15,13 @@ from dpo_keras.app.config_sections import REFERENCES
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_model, load_reference
 from dpo_keras.app.run_directory import RunDirectory, open_run, versions, writable
-from dpo_keras.app.run_inputs import Pairs, count_trained_on, read_pairs, tokenize
+from dpo_keras.app.run_inputs import (
+    Pairs,
+    check_kind,
+    count_trained_on,
+    read_pairs,
+    tokenize,
+)
 from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
@@ -271,6 +277,7 @@ def evaluate(
     progress.stage("Data")
     any_format = config.data.model_copy(update={"format": "auto"})
     pairs = read_pairs([str(file)], any_format, progress, limit)
+    check_kind(config, pairs)
     trained_on = count_trained_on(directory, pairs)
     with writable("run", folder):
         make_directory(folder)
