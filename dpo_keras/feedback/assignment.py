@@ -115,12 +115,7 @@ def hand_out(
     """Renew a person's leases and add new ones up to `count`, in a transaction."""
     _release_expired(connection, now, except_of=annotator)
     expires = now + settings.lease_seconds
-    # Leases with more than half their time left stay as they are: nothing to write.
-    connection.execute(
-        "UPDATE presentations SET expires = ? "
-        "WHERE annotator = ? AND state = 'leased' AND expires < ?",
-        (expires, annotator, expires - settings.lease_seconds / 2),
-    )
+    _renew(connection, settings, now, annotator)
     held = connection.execute(
         "SELECT count(*) FROM presentations WHERE annotator = ? AND state = 'leased'", (annotator,)
     ).fetchone()[0]
@@ -140,12 +135,34 @@ def hand_out(
         if not repeat:
             take_place(connection, pair, 1)
         held += 1
+    return _held(connection, annotator, count)
+
+
+def _renew(connection: sqlite3.Connection, settings: Settings, now: float, annotator: int) -> None:
+    # Leases with more than half their time left stay as they are: nothing to write.
+    expires = now + settings.lease_seconds
+    connection.execute(
+        "UPDATE presentations SET expires = ? "
+        "WHERE annotator = ? AND state = 'leased' AND expires < ?",
+        (expires, annotator, expires - settings.lease_seconds / 2),
+    )
+
+
+def _held(connection: sqlite3.Connection, annotator: int, count: int) -> list[Presentation]:
     presentations = []
     for row in connection.execute(_HELD, (annotator, count)):
         left, right = in_sides(row)
         prompt, images = stored_prompt(row["prompt"])
         presentations.append(Presentation(row["id"], prompt, left, right, images))
     return presentations
+
+
+def held(
+    connection: sqlite3.Connection, settings: Settings, now: float, annotator: int, count: int
+) -> list[Presentation]:
+    """Renew a person's leases and return up to `count` of them, in a transaction."""
+    _renew(connection, settings, now, annotator)
+    return _held(connection, annotator, count)
 
 
 def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:
