@@ -167,8 +167,8 @@ class Arena:
             query = self._queries.get(annotator)
             if query is None:
                 return None
-            # A text that comes as a whole would tell which policy wrote it; and nobody sees the whole
-            # of both before the store has them.
+            # A text that comes as a whole would tell which policy wrote it. Nobody sees all of both
+            # before the store has them.
             if query.phase == "writing" and all(side.responder.streams for side in query.sides):
                 query.shown = (query.sides[0].text, query.sides[1].text)
             position = 0

@@ -33,8 +33,8 @@ def present(store: Store, annotator: int, candidates: Candidates) -> int | None:
         candidates: a prompt and its two responses.
 
     Returns:
-        The presentation, which a judgement names. None where this person has judged the pair before,
-        or others have as often as it shall be judged.
+        The presentation, which a judgement names. None where this person has judged the pair, or
+        others have as often as it shall be judged.
 
     Raises:
         InputError: there are not two responses, or they are the same, or empty.

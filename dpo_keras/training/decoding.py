@@ -178,7 +178,7 @@ def _decode_with_cache(
         policy.sampler = before
 
 
-def _loop(
+def _loop(  # noqa: PLR0913 - what a loop is made of
     logits_at: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     token_ids: Tensor,
     cache: Tensor,

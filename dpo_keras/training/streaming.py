@@ -51,8 +51,8 @@ def stream_responses(
     """Sample a response to each prompt, all together, and yield texts as tokens are chosen.
 
     A response is that of `generate_responses(policy, [prompt], seed=seed)`, but for rounding,
-    whatever other prompts it is written together with. Where texts are taken more slowly than tokens
-    come, only the newest text of a response is yielded.
+    whatever other prompts it is written together with. Where texts are taken more slowly than
+    tokens come, only the newest text of a response is yielded.
 
     Args:
         policy: as `generate_responses` takes it.
@@ -69,8 +69,8 @@ def stream_responses(
         decoding.
 
     Raises:
-        InputError: an argument is out of range, there is no preprocessor, or a prompt leaves no room
-            for the response: unlike `generate_responses`, it cuts nothing off.
+        InputError: an argument is out of range, there is no preprocessor, or a prompt leaves no
+            room for the response: unlike `generate_responses`, it cuts nothing off.
 
     Example:
         >>> class Letters:
@@ -141,21 +141,15 @@ def _stream(
     thread.start()
     tokens: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    most = uniforms.shape[-1]
+    longest = uniforms.shape[-1]
     try:
-        goes_on = True
-        while goes_on:
-            changed: set[int] = set()
-            for step in _waiting(steps):
-                if step is None:
-                    goes_on = False
-                    break
-                for row, token in zip(*(part.tolist() for part in step), strict=True):
-                    if not 0 <= row < len(rows) or ended[row]:
-                        continue
+        for new in _heard(steps):
+            changed = set()
+            for row, token in new:
+                if 0 <= row < len(rows) and not ended[row]:
                     if token not in stops:
                         tokens[row].append(token)
-                    ended[row] = token in stops or len(tokens[row]) == most
+                    ended[row] = token in stops or len(tokens[row]) == longest
                     changed.add(row)
             yield from written(tokens, ended, changed)
         if failures:
@@ -166,11 +160,20 @@ def _stream(
         del _streams[number]
 
 
-def _waiting(steps: queue.SimpleQueue[_Step]) -> Iterator[_Step]:
-    """Wait for a step, then yield it and all that came in the meantime."""
-    yield steps.get()
-    while not steps.empty():
-        yield steps.get()
+def _heard(steps: queue.SimpleQueue[_Step]) -> Iterator[list[tuple[int, int]]]:
+    """Yield rows and tokens, each time all that have come, until there are no more."""
+    while True:
+        found = [steps.get()]
+        while not steps.empty():
+            found.append(steps.get())
+        yield [
+            pair
+            for step in found
+            if step is not None
+            for pair in zip(step[0].tolist(), step[1].tolist(), strict=True)
+        ]
+        if found[-1] is None:
+            return
 
 
 def _streaming_function(borrowed: Callable[[], Any], sampling: Sampling) -> Callable[..., Tensor]:
