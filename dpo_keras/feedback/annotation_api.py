@@ -158,19 +158,23 @@ class Api:
         return {**self._progress, "undoable": self.store.last_judged(annotator.id)}
 
 
-def _shown(presentation: Presentation) -> dict[str, JSON]:
-    turns = presentation.prompt
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    prompt = [
+def rendered_prompt(prompt: JSON) -> list[dict[str, JSON]]:
+    """Return the turns of a prompt, ready for the page."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    rendered = [
         {
             "role": _ROLES.get(turn["role"], turn["role"]),
             "body": render(Message.from_dict(turn).words),
         }
         for turn in turns
     ]
-    if len(prompt) == 1:
-        prompt[0]["role"] = None
+    if len(rendered) == 1:
+        rendered[0]["role"] = None
+    return rendered
+
+
+def _shown(presentation: Presentation) -> dict[str, JSON]:
+    prompt = rendered_prompt(presentation.prompt)
     content: dict[str, JSON] = {"id": presentation.id, "prompt": prompt}
     if presentation.images:
         content["images"] = len(presentation.images)
@@ -189,11 +193,20 @@ class Page(NamedTuple):
 
 @cache
 def page(name: str) -> Page:
-    """Put the style and script of the page "annotate" or "admin" into its HTML."""
+    """Put the style and script of the page "annotate", "arena" or "admin" into its HTML.
+
+    The arena is the page "annotate" with a place to ask.
+    """
     folder = importlib.resources.files(__package__) / "page"
-    document = (folder / f"{name}.html").read_text("utf-8")
     style = (folder / "style.css").read_text("utf-8")
-    script = (folder / "common.js").read_text("utf-8") + (folder / f"{name}.js").read_text("utf-8")
+    if name == "arena":
+        document = (folder / "annotate.html").read_text("utf-8")
+        document = document.replace("<!--arena-->", (folder / "arena.html").read_text("utf-8"))
+        scripts = ["common", "annotate", "arena"]
+    else:
+        document = (folder / f"{name}.html").read_text("utf-8")
+        scripts = ["common", name]
+    script = "".join((folder / f"{one}.js").read_text("utf-8") for one in scripts)
     document = document.replace("/*style*/", style).replace("/*script*/", script)
     return Page(document.encode(), _csp_source(style), _csp_source(script))
 
@@ -212,10 +225,11 @@ def _csp_source(text: str) -> str:
 
 def content_security_policy() -> str:
     """Return the policy of every answer: nothing from elsewhere, no unknown script or style."""
-    annotate, admin = page("annotate"), page("admin")  # they share one style
+    pages = [page(name) for name in ("annotate", "arena", "admin")]  # they share one style
+    scripts = " ".join(one.script_source for one in pages)
     return (
-        f"default-src 'none'; script-src {annotate.script_source} {admin.script_source}; "
-        f"style-src {annotate.style_source}; connect-src 'self'; "
+        f"default-src 'none'; script-src {scripts}; "
+        f"style-src {pages[0].style_source}; connect-src 'self'; "
         "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )

@@ -57,12 +57,18 @@ def make_app(
     address: Address = Address(),  # noqa: B008  # it cannot be changed
     rate: float = 30.0,  # requests per second and session
     burst: float = 60.0,  # requests at once
+    api: Api | None = None,
+    name: str = "annotate",
+    further: Callable[["Sessions"], list[Route]] = lambda _: [],
 ) -> Starlette:
-    """Make the server's application; see `Api` for guidelines and `assess`."""
-    api = Api(store, guidelines, assess)
-    sessions = _Sessions(store, address, RateLimit(rate, burst))
+    """Make the server's application; see `Api` for guidelines and `assess`.
+
+    Another page has a `name`, an `api` of its own, and `further` routes.
+    """
+    api = api or Api(store, guidelines, assess)
+    sessions = Sessions(store, address, RateLimit(rate, burst))
     routes = [
-        Route("/", _page("annotate")),
+        Route("/", _page(name)),
         Route("/admin", _page("admin")),
         Route("/api/next", sessions.endpoint(api.next, finish=api.with_texts)),
         Route("/api/image", sessions.image_endpoint(api.image)),
@@ -73,6 +79,7 @@ def make_app(
         Route("/api/admin", sessions.slow_endpoint(lambda annotator, _: api.overview(annotator))),
         Route("/api/session", sessions.sign_in, methods=["POST"]),
         Route("/api/logout", sessions.log_out, methods=["POST"]),
+        *further(sessions),
     ]
     guard = Middleware(GuardMiddleware, policy=content_security_policy(), address=address)
     handlers = dict.fromkeys((404, 405, 500, Refused, InputError), _error)
@@ -122,7 +129,7 @@ class _Together:
         loop.run_in_executor(None, partial(self.database.checkpoint, truncate=quiet))
 
 
-class _Sessions:
+class Sessions:
     """Endpoints for signed-in people: who asks, may they, and what went wrong."""
 
     def __init__(self, store: Store, address: Address, rates: RateLimit):
@@ -169,7 +176,7 @@ class _Sessions:
         """Make an endpoint that answers with an image."""
 
         def answer(request: Request) -> bytes:
-            _, annotator = self._signed_in(request)
+            _, annotator = self.signed_in(request)
             return work(annotator, request.query_params)
 
         async def endpoint(request: Request) -> Response:
@@ -179,13 +186,14 @@ class _Sessions:
         return endpoint
 
     def _answer(self, request: Request, work: Work, body: JSON) -> dict[str, JSON]:
-        secret, annotator = self._signed_in(request)
+        secret, annotator = self.signed_in(request)
         content = work(annotator, body)
         if request.url.path.endswith("/api/me"):
             content["csrf"] = csrf_token(secret)
         return content
 
-    def _signed_in(self, request: Request) -> tuple[str, Annotator]:
+    def signed_in(self, request: Request) -> tuple[str, Annotator]:
+        """Return the session's secret and whose it is; raise Refused where there is none."""
         secret = request.cookies.get(self.cookie, "")
         annotator = self.store.session(secret) if secret else None
         if annotator is None:
@@ -219,7 +227,7 @@ class _Sessions:
 
     async def log_out(self, request: Request) -> Response:
         """End the session of this browser."""
-        secret, _ = await self.together.run(lambda: self._signed_in(request), durable=False)
+        secret, _ = await self.together.run(lambda: self.signed_in(request), durable=False)
         await self.together.run(lambda: self.store.end_session(secret), durable=True)
         response = JSONResponse({})
         self._set_cookie(response, "", 0)

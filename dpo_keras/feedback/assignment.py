@@ -149,12 +149,7 @@ def hand_out(
     """Renew an annotator's leases and add new ones up to `count`, in a transaction."""
     _release_expired(connection, now, except_of=annotator)
     expires = now + settings.lease_seconds
-    # Leases with more than half their time left stay as they are: nothing to write.
-    connection.execute(
-        "UPDATE presentations SET expires = ? "
-        "WHERE annotator = ? AND state = 'leased' AND expires < ?",
-        (expires, annotator, expires - settings.lease_seconds / 2),
-    )
+    _renew(connection, settings, now, annotator)
     held = connection.execute(
         "SELECT count(DISTINCT coalesce(ranking, id)) FROM presentations "
         "WHERE annotator = ? AND state = 'leased'",
@@ -176,6 +171,20 @@ def hand_out(
         )
         if not repeat:
             take_place(connection, pair, annotator, 1)
+    return _held(connection, annotator, count)
+
+
+def _renew(connection: sqlite3.Connection, settings: Settings, now: float, annotator: int) -> None:
+    # Leases with more than half their time left stay as they are: nothing to write.
+    expires = now + settings.lease_seconds
+    connection.execute(
+        "UPDATE presentations SET expires = ? "
+        "WHERE annotator = ? AND state = 'leased' AND expires < ?",
+        (expires, annotator, expires - settings.lease_seconds / 2),
+    )
+
+
+def _held(connection: sqlite3.Connection, annotator: int, count: int) -> list[Presentation]:
     rows = connection.execute(_HELD, {"annotator": annotator, "count": count}).fetchall()
     groups = itertools.groupby(rows, lambda row: row["ranking"] or row["id"])
     return [_presentation(number, list(pairs)) for number, pairs in groups]
@@ -230,6 +239,14 @@ def _lease_ranking(
         "UPDATE presentations SET ranking = ? WHERE id = ?", [(min(numbers), n) for n in numbers]
     )
     return True
+
+
+def held(
+    connection: sqlite3.Connection, settings: Settings, now: float, annotator: int, count: int
+) -> list[Presentation]:
+    """Renew a person's leases and return up to `count` of them, in a transaction."""
+    _renew(connection, settings, now, annotator)
+    return _held(connection, annotator, count)
 
 
 def in_sides(row: sqlite3.Row) -> tuple[Any, Any]:

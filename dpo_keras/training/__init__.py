@@ -10,6 +10,7 @@ from dpo_keras.training.generation import generate_responses
 from dpo_keras.training.optimizers import make_optimizer
 from dpo_keras.training.policy_trainer import PolicyTrainer
 from dpo_keras.training.reward_model import RewardModel
+from dpo_keras.training.streaming import stream_responses
 from dpo_keras.training.supervised_model import SupervisedModel, supervised_dataset
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "outputs_of",
     "save_checkpoint",
     "strategy",
+    "stream_responses",
     "supervised_dataset",
     "train_preferences",
     "warm_up",

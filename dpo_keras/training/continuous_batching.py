@@ -28,6 +28,12 @@ from dpo_keras.utils import Tensor
 Choose: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Chooses tokens, int32 `[rows]`, by logits `[rows, vocabulary]` and uniform numbers `[rows]`."""
 
+Report: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Hears of rows and their new tokens, both int32 `[n]`, and returns the tokens.
+
+Rows that the result does not have belong to nobody. What follows a row's stop is undefined.
+"""
+
 # Decoding steps between two looks at what has ended.
 STEPS = 16
 # Tokens, padding included, that are read together: products do not become faster with more.
@@ -59,6 +65,7 @@ def decode_continuously(  # noqa: PLR0913 - the one decoder's settings
     stops: Sequence[int],
     choose: Choose,
     slots: int | Tensor,
+    report: Report | None = None,
 ) -> tf.RaggedTensor:
     """Generate the responses to prompts; leave out the stop that ends them.
 
@@ -70,13 +77,14 @@ def decode_continuously(  # noqa: PLR0913 - the one decoder's settings
         stops: the tokens that end a response.
         choose: the rule that chooses tokens.
         slots: the number of sequences that are decoded together; at least C of them are.
+        report: hears of every token as it is chosen.
 
     Returns:
         int32 `[N * C, (tokens)]`.
     """
     parts = split_backbone_and_head(policy)
     assert parts is not None
-    decoder = _Decoder(parts[0], parts[1], prompts, uniforms, stops, choose)
+    decoder = _Decoder(parts[0], parts[1], prompts, uniforms, stops, choose, report)
     return decoder.run(tf.convert_to_tensor(slots))
 
 
@@ -91,8 +99,9 @@ class _Decoder:
         uniforms: Tensor,
         stops: Sequence[int],
         choose: Choose,
+        report: Report | None,
     ):
-        self.backbone, self.head, self.choose = backbone, head, choose
+        self.backbone, self.head, self.choose, self.report = backbone, head, choose, report
         # Once, and not at each step: it may be a transposed copy.
         self.kernel = made(head.kernel())
         self.stops = tf.constant(list(stops), tf.int32)
@@ -217,7 +226,8 @@ class _Decoder:
 
     def _written(self, result: Tensor, state: Slots) -> Tensor:
         places = tf.stack([state.row, state.count - 1], axis=1)
-        return tf.tensor_scatter_nd_update(result, places, state.token)
+        token = state.token if self.report is None else self.report(state.row, state.token)
+        return tf.tensor_scatter_nd_update(result, places, token)
 
     def _spare(self, count: int | Tensor) -> Slots:
         """Return finished slots without a sequence."""

@@ -24,6 +24,7 @@ from dpo_keras.scoring.model_inputs import (
 )
 from dpo_keras.training.continuous_batching import (
     Choose,
+    Report,
     decode_continuously,
     decodes_continuously,
     until_stop,
@@ -46,6 +47,7 @@ def generate_tokens(  # noqa: PLR0913 - the one decoder's settings
     choose: Choose,
     slots: int | Tensor,
     pad: int,
+    report: Report | None = None,
 ) -> tf.RaggedTensor:
     """Generate the responses to prompts of text; leave out the stop that ends them.
 
@@ -54,7 +56,7 @@ def generate_tokens(  # noqa: PLR0913 - the one decoder's settings
     """
     if decodes_continuously(policy):
         return decode_continuously(
-            policy, prompts, uniforms, stops=stops, choose=choose, slots=slots
+            policy, prompts, uniforms, stops=stops, choose=choose, slots=slots, report=report
         )
     copies, longest = tf.unstack(tf.shape(uniforms)[1:])
     lengths = tf.repeat(prompts.row_lengths(), copies)
@@ -62,7 +64,7 @@ def generate_tokens(  # noqa: PLR0913 - the one decoder's settings
     ids = tf.pad(ids, [[0, 0], [0, longest]], constant_values=pad)
     mask = tf.sequence_mask(lengths, tf.shape(ids, tf.int64)[1])
     drawn = tf.reshape(uniforms, (-1, longest))
-    found = decode(policy, ids, mask, stops=stops, choose=choose, uniforms=drawn)
+    found = decode(policy, ids, mask, stops=stops, choose=choose, uniforms=drawn, report=report)
     return new_tokens(found, lengths, stops, longest)
 
 
@@ -75,6 +77,7 @@ def decode(
     choose: Choose,
     uniforms: Tensor,
     images: Mapping[str, Tensor] | None = None,
+    report: Report | None = None,
 ) -> Tensor:
     """Write a response behind each prompt, token by token, until every row has a stop.
 
@@ -84,9 +87,12 @@ def decode(
     `[batch, length]`, prompts on the left, with room for the responses; `mask` is True for the
     prompts' tokens, at least one per row. `uniforms` `[batch, T]` are what `choose` draws the T
     tokens of the longest response by. What follows a row's first stop is undefined. `images` are
-    those of the prompts, as in a batch; see `check_generates_from_images`.
+    those of the prompts, as in a batch; see `check_generates_from_images`. `report` hears of every
+    token.
     """
-    loop = functools.partial(_loop, mask=mask, stops=stops, choose=choose, uniforms=uniforms)
+    loop = functools.partial(
+        _loop, mask=mask, stops=stops, choose=choose, uniforms=uniforms, report=report
+    )
     recurrent = recurrent_decoding(policy)
     if recurrent is not None:
         return _decode_with_state(recurrent, token_ids, loop)
@@ -172,7 +178,7 @@ def _decode_with_cache(
         policy.sampler = before
 
 
-def _loop(
+def _loop(  # noqa: PLR0913 - what a loop is made of
     logits_at: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     token_ids: Tensor,
     cache: Tensor,
@@ -183,6 +189,7 @@ def _loop(
     choose: Choose,
     uniforms: Tensor,
     steps: Tensor,
+    report: Report | None,
     keep: bool = False,
 ) -> Tensor:
     """Fill `token_ids` from `place` `[batch]` on; `logits_at` gives the logits for that place.
@@ -205,6 +212,8 @@ def _loop(
         cache = _kept(prompted, cache, found) if keep else found
         drawn = tf.gather(uniforms, tf.clip_by_value(place - lengths, 0, last), batch_dims=1)
         token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits, drawn))
+        if report is not None:
+            token = report(tf.where(prompted, -1, rows), token)
         done |= ~prompted & tf.reduce_any(token[:, None] == tf.constant(stops), axis=1)
         return tf.tensor_scatter_nd_update(token_ids, at, token), cache, place + 1, done
 

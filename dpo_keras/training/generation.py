@@ -33,12 +33,12 @@ _compiled_functions: weakref.WeakKeyDictionary[object, dict[object, Callable[...
 _PROMPTS_PER_SLOT = 8
 
 
-class _Sampling(NamedTuple):
+class Sampling(NamedTuple):
     """How tokens are chosen."""
 
-    stops: tuple[int, ...]
     temperature: float
     top_p: float
+    stops: tuple[int, ...] = ()
 
 
 def generate_responses(  # noqa: PLR0913 - public API, options by keyword
@@ -102,27 +102,16 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
         ['ccc', 'ccc']
     """
     preprocessor = preprocessor or getattr(policy, "preprocessor", None)
-    problems = decoding_problems(max_new_tokens, temperature, top_p)
-    if preprocessor is None:
-        rule = "is needed to tokenize: the policy has none attached"
-        problems.append(InputProblem("preprocessor", rule))
-    if problems:
-        raise InputError(problems)
-    limit = max_length or getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
-    if limit is not None and limit <= max_new_tokens:
-        rule = f"must leave room for a prompt in {limit} tokens"
-        raise InputError(InputProblem("max_new_tokens", rule, max_new_tokens))
-    check_inputs(policy)
+    sampling = Sampling(temperature, top_p)
+    encoder, limit = checked_arguments(policy, preprocessor, max_new_tokens, sampling, max_length)
     prompts, shown = _shown(policy, preprocessor, prompts, images)
-    encoder = TextEncoder(preprocessor)
-    stops = sorted(encoder.ends)
+    sampling = sampling._replace(stops=tuple(sorted(encoder.ends)))
     room = None if limit is None else limit - max_new_tokens
-    rows = _prompt_ids(encoder, [prompts[row] for row in range(len(prompts))], room)
+    rows = prompt_ids(encoder, [prompts[row] for row in range(len(prompts))], room)
     if not rows:
         return ([], []) if return_ended else []
     seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
-    sampling = _Sampling(tuple(stops), temperature, top_p)
-    uniforms = _uniforms(seeds, len(rows), max_new_tokens, temperature)
+    uniforms = uniform_numbers(seeds, len(rows), max_new_tokens, temperature)
     new: list[list[int]] = []
     if shown is None and decodes_continuously(policy):
         batches = _continuous(policy, rows, uniforms, sampling, batch_size)
@@ -142,11 +131,33 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     return (responses, ended) if return_ended else responses
 
 
+def checked_arguments(
+    policy: keras.Model,
+    preprocessor: object | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    max_length: int | None,
+) -> tuple[TextEncoder, int | None]:
+    """Check what generation is asked for; return what tokenizes, and the longest sequence."""
+    problems = decoding_problems(max_new_tokens, sampling.temperature, sampling.top_p)
+    if preprocessor is None:
+        rule = "is needed to tokenize: the policy has none attached"
+        problems.append(InputProblem("preprocessor", rule))
+    if problems:
+        raise InputError(problems)
+    limit = max_length or getattr(getattr(policy, "backbone", policy), "max_sequence_length", None)
+    if limit is not None and limit <= max_new_tokens:
+        rule = f"must leave room for a prompt in {limit} tokens"
+        raise InputError(InputProblem("max_new_tokens", rule, max_new_tokens))
+    check_inputs(policy)
+    return TextEncoder(preprocessor), limit
+
+
 def _by_prompt(values: list[Any], copies: int) -> list[list[Any]]:
     return [values[start : start + copies] for start in range(0, len(values), copies)]
 
 
-def _uniforms(
+def uniform_numbers(
     seeds: Sequence[int], prompts: int, max_new_tokens: int, temperature: float
 ) -> np.ndarray:
     """Return what each token is drawn by, float32 `[prompts, seeds, max_new_tokens]` in [0, 1).
@@ -168,11 +179,11 @@ def _continuous(
     policy: keras.Model,
     rows: list[list[int]],
     uniforms: np.ndarray,
-    sampling: _Sampling,
+    sampling: Sampling,
     batch_size: int,
 ) -> Iterator[list[list[int]]]:
     """Generate with slots that are refilled; the new tokens of some prompts at a time."""
-    run = _compiled(policy, "continuous", sampling)
+    run = compiled(policy, _continuous_function, sampling)
     slots = tf.constant(batch_size)
     step = _PROMPTS_PER_SLOT * batch_size
     for start in range(0, len(rows), step):
@@ -184,13 +195,13 @@ def _in_columns(
     policy: keras.Model,
     rows: list[list[int]],
     uniforms: np.ndarray,
-    sampling: _Sampling,
+    sampling: Sampling,
     shape: tuple[int, int],
     pad: int,
     shown: PairImages | None,
 ) -> Iterator[list[list[int]]]:
     """Generate batch by batch; the new tokens of one batch at a time."""
-    run = _compiled(policy, "columns", sampling)
+    run = compiled(policy, _columns_function, sampling)
     batch_size, length = shape
     copies, longest = uniforms.shape[1:]
     for start in range(0, len(rows), batch_size):
@@ -250,17 +261,21 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _compiled(policy: keras.Model, how: str, sampling: _Sampling) -> Callable[..., Tensor]:
+def compiled(
+    policy: keras.Model,
+    make: Callable[[Callable[[], Any], Sampling], Callable[..., Tensor]],
+    sampling: Sampling,
+) -> Callable[..., Tensor]:
+    """Return what `make` compiles, made once for each policy and setting."""
     known = _compiled_functions.setdefault(policy, {})
-    key = (how, sampling)
+    key = (make, sampling)
     if key not in known:
-        make = _continuous_function if how == "continuous" else _columns_function
         # The values of a dictionary with weak keys must not hold the keys.
         known[key] = make(weakref.ref(policy), sampling)
     return known[key]
 
 
-def _continuous_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
+def _continuous_function(borrowed: Callable[[], Any], sampling: Sampling) -> Callable[..., Tensor]:
     specifications = [
         tf.RaggedTensorSpec([None, None], tf.int32),
         tf.TensorSpec([None, None, None], tf.float32),
@@ -281,11 +296,11 @@ def _continuous_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Ca
             pad=0,
         )
 
-    compiled: Callable[..., Tensor] = run
-    return compiled
+    found: Callable[..., Tensor] = run
+    return found
 
 
-def _columns_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Callable[..., Tensor]:
+def _columns_function(borrowed: Callable[[], Any], sampling: Sampling) -> Callable[..., Tensor]:
     choose = token_choice(sampling.temperature, sampling.top_p)
 
     # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model of
@@ -302,11 +317,11 @@ def _columns_function(borrowed: Callable[[], Any], sampling: _Sampling) -> Calla
             images=images,
         )
 
-    compiled: Callable[..., Tensor] = run
-    return compiled
+    found: Callable[..., Tensor] = run
+    return found
 
 
-def _prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:
+def prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:
     """Tokenize prompts that are strings; cut all from the left, keeping the start token."""
     strings = all(isinstance(prompt, str) for prompt in prompts)
     rows = []

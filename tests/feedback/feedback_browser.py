@@ -32,11 +32,11 @@ needs_browser = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def served(store, **options):
+def served(store, app=None, port=0, **options):
     """The address of a server of this store."""
-    listening = bind("127.0.0.1", 0)
+    listening = bind("127.0.0.1", port)
     listening.listen(512)  # as `run` does: who connects now waits
-    server = make_server(make_app(store, **options))
+    server = make_server(app or make_app(store, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

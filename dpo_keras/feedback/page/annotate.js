@@ -86,9 +86,8 @@ function drawImage(presentation, number, count) {
   return image;
 }
 
-function drawPrompt(turns, presentation, images) {
-  const shown = Array.from({ length: images || 0 }, (_, number) => drawImage(presentation, number, images));
-  $("prompt-body").replaceChildren(...shown, ...turns.map((turn) => {
+function drawTurns(turns) {
+  return turns.map((turn) => {
     const box = document.createElement("div");
     box.className = "turn";
     if (turn.role) {
@@ -98,7 +97,12 @@ function drawPrompt(turns, presentation, images) {
     }
     box.append(...turn.body.map(build));
     return box;
-  }));
+  });
+}
+
+function drawPrompt(turns, presentation, images) {
+  const shown = Array.from({ length: images || 0 }, (_, number) => drawImage(presentation, number, images));
+  $("prompt-body").replaceChildren(...shown, ...drawTurns(turns));
 }
 
 let drawn = null;
@@ -146,6 +150,7 @@ function draw() {
     $("progress").max = Math.max(1, state.wanted); $("progress").value = state.judged;
     $("progress-text").textContent = `You: ${state.own ?? 0} · round: ${state.judged} of ${state.wanted}`;
   }
+  document.dispatchEvent(new Event("drawn")); // the arena adds to it
 }
 
 document.addEventListener("visibilitychange", () => {
