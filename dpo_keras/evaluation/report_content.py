@@ -107,6 +107,7 @@ def most_wrong(
         >>> columns = {name: np.zeros(2) for name in NEEDED_COLUMNS}
         >>> columns |= {"preference": np.ones(2), "weight": np.ones(2), "source": np.arange(2)}
         >>> columns |= {"chosen_reward": np.array([1.0, -1.0])}
+        >>> from dpo_keras.preferences import PreferencePair
         >>> pairs = [PreferencePair("Hi", "Hello!", "Bye.", id=name) for name in "ab"]
         >>> rows = most_wrong(HeldOut(columns), pairs)
         >>> [(row["id"], round(row["probability"], 3)) for row in rows]

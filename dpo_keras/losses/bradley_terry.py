@@ -97,7 +97,7 @@ def plackett_luce_nll(scores: Tensor, present: Tensor) -> Tensor:
         >>> print(ops.convert_to_numpy(value).round(4))
         [0.3133]
     """
-    scores = as_floating(scores)
+    scores, present = as_floating(scores), ops.convert_to_tensor(present)
     total = ops.zeros_like(scores[:, 0])
     rest = ops.where(present[:, -1], scores[:, -1], NEVER)
     for column in range(scores.shape[-1] - 2, -1, -1):
