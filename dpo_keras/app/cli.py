@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.arena_command import arena
 from dpo_keras.app.console import (
     AsJson,
     ConfigFile,
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
+app.command()(arena)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 
