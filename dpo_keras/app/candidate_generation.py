@@ -115,7 +115,7 @@ def generate(  # noqa: PLR0913 (keyword options, one for each of the command's)
             policy = None  # frees the last one before the next
             progress.stage("Policy" if len(makers) == 1 else f"Policy {maker.name}")
             policy, loaded = load_model(*wanted), wanted
-        inputs = _model_inputs(records, maker.config, policy)
+        inputs = model_inputs(records, maker.config.data.template, policy)
         numbers = range(turn, responses, len(makers))
         progress.stage(f"Candidates {', '.join(str(n + 1) for n in numbers)} of {responses}")
         draws = 1 if maker.options["temperature"] == 0 else REDRAWS + 1
@@ -290,13 +290,12 @@ def _is_prompt(prompt: JSON) -> bool:
     return all(isinstance(turn.get(key), str) for turn in turns for key in ("role", "content"))
 
 
-def _model_inputs(
-    records: Sequence[dict[str, JSON]], config: Config, policy: keras.Model
+def model_inputs(
+    records: Sequence[dict[str, JSON]], template: str | None, policy: keras.Model
 ) -> Inputs:
     """Return the prompts, as training reads them, and their images."""
     from dpo_keras.batching import tokenize_pairs
 
-    template = config.data.template
     prompts = [record["prompt"] for record in records]
     if template is None and not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_keras.app.arena_command import arena
 from dpo_keras.app.comparison_commands import compare
 from dpo_keras.app.console import (
     AsJson,
@@ -60,6 +61,7 @@ app.add_typer(data, name="data")
 app.add_typer(feedback, name="feedback")
 app.command()(annotate)
 app.command()(compare)
+app.command()(arena)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 

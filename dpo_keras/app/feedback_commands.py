@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ from dpo_keras.utils.deferred_imports import deferred_function
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from socket import socket
 
     from dpo_keras.feedback import Candidates, Imported, Store
 
@@ -106,7 +108,7 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         from dpo_keras.feedback import Settings, open_store, read_candidates
         from dpo_keras.feedback.annotation_server import bind, make_app, run
         from dpo_keras.feedback.quality import overview
-        from dpo_keras.feedback.request_guard import LOOPBACK, address_of
+        from dpo_keras.feedback.request_guard import address_of
 
         selection = selection or ("uncertain" if policy else "random")
         check_selection(selection, policy or ())
@@ -126,27 +128,15 @@ def annotate(  # noqa: PLR0913, PLR0917 (a parameter is an option)
             round = open_store(store, settings, create=True)
             added = _add(terminal, round, candidates, given, selection, policy or (), count)
             del given  # it may be large, and the server runs for weeks
-            base = (url or f"http://{_in_url(host)}:{listening.getsockname()[1]}").rstrip("/")
+            base = base_url(url, host, listening)
             links = make_links(round, annotator or [], renew, base)
             terminal.say(f"{store}: {added.summary()}.")
             if overlap == 1:
                 terminal.say("Each pair is judged once; --overlap 2 lets agreement be measured.")
-            if host not in LOOPBACK and not address.secure:
-                terminal.say(
-                    "warning: links and answers go over the network unencrypted; put a server with "
-                    "https in front, and give its --url."
-                )
-            _tell_of_others(terminal, store, round, links)
+            tell_of_links(terminal, store, round, links, encrypted=address.encrypted(host))
             page = make_app(round, guidelines=shown, assess=overview, address=address)
 
-            def announce() -> None:
-                terminal.result({"url": base, "links": links}, *_link_views(links))
-                if not as_json:
-                    terminal.say("Ctrl-C ends the server; answers are kept as they come.")
-                # Programs read the links before the server ends.
-                sys.stdout.flush()
-
-            run(page, listening, announce)
+            run(page, listening, announcement(terminal, base, links))
             round.close()
         finally:
             listening.close()
@@ -369,10 +359,15 @@ def _add(
         )
 
 
-def _tell_of_others(
-    terminal: Terminal, path: Path, store: Store, links: list[dict[str, JSON]]
+def tell_of_links(
+    terminal: Terminal, path: Path, store: Store, links: list[dict[str, JSON]], *, encrypted: bool
 ) -> None:
-    """Say whose links still work though they are not named this time."""
+    """Say who else can sign in, and warn where links and answers can be read on their way."""
+    if not encrypted:
+        terminal.say(
+            "warning: links and answers go over the network unencrypted; put a server with "
+            "https in front, and give its --url."
+        )
     named = {one["name"] for one in links}
     others = [name for name in store.names_with_links() if name not in named]
     if others and len(named) > 1:
@@ -382,11 +377,23 @@ def _tell_of_others(
         )
 
 
-def _link_views(links: list[dict[str, JSON]]) -> list[str]:
+def announcement(terminal: Terminal, base: str, links: list[dict[str, JSON]]) -> Callable[[], None]:
+    """Return what prints the links, once the page can be opened."""
     width = max(len(one["name"]) for one in links)
     known = "has a link; --renew makes a new one"
-    return [f"{one['name'].ljust(width)}  {one['link'] or known}" for one in links]
+    views = [f"{one['name'].ljust(width)}  {one['link'] or known}" for one in links]
+
+    def announce() -> None:
+        terminal.result({"url": base, "links": links}, *views)
+        if not terminal.as_json:
+            terminal.say("Ctrl-C ends the server; answers are kept as they come.")
+        # Programs read the links before the server ends.
+        sys.stdout.flush()
+
+    return announce
 
 
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+def base_url(url: str | None, host: str, listening: socket) -> str:
+    """Return the address of the page, without a slash at its end."""
+    shown = f"[{host}]" if ":" in host else host
+    return (url or f"http://{shown}:{listening.getsockname()[1]}").rstrip("/")

@@ -111,6 +111,8 @@ class ArenaApi(Api):
         if before is not None and self.turns.go_on:
             prompt, response = before
             turns = rendered_prompt(prompt)
+            if self.turns.form is None:  # else the text tells who speaks
+                turns[0]["role"] = turns[0]["role"] or "Person"
             turns.append({"role": "Assistant", "body": render(response)})
         return {
             "phase": None if snapshot is None else snapshot.phase,

@@ -57,6 +57,10 @@ class Address:
         """Return whether the page is reached by https."""
         return self.origin.startswith("https://")
 
+    def encrypted(self, host: str) -> bool:
+        """Return whether nobody can listen, of a server that listens on `host`."""
+        return self.secure or host in LOOPBACK
+
 
 def address_of(host: str, url: str | None) -> Address:
     """Return how a server that listens on `host`, perhaps behind a proxy at `url`, is reached."""

@@ -239,7 +239,7 @@ def test_a_conversation_goes_on_with_the_chosen_response(tmp_path):
         ann.judge(pair["id"], "left", key="one")
         talk = ann.get("/api/conversation").json()
         assert talk["after"] == pair["id"]
-        assert [turn["role"] for turn in talk["turns"]] == [None, "Assistant"]
+        assert [turn["role"] for turn in talk["turns"]] == ["Person", "Assistant"]
         assert ann.ask("Two?", after=pair["id"]).status_code == 200
         phase(arena, ann.annotator.id, "done")
         second = ann.pair()

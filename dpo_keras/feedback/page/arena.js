@@ -32,8 +32,7 @@ function compose() {
   if (goesOn) $("said").replaceChildren(...drawTurns(talk.turns));
   $("composer-heading").textContent = goesOn ? "Go on with the response that you chose" : "Ask something";
   $("query").maxLength = talk.longest;
-  $("composer-note").textContent = "Enter asks, Shift+Enter begins a line."
-    + (talk.go_on ? "" : " Each query stands alone: this policy knows no turns.");
+  $("composer-note").textContent = talk.go_on ? "" : "Each query stands alone: this policy knows no turns.";
   if (!opens) return;
   if (talk.phase === "failed") giveBack(talk.message);
   if (goesOn) $("composer").scrollIntoView({ block: "end" });
@@ -137,3 +136,5 @@ $("query").addEventListener("keydown", (event) => {
 });
 $("anew").addEventListener("click", () => { remember("anew", String(talk.after)); compose(); $("query").focus(); });
 KEYS.u = () => following || undo();
+document.querySelector("[data-key=s]").textContent = "Skip: judge neither";
+document.querySelector("#help p").textContent = "You see two responses to what you ask; who wrote them stays hidden.";
