@@ -265,7 +265,7 @@ def _of_equal_rank(values: Tensor, others: Tensor, outputs: Outputs) -> Tensor:
 
 @objective
 class Reward(Logistic):
-    """Bradley-Terry likelihood of a reward model's scores: for RewardModel alone."""
+    """Bradley-Terry on the scores of a reward model (RewardModel)."""
 
     formula = "-log σ(r⁺ - r⁻)"
     source = "2203.02155"  # eq. 1
@@ -284,9 +284,9 @@ class Reward(Logistic):
 
 @objective
 class PlackettLuce(ImplicitReward):
-    """DPO on rankings: the exact likelihood of the whole order; on pairs it is sigmoid."""
+    """DPO on rankings: the likelihood of the order; sigmoid on pairs."""
 
-    formula = "-Σ_k [s_k - log Σ_{j≥k} exp s_j], s = β log(π/π_ref), the best first"
+    formula = "Σ_k [log Σ_{j≥k} exp(βc_j) - βc_k], best first"
     source = "2305.18290"  # appendix A.3
     reads = frozenset({"policy", "reference", "lengths"})
     ranks = True

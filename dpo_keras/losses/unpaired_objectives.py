@@ -15,7 +15,7 @@ from dpo_keras.utils.deferred_imports import ops
 
 @objective
 class KTO(Objective):
-    """Kahneman-Tversky: learns from thumbs, each response by itself; no pairs."""
+    """Kahneman-Tversky: learns from thumbs, each reply by itself."""
 
     formula = "y λ_D σ(β(z - c)) + (1-y) λ_U σ(β(c - z)), z = max(0, mean log-ratio of mismatches)"
     source = "2402.01306"  # eq. 8
