@@ -91,7 +91,7 @@ def test_an_endpoint_that_is_not_there_fails_the_run(path, capsys):
     ("words", "message"),
     [
         ([], "judge.type must not be people."),
-        (["judge.type=oracle"], "judge.type must be one of people, function or endpoint"),
+        (["judge.type=oracle"], "judge.type must be one of people, function, reward or endpoint"),
         (["judge.type=function"], "judge.function is required with judge.type: function"),
         (["--function", "nowhere:f"], "judge.function must name a module that can be imported"),
         (
