@@ -19,7 +19,7 @@ import tensorflow as tf
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training.checkpoints import RunCheckpoint
 from dpo_keras.training.generation import generate_responses
-from dpo_keras.training.metrics import COUNTS, HIDDEN
+from dpo_keras.training.metrics import COUNTS, HIDDEN, with_margin
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import write_text
 
