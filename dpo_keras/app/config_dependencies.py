@@ -53,6 +53,13 @@ def reads_reference(loss: Loss) -> bool | None:
     return "reference" in outputs_read(objectives, loss.penalties, loss.model_extra)
 
 
+def _takes_rated(loss: Loss) -> bool:
+    """Tell whether an objective may take rated responses; unknown names are reported elsewhere."""
+    from dpo_keras.losses.options import OBJECTIVES
+
+    return any(name not in OBJECTIVES or OBJECTIVES[name].unpaired for name in loss.type)
+
+
 def _paths(data: Data) -> list[str]:
     return [*(data.path or ()), *(data.held_out_path or ())]
 
@@ -120,6 +127,7 @@ DEPENDENCIES: tuple[Dependency, ...] = (
     Dependency("data.columns", "data", _have_records, RECORDS, outside=True),
     Dependency("data.on_error", "data", _have_records, RECORDS, outside=True),
     Dependency("data.feedback", "data", _have_records, RECORDS, outside=True),
+    Dependency("data.unpair", "loss", _takes_rated, "an objective on rated responses (kto)"),
     Dependency("data.data_dir", "data", _are_tfds, "a tfds: name in data.path"),
     Dependency("data.tokens", "data", _are_built, BUILT, outside=True),
     Dependency(

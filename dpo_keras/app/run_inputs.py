@@ -108,7 +108,7 @@ def check_kind(config: Config, pairs: Pairs) -> None:
         hint = "Set data.unpair: true to rate their responses: chosen good, rejected bad."
     else:
         rule = f"{named} takes pairs, and the data are rated responses"
-        hint = "Choose loss.type: kto" + (", or data.unpair: false." if config.data.unpair else ".")
+        hint = "Choose loss.type: kto."
     raise InputError(InputProblem("loss.type", rule, hint=hint))
 
 

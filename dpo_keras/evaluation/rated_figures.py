@@ -59,10 +59,10 @@ class RatedHeldOut(HeldOut):
         kept["reward_margin"] = _difference(kept["desirable_reward"], kept["undesirable_reward"])
         if "rejected_reference_logps" in self.pairs:
             ratio = self.pairs["rejected_logps"] - self.pairs["rejected_reference_logps"]
-            point = mean(ratio[rows], self.pairs["weight"][rows]).value
-            kept["reference_point"] = (
-                undefined("no rows") if point is None else Estimate(max(0.0, point))
-            )
+            point = mean(ratio[rows], self.pairs["weight"][rows])
+            kept["reference_point"] = point
+            if point.value is not None:
+                kept["reference_point"] = Estimate(max(0.0, point.value))
         return kept
 
     def _side(self, name: str) -> PerItem:

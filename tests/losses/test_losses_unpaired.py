@@ -1,4 +1,4 @@
-"""KTO is its paper's formula, and TRL's, in value and gradient; z has no gradient."""
+"""KTO is the formula of its paper, and TRL's, in value and gradient; z takes no gradient."""
 
 import losses_restatement as restated
 import numpy as np
@@ -43,7 +43,7 @@ def test_a_thousand_values_and_gradients_are_the_restated_ones(settings, gradien
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("shift", [0.0, -9.0])
 def test_a_thousand_thumbs_have_the_loss_of_trl(settings, shift):
-    """`KTOTrainer.kto_loss`: 1 - σ(β(c - KL)), rejected 1 - σ(β(KL - c)), KL clamped at 0."""
+    """`KTOTrainer.kto_loss`: chosen 1 - σ(β(c - KL)), rejected 1 - σ(β(KL - c)), KL >= 0."""
     labels, outputs = inputs(seed=1)
     outputs["policy"][:, 1] += shift
     up = labels > 0.5

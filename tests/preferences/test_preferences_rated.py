@@ -1,4 +1,4 @@
-"""Rated responses are read from every source, by our names and TRL's, checked and written."""
+"""Rated responses are read from every source, by our names and TRL's, and written."""
 
 import json
 

@@ -16,7 +16,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     names = {}
     for example in examples:
         exec(example, names)
-    assert len(examples) == 4
+    assert len(examples) == 6
     assert len(names["train"]) + len(names["held_out"]) == 60
 
 
