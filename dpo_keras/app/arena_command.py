@@ -85,6 +85,7 @@ def arena(  # noqa: PLR0913, PLR0917 (a parameter is an option)
     """Serve a page on which people ask and choose between two responses, until Ctrl-C."""
     with reporting(as_json, debug) as terminal:
         needs_extra()
+        from dpo_keras.feedback import open_store
         from dpo_keras.feedback.annotation_server import bind, run
         from dpo_keras.feedback.arena import Arena
         from dpo_keras.feedback.arena_server import Turns, make_arena_app
@@ -94,11 +95,11 @@ def arena(  # noqa: PLR0913, PLR0917 (a parameter is an option)
         address = address_of(host, url)
         with keys_for_arguments("guidelines:"):
             shown = "" if guidelines is None else read_text(guidelines)
-        framed = None if form is None else form.replace("\\n", "\n")
-        Turns(form=framed)  # before anybody waits for TensorFlow
-        listening = bind(host, port)
-        try:
-            round = _open(store, overlap)
+        # Before anybody waits for TensorFlow.
+        framed = Turns(form=None if form is None else form.replace("\\n", "\n")).form
+        with bind(host, port) as listening:
+            if store.exists():
+                open_store(store).close()  # a wrong one is refused now, a new one made later
             with working(terminal) as progress:
                 from dpo_keras.app.arena_policies import Decoding, open_responders
 
@@ -106,23 +107,24 @@ def arena(  # noqa: PLR0913, PLR0917 (a parameter is an option)
                 policies = open_responders(runs, decoding, template, progress)
             Turns(form=framed, messages=any(one.template for one in policies))
             turns = Turns(form=framed, messages=all(one.reads_messages for one in policies))
+            round = _open(store, overlap)
             queries = Arena(round, policies)
-            base = base_url(url, host, listening)
-            links = make_links(round, annotator or [], renew, base)
-            if not turns.go_on:
-                terminal.say(
-                    "Each query stands alone: without a chat template, conversations go on with "
-                    "--form only."
+            try:
+                base = base_url(url, host, listening)
+                links = make_links(round, annotator or [], renew, base)
+                if not turns.go_on:
+                    terminal.say(
+                        "Each query stands alone: without a chat template, conversations go on "
+                        "with --form only."
+                    )
+                tell_of_links(terminal, store, round, links, encrypted=address.encrypted(host))
+                page = make_arena_app(
+                    queries, turns, guidelines=shown, assess=overview, address=address
                 )
-            tell_of_links(terminal, store, round, links, encrypted=address.encrypted(host))
-            page = make_arena_app(
-                queries, turns, guidelines=shown, assess=overview, address=address
-            )
-            run(page, listening, announcement(terminal, base, links))
-            queries.close()
-            round.close()
-        finally:
-            listening.close()
+                run(page, listening, announcement(terminal, base, links))
+            finally:
+                queries.close()
+                round.close()
 
 
 def _open(path: Path, overlap: int | None) -> Store:
