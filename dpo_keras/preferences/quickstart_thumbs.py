@@ -33,7 +33,7 @@ def support_thumbs(count: int = 8000, seed: int = 0, noise: float = 0.0) -> Rate
     Example:
         >>> rated = support_thumbs(100, noise=0.1)
         >>> rated.ratings
-        (41, 59)
+        (35, 65)
     """
     if not 0 <= noise < 0.5:
         raise InputError(InputProblem("noise", "must be in [0, 0.5)", noise))
