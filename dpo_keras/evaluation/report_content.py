@@ -104,6 +104,7 @@ def most_wrong(
 
     Example:
         >>> from dpo_keras.evaluation.held_out_figures import NEEDED_COLUMNS
+        >>> from dpo_keras.preferences import PreferencePair
         >>> columns = {name: np.zeros(2) for name in NEEDED_COLUMNS}
         >>> columns |= {"preference": np.ones(2), "weight": np.ones(2), "source": np.arange(2)}
         >>> columns |= {"chosen_reward": np.array([1.0, -1.0])}

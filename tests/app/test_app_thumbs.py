@@ -67,7 +67,6 @@ def test_pairs_train_kto_once_they_are_unpaired(tmp_path):
     [
         ({"loss": {"type": "kto"}}, "kto takes rated responses .* Set data.unpair: true"),
         ({"data": {"path": THUMBS}}, "sigmoid takes pairs, and the data are rated responses"),
-        ({"data": {"unpair": True}}, "data.unpair has no effect without .* .kto., got True"),
         (
             {"loss": {"type": "kto"}, "data": {"path": THUMBS, "unpair": True}},
             "data.unpair has no effect: the data are rated responses already",
@@ -77,6 +76,11 @@ def test_pairs_train_kto_once_they_are_unpaired(tmp_path):
 def test_data_of_the_other_kind_are_refused_with_the_way_out(changes, words, tmp_path):
     with pytest.raises(InputError, match=words):
         runs.train(settings(tmp_path / "run", **changes))
+
+
+def test_unpair_has_no_effect_without_an_objective_on_rated_responses():
+    with pytest.raises(InputError, match=r"data.unpair has no effect without .* \(kto\), got True"):
+        load_config(RECIPE, ["loss.type=sigmoid", "data.path=builtin:support", "data.unpair=true"])
 
 
 def test_inspect_shows_thumbs_and_asks_about_a_log_of_both(tmp_path, run):
