@@ -289,6 +289,35 @@ def test_a_pair_of_another_source_is_leased_with_the_sides_on_the_screen(make_st
     check_books(store)
 
 
+def test_nobody_sees_all_of_both_responses_before_the_store_has_them(tmp_path, monkeypatch):
+    seen = []
+
+    def slow(store, annotator, candidates):
+        for _ in range(20):
+            seen.append(arena.snapshot(annotator).texts)
+            time.sleep(0.005)
+        texts = tuple(response.text for response in candidates.responses)
+        assert texts not in seen and held(store, annotator) == []
+        return present(store, annotator, candidates)
+
+    monkeypatch.setattr("dpo_keras.feedback.arena.present", slow)
+    with opened(tmp_path, Writer()) as arena:
+        arena.store.add_annotator("ann")
+        arena.ask(1, "Hi")
+        phase(arena, 1, "done")
+    assert seen
+
+
+def test_a_fault_of_the_store_that_nobody_foresaw_leaves_nobody_waiting(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr("dpo_keras.feedback.arena.present", fail)
+    with opened(tmp_path, Writer()) as arena:
+        arena.ask(1, "Hi")
+        assert "the policy failed" in phase(arena, 1, "failed").message
+
+
 def test_a_store_that_cannot_be_written_fails_the_query_and_not_the_server(tmp_path, monkeypatch):
     with opened(tmp_path, Writer(), chance=random.Random(0)) as arena:
         arena.store.add_annotator("ann")
