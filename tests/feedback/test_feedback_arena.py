@@ -153,13 +153,18 @@ def test_a_slow_policy_keeps_no_other_request_waiting(tmp_path):
 
 
 def test_the_same_and_empty_responses_are_drawn_again_and_then_refused(tmp_path):
-    drawn = iter(["same", "same", "", "another"] + ["same"] * 99)
+    drawn = iter(["same", "same", "", "another", "", "kept", "new"] + ["same"] * 99)
     with opened(tmp_path, Writer(say=lambda *_: next(drawn))) as arena:
         arena.store.add_annotator("ann")
         arena.ask(1, "Hi")
         phase(arena, 1, "done")
         shown = held(arena.store, 1)[0]
-        assert {shown.left, shown.right} == {"same", "another"}
+        assert (shown.left, shown.right) == ("same", "another")
+        arena.store.submit(1, shown.id, "tie", key="k")
+        arena.ask(1, "He")
+        phase(arena, 1, "done")
+        shown = held(arena.store, 1)[0]
+        assert (shown.left, shown.right) == ("new", "kept"), "the empty one, not the other"
         arena.ask(1, "Ho")
         found = phase(arena, 1, "failed")
         assert found.message == (
