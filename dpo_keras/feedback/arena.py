@@ -202,7 +202,9 @@ class Arena:
                 logger.exception("A policy of the arena failed.")
                 with self._changed:
                     for side in sides:
-                        if side.query.phase in _UNFINISHED and not side.ended:
+                        # The other policy may still be writing its side of those that ended.
+                        stuck = not side.ended or side.query.phase == "storing"
+                        if stuck and side.query.phase in _UNFINISHED:
                             side.query.fail("the policy failed; whoever runs this page sees why.")
 
     def _answer(self, responder: Responder, sides: Sequence[_Side]) -> None:

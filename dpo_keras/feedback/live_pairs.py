@@ -105,7 +105,10 @@ def held(store: Store, annotator: int, count: int = 1) -> list[Presentation]:
 
 
 def chosen(store: Store, annotator: int, presentation: int) -> tuple[JSON, str] | None:
-    """Return the prompt and the response that a person preferred; None if there is none."""
+    """Return the prompt and the response that a person preferred; None if there is none.
+
+    Prompts with images count as none: a conversation cannot go on from them.
+    """
     rows = store.database.rows(
         "SELECT q.content AS prompt, r.content AS response FROM current c "
         "JOIN presentations p ON p.id = c.presentation JOIN pairs ON pairs.id = p.pair "
@@ -113,4 +116,5 @@ def chosen(store: Store, annotator: int, presentation: int) -> tuple[JSON, str] 
         "WHERE c.presentation = ? AND p.annotator = ?",
         (presentation, annotator),
     )
-    return (stored_prompt(rows[0]["prompt"])[0], rows[0]["response"]) if rows else None
+    prompt, images = stored_prompt(rows[0]["prompt"]) if rows else (None, ())
+    return (prompt, rows[0]["response"]) if rows and not images else None

@@ -153,13 +153,18 @@ def test_a_slow_policy_keeps_no_other_request_waiting(tmp_path):
 
 
 def test_the_same_and_empty_responses_are_drawn_again_and_then_refused(tmp_path):
-    drawn = iter(["same", "same", "", "another"] + ["same"] * 99)
+    drawn = iter(["same", "same", "", "another", "", "kept", "new"] + ["same"] * 99)
     with opened(tmp_path, Writer(say=lambda *_: next(drawn))) as arena:
         arena.store.add_annotator("ann")
         arena.ask(1, "Hi")
         phase(arena, 1, "done")
         shown = held(arena.store, 1)[0]
-        assert {shown.left, shown.right} == {"same", "another"}
+        assert (shown.left, shown.right) == ("same", "another")
+        arena.store.submit(1, shown.id, "tie", key="k")
+        arena.ask(1, "He")
+        phase(arena, 1, "done")
+        shown = held(arena.store, 1)[0]
+        assert (shown.left, shown.right) == ("new", "kept"), "the empty one, not the other"
         arena.ask(1, "Ho")
         found = phase(arena, 1, "failed")
         assert found.message == (
@@ -287,6 +292,35 @@ def test_a_pair_of_another_source_is_leased_with_the_sides_on_the_screen(make_st
     with pytest.raises(InputError, match="two different ones"):
         present(store, ann, Candidates("Hi", (Response("one"), Response(" one"))))
     check_books(store)
+
+
+def test_nobody_sees_all_of_both_responses_before_the_store_has_them(tmp_path, monkeypatch):
+    seen = []
+
+    def slow(store, annotator, candidates):
+        for _ in range(20):
+            seen.append(arena.snapshot(annotator).texts)
+            time.sleep(0.005)
+        texts = tuple(response.text for response in candidates.responses)
+        assert texts not in seen and held(store, annotator) == []
+        return present(store, annotator, candidates)
+
+    monkeypatch.setattr("dpo_keras.feedback.arena.present", slow)
+    with opened(tmp_path, Writer()) as arena:
+        arena.store.add_annotator("ann")
+        arena.ask(1, "Hi")
+        phase(arena, 1, "done")
+    assert seen
+
+
+def test_a_fault_of_the_store_that_nobody_foresaw_leaves_nobody_waiting(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr("dpo_keras.feedback.arena.present", fail)
+    with opened(tmp_path, Writer()) as arena:
+        arena.ask(1, "Hi")
+        assert "the policy failed" in phase(arena, 1, "failed").message
 
 
 def test_a_store_that_cannot_be_written_fails_the_query_and_not_the_server(tmp_path, monkeypatch):
