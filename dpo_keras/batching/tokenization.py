@@ -320,7 +320,9 @@ class PairTokenizer:
 
     @staticmethod
     def _lengths(prompt: Ragged, responses: list[Ragged], row: int) -> str:
-        names = ("chosen", "rejected", *(f"response {n + 1}" for n in range(2, len(responses))))
+        names = ["chosen", "rejected", *(f"response {n + 1}" for n in range(2, len(responses)))]
+        if len(responses) == 1:  # a rated one
+            names = ["response"]
         found = zip(names, responses, strict=True)
         listed = ", ".join(f"{name} {response.lengths[row]}" for name, response in found)
         return f"prompt {prompt.lengths[row]}, {listed} tokens"
