@@ -19,7 +19,9 @@ from typing import BinaryIO, cast
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.pair import Fault, PreferencePair
+from dpo_keras.preferences.ranked_responses import RankedResponses
 from dpo_keras.preferences.rated_response import RatedResponse
+from dpo_keras.preferences.record_kinds import ORDERS
 from dpo_keras.preferences.record_stream import FORMATS, CutOff, Reading, Records, Source
 from dpo_keras.preferences.records import OPTIONAL, TOOLS
 from dpo_keras.preferences.tables import import_pyarrow, read_parquet
@@ -122,9 +124,10 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_preferences(
-    pairs: Iterable[PreferencePair | RatedResponse], path: str | os.PathLike[str]
+    pairs: Iterable[PreferencePair | RatedResponse | RankedResponses],
+    path: str | os.PathLike[str],
 ) -> None:
-    """Write pairs, or rated responses, so that `read_preferences` returns the same ones.
+    """Write pairs, rated responses or rankings, so that `read_preferences` returns the same ones.
 
     The file appears whole or not at all, and replaces one of the same name.
 
@@ -213,4 +216,5 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
 
 def _columns(records: list[dict[str, JSON]]) -> list[str]:
     used = {name for record in records for name in record}
-    return [name for name in (*TEXTS, "desirable", TOOLS, *OPTIONAL) if name in used]
+    known = (*TEXTS, "responses", *ORDERS, "desirable", TOOLS, *OPTIONAL)
+    return [name for name in known if name in used]
