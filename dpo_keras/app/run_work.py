@@ -114,7 +114,8 @@ def _bucketed_work(
 
     plan = plan_buckets(pairs, batch_size, layout.buckets)
     order = epoch_order(plan, batch_size, seed=seed)
-    places = (1 if alone else len(pairs.responses)) * batch_size * np.array(plan.lengths)[order.bucket]
+    sequences = 1 if alone else len(pairs.responses)
+    places = sequences * batch_size * np.array(plan.lengths)[order.bucket]
     of_pair = pairs.prompt.lengths + pairs.chosen.lengths
     if not alone:
         for response in pairs.responses[1:]:

@@ -53,7 +53,7 @@ def test_four_responses_are_the_formula_of_the_paper():
 
 def policy_gradient(loss_type, found, preference, gradient_of, beta):
     loss = DPOLoss(loss_type, beta=beta, reduction="sum")
-    return gradient_of(lambda policy: loss(preference, {**found, "policy": policy}), found["policy"])
+    return gradient_of(lambda x: loss(preference, {**found, "policy": x}), found["policy"])
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
@@ -68,7 +68,7 @@ def test_two_responses_have_the_gradient_of_dpo_at_any_label(beta, gradient_of):
 
 
 def test_four_responses_have_the_gradient_of_brute_force(gradient_of):
-    """dL/dS_i = Σ_{k≤i} P(i is chosen at place k) - 1 for each but the last; P from all 24 orders."""
+    """dL/dS_i = Σ_{k≤i} P(i is chosen at place k) - [i < K], P from all 24 orders."""
     found = outputs(4, count=6)
     scores = 0.5 * (found["policy"] - found["reference"])
     expected = np.zeros((6, 4))
