@@ -114,10 +114,12 @@ def _bucketed_work(
 
     plan = plan_buckets(pairs, batch_size, layout.buckets)
     order = epoch_order(plan, batch_size, seed=seed)
-    places = (1 if alone else 2) * batch_size * np.array(plan.lengths)[order.bucket]
+    sequences = 1 if alone else len(pairs.responses)
+    places = sequences * batch_size * np.array(plan.lengths)[order.bucket]
     of_pair = pairs.prompt.lengths + pairs.chosen.lengths
     if not alone:
-        of_pair = of_pair + pairs.prompt.lengths + pairs.rejected.lengths
+        for response in pairs.responses[1:]:
+            of_pair = of_pair + pairs.prompt.lengths + response.lengths
 
     def tokens_of(epoch: int, count: int) -> int:
         rows = epoch_order(plan, batch_size, seed=seed, epoch=epoch).rows[:count]

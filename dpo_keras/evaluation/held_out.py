@@ -72,6 +72,10 @@ def evaluate_preferences(
         problems.append(InputProblem("model", rule, type(model).__name__, hint))
     if not len(tokenized):
         problems.append(InputProblem("tokenized", "must hold at least one pair, got none"))
+    if tokenized.others:
+        hint = "Tokenize their pairs: rankings.as_pairs()."
+        rule = "must be pairs, which the figures are of, and not rankings."
+        problems.append(InputProblem("tokenized", rule, hint=hint))
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         problems.append(InputProblem("batch_size", "must be an integer >= 1", batch_size))
     if problems:

@@ -12,6 +12,7 @@ import numpy as np
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences.collection import (
     Preferences,
+    Rankings,
     RatedResponses,
     hash64,
     prompt_bytes,
@@ -194,11 +195,11 @@ def share_text(share: Estimate) -> str:
     return f"{_successes(share):,} of {share.count:,} ({100 * share.value:.1f} %, {interval})"
 
 
-def audit(pairs: Iterable[PreferencePair]) -> Audit:
+def audit(pairs: Iterable[PreferencePair] | Rankings) -> Audit:
     """Count and measure pairs, and search them for what spoils training.
 
     Args:
-        pairs: `Preferences`, or any pairs.
+        pairs: `Preferences`, or any pairs. `Rankings` are taken as all their pairs.
 
     Returns:
         An `Audit`; its indices are those of the pairs.
@@ -212,6 +213,8 @@ def audit(pairs: Iterable[PreferencePair]) -> Audit:
         >>> picture.contradictions, picture.longer_wins.value
         (((1, 0),), 0.5)
     """
+    if isinstance(pairs, Rankings):
+        pairs = pairs.as_pairs()
     known = pairs if isinstance(pairs, Preferences) else Preferences(pairs)
     if not known:
         raise InputError(InputProblem("pairs", "must hold at least one pair to audit, got none."))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.preferences.pair import Fault, PreferencePair
-from dpo_keras.preferences.rated_response import RatedResponse
+from dpo_keras.preferences.pair import Fault
+from dpo_keras.preferences.record_kinds import ORDERS, Record
 from dpo_keras.preferences.record_stream import FORMATS, CutOff, Reading, Records, Source
 from dpo_keras.preferences.records import OPTIONAL, TOOLS
 from dpo_keras.preferences.tables import import_pyarrow, read_parquet
@@ -121,10 +121,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             yield raw
 
 
-def write_preferences(
-    pairs: Iterable[PreferencePair | RatedResponse], path: str | os.PathLike[str]
-) -> None:
-    """Write pairs, or rated responses, so that `read_preferences` returns the same ones.
+def write_preferences(pairs: Iterable[Record], path: str | os.PathLike[str]) -> None:
+    """Write pairs, rated responses or rankings, so that `read_preferences` returns the same ones.
 
     The file appears whole or not at all, and replaces one of the same name.
 
@@ -138,7 +136,7 @@ def write_preferences(
 
     Example:
         >>> import tempfile
-        >>> from dpo_keras.preferences import read_preferences
+        >>> from dpo_keras.preferences import PreferencePair, read_preferences
         >>> pairs = [PreferencePair("Hi", "Hello!", "Go away.", annotator="ann")]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_preferences(pairs, f"{folder}/pairs.csv")
@@ -178,7 +176,7 @@ def write_preferences(
         partial.write_bytes(gzip.compress(content, mtime=0) if zipped else content)
 
 
-def _record(pair: PreferencePair | RatedResponse, folder: Path) -> dict[str, JSON]:
+def _record(pair: Record, folder: Path) -> dict[str, JSON]:
     """Return a pair as a record; paths of images in the file's own folder are relative to it."""
     record = pair.as_dict()
     if pair.images:
@@ -213,4 +211,5 @@ def _write_parquet(records: list[dict[str, JSON]], path: Path) -> None:
 
 def _columns(records: list[dict[str, JSON]]) -> list[str]:
     used = {name for record in records for name in record}
-    return [name for name in (*TEXTS, "desirable", TOOLS, *OPTIONAL) if name in used]
+    known = (*TEXTS, "responses", *ORDERS, "desirable", TOOLS, *OPTIONAL)
+    return [name for name in known if name in used]

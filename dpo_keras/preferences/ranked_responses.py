@@ -66,7 +66,11 @@ class RankedResponses:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        faults = ranking_faults(self.prompt, self.responses, self.ranking or None, self.scores)
+        ranking, scores = self.ranking or None, self.scores
+        if ranking and isinstance(scores, tuple) and all(isinstance(s, float) for s in scores):
+            # `dataclasses.replace` gives both.
+            ranking = None if ranking == _ranks(scores) else ranking
+        faults = ranking_faults(self.prompt, self.responses, ranking, self.scores)
         faults += number_faults(1.0, self.weight, None, lowest=0.5)
         for name in ("annotator", "group", "id"):
             faults += name_faults(name, getattr(self, name))
@@ -76,7 +80,7 @@ class RankedResponses:
         if self.scores is not None:
             goodness = [float(score) for score in self.scores]
         order = sorted(range(len(goodness)), key=lambda place: -goodness[place])
-        ranks = [1 + sum(other > one for other in goodness) for one in goodness]
+        ranks = _ranks(goodness)
         object.__setattr__(self, "responses", tuple(self.responses[place] for place in order))
         object.__setattr__(self, "ranking", tuple(ranks[place] for place in order))
         if self.scores is not None:
@@ -195,6 +199,11 @@ def ranking_faults(
         must = f"must be finite numbers, got {shown(list(values))}."
         faults.append(broken("no numbers", name, values, must))
     return faults
+
+
+def _ranks(goodness: Sequence[float]) -> tuple[int, ...]:
+    """Return the rank of each number, 1 for the largest."""
+    return tuple(1 + sum(other > one for other in goodness) for one in goodness)
 
 
 def _repeats(responses: Sequence[Text]) -> list[Fault]:

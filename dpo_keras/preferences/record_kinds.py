@@ -46,8 +46,8 @@ RATED_LAYOUTS = {
 }
 _SHARED = ("prompt", "image", "images", TOOLS, "weight", "annotator", "group", "id")
 _RATED = frozenset(name for names in RATED_LAYOUTS.values() for name in names)
-_RANKINGS = ("ranking", "scores")
-_RANKED = frozenset((*_SHARED, "responses", *_RANKINGS)) - {"image", "images"}
+ORDERS = ("ranking", "scores")
+_RANKED = frozenset((*_SHARED, "responses", *ORDERS)) - {"image", "images"}
 _RESPONSES = frozenset(name for names in LAYOUTS.values() for name in names)
 COLUMNS = records.COLUMNS | _RATED | _RANKED | LOG_COLUMNS
 
@@ -126,8 +126,11 @@ def _is_log(header: Collection[str]) -> bool:
 
 
 def _is_ranked(record: Mapping[str, object]) -> bool:
-    """Tell whether a record has several responses and their order."""
-    return "responses" in record and not record.keys().isdisjoint(_RANKINGS)
+    """Tell whether a record has several responses, and their order or nothing in its place."""
+    if "responses" not in record:
+        return False
+    ordered = not record.keys().isdisjoint(ORDERS)
+    return ordered or not (is_log_record(record) or record.keys() & (_RESPONSES | _RATED))
 
 
 def _read_ranked(
@@ -135,7 +138,7 @@ def _read_ranked(
 ) -> tuple[list[Record], str]:
     fields = _RankedFields(record, cells, unused)
     prompt, responses = fields.text("prompt"), fields.responses()
-    given = {name: fields.numbers(name) for name in _RANKINGS}
+    given = {name: fields.numbers(name) for name in ORDERS}
     weight = fields.number("weight", 1.0)
     fields.faults += number_faults(1.0, weight, None, lowest=0.5)
     others: dict[str, JSON] = {key: fields.name(key) for key in ("annotator", "group", "id")}

@@ -28,7 +28,7 @@ from dpo_keras.preferences.collection import PairSequence
 from dpo_keras.preferences.images import Image
 from dpo_keras.preferences.pair import Message, PreferencePair
 from dpo_keras.preferences.read_report import ReadReport
-from dpo_keras.preferences.record_kinds import Record
+from dpo_keras.preferences.record_kinds import KINDS, Record
 from dpo_keras.utils import JSON
 
 MANIFEST, INDEX = "manifest.json", "index.bin"
@@ -239,8 +239,8 @@ def to_features(pair: Record) -> dict[str, JSON]:
     """Return a pair as flat values: messages as JSON, what is missing as "" or NaN."""
     if not isinstance(pair, PreferencePair):
         raise InputError(
-            "a built directory holds preference pairs, and the data are rated responses; train on "
-            "their files themselves (data.path=FILE)."
+            f"a built directory holds preference pairs, and the data are {KINDS[type(pair)][1]}; "
+            "train on their files themselves (data.path=FILE)."
         )
     record = pair.as_dict()
     features: dict[str, JSON] = {name: record[name] for name in TEXTS}

@@ -57,13 +57,19 @@ def with_tools(prompt: Text, tools: list[JSON]) -> tuple[Message, ...]:
 def calls_as_text(record: dict[str, JSON]) -> dict[str, JSON]:
     """Return a record whose tools and calls are JSON text: they have no schema for a table."""
     texts: dict[str, JSON] = {
-        name: [_turn_as_text(turn) for turn in value]
+        name: _turns_as_text(value)
         for name, value in record.items()
-        if isinstance(value, list) and name in ("prompt", "chosen", "rejected")
+        if name in ("prompt", "chosen", "rejected")
     }
+    if "responses" in record:
+        texts["responses"] = [_turns_as_text(value) for value in record["responses"]]
     if "tools" in record:
         texts["tools"] = json.dumps(record["tools"], ensure_ascii=False)
     return {**record, **texts}
+
+
+def _turns_as_text(value: JSON) -> JSON:
+    return [_turn_as_text(turn) for turn in value] if isinstance(value, list) else value
 
 
 def _turn_as_text(turn: dict[str, JSON]) -> dict[str, JSON]:

@@ -10,6 +10,7 @@ from dpo_keras.batching import preference_dataset, tokenize_pairs
 from dpo_keras.errors import InputError
 from dpo_keras.evaluation import evaluate_preferences, held_out
 from dpo_keras.losses import DPOLoss
+from dpo_keras.preferences import RankedResponses, Rankings
 from dpo_keras.scoring import score_pairs
 from dpo_keras.training import DPOModel, outputs_of
 
@@ -145,3 +146,14 @@ def test_wrong_arguments_are_reported_together(tokenized):
         "tokenized",
         "batch_size",
     ]
+
+
+def test_rankings_are_measured_as_pairs_only(moved):
+    """`model.evaluate` counts all ordered pairs of a ranking; rows here are of one pair each."""
+    ranked = Rankings([RankedResponses("ab", ("b", "c", "d"), (1, 2, 3))])
+    moved.compile(loss="plackett_luce")
+    with pytest.raises(InputError, match=r"must be pairs.*as_pairs"):
+        evaluate_preferences(moved, tokenize_pairs(ranked, Letters()))
+    found = evaluate_preferences(moved, tokenize_pairs(ranked.as_pairs(), Letters()))
+    assert len(found.pairs["preference"]) == 3
+    moved.compile(loss=SIGMOID)

@@ -51,6 +51,40 @@ def test_four_responses_are_the_formula_of_the_paper():
     np.testing.assert_allclose(value("plackett_luce", found, beta=0.5), expected, rtol=1e-12)
 
 
+def policy_gradient(loss_type, found, preference, gradient_of, beta):
+    loss = DPOLoss(loss_type, beta=beta, reduction="sum")
+    return gradient_of(lambda x: loss(preference, {**found, "policy": x}), found["policy"])
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_two_responses_have_the_gradient_of_dpo_at_any_label(beta, gradient_of):
+    found, labels = outputs(2), RANDOM.uniform(0, 1, 50)
+    ours, theirs = (
+        policy_gradient(name, found, labels, gradient_of, beta)[1]
+        for name in ("plackett_luce", "sigmoid")
+    )
+    assert np.abs(theirs).max() > 0.01 * beta
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_four_responses_have_the_gradient_of_brute_force(gradient_of):
+    """dL/dS_i = Σ_{k≤i} P(i is chosen at place k) - [i < K], P from all 24 orders."""
+    found = outputs(4, count=6)
+    scores = 0.5 * (found["policy"] - found["reference"])
+    expected = np.zeros((6, 4))
+    for row, own in enumerate(scores):
+        orders = list(itertools.permutations(range(4)))
+        likely = np.exp([-by_hand(own[list(order)]) for order in orders])
+        for place in range(3):
+            # Of the orders that begin as this one does, where is the next place's share?
+            alike = [n for n, order in enumerate(orders) if order[:place] == (0, 1, 2)[:place]]
+            for n in alike:
+                expected[row, orders[n][place]] += likely[n] / likely[alike].sum()
+            expected[row, place] -= 1
+    _, gradient = policy_gradient("plackett_luce", found, np.ones(6), gradient_of, beta=0.5)
+    np.testing.assert_allclose(gradient, 0.5 * expected, atol=1e-9)
+
+
 def test_the_probabilities_of_all_orders_of_four_add_up_to_one():
     scores = RANDOM.normal(0, 2, 4)
     orders = np.array(list(itertools.permutations(scores)))

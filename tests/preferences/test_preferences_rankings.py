@@ -1,14 +1,18 @@
 """Rankings are read from every source, checked, split, written, and turned into pairs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dpo_keras.errors import InputError
 from dpo_keras.preferences import (
+    Message,
     PreferencePair,
     RankedResponses,
     Rankings,
+    audit,
+    build_preferences,
     read_preferences,
     write_preferences,
 )
@@ -47,6 +51,7 @@ def test_messages_are_responses_too(tmp_path):
         ({"ranking": [1, 2]}, "ranking must have a number for each of the 3 responses, got 2"),
         ({"ranking": [0, 1, 2]}, "ranking must hold each rank from 1 to 3 once"),
         ({"ranking": "best"}, "ranking must be a list"),
+        ({"ranking": None}, "ranking must be given, or scores in its place, got neither"),
         ({"ranking": None, "scores": [1, 2, None]}, "scores must be finite numbers"),
         ({"scores": [1, 2, 3]}, "ranking must be given, or scores in its place, got both"),
         ({"responses": [" 4", " 4 ", " 5"]}, "responses 1 and 2 are the same text"),
@@ -72,15 +77,54 @@ def test_rankings_and_pairs_do_not_mix(tmp_path):
         read(tmp_path, LINE, pair)
 
 
-def test_what_is_written_is_read_again(tmp_path):
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".csv.gz", ".parquet"])
+def test_what_is_written_is_read_again(tmp_path, suffix):
     rankings = Rankings(
         [
-            RankedResponses("a", ("x", "y", "z"), (2, 1, 3), annotator="ann"),
+            RankedResponses("=a", ("x", "=y", "z"), (2, 1, 3), annotator="ann"),
             RankedResponses("b", ("x", "y", "z"), scores=(1.0, 1.0, 0.0), weight=0.5),
         ]
     )
-    write_preferences(rankings, tmp_path / "out.jsonl")
-    assert list(read_preferences(tmp_path / "out.jsonl")) == list(rankings)
+    write_preferences(rankings, tmp_path / f"out{suffix}")
+    assert list(read_preferences(tmp_path / f"out{suffix}")) == list(rankings)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_responses_that_call_tools_are_written_whole(tmp_path, suffix):
+    def call(name):
+        calls = [{"function": {"name": name, "arguments": {name: 1}}}]
+        return (Message.from_dict({"role": "assistant", "tool_calls": calls}),)
+
+    ranked = RankedResponses((Message("user", "Go"),), tuple(map(call, "fgh")), (3, 1, 2))
+    write_preferences([ranked], tmp_path / f"out{suffix}")
+    assert list(read_preferences(tmp_path / f"out{suffix}")) == [ranked]
+
+
+def test_a_table_without_an_order_is_told_what_it_lacks(tmp_path):
+    path = tmp_path / "rankings.csv"
+    path.write_text('prompt,responses\na,"[""x"", ""y""]"\n')
+    with pytest.raises(InputError, match="ranking must be given, or scores in its place"):
+        read_preferences(path)
+
+
+def test_a_ranking_with_scores_can_be_changed_in_part():
+    scored = RankedResponses("b", ("x", "y", "z"), scores=(1, 2, 1))
+    assert replace(scored, weight=2.0) == RankedResponses(
+        "b", ("x", "y", "z"), scores=(1, 2, 1), weight=2.0
+    )
+    with pytest.raises(InputError, match="got both"):
+        replace(scored, scores=(0.0, 1.0, 2.0))
+
+
+def test_the_audit_of_rankings_is_that_of_all_their_pairs():
+    rankings = support_rankings(20)
+    assert audit(rankings) == audit(rankings.as_pairs())
+    assert (audit(rankings).pairs, audit(rankings).prompts) == (120, 20)
+
+
+def test_a_built_directory_refuses_rankings_by_name(tmp_path):
+    with pytest.raises(InputError, match="holds preference pairs, and the data are rankings"):
+        build_preferences([LINE], tmp_path / "built")
 
 
 def test_the_sides_of_a_split_share_no_prompt():
