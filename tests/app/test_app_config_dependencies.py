@@ -21,7 +21,7 @@ ALWAYS_READ = {
     "model.scratch": {"family", "vocabulary_size", "num_layers", "num_heads", "hidden_dim"}
     | {"intermediate_dim", "max_sequence_length"},
     "data": {"path", "held_out", "held_out_path", "template", "max_length", "overlength", "limit"}
-    | {"allow_truncated", "feedback", "unpair"},
+    | {"allow_truncated"},
     "loss": {"type", "weights", "label_smoothing", "penalties"},  # DPOLoss checks them
     "warmup": {"max_steps", "batch_size", "optimizer", "optimizer_options", "schedule"}
     | {"warmup_fraction", "weight_decay", "clip_norm"},
