@@ -12,8 +12,8 @@ from dpo_keras.losses import OBJECTIVES, DPOLoss, available
 from dpo_keras.training import DPOModel, callbacks, strategy
 
 REQUIRED = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
-OF_POLICIES = [name for name in available() if OBJECTIVES[name].of_policies]
-VARIANTS = [({"loss_type": name, **REQUIRED.get(name, {})}, name) for name in OF_POLICIES]
+ON_PAIRS = [n for n in available() if OBJECTIVES[n].of_policies and not OBJECTIVES[n].unpaired]
+VARIANTS = [({"loss_type": name, **REQUIRED.get(name, {})}, name) for name in ON_PAIRS]
 VARIANTS += [
     ({"loss_type": "sigmoid", "ld_alpha": 0.3}, "length desensitised"),
     ({"loss_type": "sigmoid", "wpo": True}, "WPO"),
