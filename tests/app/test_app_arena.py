@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from arena_writers import phase
 from test_app_feedback_commands import Browser
 
 from dpo_keras.app.arena_policies import Decoding, open_responders
+from dpo_keras.app.config import Config
 from dpo_keras.errors import InputError
 from dpo_keras.feedback import open_store
 from dpo_keras.feedback.arena import Arena
@@ -65,6 +67,25 @@ def test_with_a_template_a_policy_reads_conversations(preset):
     rows = [chat.prepare(turns), chat.prepare("red?\nIt\n40?\n")]
     assert chat.reads_messages and rows[0] == rows[1]
     assert len(answers(chat, [turns], [1])) == 1
+
+
+def test_a_run_samples_as_its_configuration_says(gpt2_preset, tmp_path):
+    config = Config(
+        model={"path": str(gpt2_preset)},
+        data={"path": "builtin:support", "template": "plain", "max_length": 40},
+        evaluation={"temperature": 0.5, "max_new_tokens": 5},
+    )
+    (tmp_path / "config.yaml").write_text(config.resolved())
+    with pytest.raises(InputError, match="no trained policy yet"):
+        open_responders([str(tmp_path)])
+    shutil.copytree(gpt2_preset, tmp_path / "policy")
+    (of_run,) = open_responders([str(tmp_path)], Decoding(top_p=0.9))
+    assert of_run.reads_messages and of_run.room == 35
+    assert of_run.setting == {
+        "policy": str(tmp_path), "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 5
+    }  # fmt: skip
+    with pytest.raises(InputError, match="a policy reads 35 at most"):
+        of_run.prepare(QUERY * 12)
 
 
 def test_a_saved_model_and_a_policy_meet_in_the_arena(preset, saved_model, tmp_path):

@@ -79,7 +79,7 @@ def test_a_prompt_without_tokens_is_named_rather_than_given_the_next_ones_respon
     settings = Config(model={"path": "m"}, data={"path": "builtin:support", "template": "plain"})
     records = [{"prompt": "a"}, {"prompt": "?"}, {"prompt": "b"}]
     with pytest.raises(InputError, match="prompts: pair 1: no prompt token"):
-        module._model_inputs(records, settings, SimpleNamespace(preprocessor=Quiet()))
+        module.model_inputs(records, settings.data.template, SimpleNamespace(preprocessor=Quiet()))
 
 
 def test_policies_and_temperatures_take_turns(scripted, prompts):
