@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from dpo_keras.preferences import Record
     from dpo_keras.training import DPOModel
 
-Judge = Callable[[str, str], object]
-# Data whose generator can say whether a response is good, by path; judges take prompt, response.
-JUDGES: Mapping[str, Judge] = dict.fromkeys(BUILTIN, judge)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -152,7 +148,7 @@ class Examiner:
         samples = sample_and_judge(
             self.model.policy,
             self._prompts,
-            judge_of(config.data.path),
+            ground_truth_of(config.data.path),
             questions=[plain_text(pair.prompt) for pair in self.chosen],
             max_new_tokens=config.evaluation.max_new_tokens,
             temperature=config.evaluation.temperature,
@@ -181,13 +177,11 @@ def choose_rows(
     return sorted(random.Random(seed).sample(distinct, min(count, len(distinct))))
 
 
-def judge_of(paths: Sequence[str] | None) -> Judge | None:
-    """Find who can judge responses to prompts of these data; None where nobody can."""
+def ground_truth_of(paths: Sequence[str] | None) -> Callable[[str, str], object] | None:
+    """Return what says whether a response is good; None for data of which nothing knows it."""
     names = set(paths or ())
-    if len(names) != 1:
-        return None
-    name = names.pop()
-    return judge if name.startswith(THUMBS) else JUDGES.get(name)
+    generated = all(name in BUILTIN or name.startswith(THUMBS) for name in names)
+    return judge if len(names) == 1 and generated else None
 
 
 def report_training(

@@ -212,7 +212,8 @@ def packed_order(plan: PackingPlan, epoch: int = 0) -> PackedOrder:
         rows = _same_number_of_rows(plan, stream) or plan.partition
     grid = np.full((len(rows), plan.pairs), -1, np.int64)
     counts = np.array([int(plan.sizes.pairs[row].sum()) for row in rows])
-    grid[np.arange(plan.pairs) < counts[:, None]] = plan.forest.pairs_of(np.concatenate(rows))
+    trees = np.concatenate(rows, dtype=np.int64, casting="unsafe")  # empty rows are floats
+    grid[np.arange(plan.pairs) < counts[:, None]] = plan.forest.pairs_of(trees)
     if plan.shuffle:
         # Independent of the random numbers that shuffled the pairs.
         random = np.random.default_rng([plan.seed, epoch, 1])

@@ -240,7 +240,8 @@ def response_columns(batch: Batch) -> int:
     """Return how many responses each pair of a batch has: 2, or K of rankings."""
     if "responses" in batch:
         return int(batch["responses"].shape[2])
-    return max(int(batch["token_ids"].shape[1]), 2)
+    sequences = batch["token_ids"].shape[1] if "token_ids" in batch else None
+    return max(sequences or 2, 2)  # batches of unknown shape are of pairs
 
 
 def compared_tokens(batch: Batch) -> Tensor:

@@ -171,6 +171,13 @@ def test_a_row_may_be_exactly_full_and_responses_and_prompts_of_one_token():
     assert batch["source"][0, :4].tolist() == [0, 0, 8, 8]
 
 
+def test_rows_stay_empty_where_there_are_fewer_pairs_than_rows():
+    pairs = of_lengths([1, 2, 3], [1, 1, 1], [1, 1, 1])
+    for epoch in (0, 1):
+        order = packed_order(plan_packing(pairs, length=5, rows=4), epoch).pairs
+        assert order.shape[:2] == (1, 4) and sorted(order[order >= 0]) == [0, 1, 2]
+
+
 def test_a_pair_longer_than_the_row_is_named():
     pairs = of_lengths([10, 50, 60], [5, 5, 5], [5, 5, 5])
     with pytest.raises(InputError) as error:

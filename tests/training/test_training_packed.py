@@ -107,6 +107,17 @@ def test_twenty_steps_have_the_losses_of_unpacked_rows(bucketed, packed, weighed
     assert packed[1][-1]["loss"] < packed[1][0]["loss"]
 
 
+def test_a_step_with_an_empty_row_is_the_step_of_its_pairs(weighed):
+    few = weighed.take(np.arange(3))
+    steps = packed_order(plan_packing(few, 4, length=48, rows=4, seed=1)).pairs
+    assert (steps < 0).all(-1).any()
+    packed = preference_dataset(
+        few, batch_size=4, batching="packed", row_length=48, rows=4, epochs=None
+    )
+    bucketed = preference_dataset(few, batch_size=3, batching="buckets", epochs=None)
+    assert_same(train(packed, steps=2), train(bucketed, steps=2))
+
+
 @pytest.mark.slow
 def test_xla_compiles_the_packed_step_to_the_same(packed, weighed):
     found = train(stream(weighed, packed=True), steps=4, jit_compile=True)
