@@ -182,6 +182,24 @@ def test_the_reference_of_a_round(reference, config, tmp_path):
     assert all(one.training.sync_reference == settings.training.sync_reference for one in rounds)
 
 
+def test_the_policy_of_a_finished_run_is_round_0_without_a_warm_up(improved, config, tmp_path):
+    settings = config(
+        tmp_path / "run",
+        model={"path": None, "scratch": {"num_layers": 1}},
+        warmup={"batch_size": 4, "learning_rate": 1e-3},
+        improve={"start": f"{improved.directory}/round-1/run"},
+    )
+    heard = Heard("Round 1: candidates")
+    with pytest.raises(CrashError):
+        improve(settings, 1, progress=heard)
+    assert "Supervised warm-up" not in heard.stages
+    answers = [
+        [one["response"] for one in json.loads((folder / "responses.json").read_text())["records"]]
+        for folder in (tmp_path / "run/round-0/after", Path(improved.directory, "round-1/after"))
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_costs_are_counted_in_judgements(improved):
     result = improved
     table = judged(result.directory)
