@@ -81,7 +81,7 @@ def test_a_cluster_learns_what_one_process_learns(cluster_run):
     alone = accuracy(model)
     assert 0.85 < alone < 0.95  # a tenth of the held-out labels is turned round
     assert found["before"] == 0.5
-    assert found["accuracy"] == pytest.approx(alone, abs=0.02 + 1e-9)  # 0.9 - 0.88 is above 0.02
+    assert round(abs(found["accuracy"] - alone), 9) <= 0.02  # in floats 0.9 - 0.88 is above it
     assert found["steps"] == STEPS * EPOCHS
     logged = {name for name in history if "per_second" not in name}
     assert set(found["logs"]) == logged
