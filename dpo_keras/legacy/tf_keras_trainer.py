@@ -17,7 +17,7 @@ from dpo_keras.scoring import ResponseScorer
 from dpo_keras.training.default_callbacks import Throughput
 from dpo_keras.training.distribution import replica_count, sum_over_replicas
 from dpo_keras.training.metrics import COUNTS, MetricSums, means_by_name, step_counts
-from dpo_keras.training.tensorflow_trainer import Gradients, StepLoss
+from dpo_keras.training.step_trainer import Gradients, StepLoss
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.keras_internals import tf_keras_steps_per_execution
 

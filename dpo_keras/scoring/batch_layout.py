@@ -127,7 +127,7 @@ def choose_layout(
 def laid_out(
     dataset: object,
     models: Sequence[keras.Model],
-    strategy: tf.distribute.Strategy,
+    replicas: int,
     check: Callable[[], object],
 ) -> object:
     """Return the batches that models run on: of `batching="auto"` packed rows, where they can.
@@ -135,7 +135,7 @@ def laid_out(
     Args:
         dataset: of `preference_dataset`. Anything else is returned as it is.
         models: as `choose_layout` takes.
-        strategy: of the models; packed rows are made for the number of its replicas.
+        replicas: number of replicas that share a batch of packed rows.
         check: raises InputError where the policy scores packed rows otherwise; called before any
             packed rows are returned.
 
@@ -150,7 +150,7 @@ def laid_out(
         if "reach" in (getattr(dataset, "element_spec", None) or {}):
             check()
         return dataset
-    replicas = math.lcm(pairs.replicas, strategy.num_replicas_in_sync)
+    replicas = math.lcm(pairs.replicas, replicas)
     images = pairs.tokenized.images is not None
     layout = choose_layout(models, replicas=replicas, images=images, note=_warn, **pairs.given)
     if not layout.packed:

@@ -8,19 +8,19 @@ a function is traced, that decides what is in its graph. Weights and configurati
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import tensorflow as tf
 from keras import ops
 
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import ValuesInPlace, checkpointed, uses_jax
 from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
 from dpo_keras.utils.keras_quantization import quantization_mode
 
 Call: TypeAlias = Callable[..., Tensor]
-Tensors = TypeVar("Tensors", list[Tensor], dict[str, Tensor])
 
 # Numbers in a layer's input from which fusing saves more than compiling costs.
 FUSED_FROM = 2**19
@@ -52,6 +52,11 @@ def overridden_methods(overrides: Iterable[Override]) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
+
+
+def can_fuse() -> bool:
+    """Tell whether kernels can be fused: on TensorFlow, and not within one of several replicas."""
+    return not uses_jax() and tf.distribute.get_strategy().num_replicas_in_sync == 1
 
 
 def fused(function: Call) -> Call:
@@ -146,7 +151,7 @@ def _fused_norm(
         call = layer.call
 
         def normalize(states: Tensor, *values: Tensor) -> Tensor:
-            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            with ValuesInPlace(zip(variables, values, strict=True)):
                 return call(states)
 
         # One kernel serves all layers of the same settings: values come as arguments.
@@ -197,11 +202,14 @@ def _recomputed(
             arguments, options = _replaced(given, inputs)
             before = len(collected)
             # Values and not variables, so that gradients reach them through this call alone.
-            with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            with ValuesInPlace(zip(variables, values, strict=True)):
                 results[:] = [call(*arguments, **options)]
             further = collected[before:]
             del collected[before:]
             return [*_floating(results[0]), *further]
+
+        def on_jax(*tensors: Tensor) -> list[Tensor]:
+            return run(tensors[:count], tensors[count:])
 
         @tf.custom_gradient
         def differentiable(*tensors: Tensor) -> tuple[list[Tensor], Call]:
@@ -217,8 +225,8 @@ def _recomputed(
 
             return run(tensors[:count], tensors[count:]), gradient
 
-        values = (tf.convert_to_tensor(variable.value) for variable in variables)
-        outputs = differentiable(*tensors, *values)
+        values = (ops.convert_to_tensor(variable.value) for variable in variables)
+        outputs = (checkpointed(on_jax) if uses_jax() else differentiable)(*tensors, *values)
         own = len(_floating(results[0]))
         collected.extend(outputs[own:])
         return _replaced(results[0], outputs[:own])
@@ -226,8 +234,8 @@ def _recomputed(
     return recomputed
 
 
-def _is_floating(value: object) -> bool:
-    return bool(tf.is_tensor(value)) and value.dtype.is_floating  # type: ignore[attr-defined]
+def _is_floating(value: Any) -> bool:
+    return bool(ops.is_tensor(value)) and keras.backend.is_float_dtype(value.dtype)
 
 
 def _floating(structure: object) -> list[Tensor]:
@@ -255,10 +263,3 @@ def _set_apart(
         with tf.control_dependencies(upstream):
             found = [tf.identity(value) for value in inputs]
     return [*found, *(tf.identity(value) for value in weights)]
-
-
-def made_after(upstream: Tensor, tensors: Tensors) -> Tensors:
-    """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
-    with tf.control_dependencies([upstream]):
-        copies: Tensors = keras.tree.map_structure(tf.identity, tensors)
-        return copies

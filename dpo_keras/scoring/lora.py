@@ -14,8 +14,9 @@ import numpy as np
 from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.layer_overrides import Call, Override, made_after
+from dpo_keras.scoring.layer_overrides import Call, Override
 from dpo_keras.utils import JSON, Tensor
+from dpo_keras.utils.backends import made_after
 from dpo_keras.utils.keras_hub_internals import ties_embeddings
 from dpo_keras.utils.keras_hub_tokenizers import (
     complete_tokenizer_config,

@@ -1,7 +1,7 @@
 """The reference log-probs log pi_ref that a policy is compared with, in five ways.
 
 Most references are the policy's own network with other weights, so they need no second model:
-while the reference pass is traced, `keras.StatelessScope` puts the reference's weights in place of
+while the reference pass is traced, `ValuesInPlace` puts the reference's weights in place of
 the policy's. Only what training can change is copied. After `enable_lora` that is a few adapters,
 and the reference is nearly free.
 """
@@ -16,6 +16,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.lora import adapted_layers, adapter_variables, adapters_are_fresh
 from dpo_keras.scoring.scorer import ResponseScorer, Scores
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import ValuesInPlace
 
 
 class _Untracked:
@@ -82,7 +83,8 @@ class FrozenCopy(Reference):
             trainable=False,
             autocast=False,
         )
-        copy.assign(source.value)
+        # On JAX an assigned value is not copied, and a step takes both for itself.
+        copy.assign(ops.copy(source.value))
         return copy
 
     def check(self, policy: keras.Model) -> None:
@@ -101,7 +103,7 @@ class FrozenCopy(Reference):
     def scored(self, scorer: ResponseScorer, batch: Batch, shared: bool = False) -> Scores:
         """Score a batch under the copied weights."""
         pairs = zip(self._sources.variables, self.copies, strict=True)
-        with keras.StatelessScope(state_mapping=[(source, copy.value) for source, copy in pairs]):
+        with ValuesInPlace((source, copy.value) for source, copy in pairs):
             return _without_gradient(scorer(batch, shared=shared))
 
     def update_from_policy(self, alpha: float = 1.0) -> None:

@@ -3,7 +3,6 @@
 from typing import TypeAlias, cast
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batch
@@ -14,6 +13,7 @@ from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.layer_overrides import (
     FUSED_FROM,
     Override,
+    can_fuse,
     fused_overrides,
     overridden_methods,
     remat_overrides,
@@ -30,8 +30,9 @@ from dpo_keras.scoring.model_inputs import (
     text_overrides,
 )
 from dpo_keras.scoring.recurrences import recurrence_overrides
-from dpo_keras.scoring.tree_attention import TreeLayout, tree_overrides
+from dpo_keras.scoring.tree_attention import TreeLayout, make_biases, tree_overrides
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.keras_hub_internals import transformer_blocks
 
 Scores: TypeAlias = dict[str, Tensor]
@@ -100,7 +101,7 @@ class ResponseScorer:
                 "batching='buckets'."
             )
         reach, positions = batch["reach"][:, 0], batch["positions"][:, 0]
-        return {**batch, "layout": TreeLayout(positions, reach, dense=self.static)}
+        return {**batch, "layout": tree_layout(positions, reach, self.static)}
 
     def __call__(
         self,
@@ -152,6 +153,9 @@ class ResponseScorer:
         overrides += recurrence_overrides(self._body)
         if "layout" in batch:
             overrides += tree_overrides(self._body, batch["layout"])
+            if self.remat:
+                # Now: what is made in one block's recomputation is not there in another's.
+                make_biases(self._body, batch["layout"])
             if self._fuses(batch):
                 self._fused = self._fused or fused_overrides(self._body)
                 overrides += self._fused
@@ -163,8 +167,8 @@ class ResponseScorer:
         return overrides
 
     def _fuses(self, batch: PreparedBatch) -> bool:
-        # Where shapes are static XLA compiles the whole step; within a replica it is not safe.
-        if batch["layout"].dense or tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        # Where shapes are static XLA compiles the whole step.
+        if batch["layout"].dense or not can_fuse():
             return False
         assert self.parts is not None
         rows, _, length = batch["token_ids"].shape
@@ -234,6 +238,16 @@ class ResponseScorer:
             self.chunk,
         )
         return ops.reshape(ops.take(values, place, axis=0), (rows, slots, columns))
+
+
+def tree_layout(positions: Tensor, reach: Tensor, static: bool = False) -> TreeLayout:
+    """Return the layout of packed rows `[rows, length]` that is fast on this backend."""
+    # Without static shapes the number of pieces is not known while tracing.
+    if static or uses_jax() or None in reach.shape:
+        return TreeLayout(positions, reach)
+    from dpo_keras.scoring.tree_segments import SegmentedTreeLayout
+
+    return SegmentedTreeLayout(positions, reach)
 
 
 def response_columns(batch: Batch) -> int:

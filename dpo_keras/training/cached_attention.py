@@ -15,7 +15,7 @@ class _OneText(TreeLayout):
     """Attention of rows that hold one text each."""
 
     def __init__(self, positions: Tensor):
-        super().__init__(positions, tf.zeros_like(positions) + tf.shape(positions)[1], dense=True)
+        super().__init__(positions, tf.zeros_like(positions) + tf.shape(positions)[1])
 
 
 class PromptAttention(_OneText):

@@ -194,7 +194,7 @@ class DPOModel(PolicyTrainer):
         if isinstance(self.reference, FrozenCopy):
             self.reference.check(self.policy)
         self.preference_loss = loss
-        with self.distribute_strategy.scope():
+        with self.variable_scope():
             # Held here, so that a loss's own variables are saved with the model.
             self.objective_state = loss.state
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)

@@ -24,7 +24,7 @@ from dpo_keras.scoring.batch_layout import Layout, choose_layout, scoring_models
 from dpo_keras.training.callbacks import Progress, RunLog, StopOnNonFinite, SyncReference
 from dpo_keras.training.checkpoints import RunCheckpoint, load_checkpoint
 from dpo_keras.training.default_callbacks import StopTogether
-from dpo_keras.training.distribution import Worker, per_worker
+from dpo_keras.training.distribution import Worker
 from dpo_keras.training.dpo_model import DPOModel
 from dpo_keras.training.fit_interface import check_counts, check_groups
 from dpo_keras.training.policy_trainer import PolicyTrainer
@@ -168,7 +168,7 @@ def _layout(
         batching,
         buckets=buckets,
         row_length=row_length,
-        replicas=model.distribute_strategy.num_replicas_in_sync,
+        replicas=model.replicas,
         images=tokenized.images is not None,
     )
 
@@ -190,7 +190,7 @@ def _endless(
             )
             return dataset if change is None else change(dataset)
 
-        return per_worker(model.distribute_strategy, make)
+        return model.own_rows(make)
 
     return stream
 

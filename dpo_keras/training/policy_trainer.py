@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring import check_packing, lora
@@ -14,13 +14,19 @@ from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing
 from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
-from dpo_keras.training.tensorflow_trainer import TensorflowTrainer
 from dpo_keras.utils import JSON, keras_internals
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.garbage_collection import frozen_graphs
 from dpo_keras.utils.keras_half_precision import warn_of_lost_updates
 
+# The one place where the backend's trainer is chosen.
+if TYPE_CHECKING or not uses_jax():
+    from dpo_keras.training.tensorflow_trainer import TensorflowTrainer as BackendTrainer
+else:
+    from dpo_keras.training.jax_trainer import JaxTrainer as BackendTrainer
 
-class PolicyTrainer(TensorflowTrainer):
+
+class PolicyTrainer(BackendTrainer):
     """A trainer whose weights are those of another model, its policy.
 
     Args:
@@ -42,7 +48,7 @@ class PolicyTrainer(TensorflowTrainer):
         super().__init__(**kwargs)
         if not policy.built:
             # A subclassed model has no weights to train or copy before its first call.
-            ones = tf.ones((1, 2), "int32")
+            ones = ops.ones((1, 2), "int32")
             policy(model_inputs(policy, TextRows(ones, ones)))
         layers = keras_internals.all_layers(policy)
         drops = any(isinstance(layer, keras.layers.Dropout) and layer.rate > 0 for layer in layers)
@@ -57,13 +63,12 @@ class PolicyTrainer(TensorflowTrainer):
         self.built = True
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Configure training, see `TensorflowTrainer.compile`."""
+        """Configure training, see `StepTrainer.compile`."""
         super().compile(*args, **kwargs)
-        tpu = isinstance(self.distribute_strategy, tf.distribute.TPUStrategy)
-        self.scorer.static = bool(self.jit_compile) or tpu
+        self.scorer.static = self.static_shapes
 
     def fit(self, x: object = None, *args: object, **kwargs: object) -> Any:
-        """Train, see `TensorflowTrainer.fit`."""
+        """Train, see `StepTrainer.fit`."""
         x = self._batches(x)
         held_out = self._batches(kwargs.pop("validation_data", None), "validation_data")
         if self.optimizer is not None:
@@ -105,8 +110,7 @@ class PolicyTrainer(TensorflowTrainer):
     def _batches(self, given: Any, argument: str = "x") -> Any:
         """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
         check_batches(given, argument)
-        strategy = self.distribute_strategy
-        dataset: Any = laid_out(given, scoring_models(self), strategy, self._check_packing)
+        dataset: Any = laid_out(given, scoring_models(self), self.replicas, self._check_packing)
         check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
         return dataset
 

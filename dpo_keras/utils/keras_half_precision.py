@@ -7,13 +7,17 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
 
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.keras_hub_internals import KERAS, private
 from dpo_keras.utils.keras_internals import inner_optimizer
 
-_HALF = (tf.bfloat16, tf.float16)
+
+
+def _is_half(dtype: Any) -> bool:
+    return keras.backend.standardize_dtype(dtype) in ("bfloat16", "float16")
 
 
 class _Float32View:
@@ -21,7 +25,7 @@ class _Float32View:
 
     dtype = "float32"
 
-    def __init__(self, weight: tf.Variable):
+    def __init__(self, weight: Any):
         self.weight = weight
 
     def __getattr__(self, name: str) -> Any:
@@ -30,19 +34,29 @@ class _Float32View:
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
         """Return the weight's value."""
-        return tf.cast(self.weight, dtype or "float32")
+        return ops.cast(self.weight, dtype or "float32")
+
+    def __jax_array__(self) -> Tensor:
+        """Return the weight's value."""
+        return ops.cast(self.weight, "float32")
 
     def assign(self, value: Tensor) -> None:
         """Round to the weight's dtype once, at the end of the update."""
-        self.weight.assign(tf.cast(value, self.weight.dtype))
+        self.weight.assign(ops.cast(value, self.weight.dtype))
 
     def assign_add(self, value: Tensor) -> None:
         """Add in float32."""
-        self.assign(tf.cast(self.weight, "float32") + value)
+        self.assign(ops.cast(self.weight, "float32") + value)
 
     def assign_sub(self, value: Tensor) -> None:
         """Subtract in float32."""
-        self.assign(tf.cast(self.weight, "float32") - value)
+        self.assign(ops.cast(self.weight, "float32") - value)
+
+
+def _updated(variable: Any) -> Any:
+    """Return what an optimizer updates of a variable: on TensorFlow the `tf.Variable` in it."""
+    inside = isinstance(variable, keras.Variable) and not uses_jax()
+    return variable.value if inside else variable
 
 
 def update_in_float32(optimizer: keras.optimizers.Optimizer) -> None:
@@ -56,13 +70,12 @@ def update_in_float32(optimizer: keras.optimizers.Optimizer) -> None:
     add, update = inner.add_variable, inner.update_step
 
     def add_variable(*args: Any, dtype: Any = None, **kwargs: Any) -> keras.Variable:
-        half = dtype is not None and tf.as_dtype(dtype) in _HALF
+        half = dtype is not None and _is_half(dtype)
         return add(*args, dtype="float32" if half else dtype, **kwargs)
 
     def update_step(gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
-        if tf.as_dtype(variable.dtype) in _HALF:
-            weight = variable.value if isinstance(variable, keras.Variable) else variable
-            gradient, variable = tf.cast(gradient, "float32"), _Float32View(weight)
+        if _is_half(variable.dtype):
+            gradient, variable = ops.cast(gradient, "float32"), _Float32View(_updated(variable))
         update(gradient, variable, learning_rate)
 
     inner._get_variable_index = lambda variable: index_of(getattr(variable, "weight", variable))
@@ -97,7 +110,7 @@ def share_that_stands_still(
     said: no such weights, or an optimizer whose steps do not follow the rate.
     """
     inner = inner_optimizer(optimizer)
-    halves = [weight for weight in weights if tf.as_dtype(weight.dtype) in _HALF]
+    halves = [weight for weight in weights if _is_half(weight.dtype)]
     if type(inner).__name__ not in _STEPS_BY_RATE or not halves:
         return None
     given = private(inner, "_learning_rate", KERAS)

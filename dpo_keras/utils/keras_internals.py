@@ -129,19 +129,25 @@ class WeighedAccumulation(keras.layers.Layer):
 
     def weigh(self, weight: Tensor) -> None:
         """Set what the next micro-batch weighs: a scalar, its pairs over all replicas."""
-        self._weight = tf.cast(weight, "float32")
+        self._weight = keras.ops.cast(weight, "float32")
 
 
 # -- models (written for Keras 3.15) -------------------------------------------------------
 
-TRAINER_HOOKS = ("_maybe_symbolic_build", "_flatten_metrics_in_order")
-"""Methods that `keras.Model.fit` and `evaluate` call and `TensorflowTrainer` overrides."""
+def check_trainer_hooks(names: Sequence[str]) -> None:
+    """Require methods of `keras.Model` that a trainer overrides.
 
-
-def check_trainer_hooks() -> None:
-    """Require `TRAINER_HOOKS`: nothing else shows that Keras calls an override no more."""
-    for name in TRAINER_HOOKS:
+    Nothing else shows that a release of Keras calls an override no more.
+    """
+    for name in names:
         private(keras.Model, name, KERAS)
+
+
+def set_values(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
+    """Give variables on JAX their values after a step, which have their shapes and shardings."""
+    for variable, value in zip(variables, values, strict=True):
+        private(variable, "_value", KERAS)
+        variable._value = value
 
 
 def forget_layer(owner: keras.layers.Layer, layer: keras.layers.Layer) -> None:

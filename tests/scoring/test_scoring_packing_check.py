@@ -14,7 +14,8 @@ from dpo_keras.errors import InputError
 from dpo_keras.scoring import ResponseScorer, check_packing, packing_obstacle
 from dpo_keras.scoring.layer_overrides import Override, overridden_methods
 from dpo_keras.scoring.scorer import compared_tokens, sum_by_response
-from dpo_keras.scoring.tree_attention import TreeLayout, segment_sizes
+from dpo_keras.scoring.tree_attention import TreeLayout
+from dpo_keras.scoring.tree_segments import SegmentedTreeLayout, segment_sizes
 
 # Prompt, chosen and rejected: ones of a single token, short trees, and texts of up to 21 tokens.
 LENGTHS = [(9, 7, 12), (1, 1, 1), (5, 1, 3), (1, 6, 2), (12, 9, 4), (2, 2, 1), (3, 8, 1)]
@@ -60,12 +61,12 @@ def filled(batch, values):
     return tf.boolean_mask(values, tf.reshape(batch["weight"], (-1,)) > 0)
 
 
-def scored(policy, batch, **layout):
+def scored(policy, batch, layout=None):
     """Log-probs of the pairs in order, and the gradient of a mean that weighs all of them."""
     scorer = ResponseScorer(policy)
-    if "reach" in batch and layout:
+    if "reach" in batch and layout is not None:
         reach, positions = batch["reach"][:, 0], batch["positions"][:, 0]
-        batch = {**batch, "layout": TreeLayout(positions, reach, **layout)}
+        batch = {**batch, "layout": layout(positions, reach)}
     with tf.GradientTape() as tape:
         logps = filled(batch, scorer(batch)["logps"])
         signs = tf.sin(tf.range(tf.size(logps), dtype=tf.float32) + 1.0)
@@ -82,8 +83,8 @@ def test_packed_equals_unpacked_in_log_probs_and_gradients(family, batches):
             variable.assign((0.5 if len(variable.shape) > 1 else 1.0) * variable)
     apart, packed = batches
     logps, gradients = scored(policy, apart)
-    for layout in ({"segment": 8}, {"dense": True}):
-        found, found_gradients = scored(policy, packed, **layout)
+    for layout in (partial(SegmentedTreeLayout, segment=8), TreeLayout):
+        found, found_gradients = scored(policy, packed, layout)
         np.testing.assert_allclose(found, logps, rtol=2e-6, atol=2e-5)
         assert len(found_gradients) == len(gradients)
         for one, other in zip(found_gradients, gradients, strict=True):

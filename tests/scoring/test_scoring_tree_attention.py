@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dpo_keras.scoring.tree_attention import GRID, TreeLayout, segment_sizes
+from dpo_keras.scoring.tree_attention import TreeLayout
+from dpo_keras.scoring.tree_segments import GRID, SegmentedTreeLayout, segment_sizes
 from dpo_keras.utils.keras_hub_attention import AttentionSettings
 
 LENGTH = 200
@@ -34,7 +35,7 @@ def rows():
 def test_a_token_sees_what_is_before_it_in_its_own_text():
     reach = tf.constant([[4, 1, 2, 1, 3, 1, 1, 1]])  # two trees and the empty end of the row
     positions = tf.constant([[0, 1, 1, 2, 0, 1, 1, 0]])
-    (bias,) = TreeLayout(positions, reach, dense=True).biases(None)
+    (bias,) = TreeLayout(positions, reach).biases(None)
     expected = np.eye(8)
     expected[1:4, 0] = expected[3, 2] = expected[5:7, 4] = 1
     np.testing.assert_array_equal((bias[0, 0] == 0.0).numpy(), expected)
@@ -47,7 +48,7 @@ def test_pieces_hold_the_trees_that_begin_in_a_segment(segment, sizes):
 
 
 def test_pieces_come_in_few_lengths(rows):
-    layout = TreeLayout(*rows, segment=48)
+    layout = SegmentedTreeLayout(*rows, segment=48)
     lengths = [bias.shape[-1] for bias in layout.biases(None)]
     assert len(set(lengths)) > 1 and all(length % GRID == 0 for length in lengths)
 
@@ -58,7 +59,7 @@ def test_filled_up_pieces_attend_as_whole_rows_do(rows, window):
     states = [tf.constant(random.normal(size=(2, LENGTH, 2, 8)), tf.float32) for _ in range(3)]
 
     def found(dense):
-        layout = TreeLayout(*rows, dense=dense, segment=48)
+        layout = TreeLayout(*rows) if dense else SegmentedTreeLayout(*rows, segment=48)
         with tf.GradientTape() as tape:
             tape.watch(states)
             attended = layout.attend(*states, AttentionSettings(0.3, window=window))
@@ -82,7 +83,7 @@ def test_the_gradient_of_fewer_passes_is_that_of_tensorflow(rows, window):
     found = []
     # An active dropout, here of nothing, leaves the gradient to TensorFlow.
     for dropout in (None, keras.layers.Dropout(0.0)):
-        layout = TreeLayout(*rows, segment=48)
+        layout = SegmentedTreeLayout(*rows, segment=48)
         with tf.GradientTape() as tape:
             tape.watch(states)
             settings = AttentionSettings(0.3, window=window, dropout=dropout)
@@ -97,7 +98,7 @@ def test_no_weights_of_attention_wait_for_the_backward_pass(rows):
 
     @tf.function(autograph=False)
     def gradient(*states):
-        layout = TreeLayout(*rows, segment=48)
+        layout = SegmentedTreeLayout(*rows, segment=48)
         attended = layout.attend(*states, AttentionSettings(0.3))
         return tf.gradients(attended, states)
 

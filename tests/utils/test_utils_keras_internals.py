@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from dpo_keras.training.tensorflow_trainer import TensorflowTrainer
 from dpo_keras.utils import keras_internals
 from dpo_keras.utils.keras_hub_internals import KERAS, KERAS_HUB, private
 from dpo_keras.utils.keras_internals import raise_failed_writes
@@ -83,14 +84,14 @@ def test_a_release_without_adams_moments_is_named_at_the_first_update(name):
         one_update(optimizer)
 
 
-@pytest.mark.parametrize("name", keras_internals.TRAINER_HOOKS)
+@pytest.mark.parametrize("name", TensorflowTrainer.hooks)
 def test_a_release_without_a_hook_of_fit_is_named(name, monkeypatch):
-    keras_internals.check_trainer_hooks()
+    keras_internals.check_trainer_hooks(TensorflowTrainer.hooks)
     for kind in keras.Model.__mro__:
         if name in vars(kind):
             monkeypatch.delattr(kind, name)
     with pytest.raises(RuntimeError, match=rf"has no Model\.{name}.* Install keras 3\.15"):
-        keras_internals.check_trainer_hooks()
+        keras_internals.check_trainer_hooks(TensorflowTrainer.hooks)
 
 
 def test_a_tf_keras_without_its_private_name_is_named():

@@ -1,0 +1,155 @@
+"""`fit` and `evaluate` on JAX, on one device or on the mesh of a `keras.distribution`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax import lax
+
+from dpo_keras.batching import Batch
+from dpo_keras.errors import InputError
+from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name
+from dpo_keras.training.step_trainer import (
+    Gradients,
+    Step,
+    StepFunction,
+    StepLoss,
+    StepTrainer,
+    stacked_sums,
+)
+from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import ValuesInPlace, unique_variables
+from dpo_keras.utils.keras_internals import set_values
+
+
+class JaxTrainer(StepTrainer):
+    """Steps as pure functions of all variables, which XLA compiles whole.
+
+    `train_step` is the same code as on TensorFlow: while it is traced, every variable has the value
+    that the step was given, and what it assigns is the step's result. On a mesh the arrays' own
+    sharding tells XLA how to split the work, so that there is one replica, which has all rows.
+    """
+
+    hooks = ("_symbolic_build", "_get_jax_state", *StepTrainer.hooks)
+    compiles_whole_steps = True
+
+    def __init__(self, **kwargs: object):
+        super().__init__(**kwargs)
+        # Sums and what their rounding has lost, in place of float64, which JAX leaves out.
+        self._totals: tuple[Tensor, Tensor] | None = None
+        self._total_names: list[str] = []
+
+    def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
+        """Return gradients and what is logged, see `StepTrainer.gradients`."""
+        variables, every = self.trainable_variables, self._step_variables()
+        read: set[int] = set()
+        assigned: list[keras.Variable] = []
+
+        def scaled_loss(values: Sequence[Tensor]) -> tuple[Tensor, tuple[MetricSums, list[Tensor]]]:
+            with ValuesInPlace(zip(variables, values, strict=True)) as scope:
+                loss, sums = step_loss()
+                loss = self.optimizer.scale_loss(loss)
+            read.update(scope.read)
+            changes = scope.assigned(every)  # such as the seeds of dropout
+            assigned[:] = [variable for variable, _ in changes]
+            return loss, (sums, [value for _, value in changes])
+
+        found = jax.grad(scaled_loss, has_aux=True)([variable.value for variable in variables])
+        gradients, (sums, changes) = found
+        for variable, value in zip(assigned, changes, strict=True):
+            variable.assign(value)
+        # A weight that the loss does not read has no gradient; a gradient of 0 would let it decay.
+        used = [(g, v) for g, v in zip(gradients, variables, strict=True) if id(v) in read]
+        if not used:
+            raise InputError("policy has no trainable weights that the loss depends on.")
+        return used, sums
+
+    def reset_metrics(self) -> None:
+        """Start all means anew; Keras calls it at the start of an epoch."""
+        self._totals = None
+
+    def get_metrics_result(self) -> dict[str, Tensor]:
+        """Return the means since the last reset, by name."""
+        if self._totals is None:
+            return {}
+        return means_by_name(self._total_names, means(self._totals[0]))
+
+    def counts(self) -> dict[str, float]:
+        """Return the number of tokens and of pairs since the last reset."""
+        sums = [] if self._totals is None else jax.device_get(self._totals[0])[:, 0]
+        totals = dict(zip(self._total_names, sums, strict=False))
+        return {name: float(totals.get(name, 0.0)) for name in COUNTS}
+
+    def _symbolic_build(self, iterator: object = None, data_batch: object = None) -> None:
+        """Do nothing: the policy is built already (reason 5 of `StepTrainer`)."""
+
+    def _get_jax_state(self, **kinds: bool) -> tuple[Any, ...]:
+        """Return no state to the loops of `fit` and `evaluate`.
+
+        Here variables hold their values between steps, so that callbacks can read and set them.
+        """
+        if not kinds.get("metrics_variables"):
+            return tuple(super()._get_jax_state(**kinds))
+        return ((),) * (4 if kinds.get("optimizer_variables") else 3)
+
+    def _step_variables(self) -> list[keras.Variable]:
+        return unique_variables([*self.variables, *self.optimizer.variables])
+
+    def _step_function(self, step: Step, further_names: list[str]) -> StepFunction:
+        names, variables = self._names(further_names), self._step_variables()
+        training = step == self.train_step
+
+        def one_step(
+            values: list[Tensor], totals: tuple[Tensor, Tensor], batch: Batch, stop: Tensor
+        ) -> tuple[list[Tensor], tuple[Tensor, Tensor], list[Tensor], dict[str, Tensor]]:
+            with ValuesInPlace(zip(variables, values, strict=True)) as scope:
+                sums = stacked_sums({**step(batch), STOP: (stop, 1.0)}, names)
+                after = [scope.get_current_value(v) for v in variables] if training else []
+            totals = _added(totals, sums)
+            return after, totals, means(sums), means_by_name(names, means(totals[0]))
+
+        if not self.run_eagerly and self.jit_compile:
+            shardings = [v.value.sharding for v in variables] if training else []
+            free = keras.distribution.distribution() is None
+            one_step = jax.jit(
+                one_step,
+                donate_argnums=(0,) if training else (),
+                out_shardings=None if free else (shardings, None, None, None),
+            )
+        zeros = jnp.zeros((len(names), 2), "float32")
+
+        def function(state: Any, iterator: Any) -> tuple[dict[str, Tensor], Any]:
+            stop, logs = jnp.float32(self._stop()), None
+            for number in range(self.steps_per_execution):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    if number == 0:
+                        raise
+                    break
+                # train_on_batch and test_on_batch wrap their dict as (x, y, sample_weight)
+                batch = batch[0] if isinstance(batch, tuple) else batch
+                totals = self._totals or (zeros, zeros)
+                values = [variable.value for variable in variables]
+                after, self._totals, measured, logs = one_step(values, totals, batch, stop)
+                set_values(variables if training else [], after)
+                self.step_logs = dict(zip(names, measured, strict=True))
+                if number == 0:
+                    self.first_step_logs = self.step_logs
+            self._total_names = names
+            return logs or {}, state
+
+        return function
+
+
+def _added(totals: tuple[Tensor, Tensor], sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Add to sums what a step measured, by Kahan's summation: as exact as in double precision."""
+    total, lost = totals
+    term = sums - lost
+    # XLA must not simplify (total + term) - total to term.
+    added = lax.optimization_barrier(total + term)
+    return added, (added - total) - term

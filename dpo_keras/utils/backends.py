@@ -1,0 +1,94 @@
+"""What Keras' backends do each in its own way: values in place of variables, compiled functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+
+from dpo_keras.utils import Tensor
+
+
+def uses_jax() -> bool:
+    """Tell whether Keras runs on JAX."""
+    return bool(keras.backend.backend() == "jax")
+
+
+class ValuesInPlace(keras.StatelessScope):
+    """A block of code in which variables have other values, and keep what they are assigned.
+
+    Keras' own scope hides the values of a scope around it, such as those of a step on JAX. This
+    one adds to them.
+
+    Attributes:
+        read: ids of the variables that were read.
+    """
+
+    def __init__(self, values: Iterable[tuple[keras.Variable, Tensor]]):
+        super().__init__(state_mapping=values)
+        self.given = dict(self.state_mapping)
+        self.read: set[int] = set()
+
+    def get_current_value(self, variable: keras.Variable) -> Tensor | None:
+        """Return the value of a variable in this block; None where it has its own."""
+        self.read.add(id(variable))
+        found = super().get_current_value(variable)
+        around = self.original_scope
+        return around.get_current_value(variable) if found is None and around else found
+
+    def assigned(self, variables: Iterable[keras.Variable]) -> list[tuple[keras.Variable, Tensor]]:
+        """Return the variables among `variables` that the block assigned, with their values."""
+        now, before = self.state_mapping, self.given
+        return [(v, now[id(v)]) for v in variables if now.get(id(v)) is not before.get(id(v))]
+
+
+def unique_variables(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    """Return each variable once, in order."""
+    return list({id(variable): variable for variable in variables}.values())
+
+
+def compiled(
+    function: Callable[[Any], Any], variables: Sequence[keras.Variable], signature: Any = None
+) -> Callable[[Any], Any]:
+    """Compile a function of a batch that reads variables.
+
+    Args:
+        function: the function.
+        variables: what it reads; on JAX their values are arguments, and not constants.
+        signature: of the batch, with which TensorFlow traces once for all shapes.
+    """
+    if not uses_jax():
+        import tensorflow as tf
+
+        return tf.function(function, input_signature=signature and [signature])
+    import jax
+
+    @jax.jit
+    def run(values: list[Tensor], batch: Any) -> Any:
+        with ValuesInPlace(zip(variables, values, strict=True)):
+            return function(batch)
+
+    return lambda batch: run([variable.value for variable in variables], batch)
+
+
+def made_after(upstream: Tensor, tensors: Any) -> Any:
+    """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
+    if uses_jax():
+        import jax
+
+        leaves, structure = jax.tree.flatten(tensors)
+        *found, _ = jax.lax.optimization_barrier([*leaves, upstream])
+        return jax.tree.unflatten(structure, found)
+    import tensorflow as tf
+
+    with tf.control_dependencies([upstream]):
+        return keras.tree.map_structure(tf.identity, tensors)
+
+
+def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let JAX compute a function again in the backward pass, and keep its arguments alone."""
+    import jax
+
+    found: Callable[..., Any] = jax.checkpoint(function)
+    return found
