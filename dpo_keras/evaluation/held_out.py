@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batch, BatchingChoice, Part, TokenizedPairs, one_pass, pass_signature
@@ -18,6 +17,7 @@ from dpo_keras.losses.dpo_loss import DPOLoss
 from dpo_keras.scoring.batch_layout import scoring_layout, scoring_models
 from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import compiled
 
 
 def evaluate_preferences(
@@ -149,12 +149,10 @@ def _measured(
     run = None
     for part in parts:
         # The signature leaves sizes open, so that all batches share one trace.
-        run = run or tf.function(
-            lambda batch: _measure(model, batch),
-            input_signature=[pass_signature(part.batch)],
-            autograph=False,
+        run = run or compiled(
+            lambda batch: _measure(model, batch), model.variables, pass_signature(part.batch)
         )
-        yield part, {name: value.numpy() for name, value in run(part.batch).items()}
+        yield part, run(part.batch)
 
 
 def _measure(model: DPOModel, batch: Batch) -> dict[str, Tensor]:

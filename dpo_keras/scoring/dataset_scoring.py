@@ -9,7 +9,6 @@ from typing import TypeAlias, cast
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from dpo_keras.batching import (
     Batch,
@@ -28,6 +27,7 @@ from dpo_keras.scoring.model_inputs import check_images
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.utils import JSON, Tensor
 from dpo_keras.utils.atomic_files import replaced
+from dpo_keras.utils.backends import compiled
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 
@@ -37,17 +37,18 @@ _AGAIN = "Delete it, or give another path, to compute the log-probs again."
 
 def _compiled(scorer: ResponseScorer) -> Callable[[Batch], Arrays]:
     """Compile a scorer with one trace for batches of any length."""
-    functions: dict[tuple[str, ...], Callable[[Batch], dict[str, Tensor]]] = {}
+    functions: dict[tuple[str, ...], Callable[[Batch], Arrays]] = {}
+
+    def logps_and_lengths(batch: Batch) -> dict[str, Tensor]:
+        scored = scorer(batch)
+        return {name: scored[name] for name in ("logps", "lengths")}
 
     def run(batch: Batch) -> Arrays:
         names = tuple(sorted(batch))
         if names not in functions:
             check_images(scorer.body, names)
-            functions[names] = tf.function(
-                lambda given: {key: scorer(given)[key] for key in ("logps", "lengths")},
-                input_signature=[pass_signature(batch)],
-            )
-        return {key: value.numpy() for key, value in functions[names](batch).items()}
+            functions[names] = compiled(logps_and_lengths, scorer.variables, pass_signature(batch))
+        return functions[names](batch)
 
     return run
 

@@ -7,6 +7,7 @@ from dpo_keras.batching import Batch, Ragged, TokenizedPairs, collate, collate_p
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.language_model_head import split_backbone_and_head
 from dpo_keras.scoring.scorer import ResponseScorer
+from dpo_keras.utils.backends import compiled, uses_jax
 from dpo_keras.utils.keras_hub_attention import (
     ATTENTION,
     attention_settings,
@@ -150,5 +151,9 @@ def _trial_pairs(vocabulary_size: int, seed: int) -> tuple[TokenizedPairs, np.nd
 
 
 def _logps(scorer: ResponseScorer, batch: Batch) -> np.ndarray:
+    if uses_jax():  # which compiles each operation outside of a compiled function
+        found = compiled(lambda given: {"logps": scorer(given)["logps"]}, scorer.variables)
+        logps: np.ndarray = found(batch)["logps"]
+        return logps
     tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, dict(batch))
     return np.asarray(keras.ops.convert_to_numpy(scorer(tensors)["logps"]))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
 from dpo_keras.batching import Batch, BatchingChoice, TokenizedPairs, one_pass, pass_signature
@@ -15,6 +14,7 @@ from dpo_keras.scoring.batch_layout import scoring_layout
 from dpo_keras.scoring.model_inputs import check_images
 from dpo_keras.scoring.scorer import ResponseScorer, compared_tokens
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import compiled
 
 
 def response_embeddings(
@@ -47,16 +47,18 @@ def response_embeddings(
         rule = f"must be a KerasHub causal language model; {type(model).__name__} shows no states"
         raise InputError(InputProblem("model", rule))
     batching = scoring_layout(scorer, [model], tokenized, batching)
-    run: Callable[[Batch], Tensor] | None = None
+    run: Callable[[Batch], dict[str, np.ndarray]] | None = None
     found: np.ndarray | None = None
     done = 0
     for part in one_pass(tokenized, batch_size, batching):
         if run is None:
             check_images(scorer.body, part.batch)
-            run = tf.function(
-                lambda batch: _means(scorer, batch), input_signature=[pass_signature(part.batch)]
+            run = compiled(
+                lambda batch: {"means": _means(scorer, batch)},
+                scorer.variables,
+                pass_signature(part.batch),
             )
-        means = run(part.batch).numpy()
+        means = run(part.batch)["means"]
         if found is None:
             found = np.zeros((len(tokenized), 2, means.shape[-1]), np.float32)
         done += part.put(means, found)

@@ -36,9 +36,15 @@ class RewardScorer(ResponseScorer):
         self, policy: keras.Model, head: keras.layers.Dense | None = None, remat: bool = False
     ):
         super().__init__(policy, plain=head is None, remat=remat)
+        self._head = head
         if head is not None:
             assert self.parts is not None
             self.parts = (self.parts[0], _ScalarHead(head, self.parts[1].image_states))
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables that scoring reads, the head's, too."""
+        return [*super().variables, *([] if self._head is None else self._head.variables)]
 
     def __call__(
         self,

@@ -90,6 +90,11 @@ class ResponseScorer:
         """The model that takes the inputs: the policy's backbone, or the policy itself."""
         return self._body
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """All variables that scoring reads."""
+        return list(getattr(self.policy, "variables", ()))
+
     def prepared(self, batch: Batch) -> PreparedBatch:
         """Add to a packed batch what several passes over it can share, its `TreeLayout`."""
         if "reach" not in batch or "layout" in batch:

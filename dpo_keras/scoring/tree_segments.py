@@ -1,4 +1,4 @@
-"""Attention within trees on TensorFlow: rows are cut between trees, and each piece attends alone."""
+"""Attention within trees on TensorFlow: rows are cut between trees, and pieces attend alone."""
 
 from collections.abc import Sequence
 

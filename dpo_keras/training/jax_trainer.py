@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
+from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
@@ -84,6 +86,18 @@ class JaxTrainer(StepTrainer):
         totals = dict(zip(self._total_names, sums, strict=False))
         return {name: float(totals.get(name, 0.0)) for name in COUNTS}
 
+    def train_on_batch(self, x: Batch, *args: Any, **kwargs: Any) -> Any:
+        """Train on one batch, of NumPy, JAX or a `tf.data` dataset."""
+        return super().train_on_batch(_arrays(x), *args, **kwargs)
+
+    def test_on_batch(self, x: Batch, *args: Any, **kwargs: Any) -> Any:
+        """Measure one batch, see `train_on_batch`."""
+        return super().test_on_batch(_arrays(x), *args, **kwargs)
+
+    def predict_on_batch(self, x: Batch) -> Any:
+        """Score one batch, see `train_on_batch`."""
+        return super().predict_on_batch(_arrays(x))
+
     def _symbolic_build(self, iterator: object = None, data_batch: object = None) -> None:
         """Do nothing: the policy is built already (reason 5 of `StepTrainer`)."""
 
@@ -146,10 +160,17 @@ class JaxTrainer(StepTrainer):
         return function
 
 
+def _arrays(batch: Batch) -> Any:
+    return {
+        name: value if ops.is_tensor(value) else np.asarray(value) for name, value in batch.items()
+    }
+
+
 def _added(totals: tuple[Tensor, Tensor], sums: Tensor) -> tuple[Tensor, Tensor]:
     """Add to sums what a step measured, by Kahan's summation: as exact as in double precision."""
     total, lost = totals
     term = sums - lost
     # XLA must not simplify (total + term) - total to term.
-    added = lax.optimization_barrier(total + term)
+    barrier: Callable[[Tensor], Tensor] = lax.optimization_barrier
+    added = barrier(total + term)
     return added, (added - total) - term

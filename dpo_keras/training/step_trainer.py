@@ -1,4 +1,4 @@
-"""`compile`, `fit` and `evaluate` of steps that return sums: what trainers of all backends share."""
+"""What the trainers of all backends share: steps that return sums, and Keras' interface."""
 
 from __future__ import annotations
 

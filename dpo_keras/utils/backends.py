@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from dpo_keras.utils import Tensor
 
@@ -49,27 +50,35 @@ def unique_variables(variables: Iterable[keras.Variable]) -> list[keras.Variable
 
 
 def compiled(
-    function: Callable[[Any], Any], variables: Sequence[keras.Variable], signature: Any = None
-) -> Callable[[Any], Any]:
-    """Compile a function of a batch that reads variables.
+    function: Callable[[Any], dict[str, Tensor]],
+    variables: Sequence[keras.Variable],
+    signature: Any = None,
+) -> Callable[[Any], dict[str, np.ndarray]]:
+    """Compile a function of a batch that reads variables, and return NumPy arrays.
 
     Args:
-        function: the function.
+        function: returns tensors by name.
         variables: what it reads; on JAX their values are arguments, and not constants.
         signature: of the batch, with which TensorFlow traces once for all shapes.
     """
-    if not uses_jax():
+    if uses_jax():
+        import jax
+
+        @jax.jit
+        def on_jax(values: list[Tensor], batch: Any) -> dict[str, Tensor]:
+            with ValuesInPlace(zip(variables, values, strict=True)):
+                return function(batch)
+
+        def run(batch: Any) -> Any:
+            return on_jax([variable.value for variable in variables], dict(batch))
+    else:
         import tensorflow as tf
 
-        return tf.function(function, input_signature=signature and [signature])
-    import jax
-
-    @jax.jit
-    def run(values: list[Tensor], batch: Any) -> Any:
-        with ValuesInPlace(zip(variables, values, strict=True)):
-            return function(batch)
-
-    return lambda batch: run([variable.value for variable in variables], batch)
+        given = None if signature is None else [signature]
+        run = tf.function(function, input_signature=given, autograph=False)
+    return lambda batch: {
+        name: np.asarray(keras.ops.convert_to_numpy(value)) for name, value in run(batch).items()
+    }
 
 
 def made_after(upstream: Tensor, tensors: Any) -> Any:
@@ -78,7 +87,8 @@ def made_after(upstream: Tensor, tensors: Any) -> Any:
         import jax
 
         leaves, structure = jax.tree.flatten(tensors)
-        *found, _ = jax.lax.optimization_barrier([*leaves, upstream])
+        barrier: Callable[..., Any] = jax.lax.optimization_barrier
+        *found, _ = barrier([*leaves, upstream])
         return jax.tree.unflatten(structure, found)
     import tensorflow as tf
 

@@ -15,7 +15,6 @@ from dpo_keras.utils.keras_hub_internals import KERAS, private
 from dpo_keras.utils.keras_internals import inner_optimizer
 
 
-
 def _is_half(dtype: Any) -> bool:
     return keras.backend.standardize_dtype(dtype) in ("bfloat16", "float16")
 

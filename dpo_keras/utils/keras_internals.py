@@ -118,7 +118,8 @@ class WeighedAccumulation(keras.layers.Layer):
             self.total.assign_add(self._weight)
             apply([gradient * self._weight for gradient in gradients], variables)
             ended = keras.ops.equal((micro_steps(inner) + 1) % steps, 0)
-            self.total.assign(keras.ops.where(ended, 0.0, self.total))
+            total = keras.ops.convert_to_tensor(self.total)
+            self.total.assign(keras.ops.where(ended, 0.0, total))
 
         def average_and_clip(gradients: Sequence[Tensor]) -> list[Tensor]:
             # Keras hands over the sum over micro-batches, divided by their number.
@@ -133,6 +134,7 @@ class WeighedAccumulation(keras.layers.Layer):
 
 
 # -- models (written for Keras 3.15) -------------------------------------------------------
+
 
 def check_trainer_hooks(names: Sequence[str]) -> None:
     """Require methods of `keras.Model` that a trainer overrides.

@@ -1,5 +1,7 @@
 """Packed rows score exactly as rows of one pair each."""
 
+from functools import partial
+
 import keras
 import keras_hub
 import numpy as np
