@@ -17,6 +17,7 @@ from dpo_keras.scoring.lora import adapted_layers, adapter_variables, adapters_a
 from dpo_keras.scoring.scorer import ResponseScorer, Scores
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.backends import ValuesInPlace
+from dpo_keras.utils.keras_internals import add_weight_like
 
 
 class _Untracked:
@@ -75,14 +76,7 @@ class FrozenCopy(Reference):
         return list(policy.trainable_variables)
 
     def _copy(self, number: int, source: keras.Variable) -> keras.Variable:
-        copy = self.add_weight(
-            name=f"copy_{number}",
-            shape=source.shape,
-            dtype=source.dtype,
-            initializer="zeros",
-            trainable=False,
-            autocast=False,
-        )
+        copy = add_weight_like(self, source, f"copy_{number}")
         # On JAX an assigned value is not copied, and a step takes both for itself.
         copy.assign(ops.copy(source.value))
         return copy

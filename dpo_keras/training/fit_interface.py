@@ -53,6 +53,16 @@ def check_batches(given: object, argument: str = "x") -> None:
     raise InputError(InputProblem(argument, rule, hint=hint))
 
 
+def check_rows(dataset: object, devices: int, argument: str) -> None:
+    """Refuse batches whose rows the devices of a mesh's data axis cannot share evenly."""
+    columns = getattr(dataset, "element_spec", None)
+    rows = columns["owner"].shape[0] if isinstance(columns, Mapping) else None
+    if rows is not None and rows % devices:
+        rule = f"must have a number of rows that {devices} devices can share"
+        hint = f"Make batch_size a multiple of {devices}."
+        raise InputError(InputProblem(argument, rule, rows, hint))
+
+
 def check_counts(**counts: int | None) -> None:
     """Refuse counts of steps below 1; None asks for nothing."""
     wrong = {name: count for name, count in counts.items() if count is not None and count < 1}

@@ -14,6 +14,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
+from dpo_keras.training.mesh import check_split, data_axis
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name
 from dpo_keras.training.step_trainer import (
     Gradients,
@@ -69,6 +70,16 @@ class JaxTrainer(StepTrainer):
         if not used:
             raise InputError("policy has no trainable weights that the loss depends on.")
         return used, sums
+
+    @property
+    def replicas(self) -> int:
+        """The number of devices along which the rows of a batch are split."""
+        return data_axis()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configure training, see `StepTrainer.compile`; refuse a mesh that splits nothing."""
+        check_split(self.variables)
+        super().compile(*args, **kwargs)
 
     def reset_metrics(self) -> None:
         """Start all means anew; Keras calls it at the start of an epoch."""

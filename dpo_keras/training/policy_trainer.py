@@ -13,7 +13,12 @@ from dpo_keras.scoring.batch_layout import laid_out, scoring_models
 from dpo_keras.scoring.model_inputs import TextRows, check_images, model_inputs
 from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.default_callbacks import ReleasesTracing
-from dpo_keras.training.fit_interface import ShortProgress, check_batches, with_defaults
+from dpo_keras.training.fit_interface import (
+    ShortProgress,
+    check_batches,
+    check_rows,
+    with_defaults,
+)
 from dpo_keras.utils import JSON, keras_internals
 from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.garbage_collection import frozen_graphs
@@ -111,6 +116,7 @@ class PolicyTrainer(BackendTrainer):
         """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
         check_batches(given, argument)
         dataset: Any = laid_out(given, scoring_models(self), self.replicas, self._check_packing)
+        check_rows(dataset, self.replicas if uses_jax() else 1, argument)
         check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
         return dataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,20 @@ from dpo_keras.utils.keras_internals import all_layers
 
 if TYPE_CHECKING:
     import keras
+
+
+def backbone_class(family: Any) -> type | None:
+    """Return the class of the backbone of a model, of its class, or of a preset."""
+    if family is None:
+        return None
+    if isinstance(family, str | os.PathLike):
+        from keras_hub.src.utils import preset_utils
+
+        loader = private(preset_utils, "get_preset_loader", KERAS_HUB)(os.fspath(family))
+        found: type = loader.check_backbone_class()
+        return found
+    family = getattr(family, "backbone_cls", None) or getattr(family, "backbone", family)
+    return family if isinstance(family, type) else type(family)
 
 
 class MediaEncoder(NamedTuple):

@@ -157,6 +157,20 @@ def forget_layer(owner: keras.layers.Layer, layer: keras.layers.Layer) -> None:
     private(private(owner, "_tracker", KERAS), "untrack", KERAS)(layer)
 
 
+def add_weight_like(layer: keras.layers.Layer, source: keras.Variable, name: str) -> keras.Variable:
+    """Add to a layer a weight of zeros, not trained, that lies on devices as another one does."""
+    options = {"shape": source.shape, "dtype": source.dtype, "initializer": "zeros"}
+    options |= {"trainable": False, "autocast": False, "name": name}
+    layout = getattr(source, "_layout", None)
+    if layout is None:
+        return layer.add_weight(**options)
+    # `add_weight` takes no layout, and would make the whole weight on each device.
+    with keras.name_scope(layer.name):
+        weight = keras.Variable(**options, layout=layout)
+    private(layer, "_track_variable", KERAS)(weight)
+    return weight
+
+
 # -- layers (written for Keras 3.15) -------------------------------------------------------
 
 
