@@ -1,7 +1,7 @@
 """Meshes of devices on JAX: how rows and weights are split over them.
 
-`keras.distribution` is the engine. What is here is which weights are split along which axis: KerasHub's
-layout maps where there are some, ours for other families and for what those leave out.
+`keras.distribution` is the engine. What is here is which weights are split along which axis:
+KerasHub's layout maps where there are some, ours for other families and for what those leave out.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ def layouts_of(backbone: type | None, mesh: keras.distribution.DeviceMesh) -> di
     name = getattr(backbone, "__name__", None)
     own = LAYOUTS.get(name or "", {})
     theirs: dict[str, Axes] = {}
-    if hasattr(backbone, "get_layout_map"):
-        made = backbone.get_layout_map(mesh, MODEL, DATA)
+    get_layout_map = getattr(backbone, "get_layout_map", None)
+    if get_layout_map is not None:
+        made = get_layout_map(mesh, MODEL, DATA)
         theirs = {f"{pattern}$": made[pattern].axes for pattern in made}
     if not own and not theirs:
         rule = f"has no layout map of {name or 'this model'}"
