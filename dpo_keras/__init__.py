@@ -58,6 +58,7 @@ _HOME = {
     "generate_responses": "dpo_keras.training",
     "load_model": "dpo_keras.app.models",
     "strategy": "dpo_keras.training",
+    "distribution": "dpo_keras.training.mesh",
     "export": "dpo_keras.serving",
     "save_pretrained": "dpo_keras.serving",
 }
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
         generate_responses,
         strategy,
     )
+    from dpo_keras.training.mesh import distribution
 
 __all__ = [
     "DPOLoss",
@@ -114,6 +116,7 @@ __all__ = [
     "build_preferences",
     "cache_reference",
     "callbacks",
+    "distribution",
     "enable_lora",
     "export",
     "generate_responses",

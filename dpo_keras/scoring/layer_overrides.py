@@ -16,6 +16,7 @@ from keras import ops
 
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.backends import ValuesInPlace, checkpointed, uses_jax
+from dpo_keras.utils.keras_hub_attention import ATTENTION_METHOD, window_mask
 from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
 from dpo_keras.utils.keras_quantization import quantization_mode
@@ -52,6 +53,32 @@ def overridden_methods(overrides: Iterable[Override]) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
+
+
+def window_overrides(backbone: object) -> list[Override]:
+    """Let attention keep to its window on JAX, where KerasHub 0.32 forgets it in some families."""
+    layers = all_layers(backbone) if uses_jax() and isinstance(backbone, keras.Model) else []
+    masks = [(layer, window_mask(layer)) for layer in layers]
+    return [
+        Override(layer, ATTENTION_METHOD, _windowed(getattr(layer, ATTENTION_METHOD), mask))
+        for layer, mask in masks
+        if mask is not None
+    ]
+
+
+def _windowed(attend: Call, mask: Call) -> Call:
+    def windowed(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor = None,
+        cache_update_index: Tensor = None,
+    ) -> Tensor:
+        first = 0 if cache_update_index is None else cache_update_index
+        attention_mask = mask(attention_mask, cache_update_index=first)
+        return attend(query, key, value, attention_mask, cache_update_index=cache_update_index)
+
+    return windowed
 
 
 def can_fuse() -> bool:

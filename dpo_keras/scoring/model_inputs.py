@@ -16,7 +16,7 @@ from keras import ops
 
 from dpo_keras.batching.image_preprocessing import IMAGE_KEYS
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.layer_overrides import Call, Override, overridden_methods
+from dpo_keras.scoring.layer_overrides import Call, Override, overridden_methods, window_overrides
 from dpo_keras.scoring.patch_images import patch_overrides
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.keras_hub_families import (
@@ -266,7 +266,7 @@ def full_logits(model: keras.Model, text: TextRows) -> Tensor:
     """Compute a model's logits `[rows, length, vocabulary]` of rows of text, in inference."""
     head = reversed_embedding(model)
     body = model if head is None else model.backbone
-    with overridden_methods(text_overrides(model)):
+    with overridden_methods([*text_overrides(model), *window_overrides(model)]):
         states = body(model_inputs(body, text), training=False)
     if head is None:
         return states

@@ -17,6 +17,7 @@ from dpo_keras.scoring.layer_overrides import (
     fused_overrides,
     overridden_methods,
     remat_overrides,
+    window_overrides,
 )
 from dpo_keras.scoring.lora import low_rank_overrides
 from dpo_keras.scoring.model_inputs import (
@@ -155,7 +156,7 @@ class ResponseScorer:
         """Collect what the model's layers do differently while this batch runs."""
         overrides = low_rank_overrides(self._body) + text_overrides(self._body, batch)
         overrides += image_overrides(self._body, batch)
-        overrides += recurrence_overrides(self._body)
+        overrides += recurrence_overrides(self._body) + window_overrides(self._body)
         if "layout" in batch:
             overrides += tree_overrides(self._body, batch["layout"])
             if self.remat:

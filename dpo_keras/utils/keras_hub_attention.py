@@ -44,6 +44,23 @@ class AttentionSettings:
     key_value_heads: int | None = None  # those that its weights make; None: as many as it attends
 
 
+_FORGETS_WINDOW = {"QwenAttention", "Qwen3Attention", "Qwen3MoeAttention", "Qwen3_5Attention"}
+"""Layers that leave their window out where they attend with JAX's fused operation."""
+
+
+def window_mask(layer: keras.layers.Layer) -> Callable[..., Any] | None:
+    """Return what adds a layer's window to a mask, where its own code forgets to on JAX.
+
+    None where nothing is forgotten: the layer has no window, or no fault.
+    """
+    if type(layer).__name__ not in _FORGETS_WINDOW or not layer.sliding_window_size:
+        return None
+    if not getattr(layer, "use_sliding_window_attention", True):
+        return None
+    mask: Callable[..., Any] = private(layer, "_mask_sliding_window", KERAS_HUB)
+    return mask
+
+
 def _where(layer: keras.layers.Layer, flag: str, name: str, library: Library = KERAS_HUB) -> Any:
     return private(layer, name, library) if private(layer, flag, library) else None
 

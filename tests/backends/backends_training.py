@@ -1,0 +1,91 @@
+"""Trainings that are the same on every backend: weights, pairs and their order come from NumPy.
+
+`python backends_training.py OUT.npz CASE …` takes them on the backend of KERAS_BACKEND.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    here = Path(__file__).parent.parent
+    sys.path[:0] = [str(here), str(here / "tiny_models")]
+
+import keras
+import numpy as np
+import tiny
+from families import ALL_FAMILIES
+
+import dpo_keras
+
+STEPS = 20
+
+
+def policy_of(family, adapters=False, **sizes):
+    """A tiny policy whose weights do not depend on the backend's random numbers."""
+    policy = ALL_FAMILIES[family](**sizes)
+    if adapters:
+        dpo_keras.enable_lora(policy, 4)
+    random = np.random.default_rng(0)
+    for weight in policy.weights:
+        values = random.normal(size=weight.shape) * (0.3 if len(weight.shape) > 1 else 0.05)
+        if weight.name in ("scale", "gamma") and "gemma" not in family:
+            values = values + 1.0
+        if weight.name.endswith("_b"):  # of fresh adapters
+            values = values * 0.0
+        weight.assign(values.astype("float32"))
+    return policy
+
+
+class StepLosses(keras.callbacks.Callback):
+    """Keeps the loss of every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.losses.append(float(self.model.step_logs["loss"]))
+
+
+def batches(count=80, layout="buckets", batch_size=8, **options):
+    given = {"max_length": 24, "seed": 1, **options}
+    given |= {"buckets": 1} if layout == "buckets" else {"replicas": 8}
+    return dpo_keras.preference_dataset(
+        tiny.pairs(count), tiny.Letters(), batch_size=batch_size, batching=layout, **given
+    )
+
+
+def compiled_model(policy, accumulation=None, **options):
+    model = dpo_keras.DPOModel(policy, **options)
+    optimizer = keras.optimizers.AdamW(
+        1e-3, global_clipnorm=1.0, gradient_accumulation_steps=accumulation
+    )
+    penalties = {"insufficient_confidence": 0.1}
+    model.compile(optimizer, loss=dpo_keras.DPOLoss("sigmoid", penalties=penalties))
+    return model
+
+
+def trained(policy, layout="buckets", **options):
+    """20 steps; returns their losses, the model, and the policy's weights."""
+    model, log = compiled_model(policy, **options), StepLosses()
+    data = batches(layout=layout, epochs=None)
+    model.fit(data, steps_per_epoch=STEPS, verbose=0, callbacks=[log])
+    return np.array(log.losses), model, weights_of(policy)
+
+
+def weights_of(model):
+    return [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in model.weights]
+
+
+def main(out, *cases):
+    found = {}
+    for case in cases:
+        family, layout, adapters = case.split(":")
+        losses, _, weights = trained(policy_of(family, adapters == "lora"), layout)
+        found[f"{case}/losses"] = losses
+        found |= {f"{case}/{number}": weight for number, weight in enumerate(weights)}
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,23 @@
+"""What Keras' other backend must do as TensorFlow does: these tests run with KERAS_BACKEND=jax.
+
+Eight devices are made of one CPU. Without JAX as the backend, nothing here is collected.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("KERAS_BACKEND") == "jax":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+else:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def no_distribution():
+    """Leaves no mesh behind."""
+    import keras
+
+    yield
+    keras.distribution.set_distribution(None)

@@ -1,0 +1,51 @@
+"""The same pairs, weights and seeds give the same training on TensorFlow and on JAX."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from backends_training import STEPS, policy_of, trained
+
+FAMILIES = ("gpt2", "llama", "gemma3", "qwen3")
+CASES = [f"{name}:buckets:full" for name in FAMILIES] + [f"{n}:packed:lora" for n in FAMILIES]
+FURTHER = [f"{name}:packed:full" for name in FAMILIES] + [f"{n}:buckets:lora" for n in FAMILIES]
+
+
+def on_tensorflow(path, cases):
+    program = Path(__file__).with_name("backends_training.py")
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
+    subprocess.run([sys.executable, program, path, *cases], env=environment, check=True)
+    return np.load(path)
+
+
+@pytest.fixture(scope="module")
+def tensorflow(request, tmp_path_factory):
+    chosen = {
+        item.callspec.params["case"]
+        for item in request.session.items
+        if "case" in getattr(getattr(item, "callspec", None), "params", {})
+    }
+    path = tmp_path_factory.mktemp("tensorflow") / "trained.npz"
+    return on_tensorflow(path, sorted(chosen))
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.table) for case in FURTHER)]
+)
+def test_twenty_steps_are_those_of_tensorflow(case, tensorflow):
+    assert keras.backend.backend() == "jax"
+    family, layout, adapters = case.split(":")
+    losses, _, weights = trained(policy_of(family, adapters == "lora"), layout)
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, tensorflow[f"{case}/losses"], atol=1e-5, rtol=0)
+    moved = 0.0
+    fresh = policy_of(family, adapters == "lora").weights
+    for number, (weight, before) in enumerate(zip(weights, fresh, strict=True)):
+        theirs = tensorflow[f"{case}/{number}"]
+        np.testing.assert_allclose(weight, theirs, atol=1e-4, rtol=0)
+        moved = max(moved, np.abs(weight - keras.ops.convert_to_numpy(before)).max())
+    assert moved > 1e-3  # it is a training that is compared

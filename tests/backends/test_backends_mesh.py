@@ -1,0 +1,147 @@
+"""One device, rows split, weights split, and both: the same training."""
+
+import keras
+import numpy as np
+import pytest
+from backends_training import batches, compiled_model, policy_of, trained, weights_of
+from families import ALL_FAMILIES
+
+import dpo_keras
+from dpo_keras.training.mesh import LAYOUTS
+
+MESHES = {
+    "data": {"data": 8},
+    "model": {"data": 2, "model": 4},
+    "fsdp": {"data": 8, "fsdp": True},
+    "both": {"data": 2, "model": 4, "fsdp": True},
+}
+IN_SUITE = [("llama", "packed", True), ("gemma3", "buckets", False)]
+ELSEWHERE = [
+    *((name, "buckets", False) for name in ("gpt2", "llama", "qwen3", "mistral", "phi3")),
+    *((name, "packed", True) for name in ("gemma", "gemma3", "gemma4", "qwen", "qwen3_moe")),
+    *((name, "buckets", False) for name in ("qwen_moe", "qwen3_moe", "mixtral", "gemma4_moe")),
+]
+
+
+def on_mesh(family, mesh):
+    kind = type(ALL_FAMILIES[family]().backbone)
+    keras.distribution.set_distribution(dpo_keras.distribution(kind, **mesh))
+
+
+def shares(variable):
+    """What each device holds of a variable."""
+    return [
+        shard.data.nbytes / variable.value.nbytes for shard in variable.value.addressable_shards
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "adapters"),
+    [*IN_SUITE, *(pytest.param(*case, marks=pytest.mark.table) for case in ELSEWHERE)],
+)
+def test_one_device_and_every_mesh_end_with_the_same_weights(family, layout, adapters):
+    # What is an accident of rounding in float32 (a gradient near 0 that Adam makes a step of) is
+    # none of the mesh's.
+    losses, _, expected = trained(policy_of(family, adapters), layout)
+    for mesh in MESHES.values():
+        on_mesh(family, mesh)
+        found, model, weights = trained(policy_of(family, adapters), layout)
+        np.testing.assert_allclose(found, losses, atol=1e-5, rtol=0)
+        for weight, other in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(weight, other, atol=1e-5, rtol=0)
+        if "model" in mesh:
+            check_memory(model, mesh)
+        keras.distribution.set_distribution(None)
+
+
+def check_memory(model, mesh):
+    """Each device holds a share of what is split, the optimizer's state and copies included."""
+    split = [v for v in [*model.variables, *model.optimizer.variables] if min(shares(v)) < 1]
+    along_model = [v for v in split if "model" in v.value.sharding.spec]
+    held = sum(max(shares(v)) * v.value.nbytes for v in along_model)
+    whole = sum(v.value.nbytes for v in along_model)
+    assert held <= 1.1 * whole / mesh["model"]
+    # What stays whole on each device is small: norms, biases, and what no axis divides.
+    everything = sum(v.value.nbytes for v in model.policy.variables)
+    policy = {id(v) for v in model.policy.variables}
+    assert sum(v.value.nbytes for v in split if id(v) in policy) > 0.5 * everything
+
+
+def test_adapters_state_and_copies_are_split_as_their_weights_are():
+    on_mesh("llama", {"data": 2, "model": 4})
+    policy = policy_of("llama", adapters=True)
+    model = compiled_model(policy)
+    layer = policy.backbone.transformer_layers[0]._self_attention_layer._query_dense
+    kernel = layer._kernel.value.sharding.spec
+    assert "model" in kernel
+    assert tuple(layer.lora_kernel_a.value.sharding.spec)[: len(kernel) - 1] == kernel[:-1]
+    states = [v for v in model.optimizer.variables if "lora_kernel_a" in v.path]
+    assert states and all(min(shares(v)) == min(shares(layer.lora_kernel_a)) for v in states)
+    keras.distribution.set_distribution(None)
+
+    on_mesh("llama", {"data": 2, "model": 4})
+    policy = policy_of("llama")
+    model = compiled_model(policy, reference="frozen_copy")
+    for source, copy in zip(policy.trainable_variables, model.reference.copies, strict=True):
+        assert copy.value.sharding == source.value.sharding
+        np.testing.assert_array_equal(copy, source)
+
+
+def test_an_axis_that_does_not_divide_the_heads_goes_to_another_dimension():
+    on_mesh("llama", {"model": 4})
+    policy = policy_of("llama")  # 2 heads of keys, 97 tokens
+    key = policy.backbone.transformer_layers[0]._self_attention_layer._key_dense.kernel
+    assert key.shape[1] == 2 and min(shares(key)) == 0.25
+    assert min(shares(policy.backbone.token_embedding.embeddings)) == 0.25
+
+
+def test_any_distribution_of_keras_will_do():
+    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*feedforward_intermediate_dense.kernel"] = (None, "model")
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    )
+    model = compiled_model(policy_of("gpt2"))
+    assert model.replicas == 2
+    model.fit(batches(8), verbose=0)
+    kernel = model.policy.backbone.transformer_layers[0]._feedforward_intermediate_dense.kernel
+    assert min(shares(kernel)) == 0.25
+
+
+def test_every_layout_map_names_a_class_of_keras_hub():
+    import keras_hub
+
+    assert all(hasattr(keras_hub.models, name) for name in LAYOUTS)
+
+
+class TestWrongMeshes:
+    def test_more_devices_than_there_are(self):
+        with pytest.raises(dpo_keras.InputError, match=r"needs 4 \* 4 devices, and there are 8"):
+            dpo_keras.distribution(ALL_FAMILIES["gpt2"](), data=4, model=4)
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+    def test_counts_that_are_none(self, value):
+        with pytest.raises(dpo_keras.InputError, match=r"mesh\.data must be an integer >= 1"):
+            dpo_keras.distribution(data=value)
+
+    @pytest.mark.parametrize(
+        ("family", "named"), [("bloom", "BloomBackbone"), (None, "this model")]
+    )
+    def test_a_family_without_layout_map(self, family, named):
+        backbone = None if family is None else ALL_FAMILIES[family]().backbone
+        with pytest.raises(dpo_keras.InputError, match=rf"no layout map of {named}.*Gemma3"):
+            dpo_keras.distribution(backbone, model=2)
+
+    def test_an_axis_that_divides_nothing(self):
+        on_mesh("gpt2", {"model": 7})
+        with pytest.raises(dpo_keras.InputError, match=r"mesh\.model divides no weight"):
+            compiled_model(policy_of("gpt2"))
+
+    def test_rows_that_devices_cannot_share(self):
+        on_mesh("gpt2", {"data": 8})
+        model = compiled_model(policy_of("gpt2"))
+        before = weights_of(model.policy)
+        with pytest.raises(dpo_keras.InputError, match="batch_size a multiple of 8"):
+            model.fit(batches(12, batch_size=4), verbose=0)
+        assert all(map(np.array_equal, before, weights_of(model.policy)))
