@@ -16,12 +16,17 @@ import tiny
 from families import ALL_FAMILIES
 
 import dpo_keras
+from dpo_keras.scoring.model_inputs import TextRows, full_logits
 
 STEPS = 20
+# XLA compiles each layer: these families need no more of them to show all that they do.
+LAYERS = {"gpt2": 1, "llama": 1, "qwen3": 1, "gemma3": 2}
 
 
 def policy_of(family, adapters=False, **sizes):
     """A tiny policy whose weights do not depend on the backend's random numbers."""
+    if family in LAYERS:
+        sizes = {"num_layers": LAYERS[family], **sizes}
     policy = ALL_FAMILIES[family](**sizes)
     if adapters:
         dpo_keras.enable_lora(policy, 4)
@@ -55,11 +60,9 @@ def batches(count=80, layout="buckets", batch_size=8, **options):
     )
 
 
-def compiled_model(policy, accumulation=None, **options):
+def compiled_model(policy, optimizer=None, **options):
     model = dpo_keras.DPOModel(policy, **options)
-    optimizer = keras.optimizers.AdamW(
-        1e-3, global_clipnorm=1.0, gradient_accumulation_steps=accumulation
-    )
+    optimizer = optimizer or keras.optimizers.AdamW(1e-3, global_clipnorm=1.0)
     penalties = {"insufficient_confidence": 0.1}
     model.compile(optimizer, loss=dpo_keras.DPOLoss("sigmoid", penalties=penalties))
     return model
@@ -73,6 +76,16 @@ def trained(policy, layout="buckets", **options):
     return np.array(log.losses), model, weights_of(policy)
 
 
+def logits_of(family):
+    """Logits of two rows of text, the second shorter; places of padding left out."""
+    ids = np.arange(22, dtype="int32").reshape(2, 11) % 90 + 3
+    mask = np.ones((2, 11), "int32")
+    mask[1, 7:] = 0
+    text = TextRows(*map(keras.ops.convert_to_tensor, (ids, mask)))
+    logits = keras.ops.convert_to_numpy(full_logits(policy_of(family), text))
+    return np.concatenate([logits[0], logits[1, :7]])
+
+
 def weights_of(model):
     return [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in model.weights]
 
@@ -81,6 +94,9 @@ def main(out, *cases):
     found = {}
     for case in cases:
         family, layout, adapters = case.split(":")
+        if layout == "logits":
+            found[case] = logits_of(family)
+            continue
         losses, _, weights = trained(policy_of(family, adapters == "lora"), layout)
         found[f"{case}/losses"] = losses
         found |= {f"{case}/{number}": weight for number, weight in enumerate(weights)}

@@ -141,3 +141,8 @@ def test_strategies_that_cannot_be_say_what_they_need(name, config, message, mon
         monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(InputError, match=message):
         strategy(name)
+
+
+def test_a_mesh_needs_jax():
+    with pytest.raises(dpo_keras.InputError, match="mesh needs Keras on JAX.*KERAS_BACKEND=jax"):
+        dpo_keras.distribution(data=2)
