@@ -18,6 +18,7 @@ from dpo_keras.batching.forests import collate_packed
 from dpo_keras.batching.packing import packed_order, plan_packing
 from dpo_keras.batching.tokenized_pairs import TokenizedPairs, truncate
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.utils.backends import leave_devices_to_jax
 
 _DYNAMIC = {
     "token_ids": 2,
@@ -112,6 +113,8 @@ def stream(source: Source, start: int, total: int | None) -> tf.data.Dataset:
     calls = PythonCalls()
     iterations = itertools.count()
     advance = 0 if total is None or start else total  # from one iteration to the next
+
+    leave_devices_to_jax()
 
     def first_step() -> list[np.int64]:
         return [np.int64(start + next(iterations) * advance)]

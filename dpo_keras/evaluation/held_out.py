@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -18,6 +20,10 @@ from dpo_keras.scoring.batch_layout import scoring_layout, scoring_models
 from dpo_keras.training import DPOModel, outputs_of
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.backends import compiled
+
+_functions: weakref.WeakKeyDictionary[object, dict[object, Callable[[Batch], dict[str, Any]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def evaluate_preferences(
@@ -148,11 +154,28 @@ def _measured(
 ) -> Iterator[tuple[Part, dict[str, np.ndarray]]]:
     run = None
     for part in parts:
-        # The signature leaves sizes open, so that all batches share one trace.
-        run = run or compiled(
-            lambda batch: _measure(model, batch), model.variables, pass_signature(part.batch)
-        )
+        run = run or _measuring(model, pass_signature(part.batch))
         yield part, run(part.batch)
+
+
+def _measuring(model: DPOModel, signature: dict[str, Any]) -> Callable[[Batch], dict[str, Any]]:
+    """Return the compiled `_measure`, traced once for the measurements before and after training.
+
+    The signature leaves sizes open, so that all batches share one trace.
+    """
+    known = _functions.setdefault(model, {})
+    key = (model.preference_loss, model.reference, str(signature))
+    if key not in known:
+        # The values of a dictionary with weak keys must not hold the keys.
+        borrowed = weakref.ref(model)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            found = borrowed()
+            assert found is not None
+            return _measure(found, batch)
+
+        known[key] = compiled(measure, model.variables, signature)
+    return known[key]
 
 
 def _measure(model: DPOModel, batch: Batch) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,15 @@ from dpo_keras.utils import Tensor
 def uses_jax() -> bool:
     """Tell whether Keras runs on JAX."""
     return bool(keras.backend.backend() == "jax")
+
+
+def leave_devices_to_jax() -> None:
+    """Keep TensorFlow, whose pipelines feed JAX, from taking the memory of GPUs."""
+    if uses_jax():
+        import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # it has set up its devices
+            tf.config.set_visible_devices([], "GPU")
 
 
 class ValuesInPlace(keras.StatelessScope):

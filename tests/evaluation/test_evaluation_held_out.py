@@ -1,5 +1,7 @@
 """One pass over held-out pairs: the numbers that `fit` and `evaluate` log, pair by pair."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -157,3 +159,30 @@ def test_rankings_are_measured_as_pairs_only(moved):
     found = evaluate_preferences(moved, tokenize_pairs(ranked.as_pairs(), Letters()))
     assert len(found.pairs["preference"]) == 3
     moved.compile(loss=SIGMOID)
+
+
+def test_measurements_before_and_after_a_training_share_a_trace(tokenized, monkeypatch):
+    model = DPOModel(gpt2())
+    model.compile("adam", loss=DPOLoss("sigmoid"))
+    traces, measure = [], held_out._measure
+    monkeypatch.setattr(held_out, "_measure", lambda *given: traces.append(1) or measure(*given))
+    before = evaluate_preferences(model, tokenized, batch_size=4)
+    model.fit(preference_dataset(tokenized, batch_size=4), verbose=0)
+    after = evaluate_preferences(model, tokenized, batch_size=4)
+    assert len(traces) == 1
+    assert after.metrics["reward_margin"] > before.metrics["reward_margin"] == 0
+    same_as_evaluate(model, tokenized, after)
+    model.compile("adam", loss=DPOLoss("ipo"))  # another loss is another function
+    same_as_evaluate(model, tokenized, evaluate_preferences(model, tokenized, batch_size=4))
+    assert len(traces) == 2
+
+
+def test_a_measured_model_is_not_kept_alive(tokenized):
+    model = DPOModel(gpt2())
+    model.compile("adam", loss=DPOLoss("sigmoid"))
+    evaluate_preferences(model, tokenized, batch_size=4)
+    policy = weakref.ref(model.policy)
+    assert model in held_out._functions
+    del model
+    gc.collect()
+    assert policy() is None

@@ -18,6 +18,7 @@ from dpo_keras.errors import InputError
 from dpo_keras.losses import DPOLoss
 from dpo_keras.training import STRATEGIES, DPOModel, SupervisedModel, strategy, supervised_dataset
 from dpo_keras.training.distribution import per_worker
+from dpo_keras.training.mesh import distribution
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -144,5 +145,5 @@ def test_strategies_that_cannot_be_say_what_they_need(name, config, message, mon
 
 
 def test_a_mesh_needs_jax():
-    with pytest.raises(dpo_keras.InputError, match="mesh needs Keras on JAX.*KERAS_BACKEND=jax"):
-        dpo_keras.distribution(data=2)
+    with pytest.raises(InputError, match="mesh needs Keras on JAX.*KERAS_BACKEND=jax"):
+        distribution(data=2)
