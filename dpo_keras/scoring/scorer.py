@@ -33,7 +33,7 @@ from dpo_keras.scoring.model_inputs import (
 from dpo_keras.scoring.recurrences import recurrence_overrides
 from dpo_keras.scoring.tree_attention import TreeLayout, make_biases, tree_overrides
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.backends import uses_jax
+from dpo_keras.utils.backends import on_own_rows, uses_jax
 from dpo_keras.utils.keras_hub_internals import transformer_blocks
 
 Scores: TypeAlias = dict[str, Tensor]
@@ -217,21 +217,43 @@ class ResponseScorer:
         collected: list[Tensor] | None,
     ) -> Tensor:
         rows, sequences, length = ops.shape(batch["token_ids"])
-        slots = ops.shape(batch["owner"])[1]
         states = self.hidden_states(batch, training, collected)
         if len(states.shape) != 3:
             rule = "must return logits of shape [batch, length, vocabulary]"
             raise InputError(InputProblem("policy", rule, tuple(states.shape)))
-        states = ops.reshape(states, (rows * sequences * length, states.shape[-1]))
-        first = ops.arange(rows, dtype="int32")[:, None] * (sequences * length)
-        places = ops.reshape(first + batch["source"], (rows * slots,))
-        targets = ops.reshape(batch["target"], (rows * slots,))
+        states = ops.reshape(states, (rows, sequences * length, states.shape[-1]))
+
+        def values_of(states: Tensor, source: Tensor, target: Tensor, owner: Tensor) -> Tensor:
+            return self._values_of_rows(states, source, target, owner, statistics)
+
+        tensors = (
+            states,
+            *(ops.convert_to_tensor(batch[n]) for n in ("source", "target", "owner")),
+        )
+        head = None if self.parts is None else self.parts[1].layer
+        return on_own_rows(values_of, tensors, [] if head is None else head.variables)
+
+    def _values_of_rows(
+        self,
+        states: Tensor,
+        source: Tensor,
+        target: Tensor,
+        owner: Tensor,
+        statistics: tuple[str, ...],
+    ) -> Tensor:
+        """Return the figures `[rows, slots, …]` of tokens, from states `[rows, places, d]`."""
+        rows, slots = ops.shape(owner)
+        length = ops.shape(states)[1]
+        states = ops.reshape(states, (rows * length, states.shape[-1]))
+        first = ops.arange(rows, dtype="int32")[:, None] * length
+        places = ops.reshape(first + source, (rows * slots,))
+        targets = ops.reshape(target, (rows * slots,))
         columns = 1 + len(statistics)
         if self.parts is None:
             values = log_probs_of(ops.take(states, places, axis=0), targets, statistics)
             return ops.reshape(values, (rows, slots, columns))
         # Filled slots first, so that chunks of nothing but empty slots are never computed.
-        filled = ops.cast(ops.reshape(batch["owner"], (rows * slots,)) >= 0, "int32")
+        filled = ops.cast(ops.reshape(owner, (rows * slots,)) >= 0, "int32")
         count = ops.sum(filled)
         place = ops.where(filled == 1, ops.cumsum(filled) - 1, count + ops.cumsum(1 - filled) - 1)
         order = ops.argsort(place)

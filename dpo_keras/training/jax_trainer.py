@@ -14,7 +14,7 @@ from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
-from dpo_keras.training.mesh import check_split, data_axis
+from dpo_keras.training.mesh import check_split
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name
 from dpo_keras.training.step_trainer import (
     Gradients,
@@ -25,7 +25,7 @@ from dpo_keras.training.step_trainer import (
     stacked_sums,
 )
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.backends import ValuesInPlace, unique_variables
+from dpo_keras.utils.backends import ValuesInPlace, data_axis_size, unique_variables
 from dpo_keras.utils.keras_internals import set_values
 
 
@@ -74,7 +74,7 @@ class JaxTrainer(StepTrainer):
     @property
     def replicas(self) -> int:
         """The number of devices along which the rows of a batch are split."""
-        return data_axis()
+        return data_axis_size()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training, see `StepTrainer.compile`; refuse a mesh that splits nothing."""

@@ -227,12 +227,3 @@ def check_split(variables: Sequence[keras.Variable]) -> None:
         rule = f"divides no weight of this policy: model is {current.sizes[MODEL]}"
         hint = "Choose a divisor of its width, such as 2, 4 or 8."
         raise InputError(InputProblem("mesh.model", rule, hint=hint))
-
-
-def data_axis() -> int:
-    """Return the number of devices along which the current distribution splits rows."""
-    current = keras.distribution.distribution()
-    if current is None:
-        return 1
-    mesh = current.device_mesh
-    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(current.batch_dim_name, 1))

@@ -91,6 +91,48 @@ def compiled(
     }
 
 
+def on_own_rows(
+    function: Callable[..., Tensor], rows: Sequence[Tensor], variables: Sequence[keras.Variable]
+) -> Tensor:
+    """Call a function of rows that reads variables; on a mesh each device with its own rows.
+
+    XLA splits most of a step by itself. Where rows are sorted, it would give all of them to each
+    device. Shapes and dimension 0 of the result are those of the rows.
+    """
+    devices = data_axis_size()
+    if devices == 1 or any(values.shape[0] % devices for values in rows):
+        return function(*rows)
+    import jax
+    from jax import sharding
+
+    current = keras.distribution.distribution()
+    spec: Callable[..., Any] = sharding.PartitionSpec
+    split = spec(current.batch_dim_name)
+
+    def on_device(values: list[Tensor], *own: Tensor) -> Tensor:
+        with ValuesInPlace(zip(variables, values, strict=True)):
+            return function(*own)
+
+    mapped: Callable[..., Tensor] = jax.shard_map(
+        on_device,
+        mesh=current.device_mesh.backend_mesh,
+        in_specs=(spec(), *[split] * len(rows)),
+        out_specs=split,
+        axis_names={current.batch_dim_name},
+        check_vma=False,
+    )
+    return mapped([variable.value for variable in variables], *rows)
+
+
+def data_axis_size() -> int:
+    """Return the number of devices along which the current `keras.distribution` splits rows."""
+    current = keras.distribution.distribution() if uses_jax() else None
+    if current is None:
+        return 1
+    mesh = current.device_mesh
+    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(current.batch_dim_name, 1))
+
+
 def made_after(upstream: Tensor, tensors: Any) -> Any:
     """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
     if uses_jax():

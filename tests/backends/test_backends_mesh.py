@@ -7,7 +7,9 @@ from backends_training import batches, compiled_model, policy_of, trained, weigh
 from families import ALL_FAMILIES
 
 import dpo_keras
+from dpo_keras.scoring.scorer import ResponseScorer
 from dpo_keras.training.mesh import LAYOUTS
+from dpo_keras.utils.backends import ValuesInPlace
 
 MESHES = {
     "data": {"data": 8},
@@ -96,6 +98,30 @@ def test_an_axis_that_does_not_divide_the_heads_goes_to_another_dimension():
     key = policy.backbone.transformer_layers[0]._self_attention_layer._key_dense.kernel
     assert key.shape[1] == 2 and min(shares(key)) == 0.25
     assert min(shares(policy.backbone.token_embedding.embeddings)) == 0.25
+
+
+def test_each_device_scores_its_own_rows_alone():
+    """The head sorts the places of tokens; over all rows, each device would compute all of them."""
+    import jax
+
+    on_mesh("gpt2", {"data": 8})
+    scorer = ResponseScorer(policy_of("gpt2"))
+    batch = {name: values.numpy() for name, values in next(iter(batches(8))).items()}
+    current = keras.distribution.distribution()
+    given = {
+        name: jax.device_put(values, current.get_data_layout(values.shape).backend_layout)
+        for name, values in batch.items()
+    }
+
+    def logps(values, batch):
+        with ValuesInPlace(zip(scorer.variables, values, strict=True)):
+            return scorer(batch)["logps"]
+
+    compiled = jax.jit(logps).lower([v.value for v in scorer.variables], given).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-reduce" not in text
+    found = compiled([v.value for v in scorer.variables], given)
+    assert {shard.data.shape for shard in found.addressable_shards} == {(1, 2)}
 
 
 def test_any_distribution_of_keras_will_do():
