@@ -26,6 +26,7 @@ from keras import Model, ops
 
 from dpo_keras.scoring.layer_overrides import Call, Override
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import softmax
 from dpo_keras.utils.keras_hub_attention import (
     ATTENTION_METHOD,
     AttentionSettings,
@@ -145,7 +146,7 @@ def attention_weights(scores: Tensor, bias: Tensor, settings: AttentionSettings)
         scores = settings.soft_cap * ops.tanh(scores / settings.soft_cap)
     scores = scores + bias
     if settings.sinks is None:
-        return ops.softmax(scores)
+        return softmax(scores)
     sinks = ops.reshape(ops.cast(settings.sinks, "float32"), (-1, 1, 1))
     top = ops.max(scores, axis=-1, keepdims=True, initial=NEVER)
     top = ops.stop_gradient(ops.maximum(top, sinks))

@@ -133,6 +133,18 @@ def data_axis_size() -> int:
     return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(current.batch_dim_name, 1))
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Compute softmax over the last axis; Keras' own warns where a text has one token."""
+    if uses_jax():
+        import jax
+
+        on_jax: Callable[[Tensor], Tensor] = jax.nn.softmax
+        return on_jax(scores)
+    import tensorflow as tf
+
+    return tf.nn.softmax(scores)
+
+
 def made_after(upstream: Tensor, tensors: Any) -> Any:
     """Copy tensors once `upstream` is there, so that no optimizer shares what is made of them."""
     if uses_jax():
