@@ -56,7 +56,8 @@ def check_batches(given: object, argument: str = "x") -> None:
 def check_rows(dataset: object, devices: int, argument: str) -> None:
     """Refuse batches whose rows the devices of a mesh's data axis cannot share evenly."""
     columns = getattr(dataset, "element_spec", None)
-    rows = columns["owner"].shape[0] if isinstance(columns, Mapping) else None
+    known = devices > 1 and isinstance(columns, Mapping)
+    rows = columns["owner"].shape[0] if known else None  # type: ignore[index]
     if rows is not None and rows % devices:
         rule = f"must have a number of rows that {devices} devices can share"
         hint = f"Make batch_size a multiple of {devices}."
