@@ -148,10 +148,8 @@ def attention_weights(scores: Tensor, bias: Tensor, settings: AttentionSettings)
     if settings.sinks is None:
         return softmax(scores)
     sinks = ops.reshape(ops.cast(settings.sinks, "float32"), (-1, 1, 1))
-    top = ops.max(scores, axis=-1, keepdims=True, initial=NEVER)
-    top = ops.stop_gradient(ops.maximum(top, sinks))
-    weights = ops.exp(scores - top)
-    return weights / (ops.sum(weights, axis=-1, keepdims=True) + ops.exp(sinks - top))
+    column = ops.broadcast_to(sinks, (*ops.shape(scores)[:-1], 1))
+    return softmax(ops.concatenate([scores, column], axis=-1))[..., :-1]
 
 
 def with_slopes(bias: Tensor, places: Tensor, slopes: Sequence[float]) -> Tensor:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 
 import keras
+import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
@@ -222,13 +223,8 @@ def _checksum(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _bytes_of(dtype: object) -> int:
-    name = keras.backend.standardize_dtype(dtype)
-    return next((size for size in (8, 4, 2, 1) if str(8 * size) in name), 4)
-
-
 def _check_room(model: keras.Model, directory: pathlib.Path) -> None:
     variables = [*model.variables, *model.optimizer.variables]
-    needed = sum(math.prod(v.shape) * _bytes_of(v.dtype) + 4096 for v in variables)
+    needed = sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size + 4096 for v in variables)
     if shutil.disk_usage(directory).free < needed + _MARGIN:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

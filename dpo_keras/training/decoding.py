@@ -12,9 +12,10 @@ from typing import Any
 import keras
 import keras_hub
 import tensorflow as tf
+from keras import ops
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.scoring.layer_overrides import overridden_methods
+from dpo_keras.scoring.layer_overrides import overridden_methods, window_overrides
 from dpo_keras.scoring.model_inputs import (
     TextRows,
     blank_images,
@@ -98,16 +99,16 @@ def decode(
         return _decode_with_state(recurrent, token_ids, loop)
     if generates_from_images(policy):
         return _decode_with_cache(policy, token_ids, mask, stops, loop, images or {})
-    length = tf.shape(token_ids)[1]
-    prompted = tf.cast(mask, tf.int32)
+    prompted = ops.cast(mask, "int32")
+    places = ops.arange(ops.shape(token_ids)[1])
 
     def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        seen = tf.sequence_mask(place, length, tf.int32)
+        seen = ops.cast(places < place[:, None], "int32")
         logits = full_logits(policy, TextRows(token_ids, seen, response=seen * (1 - prompted)))
-        return tf.gather(logits, place - 1, batch_dims=1), cache
+        return _at(logits, place - 1), cache
 
-    lengths = tf.reduce_sum(prompted, axis=1)
-    return loop(logits_at, token_ids, (), lengths, steps=tf.shape(uniforms)[1])
+    lengths = ops.sum(prompted, axis=1)
+    return loop(logits_at, token_ids, (), lengths, steps=ops.shape(uniforms)[1])
 
 
 def generates_from_images(policy: keras.Model) -> bool:
@@ -131,14 +132,14 @@ def _decode_with_state(
     KerasHub reads whole prompts first and then their last tokens once more. Keys and values do not
     change by that; a state remembers both.
     """
-    rows, length = tf.unstack(tf.shape(token_ids))
 
     def logits_at(token_ids: Tensor, cache: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         last = place[0] - 1
         return recurrent.step(token_ids[:, last, None], cache, last)
 
     start = recurrent.empty_cache(token_ids)
-    return loop(logits_at, token_ids, start, tf.ones((rows,), tf.int32), steps=length - 1)
+    first = ops.ones_like(token_ids[:, 0])
+    return loop(logits_at, token_ids, start, first, steps=ops.shape(token_ids)[1] - 1)
 
 
 def _decode_with_cache(
@@ -150,7 +151,7 @@ def _decode_with_cache(
     images: Mapping[str, Tensor],
 ) -> Tensor:
     """Decode with KerasHub's cache of keys and values."""
-    rows, length = tf.unstack(tf.shape(token_ids))
+    length = ops.shape(token_ids)[1]
     # Where prompts see themselves as a whole, or images, their cache is kept as it was filled.
     keep = "response_mask" in declared_inputs(policy) or bool(images)
 
@@ -162,7 +163,7 @@ def _decode_with_cache(
             logits, _, cache = next(token_ids, cache, place[0])
             return logits, cache
 
-        place = tf.fill([rows], tf.cast(index, tf.int32))
+        place = ops.zeros_like(prompt[:, 0]) + ops.cast(index, "int32")
         return loop(logits_at, prompt, cache, place, steps=length - place[0], keep=keep)
 
     before = getattr(policy, "sampler", None)
@@ -172,7 +173,8 @@ def _decode_with_cache(
         inputs = {"token_ids": token_ids, "padding_mask": mask}
         inputs |= images or blank_images(policy, token_ids)
         rows_of_one = {**images, "token_ids": token_ids[:, None]}
-        with overridden_methods(image_overrides(policy, rows_of_one)):
+        overrides = [*image_overrides(policy, rows_of_one), *window_overrides(policy.backbone)]
+        with overridden_methods(overrides):
             return policy.generate_step(inputs, list(stops))["token_ids"]
     finally:
         policy.sampler = before
@@ -196,36 +198,39 @@ def _loop(  # noqa: PLR0913 - what a loop is made of
 
     `keep` leaves the cache of a row as it is where the prompt has the token of that place.
     """
-    rows = tf.range(tf.shape(token_ids)[0])
-    lengths = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)
-    last = tf.shape(uniforms)[1] - 1
+    rows, places = ops.arange(ops.shape(token_ids)[0]), ops.arange(ops.shape(token_ids)[1])
+    lengths = ops.sum(ops.cast(mask, "int32"), axis=1)
+    last = ops.shape(uniforms)[1] - 1
 
     def unfinished(token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor) -> Tensor:
-        return ~tf.reduce_all(done)
+        return ~ops.all(done)
 
     def step(
         token_ids: Tensor, cache: Tensor, place: Tensor, done: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits, found = logits_at(token_ids, cache, place)
-        at = tf.stack([rows, place], axis=1)
-        prompted = tf.gather_nd(mask, at)
+        here = places == place[:, None]
+        prompted = ops.any(mask & here, axis=1)
         cache = _kept(prompted, cache, found) if keep else found
-        drawn = tf.gather(uniforms, tf.clip_by_value(place - lengths, 0, last), batch_dims=1)
-        token = tf.where(prompted, tf.gather_nd(token_ids, at), choose(logits, drawn))
+        drawn = _at(uniforms, ops.clip(place - lengths, 0, last))
+        given = ops.sum(ops.where(here, token_ids, 0), axis=1)
+        token = ops.where(prompted, given, choose(logits, drawn))
         if report is not None:
-            token = report(tf.where(prompted, -1, rows), token)
-        done |= ~prompted & tf.reduce_any(token[:, None] == tf.constant(stops), axis=1)
-        return tf.tensor_scatter_nd_update(token_ids, at, token), cache, place + 1, done
+            token = report(ops.where(prompted, -1, rows), token)
+        ends = ops.any(token[:, None] == ops.convert_to_tensor(stops, "int32"), axis=1)
+        token_ids = ops.where(here, token[:, None], token_ids)
+        return token_ids, cache, place + 1, done | (~prompted & ends)
 
-    start = (token_ids, cache, place, tf.zeros_like(place, tf.bool))
-    return tf.while_loop(unfinished, step, start, maximum_iterations=steps)[0]
+    start = (token_ids, cache, place, ops.zeros_like(place, "bool"))
+    found: Tensor = ops.while_loop(unfinished, step, start, maximum_iterations=steps)[0]
+    return found
 
 
 def _kept(rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Take the cache `before` in the given rows (bool `[batch]`), `after` in the others."""
 
     def taken(one: Tensor, other: Tensor) -> Tensor:
-        return tf.where(tf.reshape(rows, [-1] + [1] * (len(one.shape) - 1)), one, other)
+        return ops.where(ops.reshape(rows, [-1] + [1] * (len(one.shape) - 1)), one, other)
 
     return keras.tree.map_structure(taken, before, after)
 
@@ -238,53 +243,59 @@ def token_choice(temperature: float, top_p: float) -> Choose:
     """
 
     def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-        logits = tf.cast(logits, tf.float32)
+        logits = ops.cast(logits, "float32")
         if temperature == 0:
-            return tf.argmax(logits, axis=-1, output_type=tf.int32)
+            return ops.cast(ops.argmax(logits, axis=-1), "int32")
         # In proportion to the probabilities.
-        largest = tf.reduce_max(logits, axis=-1, keepdims=True)
-        weights = tf.exp((logits - largest) / temperature)
+        largest = ops.max(logits, axis=-1, keepdims=True)
+        weights = ops.exp((logits - largest) / temperature)
         if top_p == 1:
             return _drawn(weights, uniforms)
-        goal = top_p * tf.reduce_sum(weights, axis=-1, keepdims=True)
+        goal = top_p * ops.sum(weights, axis=-1, keepdims=True)
 
         def nucleus(ranked: Tensor, order: Tensor) -> Tensor:
-            before = tf.cumsum(ranked, axis=-1, exclusive=True)
+            before = ops.pad(ops.cumsum(ranked, axis=-1)[:, :-1], [[0, 0], [1, 0]])
             # Strictly below, so that the most likely token always stays.
-            drawn = _drawn(tf.where(before < goal, ranked, 0.0), uniforms)
-            return tf.gather(order, drawn, batch_dims=1)
+            return _at(order, _drawn(ops.where(before < goal, ranked, 0.0), uniforms))
 
-        size = tf.shape(weights)[-1]
-        ranked, order = tf.math.top_k(weights, tf.minimum(size, _NUCLEUS))
-        return tf.cond(
-            tf.reduce_all(tf.reduce_sum(ranked, axis=-1, keepdims=True) >= goal),
+        size = weights.shape[-1]
+        ranked, order = ops.top_k(weights, min(size, _NUCLEUS))
+        found: Tensor = ops.cond(
+            ops.all(ops.sum(ranked, axis=-1, keepdims=True) >= goal),
             lambda: nucleus(ranked, order),
-            lambda: nucleus(*tf.math.top_k(weights, size)),
+            lambda: nucleus(*ops.top_k(weights, size)),
         )
+        return found
 
     return choose
 
 
 def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw the index at which the sum of weights `[rows, n]` exceeds each row's share of it."""
-    rows, size = tf.unstack(tf.shape(weights))
-    blocks = tf.pad(weights, [[0, 0], [0, -size % _BLOCK]])
-    blocks = tf.reshape(blocks, (rows, -1, _BLOCK))
+    blocks = ops.pad(weights, [[0, 0], [0, -weights.shape[-1] % _BLOCK]])
+    blocks = ops.reshape(blocks, (ops.shape(blocks)[0], -1, _BLOCK))
     # First among blocks, then within one: faster and more exact than one long sum.
-    sums = tf.reduce_sum(blocks, axis=-1)
-    ends = tf.cumsum(sums, axis=-1)
+    sums = ops.sum(blocks, axis=-1)
+    ends = ops.cumsum(sums, axis=-1)
     goal = uniforms[:, None] * ends[:, -1:]
     block = _count(ends <= goal)
-    inside = tf.gather(blocks, block, batch_dims=1)
-    goal -= tf.gather(ends - sums, block, batch_dims=1)[:, None]
-    place = _count(tf.cumsum(inside, axis=-1) <= goal)
+    inside = _at(blocks, block)
+    goal -= _at(ends - sums, block)[:, None]
+    place = _count(ops.cumsum(inside, axis=-1) <= goal)
     # Rounding must not lead to an index of weight 0.
-    last = tf.reduce_max(tf.where(inside > 0, tf.range(_BLOCK), 0), axis=-1)
-    return block * _BLOCK + tf.minimum(place, last)
+    last = ops.max(ops.where(inside > 0, ops.arange(_BLOCK), 0), axis=-1)
+    return block * _BLOCK + ops.minimum(place, last)
+
+
+def _at(values: Tensor, places: Tensor) -> Tensor:
+    """Return what each row `[n, …]` of values has at its place."""
+    rows, size, *rest = ops.shape(values)
+    flat = ops.reshape(values, (rows * size, *rest))
+    return ops.take(flat, ops.arange(rows) * size + places, axis=0)
 
 
 def _count(values: Tensor) -> Tensor:
-    return tf.reduce_sum(tf.cast(values, tf.int32), axis=-1)
+    return ops.sum(ops.cast(values, "int32"), axis=-1)
 
 
 def new_tokens(

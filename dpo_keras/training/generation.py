@@ -22,7 +22,7 @@ from dpo_keras.training.decoding import (
     new_tokens,
     token_choice,
 )
-from dpo_keras.utils import JSON, Tensor
+from dpo_keras.utils import JSON, Tensor, backends
 
 # Compiled once per policy and setting. The functions read the weights as they are at each call.
 _compiled_functions: weakref.WeakKeyDictionary[object, dict[object, Callable[..., Tensor]]] = (
@@ -113,7 +113,7 @@ def generate_responses(  # noqa: PLR0913 - public API, options by keyword
     seeds = [seed] if isinstance(seed, int | np.integer) else list(seed)
     uniforms = uniform_numbers(seeds, len(rows), max_new_tokens, temperature)
     new: list[list[int]] = []
-    if shown is None and decodes_continuously(policy):
+    if shown is None and not backends.uses_jax() and decodes_continuously(policy):
         batches = _continuous(policy, rows, uniforms, sampling, batch_size)
     else:
         # Few different lengths, because each one is compiled for itself.
@@ -211,15 +211,11 @@ def _in_columns(
         token_ids, mask = _right_padded(filled, length, pad)
         lengths = np.array([len(row) for row in filled])
         seen = {} if shown is None else image_arrays(shown, places, filled, length)
-        found = [
-            new_tokens(
-                run(token_ids, mask, uniforms[places, copy], seen),
-                lengths,
-                sampling.stops,
-                longest,
-            ).to_list()
-            for copy in range(copies)
-        ]
+        batch = {"token_ids": token_ids, "mask": mask, "images": seen}
+        found = []
+        for copy in range(copies):
+            ids = run({**batch, "uniforms": uniforms[places, copy]})["token_ids"]
+            found.append(new_tokens(ids, lengths, sampling.stops, longest).to_list())
         count = len(rows[start : start + batch_size])
         yield [found[copy][row] for row in range(count) for copy in range(copies)]
 
@@ -266,9 +262,9 @@ def compiled(
     make: Callable[[Callable[[], Any], Sampling], Callable[..., Tensor]],
     sampling: Sampling,
 ) -> Callable[..., Tensor]:
-    """Return what `make` compiles, made once for each policy and setting."""
+    """Return what `make` compiles, made once for each policy, its weights, and each setting."""
     known = _compiled_functions.setdefault(policy, {})
-    key = (make, sampling)
+    key = (make, sampling, tuple(map(id, _variables(policy))))
     if key not in known:
         # The values of a dictionary with weak keys must not hold the keys.
         known[key] = make(weakref.ref(policy), sampling)
@@ -303,22 +299,18 @@ def _continuous_function(borrowed: Callable[[], Any], sampling: Sampling) -> Cal
 def _columns_function(borrowed: Callable[[], Any], sampling: Sampling) -> Callable[..., Tensor]:
     choose = token_choice(sampling.temperature, sampling.top_p)
 
+    def run(batch: dict[str, Any]) -> dict[str, Tensor]:
+        found = decode(borrowed(), stops=sampling.stops, choose=choose, **batch)
+        return {"token_ids": found}
+
     # XLA, as in KerasHub's own generate(): without it, updates of the cache are slow. A model of
     # the user's own may hold operations that XLA does not have.
-    @tf.function(jit_compile=isinstance(borrowed(), keras_hub.models.CausalLM))
-    def run(token_ids: Tensor, mask: Tensor, uniforms: Tensor, images: dict[str, Tensor]) -> Tensor:
-        return decode(
-            borrowed(),
-            token_ids,
-            mask,
-            stops=sampling.stops,
-            choose=choose,
-            uniforms=uniforms,
-            images=images,
-        )
+    whole = isinstance(borrowed(), keras_hub.models.CausalLM)
+    return backends.compiled(run, _variables(borrowed()), jit_compile=whole)
 
-    found: Callable[..., Tensor] = run
-    return found
+
+def _variables(policy: object) -> list[keras.Variable]:
+    return list(getattr(policy, "variables", ()))  # those of `legacy` have none to be replaced
 
 
 def prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> list[list[int]]:
@@ -334,7 +326,8 @@ def prompt_ids(encoder: TextEncoder, prompts: list[Any], room: int | None) -> li
     return rows
 
 
-def _right_padded(rows: list[list[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    token_ids = tf.ragged.constant(rows, tf.int32, ragged_rank=1)
-    mask = tf.sequence_mask([len(row) for row in rows], length)
-    return token_ids.to_tensor(pad, shape=(len(rows), length)), mask
+def _right_padded(rows: list[list[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    token_ids = np.full((len(rows), length), pad, np.int32)
+    for row, ids in zip(token_ids, rows, strict=True):
+        row[: len(ids)] = ids
+    return token_ids, np.arange(length) < np.array([[len(row)] for row in rows])

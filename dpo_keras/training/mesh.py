@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import keras
 
 from dpo_keras.errors import InputError, InputProblem
-from dpo_keras.utils.backends import uses_jax
+from dpo_keras.utils.backends import axis_sizes, uses_jax
 from dpo_keras.utils.keras_hub_families import backbone_class
 
 Axes: TypeAlias = tuple[str | None, ...]
@@ -167,7 +167,7 @@ class SplitWeights(keras.distribution.ModelParallel):
         map_of_nothing = keras.distribution.LayoutMap(mesh)
         super().__init__(layout_map=map_of_nothing, batch_dim_name=DATA, auto_shard_dataset=False)
         self.layouts, self.fsdp = dict(layouts), fsdp
-        self.sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+        self.sizes = axis_sizes(mesh)
 
     def get_variable_layout(self, variable: keras.Variable) -> keras.distribution.TensorLayout:
         """Return how a variable is split."""

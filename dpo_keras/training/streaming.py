@@ -21,6 +21,7 @@ from dpo_keras.training.generation import (
     uniform_numbers,
 )
 from dpo_keras.utils import Tensor
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.keras_internals import native_slice_update
 
 
@@ -69,8 +70,9 @@ def stream_responses(
         decoding.
 
     Raises:
-        InputError: an argument is out of range, there is no preprocessor, or a prompt leaves no
-            room for the response: unlike `generate_responses`, it cuts nothing off.
+        InputError: an argument is out of range, there is no preprocessor, Keras runs on JAX, or a
+            prompt leaves no room for the response: unlike `generate_responses`, it cuts nothing
+            off.
 
     Example:
         >>> class Letters:
@@ -85,6 +87,10 @@ def stream_responses(
         >>> last
         Written(number=0, text='ccc', ended=True)
     """
+    if uses_jax():
+        rule = "is streamed on TensorFlow alone, and Keras runs on JAX"
+        hint = "Call generate_responses, or set KERAS_BACKEND=tensorflow before Keras is imported."
+        raise InputError(InputProblem("policy", rule, hint=hint))
     preprocessor = preprocessor or getattr(policy, "preprocessor", None)
     sampling = Sampling(temperature, top_p)
     encoder, limit = checked_arguments(policy, preprocessor, max_new_tokens, sampling, max_length)

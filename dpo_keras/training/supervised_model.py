@@ -10,7 +10,6 @@ from keras import ops
 from dpo_keras.batching import Batch, Ragged, TokenizedPairs, UndecidedLayout
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.scoring.auxiliary_loss import keeps_auxiliary_loss
-from dpo_keras.scoring.scorer import response_columns
 from dpo_keras.training.distribution import sum_over_replicas
 from dpo_keras.training.metrics import MetricSums, with_auxiliary_loss
 from dpo_keras.training.policy_trainer import PolicyTrainer
@@ -110,13 +109,10 @@ def supervised_dataset(preferences: tf.data.Dataset) -> tf.data.Dataset:
     """
 
     def chosen(batch: Batch) -> Batch:
-        # Not `compared_tokens`: a pipeline runs on TensorFlow, whatever Keras runs on.
-        numbers = tf.range(response_columns(batch) * batch["weight"].shape[1])
-        if "responses" in batch:
-            numbers = tf.reshape(batch["responses"], (-1, 1, numbers.shape[0]))
-        owner = batch["owner"][..., None]
-        compared = (owner >= 0) & (owner == numbers)
-        mine = tf.reduce_any(compared[..., :: response_columns(batch)], axis=-1)
+        numbers = batch["responses"][:, None, :, 0] if "responses" in batch else tf.constant([0])
+        # In TensorFlow, on which pipelines run, whatever Keras runs on.
+        owner = batch["owner"]
+        mine = (owner >= 0) & tf.reduce_any(owner[..., None] == numbers, axis=-1)
         return {
             **batch,
             "source": tf.where(mine, batch["source"], 0),

@@ -63,6 +63,7 @@ def compiled(
     function: Callable[[Any], dict[str, Tensor]],
     variables: Sequence[keras.Variable],
     signature: Any = None,
+    jit_compile: bool | None = None,
 ) -> Callable[[Any], dict[str, np.ndarray]]:
     """Compile a function of a batch that reads variables, and return NumPy arrays.
 
@@ -70,6 +71,7 @@ def compiled(
         function: returns tensors by name.
         variables: what it reads; on JAX their values are arguments, and not constants.
         signature: of the batch, with which TensorFlow traces once for all shapes.
+        jit_compile: whether TensorFlow compiles with XLA; JAX always does.
     """
     if uses_jax():
         import jax
@@ -85,7 +87,7 @@ def compiled(
         import tensorflow as tf
 
         given = None if signature is None else [signature]
-        run = tf.function(function, input_signature=given, autograph=False)
+        run = tf.function(function, input_signature=given, autograph=False, jit_compile=jit_compile)
     return lambda batch: {
         name: np.asarray(keras.ops.convert_to_numpy(value)) for name, value in run(batch).items()
     }
@@ -124,13 +126,15 @@ def on_own_rows(
     return mapped([variable.value for variable in variables], *rows)
 
 
+def axis_sizes(mesh: keras.distribution.DeviceMesh) -> dict[str, int]:
+    """Return the number of devices along each axis of a mesh."""
+    return dict(zip(mesh.axis_names, map(int, mesh.shape), strict=True))
+
+
 def data_axis_size() -> int:
     """Return the number of devices along which the current `keras.distribution` splits rows."""
     current = keras.distribution.distribution() if uses_jax() else None
-    if current is None:
-        return 1
-    mesh = current.device_mesh
-    return int(dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(current.batch_dim_name, 1))
+    return 1 if current is None else axis_sizes(current.device_mesh).get(current.batch_dim_name, 1)
 
 
 def softmax(scores: Tensor) -> Tensor:

@@ -86,16 +86,33 @@ def logits_of(family):
     return np.concatenate([logits[0], logits[1, :7]])
 
 
+def responses_of(family):
+    """Greedy, drawn and nucleus responses; two to each of three prompts, in two batches."""
+    policy = policy_of(family)
+    options = {"max_new_tokens": 8, "preprocessor": tiny.Letters(), "batch_size": 2, "seed": [1, 2]}
+    return np.array(
+        [
+            dpo_keras.generate_responses(
+                policy, ["abc", "x", "hello"], temperature=temperature, top_p=top_p, **options
+            )
+            for temperature, top_p in ((0, 1.0), (1.0, 1.0), (1.0, 0.9))
+        ]
+    )
+
+
 def weights_of(model):
     return [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in model.weights]
+
+
+ALONE = {"logits": logits_of, "responses": responses_of}
 
 
 def main(out, *cases):
     found = {}
     for case in cases:
         family, layout, adapters = case.split(":")
-        if layout == "logits":
-            found[case] = logits_of(family)
+        if layout in ALONE:
+            found[case] = ALONE[layout](family)
             continue
         losses, _, weights = trained(policy_of(family, adapters == "lora"), layout)
         found[f"{case}/losses"] = losses

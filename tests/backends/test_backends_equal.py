@@ -8,13 +8,14 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backends_training import STEPS, logits_of, policy_of, trained
+from backends_training import STEPS, logits_of, policy_of, responses_of, trained
 from families import ALL_FAMILIES
 
 FAMILIES = ("gpt2", "llama", "gemma3", "qwen3")
 ELSEWHERE = {"pali_gemma", "blip2", "gemma4_assistant"}  # of images alone, or without logits
 OF_TEXT = [name for name in ALL_FAMILIES if name not in ELSEWHERE and "vision" not in name]
 WITH_WINDOWS = {"mistral", "gemma3", "qwen", "qwen3", "qwen3_moe"}
+GENERATING = {"gpt2", "qwen3"}
 CASES = ["gpt2:packed:lora", "llama:buckets:full", "gemma3:packed:full", "qwen3:buckets:lora"]
 KINDS = ("buckets:full", "buckets:lora", "packed:full", "packed:lora")
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
@@ -50,6 +51,18 @@ def test_logits_of_every_family_are_those_of_tensorflow(case, tensorflow):
     expected = tensorflow[case]
     found = logits_of(case.split(":")[0])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(f"{name}:responses:", marks=[] if name in GENERATING else pytest.mark.table)
+        for name in OF_TEXT
+    ],
+)
+def test_responses_of_every_family_are_those_of_tensorflow(case, tensorflow):
+    """Windows must not be forgotten in front of the cache of keys and values either."""
+    np.testing.assert_array_equal(responses_of(case.split(":")[0]), tensorflow[case])
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,10 @@ def test_what_is_iterated_predicted_or_changed_by_tf_data_is_in_buckets(tokenize
 
 def test_replicas_of_the_strategy_share_the_rows(tokenized):
     policies = [gpt2(num_layers=1)]
+    in_sync = strategy("mirrored").num_replicas_in_sync
     for given, replicas in ((1, 2), (3, 6)):
         data = preference_dataset(tokenized, batch_size=11, replicas=given)
-        found, again = (laid_out(data, policies, strategy("mirrored"), list) for _ in range(2))
+        found, again = (laid_out(data, policies, in_sync, list) for _ in range(2))
         assert found.element_spec["token_ids"].shape[0] % replicas == 0
         options = {"batching": "packed", "replicas": replicas}
         same(list(found), list(preference_dataset(tokenized, batch_size=11, **options)))

@@ -12,6 +12,7 @@ from families import ALL_FAMILIES
 from tiny import Letters, gpt2, llama
 
 from dpo_keras.errors import InputError
+from dpo_keras.scoring import enable_lora
 from dpo_keras.scoring.model_inputs import TextRows, full_logits
 from dpo_keras.training import generate_responses, generation
 from dpo_keras.training.continuous_batching import decode_continuously
@@ -152,6 +153,17 @@ def test_generation_follows_the_weights_as_they_are_trained():
     for variable in model.trainable_variables:
         variable.assign(-variable)
     assert generate_responses(model, PROMPTS, **options) != before
+
+
+def test_generation_follows_adapters_that_the_policy_gets_later():
+    policy = gpt2()
+    options = {"max_new_tokens": 6, "temperature": 0, "preprocessor": Letters()}
+    before = generate_responses(policy, PROMPTS, **options)
+    enable_lora(policy, 2)
+    assert generate_responses(policy, PROMPTS, **options) == before
+    for weight in policy.trainable_weights:
+        weight.assign(np.random.default_rng(1).normal(size=weight.shape))
+    assert generate_responses(policy, PROMPTS, **options) != before
 
 
 def test_responses_that_end_by_themselves_are_told_apart():
