@@ -22,7 +22,6 @@ from dpo_keras.app.console import (
     Progress,
     Silent,
     TerminalProgress,
-    check_backend,
     check_output,
     plain_types,
     prepare_keras,
@@ -188,7 +187,6 @@ def validate(
 ) -> None:
     """Check a configuration: every error at once, or the resolved configuration."""
     with reporting(as_json, debug) as terminal:
-        check_backend()
         settings = build_config(config_document(config, overrides or ()), outside=True)
         terminal.result(settings.model_dump(mode="json"), settings.resolved().rstrip())
         for warning in settings.warnings():

@@ -111,9 +111,14 @@ class Config(Section):
         return list(config_warnings(self.warmup, self.training))
 
     def differences(self, other: Config) -> list[str]:
-        """Name the keys in which two configurations differ, `output` aside: `key is A, was B`."""
+        """Name the keys in which two configurations differ: `key is A, was B`.
+
+        `output` and `training.mesh` may: a run goes on elsewhere, and on other devices.
+        """
         ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
-        return list(_differences({**ours, "output": None}, {**theirs, "output": None}))
+        for settings in (ours, theirs):
+            del settings["output"], settings["training"]["mesh"]
+        return list(_differences(ours, theirs))
 
 
 def _differences(here: JSON, there: JSON, where: str = "") -> Iterator[str]:

@@ -168,6 +168,16 @@ DEPENDENCIES: tuple[Dependency, ...] = (
         "training.batching: auto or packed",
     ),
     Dependency(
+        "training.strategy",
+        "training.backend",
+        _one_of("auto", "tensorflow"),
+        "training.backend: tensorflow",
+    ),
+    Dependency("training.strategy", "training.mesh", _is_null, "training.mesh: null"),
+    Dependency(
+        "training.mesh", "training.backend", _one_of("auto", "jax"), "training.backend: jax"
+    ),
+    Dependency(
         "training.worker_timeout",
         "training.strategy",
         _one_of("auto", "multi_worker"),
@@ -239,7 +249,9 @@ def unread_options(
         unset = "null" if default is None else default or "its default"
         rule = f"has no effect without {dependency.needed}"
         hint = f"Leave it out, or set it to {unset}."
-        found.setdefault(dependency.option, InputProblem(dependency.option, rule, value, hint))
+        shown = {} if isinstance(value, BaseModel) else {"value": value}
+        problem = InputProblem(dependency.option, rule, **shown, hint=hint)
+        found.setdefault(dependency.option, problem)
     yield from found.values()
 
 

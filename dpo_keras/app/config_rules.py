@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.app.config_dependencies import OUR_SCHEDULES, reads_reference
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
+from dpo_keras.app.keras_backend import choose_backend
 from dpo_keras.app.model_sources import source_problem
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Record, read_preferences
@@ -277,7 +278,13 @@ def _loggers_are_installed(training: Training) -> Iterator[InputProblem]:
             yield InputProblem("training.loggers", problem)
 
 
+def _backend_is_there(training: Training) -> Iterable[InputProblem]:
+    choose_backend(training.backend, training.mesh is not None)
+    return ()
+
+
 OUTSIDE_RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
+    (("training",), _backend_is_there),  # first: others import Keras
     (("data",), _files_exist),
     (("data",), _first_records_are_pairs),
     (("data",), _template_exists),

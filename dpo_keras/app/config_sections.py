@@ -300,13 +300,29 @@ class ReferenceSync(Section):
     alpha: TopP = key(0.6, "share of the policy in the new reference; 1 replaces it")
 
 
+class Mesh(Section):
+    """Devices on JAX, along two axes: rows of batches are split along one, weights along both."""
+
+    data: Count = key(1, "devices along which the rows of a batch are split")
+    model: Count = key(1, "devices along which each weight is split")
+    fsdp: bool = key(False, "split weights along `data`, too (fully sharded data parallel)")
+
+
 class Training(Optimization):
     """Preference training."""
 
     gradient_accumulation: Count = key(1, "steps per update of the weights")
     jit_compile: AutoSwitch = key("auto", "XLA; `auto` leaves it to Keras")
     steps_per_execution: Count = key(1, "steps run in one call, for small models")
-    strategy: Strategy = key("auto", "how replicas are made")
+    backend: Literal["auto", "tensorflow", "jax"] = key(
+        "auto",
+        "of Keras; `auto` is jax where there is a mesh, else what the environment variable "
+        "KERAS_BACKEND names, else tensorflow",
+    )
+    strategy: Strategy = key("auto", "how replicas are made on TensorFlow")
+    mesh: Mesh | None = key(
+        None, "devices on JAX; null: batches are split over all GPUs or TPUs, if there are several"
+    )
     worker_timeout: Positive = key(300.0, "seconds to wait at the start for workers of TF_CONFIG")
     evaluate_every: Count | None = key(None, "steps between evaluations; null: once per epoch")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; null: once per epoch")

@@ -29,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from dpo_keras.app.keras_backend import choose_backend
 from dpo_keras.cluster import ClusterError, RunStopped
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
@@ -293,20 +294,12 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {shortened(first, 400)} (--debug shows the traceback.)"
 
 
-def check_backend() -> None:
-    """Refuse another Keras backend than TensorFlow, which training and serving run on."""
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend != "tensorflow":
-        raise InputError(
-            f"KERAS_BACKEND is {backend!r}; training and serving run on TensorFlow only. Unset it "
-            "or set it to tensorflow."
-        )
-
-
 def prepare_keras() -> None:
-    """Import Keras on TensorFlow, without TensorFlow's start-up notices."""
-    check_backend()
-    os.environ["KERAS_BACKEND"] = "tensorflow"
+    """Import Keras, on TensorFlow unless another is chosen, without TensorFlow's start-up notices.
+
+    A configuration that is checked before it has chosen its `training.backend`.
+    """
+    choose_backend()
     with quiet_tensorflow():
         import keras  # noqa: F401 (so that its own notices are held back too)
     freeze_until_exit()

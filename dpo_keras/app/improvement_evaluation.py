@@ -11,6 +11,7 @@ import numpy as np
 from dpo_keras.app.config_rules import build_loss
 from dpo_keras.app.improvement import Improvement, Round, forget_models
 from dpo_keras.app.models import check_length, load_model
+from dpo_keras.app.run_devices import devices_of
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.app.run_evaluation import Examiner, Measured
 from dpo_keras.app.run_inputs import Pairs, tokenize
@@ -66,9 +67,10 @@ def _examine(
     improvement: Improvement, this: Round, run: RunDirectory, held_out: Pairs
 ) -> tuple[Measured, list[Record]]:
     """Measure held-out pairs and sample responses; return the pairs whose prompts they answer."""
-    from dpo_keras.training import DPOModel, strategy
-
     config, progress = improvement.config, improvement.progress
+    devices = devices_of(config, "one_device")
+    from dpo_keras.training import DPOModel
+
     progress.stage(f"Round {this.number}: evaluation")
     dtype, loss = config.model.dtype, build_loss(config.loss)
     policy = load_model(improvement.policy(this.number), dtype)
@@ -77,8 +79,7 @@ def _examine(
     reference = load_model(improvement.policy(0), dtype) if loss.needs_reference else "none"
     model = DPOModel(policy, reference=reference)
     model.compile(loss=loss)
-    replicas = strategy("one_device")
-    context = Context(config, run, True, progress, replicas, improvement.stop, None)
+    context = Context(config, run, True, progress, devices, improvement.stop, None)
     context.settle_layout(policy, reference)
     tokenized = tokenize(config.data, held_out, policy, "held-out", progress, run)
     examiner = Examiner(context, model, tokenized, held_out)

@@ -23,6 +23,7 @@ from dpo_keras.app.improvement import (
 )
 from dpo_keras.app.improvement_evaluation import ask, score_responses
 from dpo_keras.app.models import save_policy
+from dpo_keras.app.run_devices import devices_of
 from dpo_keras.app.run_directory import start_run
 from dpo_keras.app.run_inputs import Pairs, Sides
 from dpo_keras.app.training_stages import Context, warm_up_policy
@@ -46,15 +47,13 @@ def warm_up(improvement: Improvement) -> None:
     run = improvement.round(0).run
     if config.warmup is None or run.policy.is_dir():
         return
-    import keras
-
-    from dpo_keras.training import strategy
-
     resume = run.begun
     run = start_run(config, resume, None, True)
+    devices = devices_of(config)
+    import keras
+
     keras.utils.set_random_seed(config.seed)
-    replicas = strategy(config.training.strategy)
-    context = Context(config, run, resume, progress, replicas, improvement.stop, None)
+    context = Context(config, run, resume, progress, devices, improvement.stop, None)
     prepared = runs.prepare(context)
     warm_up_policy(context, prepared.policy, prepared.pairs)
     save_policy(prepared.policy, run.policy)

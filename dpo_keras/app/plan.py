@@ -23,6 +23,7 @@ from dpo_keras.app.run_clock import (
     peak_device_memory,
     peak_memory,
 )
+from dpo_keras.app.run_devices import devices_of
 from dpo_keras.app.run_directory import RunDirectory, writable
 from dpo_keras.app.run_work import Work, stages_of, work_of
 from dpo_keras.app.runs import Prepared, carry_out, cluster_of, prepare
@@ -59,14 +60,12 @@ def predict_run(config: Config, progress: Progress) -> dict[str, JSON]:
         hint = "Unset TF_CONFIG to plan for this machine alone."
         rule = f"cannot be planned by one of its {len(cluster.in_step)} processes"
         raise InputError(InputProblem("training.strategy", rule, hint=hint))
-    import keras
-
-    from dpo_keras.training import strategy
-
     output = Path(str(config.output)).absolute()
     beside = next(parent for parent in output.parents if parent.is_dir())
     clock = RunClock(progress)
-    replicas = strategy(config.training.strategy)
+    devices = devices_of(config)
+    import keras
+
     with (
         _exit_on_sigterm(),
         writable("output", beside),
@@ -76,7 +75,7 @@ def predict_run(config: Config, progress: Progress) -> dict[str, JSON]:
         run.path.mkdir()
         keras.utils.set_random_seed(config.seed)
         settings = config.model_copy(update={"output": str(run.path)})
-        context = Context(settings, run, False, clock, replicas, StopRequest(), None)
+        context = Context(settings, run, False, clock, devices, StopRequest(), None)
         return _Trial(context, clock).run()
 
 

@@ -130,7 +130,14 @@ def peak_memory() -> int:
 
 
 def peak_device_memory() -> dict[str, int]:
-    """Return the most bytes that TensorFlow has held on each GPU, by name."""
+    """Return the most bytes that Keras' backend has held on each GPU, by name."""
+    from dpo_keras.utils.backends import uses_jax
+
+    if uses_jax():
+        import jax
+
+        held = {f"{d.platform}:{d.id}": d.memory_stats() for d in jax.local_devices()}
+        return {name: int(stats["peak_bytes_in_use"]) for name, stats in held.items() if stats}
     import tensorflow as tf
 
     gpus = [device.name.partition("device:")[2] for device in tf.config.list_logical_devices("GPU")]

@@ -16,9 +16,11 @@ from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
+from dpo_keras.app.keras_backend import choose_backend, chosen_backend
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.pretrained_export import save_adapters
 from dpo_keras.app.run_clock import RunClock, outcome_lines
+from dpo_keras.app.run_devices import check_devices, devices_of
 from dpo_keras.app.run_directory import (
     RunDirectory,
     check_run,
@@ -109,29 +111,31 @@ def train(
         if cluster is not None:
             progress.stage("Waiting for all workers that TF_CONFIG names")
         with meet_workers(cluster, config, resume, stop, end) as watchdog:
+            started = time.monotonic()
+            devices = devices_of(config, watchdog=watchdog)
             import keras
 
-            from dpo_keras.training import strategy
-
-            started = time.monotonic()
-            # First of all: a strategy must be made before TensorFlow has set up its devices.
-            replicas = strategy(config.training.strategy, watchdog=watchdog)
             run = start_run(config, resume, given, writes)
             keras.utils.set_random_seed(config.seed)
             clock = RunClock(progress)
-            context = Context(config, run, resume, clock, replicas, stop, watchdog)
+            context = Context(config, run, resume, clock, devices, stop, watchdog)
             result = _run_stages(context, clock)
             result.seconds = time.monotonic() - started
             run.write("result.json", result.as_dict())
-            leave_together(replicas)
+            leave_together(devices)
             return result
 
 
 def cluster_of(config: Config) -> Cluster | None:
     """Return the cluster that a run trains on; None for a single process."""
+    choose_backend(config.training.backend, config.training.mesh is not None)
     if config.training.strategy not in ("auto", "multi_worker"):
         return None
     cluster = read_tf_config()
+    if cluster is not None and chosen_backend() == "jax":
+        rule = "trains in one process, and TF_CONFIG names several"
+        hint = "Unset TF_CONFIG, or set training.backend: tensorflow."
+        raise InputError(InputProblem("training.backend: jax", rule, hint=hint))
     if cluster is not None and cluster.this not in cluster.in_step:
         why = f"multi_worker has chief and workers only, but TF_CONFIG makes this {cluster.this}"
         raise InputError(InputProblem("training.strategy", why))
@@ -178,9 +182,11 @@ def prepare(context: Context) -> Prepared:
     progress.stage("Data")
     sides = read_sides(config, progress, run)
     progress.stage("Policy")
-    with context.strategy.scope():
+    with context.devices.scope():
         policy = load_policy(config.model, texts_of(sides.train))
     check_length(policy, config.data.max_length)
+    with keys_for_arguments(section="training"):
+        check_devices(policy)
     progress.note(f"{type(policy).__name__}, {policy.count_params():,} weights")
     pairs = tokenize(config.data, sides.train, policy, "training", progress, run)
     held_out = None
@@ -247,7 +253,9 @@ def _check_same_data(
         context.watchdog.agree("pairs (fingerprint)", now, hint)
     then = run.read("data.json")
     if then is None:
-        run.write("data.json", {**now, "split": "hash of the prompt", "trees": "prompts"})
+        replicas = context.devices.num_replicas_in_sync
+        made = {"split": "hash of the prompt", "trees": "prompts", "replicas": replicas}
+        run.write("data.json", {**now, **made})
     elif changed := " and ".join(name for name in now if now[name] != then.get(name)):
         why = f": the {changed} pairs are not those that {run.path} was started with; restore the"
         why += " files, or start a new run with output=DIRECTORY."

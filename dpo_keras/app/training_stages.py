@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import build_loss, keys_for_arguments
 from dpo_keras.app.config_sections import REFERENCES, Optimization, Training
 from dpo_keras.app.console import Progress
+from dpo_keras.app.keras_backend import chosen_backend
 from dpo_keras.app.models import load_reference, save_policy
 from dpo_keras.app.run_clock import TRAINING, WARM_UP
+from dpo_keras.app.run_devices import Devices
 from dpo_keras.app.run_directory import RunDirectory
 from dpo_keras.cluster import StopRequest, Watchdog
 from dpo_keras.errors import InputError, InputProblem
@@ -33,7 +35,7 @@ class Context:
     run: RunDirectory
     resume: bool
     progress: Progress
-    strategy: tf.distribute.Strategy
+    devices: Devices
     stop: StopRequest
     watchdog: Watchdog | None  # of a cluster's run
     first_steps: dict[str, int] = field(default_factory=dict)  # of a trial, by the stage's title
@@ -45,7 +47,7 @@ class Context:
         for warning in self.config.warnings():
             self.progress.note(f"warning: {warning}")
         self.loss = build_loss(self.config.loss)
-        replicas = self.strategy.num_replicas_in_sync
+        replicas = self.devices.num_replicas_in_sync
         for name in ("training", "evaluation", "warmup"):
             section = getattr(self.config, name)
             if section is not None and section.batch_size % replicas:
@@ -56,9 +58,15 @@ class Context:
         self, policy: keras.Model, reference: keras.Model | str, images: bool = False
     ) -> None:
         """Decide between packed rows and buckets."""
-        replicas = self.strategy.num_replicas_in_sync
+        begun, now = self.run.read("data.json"), self.devices.num_replicas_in_sync
+        before = (begun or {}).get("replicas", now)
+        replicas = now if before % now else before
         layout = layout_of(self.config, policy, reference, self.progress, replicas, images)
-        begun = self.run.read("data.json")
+        if layout.packed and before % now:
+            key = "mesh" if chosen_backend() == "jax" else "strategy"
+            rule = f"makes {now} replicas, and this run packs its rows for {before}"
+            hint = f"Go on with a divisor of {before}, or start a new run with output=DIRECTORY."
+            raise InputError(InputProblem(f"training.{key}", rule, hint=hint))
         # A run that began before pairs shared trees goes on in its own order.
         self.layout = replace(layout, share_prompts=begun is None or "trees" in begun)
 
@@ -161,7 +169,7 @@ def warm_up_policy(context: Context, policy: keras.Model, pairs: TokenizedPairs)
     context.progress.stage(WARM_UP)
     pairs = worth_imitating(pairs)
     laid_out = chosen_alone(pairs) if context.layout.packed else pairs
-    with context.strategy.scope():
+    with context.devices.scope():
         remat = context.config.training.remat
         auxiliary_loss = context.config.training.auxiliary_loss
         model = SupervisedModel(policy, not remat, remat, auxiliary_loss)
@@ -189,7 +197,7 @@ def choose_reference(context: Context, policy: keras.Model) -> keras.Model | str
         return "none"
     if config.reference in REFERENCES:
         return config.reference
-    with context.strategy.scope():
+    with context.devices.scope():
         return load_reference(config.reference, policy, config.model.dtype)
 
 
@@ -209,7 +217,7 @@ def build_model(
         pairs = with_reference(context, policy, pairs, "train")
         if held_out is not None:
             held_out = with_reference(context, policy, held_out, "held_out")
-    with context.strategy.scope():
+    with context.devices.scope():
         options = settings.model_dump(include={"remat", "auxiliary_loss"})
         if config.trains_reward:
             model: DPOModel = RewardModel(policy, **options)
@@ -289,7 +297,7 @@ def train_policy(
         )
 
 
-def leave_together(strategy: tf.distribute.Strategy) -> None:
+def leave_together(strategy: Any) -> None:
     """Wait until every worker has come to this line.
 
     A worker that leaves while the chief still writes would be taken for one that crashed.

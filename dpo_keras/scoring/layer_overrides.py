@@ -16,7 +16,7 @@ from keras import ops
 
 from dpo_keras.utils import Tensor
 from dpo_keras.utils.backends import ValuesInPlace, checkpointed, uses_jax
-from dpo_keras.utils.keras_hub_attention import ATTENTION_METHOD, window_mask
+from dpo_keras.utils.keras_hub_attention import ATTENTION_METHOD, WINDOW_METHOD, window_mask
 from dpo_keras.utils.keras_hub_internals import norm_settings, transformer_blocks
 from dpo_keras.utils.keras_internals import all_layers, optimization_barrier
 from dpo_keras.utils.keras_quantization import quantization_mode
@@ -60,9 +60,14 @@ def window_overrides(backbone: object) -> list[Override]:
     layers = all_layers(backbone) if uses_jax() and isinstance(backbone, keras.Model) else []
     masks = [(layer, window_mask(layer)) for layer in layers]
     return [
-        Override(layer, ATTENTION_METHOD, _windowed(getattr(layer, ATTENTION_METHOD), mask))
+        override
         for layer, mask in masks
         if mask is not None
+        for override in (
+            Override(layer, ATTENTION_METHOD, _windowed(getattr(layer, ATTENTION_METHOD), mask)),
+            # Once is enough, and Qwen's own call of it does not run in a compiled loop.
+            Override(layer, WINDOW_METHOD, lambda mask, cache_update_index=0: mask),
+        )
     ]
 
 
@@ -75,8 +80,7 @@ def _windowed(attend: Call, mask: Call) -> Call:
         cache_update_index: Tensor = None,
     ) -> Tensor:
         first = 0 if cache_update_index is None else cache_update_index
-        attention_mask = mask(attention_mask, cache_update_index=first)
-        return attend(query, key, value, attention_mask, cache_update_index=cache_update_index)
+        return attend(query, key, value, mask(attention_mask, cache_update_index=first))
 
     return windowed
 

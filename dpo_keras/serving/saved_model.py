@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import keras
 import keras_hub
@@ -27,6 +27,7 @@ from dpo_keras.serving.signatures import (
     trace,
 )
 from dpo_keras.serving.standalone_process import StandaloneProcess
+from dpo_keras.serving.tensorflow_process import export_on_tensorflow
 from dpo_keras.serving.verification import (
     EMPTY,
     EXAMPLES,
@@ -36,6 +37,7 @@ from dpo_keras.serving.verification import (
     check_graph,
 )
 from dpo_keras.utils import JSON
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.version import __version__
 
 Value = TypeVar("Value")
@@ -185,6 +187,13 @@ def export(  # noqa: PLR0913 - public API, options by keyword
         RuntimeError: the exported model fails or answers otherwise than the model in Python.
         OSError: the files could not be written; nothing is left at `path`.
     """
+    if uses_jax():
+        options: dict[str, Any] = {
+            **{"max_length": max_length, "max_new_tokens": max_new_tokens, "template": template},
+            **{"temperature": temperature, "top_p": top_p, "preprocessor": preprocessor},
+            **{"examples": examples, "signatures": signatures, "verify": verify},
+        }
+        return export_on_tensorflow(model, path, options, on_stage)
     began = time.monotonic()
     stage = on_stage or (lambda name: None)
     policy = getattr(model, "policy", model)

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: complete, on the disk, and unchanged since."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -7,17 +8,21 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import keras
 import tensorflow as tf
 
 from dpo_keras.errors import InputError, InputProblem
+from dpo_keras.training import sharded_state
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import make_directory, replaced
+from dpo_keras.utils.backends import uses_jax
 from dpo_keras.utils.keras_internals import raise_failed_writes
 
 _WEIGHTS = "state.weights.h5"
+_SHARDED = "state"  # a directory, in place of the file: of trainings on JAX
 _META = "checkpoint.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MARGIN = 2**20  # bytes for what else a run writes meanwhile: logs, events
@@ -28,7 +33,8 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     A checkpoint is a directory `step-00000040/`, written under another name and renamed once it is
     on disk. Whatever interrupts it (a kill, a full disk), the last good one stays and a
-    half-written one is never loaded. Older ones are removed last.
+    half-written one is never loaded. Older ones are removed last. On JAX it is written while the
+    training goes on; the next one, and the end of the training, wait for it.
 
     Args:
         directory: where checkpoints go.
@@ -54,6 +60,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         self.directory = pathlib.Path(directory)
         self.every, self.keep, self.step, self.save = every, keep, start_step, save
         self.saved: int | None = None
+        self._writing: Future[pathlib.Path] | None = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, JSON] | None = None) -> None:
         """Count the steps of the epoch."""
@@ -74,11 +81,28 @@ class RunCheckpoint(keras.callbacks.Callback):
         """Save."""
         self.save_now()
 
+    def on_train_end(self, logs: dict[str, JSON] | None = None) -> None:
+        """Wait for what is being written."""
+        self.wait()
+
     def save_now(self) -> None:
         """Save, unless this step is saved already."""
         if self.save and self.saved != self.step:
-            save_checkpoint(self.model, self.directory, self.step, keep=self.keep)
+            self.wait()
+            finish = _start_checkpoint(self.model, self.directory, self.step, self.keep)
             self.saved = self.step
+            if uses_jax():
+                executor = ThreadPoolExecutor(1)
+                self._writing = executor.submit(finish)
+                executor.shutdown(wait=False)
+            else:
+                finish()
+
+    def wait(self) -> None:
+        """Wait until the latest checkpoint is on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def save_checkpoint(
@@ -98,20 +122,61 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    directory = pathlib.Path(directory)
+    return _start_checkpoint(model, pathlib.Path(directory), step, keep)()
+
+
+def _start_checkpoint(
+    model: keras.Model, directory: pathlib.Path, step: int, keep: int
+) -> Callable[[], pathlib.Path]:
+    """Take a model's state as it is now; return what waits until it is a checkpoint."""
     final = directory / f"step-{step:08d}"
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(_failures_explained(directory, step))
         make_directory(directory)
         for left_behind in directory.glob(".step-*"):  # by a process that was killed
             shutil.rmtree(left_behind, ignore_errors=True)
         _check_room(model, directory)
-        with replaced(final) as partial:
-            partial.mkdir()
-            with raise_failed_writes():
-                model.save_weights(partial / _WEIGHTS)
-            size, checksum = (partial / _WEIGHTS).stat().st_size, _checksum(partial / _WEIGHTS)
+        partial = opened.enter_context(replaced(final))
+        partial.mkdir()
+        write = _start_writing(model, partial)
+        rest = opened.pop_all()
+
+    def finish() -> pathlib.Path:
+        with rest:
+            state = write()
+            size, checksum = sharded_state.size_of(state), _checksum(state)
             meta = json.dumps({"step": step, "bytes": size, "sha256": checksum})
             (partial / _META).write_text(meta, encoding="utf-8")
+        # Later ones were found damaged when this run went on from before them: they count for
+        # nothing.
+        for old in [path for path in _checkpoints(directory) if _step(path) <= step][:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    return finish
+
+
+def _start_writing(model: keras.Model, partial: pathlib.Path) -> Callable[[], pathlib.Path]:
+    """Write a model's state, or take it on JAX; return what ends that, and returns the path."""
+    if not uses_jax():
+        with raise_failed_writes():
+            model.save_weights(partial / _WEIGHTS)
+        return lambda: partial / _WEIGHTS
+    wait = sharded_state.start_writing(model, partial / _SHARDED)
+
+    def write() -> pathlib.Path:
+        wait()
+        return partial / _SHARDED
+
+    return write
+
+
+@contextlib.contextmanager
+def _failures_explained(directory: pathlib.Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:
         kept = latest_checkpoint(directory)
         last = "there is no earlier one" if kept is None else f"the last good one is {kept[1].name}"
@@ -122,10 +187,6 @@ def save_checkpoint(
             f"checkpoint at step {step} could not be written to {directory} ({reason}); {last}. "
             f"{remedy} with --resume."
         ) from error
-    # Later ones were found damaged when this run went on from before them: they count for nothing.
-    for old in [path for path in _checkpoints(directory) if _step(path) <= step][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> tuple[int, pathlib.Path] | None:
@@ -166,7 +227,7 @@ def load_checkpoint(
         try:
             damage = _damage(path)
             if damage is None:
-                model.load_weights(path / _WEIGHTS)
+                _read(model, path)
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"checkpoint {path} does not fit this model ({error}). Was the configuration "
@@ -196,21 +257,32 @@ def _step(path: pathlib.Path) -> int:
     return int(path.name[5:])
 
 
+def _read(model: keras.Model, path: pathlib.Path) -> None:
+    if not (path / _SHARDED).is_dir():
+        model.load_weights(path / _WEIGHTS)
+    elif not uses_jax():
+        raise InputError(f"checkpoint {path} was written on JAX; go on with training.backend: jax.")
+    else:
+        sharded_state.read(model, path / _SHARDED)
+        if hasattr(model, "reference"):
+            model.reference.starts_as_policy = False  # as of weights that are loaded
+
+
 def _damage(path: pathlib.Path) -> str | None:
     """Say what is wrong with a checkpoint; None where it is as it was written."""
-    name = _META
+    name, state = _META, _SHARDED if (path / _SHARDED).is_dir() else _WEIGHTS
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         step, size, checksum = int(meta["step"]), int(meta["bytes"]), meta.get("sha256")
         if step != _step(path):
             return f"{_META} is of step {step}"
-        name = _WEIGHTS
-        found = (path / _WEIGHTS).stat().st_size
+        name = state
+        found = sharded_state.size_of(path / state)
         if found != size:
-            return f"{_WEIGHTS} has {found:,} bytes instead of {size:,}"
+            return f"{state} has {found:,} bytes instead of {size:,}"
         # Checkpoints of earlier versions carry no checksum.
-        if checksum is not None and _checksum(path / _WEIGHTS) != checksum:
-            return f"the SHA-256 checksum of {_WEIGHTS} is another"
+        if checksum is not None and _checksum(path / state) != checksum:
+            return f"the SHA-256 checksum of {state} is another"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -219,8 +291,15 @@ def _damage(path: pathlib.Path) -> str | None:
 
 
 def _checksum(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the checksum of a file, or of all files of a directory with their names."""
+    digests = []
+    for one in sharded_state.files_of(path):
+        with one.open("rb") as file:
+            digests.append((one, hashlib.file_digest(file, "sha256").hexdigest()))
+    if not path.is_dir():
+        return digests[0][1]
+    lines = [f"{one.relative_to(path)} {digest}\n" for one, digest in digests]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _check_room(model: keras.Model, directory: pathlib.Path) -> None:

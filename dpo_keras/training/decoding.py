@@ -31,7 +31,11 @@ from dpo_keras.training.continuous_batching import (
     until_stop,
 )
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.keras_hub_families import RecurrentDecoding, recurrent_decoding
+from dpo_keras.utils.keras_hub_families import (
+    RecurrentDecoding,
+    caches_without_positions,
+    recurrent_decoding,
+)
 
 # Weights that are added up at a time when a token is drawn.
 _BLOCK = 128
@@ -96,7 +100,8 @@ def decode(
     )
     recurrent = recurrent_decoding(policy)
     if recurrent is not None:
-        return _decode_with_state(recurrent, token_ids, loop)
+        with overridden_methods(window_overrides(policy.backbone)):
+            return _decode_with_state(recurrent, token_ids, loop)
     if generates_from_images(policy):
         return _decode_with_cache(policy, token_ids, mask, stops, loop, images or {})
     prompted = ops.cast(mask, "int32")
@@ -114,7 +119,7 @@ def decode(
 def generates_from_images(policy: keras.Model) -> bool:
     """Tell whether `decode` uses KerasHub's cache of keys and values, its only path with images."""
     cached = isinstance(policy, keras_hub.models.CausalLM) and hasattr(policy, "call_with_cache")
-    return cached and recurrent_decoding(policy) is None
+    return cached and not caches_without_positions(policy) and recurrent_decoding(policy) is None
 
 
 def check_generates_from_images(policy: keras.Model) -> None:

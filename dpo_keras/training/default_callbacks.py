@@ -175,6 +175,7 @@ class StopTogether(keras.callbacks.Callback):
             return
         if self.checkpoint is not None:
             self.checkpoint.save_now()
+            self.checkpoint.wait()
         if self.watchdog is not None:
             self.watchdog.agree("step to stop at", self.step)
         raise self.stop.stopped(self.step if self.checkpoint is not None else None)

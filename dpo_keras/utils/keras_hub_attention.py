@@ -44,7 +44,11 @@ class AttentionSettings:
     key_value_heads: int | None = None  # those that its weights make; None: as many as it attends
 
 
-_FORGETS_WINDOW = {"QwenAttention", "Qwen3Attention", "Qwen3MoeAttention", "Qwen3_5Attention"}
+WINDOW_METHOD = "_mask_sliding_window"
+_FORGETS_WINDOW = {
+    *("QwenAttention", "QwenMoeAttention", "Qwen3Attention", "Qwen3MoeAttention"),
+    "Qwen3_5Attention",
+}
 """Layers that leave their window out where they attend with JAX's fused operation."""
 
 
@@ -57,7 +61,7 @@ def window_mask(layer: keras.layers.Layer) -> Callable[..., Any] | None:
         return None
     if not getattr(layer, "use_sliding_window_attention", True):
         return None
-    mask: Callable[..., Any] = private(layer, "_mask_sliding_window", KERAS_HUB)
+    mask: Callable[..., Any] = private(layer, WINDOW_METHOD, KERAS_HUB)
     return mask
 
 

@@ -166,6 +166,14 @@ def recurrent_decoding(policy: Any) -> RecurrentDecoding | None:
     return RecurrentDecoding(empty_cache, step)
 
 
+def caches_without_positions(policy: object) -> bool:
+    """Tell whether a model's keys and values in a cache do not know where they are (GPT-NeoX).
+
+    KerasHub 0.32 turns the query of each new token as if it were the first of the text.
+    """
+    return type(policy).__name__ == "GPTNeoXCausalLM"
+
+
 def drafts_for_another_model(model: object) -> bool:
     """Tell whether a model is an assistant in speculative decoding (Gemma 4)."""
     return type(model).__name__ == "Gemma4AssistantCausalLM"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_keras.app import keras_backend
 from dpo_keras.app.console import FAILED
 from dpo_keras.errors import InputError
 
@@ -187,10 +188,11 @@ def test_bytes_of_the_command_line_that_are_no_text_exit_with_2(run, tmp_path):
             assert code == 2 and "\\udc80" in err
 
 
-def test_another_backend_is_refused(run, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    code, _, err = run("validate", "x.yaml")
-    assert code == 2 and "KERAS_BACKEND is 'jax'" in err
+def test_another_backend_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(keras_backend, "_running", lambda: None)
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    code, _, err = run("evaluate", tmp_path, "builtin:support")
+    assert code == 2 and "KERAS_BACKEND must be tensorflow or jax, got 'torch'." in err
 
 
 def test_inspect_draws_the_picture(run, tmp_path):

@@ -225,6 +225,8 @@ def test_only_a_frozen_copy_can_follow_the_policy():
         ("training: {batching: buckets, row_length: 64}", "training.row_length has no effect"),
         ("training: {max_steps: 9, epochs: 2}", "training.epochs has no effect without training."),
         ("training: {strategy: mirrored, worker_timeout: 9}", "without training.strategy: auto or"),
+        ("training: {backend: jax, strategy: mirrored}", "training.strategy has no effect"),
+        ("training: {backend: tensorflow, mesh: {data: 2}}", "training.mesh has no effect without"),
         (
             "evaluation: {temperature: 0, top_p: 0.9}",
             "evaluation.top_p has no effect without",

@@ -27,9 +27,10 @@ ALWAYS_READ = {
     | {"warmup_fraction", "weight_decay", "clip_norm"},
     "training": {"max_steps", "batch_size", "optimizer", "optimizer_options", "schedule"}
     | {"warmup_fraction", "weight_decay", "clip_norm", "gradient_accumulation", "jit_compile"}
-    | {"steps_per_execution", "strategy", "evaluate_every", "checkpoint_every", "log_every"}
+    | {"steps_per_execution", "backend", "evaluate_every", "checkpoint_every", "log_every"}
     | {"loggers", "keep_checkpoints", "batching", "remat", "sync_reference"}
     | {"auxiliary_loss"},
+    "training.mesh": {"data", "model", "fsdp"},
     "training.sync_reference": {"every", "alpha"},
     "evaluation": {"batch_size"},
     "export": {"path", "signatures"},

@@ -14,8 +14,8 @@ from families import ALL_FAMILIES
 FAMILIES = ("gpt2", "llama", "gemma3", "qwen3")
 ELSEWHERE = {"pali_gemma", "blip2", "gemma4_assistant"}  # of images alone, or without logits
 OF_TEXT = [name for name in ALL_FAMILIES if name not in ELSEWHERE and "vision" not in name]
-WITH_WINDOWS = {"mistral", "gemma3", "qwen", "qwen3", "qwen3_moe"}
-GENERATING = {"gpt2", "qwen3"}
+WITH_WINDOWS = {"mistral", "gemma3", "qwen", "qwen3", "qwen3_moe", "qwen_moe"}
+GENERATING = {"gpt2", "qwen_moe"}
 CASES = ["gpt2:packed:lora", "llama:buckets:full", "gemma3:packed:full", "qwen3:buckets:lora"]
 KINDS = ("buckets:full", "buckets:lora", "packed:full", "packed:lora")
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
