@@ -191,7 +191,9 @@ def test_bytes_of_the_command_line_that_are_no_text_exit_with_2(run, tmp_path):
 def test_another_backend_is_refused(run, monkeypatch, tmp_path):
     monkeypatch.setattr(keras_backend, "_running", lambda: None)
     monkeypatch.setenv("KERAS_BACKEND", "torch")
-    code, _, err = run("evaluate", tmp_path, "builtin:support")
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {scratch: {}}\ndata: {path: 'builtin:support', max_length: 128}\n")
+    code, _, err = run("validate", path)
     assert code == 2 and "KERAS_BACKEND must be tensorflow or jax, got 'torch'." in err
 
 
