@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from dpo_keras.app.config_dependencies import OUR_SCHEDULES, reads_reference
 from dpo_keras.app.config_sections import REFERENCES, Data, Loss, Model, Sampling, Training, Warmup
-from dpo_keras.app.keras_backend import choose_backend
+from dpo_keras.app.keras_backend import choose_backend, chosen_backend
 from dpo_keras.app.model_sources import source_problem
+from dpo_keras.cluster import read_tf_config
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.preferences import Record, read_preferences
 from dpo_keras.preferences.record_stream import Reading
@@ -265,6 +266,8 @@ def _optimizer_is_accepted(section: Warmup | Training | None, name: str) -> Iter
         and section.schedule in OUR_SCHEDULES
     ):
         return  # Keras, which knows all others, takes seconds to import
+    if chosen_backend() == "jax" and read_tf_config() is not None:
+        return  # it has variables, and JAX must know of all processes before there are any
     from dpo_keras.training.optimizers import make_optimizer
 
     with keys_for_arguments(section=name):

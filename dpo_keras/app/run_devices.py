@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +15,7 @@ from dpo_keras.app.models import FAMILIES
 from dpo_keras.errors import InputError, InputProblem
 
 if TYPE_CHECKING:
-    from dpo_keras.cluster import Watchdog
+    from dpo_keras.cluster import Cluster, Watchdog
 
 
 class Devices(Protocol):
@@ -40,13 +42,20 @@ class MeshDevices:
         return contextlib.nullcontext()
 
 
-def devices_of(config: Config, name: str | None = None, **options: Watchdog | None) -> Devices:
+def devices_of(
+    config: Config,
+    name: str | None = None,
+    *,
+    cluster: Cluster | None = None,
+    watchdog: Watchdog | None = None,
+) -> Devices:
     """Make the strategy of a run, or set its mesh, before anything else touches the devices.
 
     Args:
         config: of the run.
         name: a strategy in place of the configuration's; a mesh stays.
-        **options: as `dpo_keras.strategy` takes.
+        cluster: of the run's processes.
+        watchdog: of the cluster.
 
     Raises:
         InputError: Keras runs on another backend, or the devices are not there.
@@ -60,22 +69,42 @@ def devices_of(config: Config, name: str | None = None, **options: Watchdog | No
         if config.training.mesh is not None:
             rule = "needs Keras on JAX, and it runs on TensorFlow"
             raise InputError(InputProblem("training.mesh", rule))
-        return strategy(name or config.training.strategy, **options)
+        return strategy(name or config.training.strategy, watchdog=watchdog)
     import keras
 
+    if cluster is not None and len(cluster.in_step) > 1:
+        _join(cluster)
     keras.distribution.set_distribution(_distribution(config))
     return MeshDevices(data_axis_size())
+
+
+def _join(cluster: Cluster) -> None:
+    """Let JAX see the devices of all processes."""
+    import jax
+    import keras
+
+    if jax.distributed.is_initialized():
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    keras.distribution.initialize(
+        job_addresses=cluster.chief.address,
+        num_processes=len(cluster.in_step),
+        process_id=cluster.in_step.index(cluster.this),
+    )
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # as for TensorFlow's own cluster
 
 
 def _distribution(config: Config) -> Any:
     import keras
 
     from dpo_keras.training.mesh import distribution
+    from dpo_keras.utils.backends import process_count
 
     mesh = config.training.mesh
     if mesh is None:
         found = keras.distribution.list_devices()
-        on_cpu = all(device.startswith("cpu") for device in found)
+        on_cpu = process_count() == 1 and all(device.startswith("cpu") for device in found)
         # Devices that are made of one CPU are for trying a mesh, and gain nothing.
         return None if on_cpu or len(found) == 1 else distribution(data=len(found))
     with keys_for_arguments(section="training"):

@@ -111,14 +111,23 @@ class Examiner:
         return answerable
 
     def measure(self, name: str) -> Measured | None:
-        """Measure, or load what the folder `name` has; None without pairs, or on mere workers."""
+        """Measure, or load what the folder `name` has; None without pairs, or on mere workers.
+
+        Workers on JAX take part in the measurement.
+        """
         from dpo_keras.evaluation import Samples, evaluate_preferences, load_held_out
+        from dpo_keras.utils.backends import process_count
 
         run, progress = self.context.run, self.context.progress
-        if self.tokenized is None or not run.writes:
+        together = process_count() > 1  # processes that share a mesh compute together
+        if self.tokenized is None or not (run.writes or together):
             return None
         folder = run.path / name
-        if folder.is_dir():
+        known = folder.is_dir()
+        if together and self.context.watchdog is not None:
+            hint = "Put the run directory on storage that all of them share."
+            known = self.context.watchdog.agree(f"measurement in {folder}", known, hint)
+        if known:
             stored = folder / "responses.json"
             samples = Samples.load(stored) if stored.is_file() else None
             return Measured(load_held_out(folder / "pairs.npz"), samples)
@@ -133,6 +142,8 @@ class Examiner:
         accuracy = held_out.figures["reward_accuracy"]
         progress.note(f"{len(held_out):,} {held_out.item}s: reward accuracy {accuracy}")
         samples = self._sample(name) if self._prompts else None
+        if not run.writes:
+            return None
         with replaced(folder) as partial:
             partial.mkdir()
             held_out.save(partial / "pairs.npz")

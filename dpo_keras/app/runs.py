@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +20,7 @@ from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.config_sections import Export
 from dpo_keras.app.console import Progress, Silent
-from dpo_keras.app.keras_backend import choose_backend, chosen_backend
+from dpo_keras.app.keras_backend import choose_backend
 from dpo_keras.app.models import check_length, load_policy, save_policy
 from dpo_keras.app.pretrained_export import save_adapters
 from dpo_keras.app.run_clock import RunClock, outcome_lines
@@ -112,7 +116,7 @@ def train(
             progress.stage("Waiting for all workers that TF_CONFIG names")
         with meet_workers(cluster, config, resume, stop, end) as watchdog:
             started = time.monotonic()
-            devices = devices_of(config, watchdog=watchdog)
+            devices = devices_of(config, cluster=cluster, watchdog=watchdog)
             import keras
 
             run = start_run(config, resume, given, writes)
@@ -132,10 +136,6 @@ def cluster_of(config: Config) -> Cluster | None:
     if config.training.strategy not in ("auto", "multi_worker"):
         return None
     cluster = read_tf_config()
-    if cluster is not None and chosen_backend() == "jax":
-        rule = "trains in one process, and TF_CONFIG names several"
-        hint = "Unset TF_CONFIG, or set training.backend: tensorflow."
-        raise InputError(InputProblem("training.backend: jax", rule, hint=hint))
     if cluster is not None and cluster.this not in cluster.in_step:
         why = f"multi_worker has chief and workers only, but TF_CONFIG makes this {cluster.this}"
         raise InputError(InputProblem("training.strategy", why))
@@ -209,6 +209,8 @@ def prepare(context: Context) -> Prepared:
 
 def carry_out(context: Context, prepared: Prepared, clock: RunClock) -> RunResult:
     """Run all stages after `prepare`: warm-up, training, measurements, report and export."""
+    from dpo_keras.utils.backends import process_count, values_of_all_processes
+
     config, run, progress = context.config, context.run, context.progress
     policy, counts = prepared.policy, prepared.counts
     warm_up_policy(context, policy, prepared.pairs)
@@ -220,12 +222,13 @@ def carry_out(context: Context, prepared: Prepared, clock: RunClock) -> RunResul
     steps = train_policy(context, model, pairs, held_out)
     after = examiner.measure("after")
 
-    if not run.writes:
-        return RunResult(str(run.path), steps, counts)
-    save_policy(policy, run.policy)
-    save_adapters(policy, run.adapters)
-    if config.trains_reward:
-        model.save_head(run.reward_head)
+    with values_of_all_processes(model.variables):
+        if not run.writes:
+            return RunResult(str(run.path), steps, counts)
+        save_policy(policy, run.policy)
+        save_adapters(policy, run.adapters)
+        if config.trains_reward:
+            model.save_head(run.reward_head)
     report = {}
     prediction = clock.outcome()
     if before is not None and after is not None:
@@ -233,12 +236,37 @@ def carry_out(context: Context, prepared: Prepared, clock: RunClock) -> RunResul
         report = report_training(context, prepared.sides.held_out, before, after, said)
     run.write("prediction.json", prediction)
     result = RunResult(str(run.path), steps, counts, prediction=prediction, **report)
-    if config.export is not None:
+    if config.export is not None and process_count() > 1:
+        result.export = _export_alone(config, config.export, progress, run)
+    elif config.export is not None:
         # The served model meets new texts, for which nothing is cached.
         cached = model.reference.mode == "cached"
         served = load_trained(run, policy) if cached else model
         result.export = _export(config, config.export, served, examiner.chosen, progress, run)
     return result
+
+
+def _export_alone(
+    config: Config, settings: Export, progress: Progress, run: RunDirectory
+) -> dict[str, JSON]:
+    """Export by a process that none of a mesh's other processes needs to wait for."""
+    exported = run.read(_EXPORTED)
+    if exported is not None and Path(exported["path"]).is_dir():
+        return dict(exported)
+    progress.stage("Export")
+    path = settings.path or f"saved_models/{config.name}"
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_keras.app", "export", str(run.path), path, "--json"],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the export failed: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, JSON] = json.loads(done.stdout)
+    run.write(_EXPORTED, found)
+    return found
 
 
 def _check_same_data(

@@ -210,6 +210,7 @@ def build_model(
 ) -> tuple[DPOModel, TokenizedPairs, TokenizedPairs | None]:
     """Compile the model to train; return it with its pairs, now with cached log-probs if any."""
     from dpo_keras.training import DPOModel, RewardModel
+    from dpo_keras.utils.backends import values_of_all_processes
 
     run, config, settings = context.run, context.config, context.config.training
     computed = reference == "cached" and pairs.reference is None
@@ -237,8 +238,10 @@ def build_model(
     model_alone = config.model.path is None or config.model.quantization is not None
     only_here = model_alone or config.warmup is not None
     began_as_policy = context.loss.needs_reference and config.reference in REFERENCES
-    if run.writes and only_here and began_as_policy and not run.reference.exists():
-        save_policy(policy, run.reference)
+    if only_here and began_as_policy:
+        with values_of_all_processes(policy.variables):
+            if run.writes and not run.reference.exists():
+                save_policy(policy, run.reference)
     context.progress.note(f"reference: {model.reference.mode}")
     return model, pairs, held_out
 
@@ -248,12 +251,15 @@ def with_reference(
 ) -> TokenizedPairs:
     """Compute the reference log-probs of the pairs of one side, "train" or "held_out"."""
     from dpo_keras.scoring import cache_reference
+    from dpo_keras.utils.backends import process_count
 
+    # Processes that share a mesh compute together: one of them must not read what others compute.
+    kept = context.run.writes and process_count() == 1
     context.progress.stage(f"Reference log-probs of the pairs ({name})")
     return cache_reference(
         policy,
         pairs,
-        context.run.path / "reference_cache" / f"{name}.npz" if context.run.writes else None,
+        context.run.path / "reference_cache" / f"{name}.npz" if kept else None,
         template=context.config.data.template,
         batch_size=context.config.evaluation.batch_size,
         batching=context.layout.batching,
@@ -303,6 +309,13 @@ def leave_together(strategy: Any) -> None:
     A worker that leaves while the chief still writes would be taken for one that crashed.
     """
     import tensorflow as tf
+
+    from dpo_keras.utils.backends import process_count
+
+    if process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("the end of a run")
 
     @tf.function
     def count_workers() -> tf.Tensor:

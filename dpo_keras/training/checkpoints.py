@@ -18,7 +18,7 @@ from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.training import sharded_state
 from dpo_keras.utils import JSON
 from dpo_keras.utils.atomic_files import make_directory, replaced
-from dpo_keras.utils.backends import uses_jax
+from dpo_keras.utils.backends import process_count, uses_jax
 from dpo_keras.utils.keras_internals import raise_failed_writes
 
 _WEIGHTS = "state.weights.h5"
@@ -41,7 +41,7 @@ class RunCheckpoint(keras.callbacks.Callback):
         every: steps between checkpoints; None saves at the end of each epoch only.
         keep: number of the newest checkpoints that are kept.
         start_step: steps taken before.
-        save: False on workers other than the chief.
+        save: False on workers other than the chief. On JAX they write their share of the state.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class RunCheckpoint(keras.callbacks.Callback):
 
     def save_now(self) -> None:
         """Save, unless this step is saved already."""
-        if self.save and self.saved != self.step:
+        if (self.save or process_count() > 1) and self.saved != self.step:
             self.wait()
-            finish = _start_checkpoint(self.model, self.directory, self.step, self.keep)
+            finish = _start_checkpoint(self.model, self.directory, self.step, self.keep, self.save)
             self.saved = self.step
             if uses_jax():
                 executor = ThreadPoolExecutor(1)
@@ -126,49 +126,53 @@ def save_checkpoint(
 
 
 def _start_checkpoint(
-    model: keras.Model, directory: pathlib.Path, step: int, keep: int
+    model: keras.Model, directory: pathlib.Path, step: int, keep: int, writes: bool = True
 ) -> Callable[[], pathlib.Path]:
-    """Take a model's state as it is now; return what waits until it is a checkpoint."""
+    """Take a model's state as it is now; return what waits until it is a checkpoint.
+
+    On JAX all processes write their share of the state, and the one that `writes` does the rest.
+    """
     final = directory / f"step-{step:08d}"
-    with contextlib.ExitStack() as opened:
-        opened.enter_context(_failures_explained(directory, step))
-        make_directory(directory)
-        for left_behind in directory.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left_behind, ignore_errors=True)
-        _check_room(model, directory)
-        partial = opened.enter_context(replaced(final))
-        partial.mkdir()
-        write = _start_writing(model, partial)
-        rest = opened.pop_all()
+    state = directory / f".{final.name}.{_SHARDED}"
+    write = None
+    with _failures_explained(directory, step):
+        if writes:
+            make_directory(directory)
+            for left_behind in directory.glob(".step-*"):  # by a process that was killed
+                shutil.rmtree(left_behind, ignore_errors=True)
+            _check_room(model, directory)
+        if uses_jax():
+            write = sharded_state.start_writing(model, state)
 
     def finish() -> pathlib.Path:
-        with rest:
-            state = write()
-            size, checksum = sharded_state.size_of(state), _checksum(state)
-            meta = json.dumps({"step": step, "bytes": size, "sha256": checksum})
-            (partial / _META).write_text(meta, encoding="utf-8")
-        # Later ones were found damaged when this run went on from before them: they count for
-        # nothing.
-        for old in [path for path in _checkpoints(directory) if _step(path) <= step][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        with _failures_explained(directory, step):
+            if write is not None:
+                write()
+            if writes:
+                _complete(model, final, state, step)
+        if writes:
+            # Later ones were found damaged when this run went on from before them: they count for
+            # nothing.
+            for old in [path for path in _checkpoints(directory) if _step(path) <= step][:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     return finish
 
 
-def _start_writing(model: keras.Model, partial: pathlib.Path) -> Callable[[], pathlib.Path]:
-    """Write a model's state, or take it on JAX; return what ends that, and returns the path."""
-    if not uses_jax():
-        with raise_failed_writes():
-            model.save_weights(partial / _WEIGHTS)
-        return lambda: partial / _WEIGHTS
-    wait = sharded_state.start_writing(model, partial / _SHARDED)
-
-    def write() -> pathlib.Path:
-        wait()
-        return partial / _SHARDED
-
-    return write
+def _complete(model: keras.Model, final: pathlib.Path, state: pathlib.Path, step: int) -> None:
+    """Make a checkpoint of a state that is on disk; on TensorFlow write the state first."""
+    with replaced(final) as partial:
+        partial.mkdir()
+        if uses_jax():
+            written = state.replace(partial / _SHARDED)
+        else:
+            written = partial / _WEIGHTS
+            with raise_failed_writes():
+                model.save_weights(written)
+        size, checksum = sharded_state.size_of(written), _checksum(written)
+        meta = json.dumps({"step": step, "bytes": size, "sha256": checksum})
+        (partial / _META).write_text(meta, encoding="utf-8")
 
 
 @contextlib.contextmanager

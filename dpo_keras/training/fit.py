@@ -118,7 +118,9 @@ def train_preferences(
     check_groups((model.preference_loss.group_robust or {}).get("groups", 0), tokenized, held_out)
     if held_out is not None and len(held_out):
         size = evaluation_batch_size or batch_size
-        options["validation_data"] = layout.dataset(held_out, size, shuffle=False)
+        options["validation_data"] = layout.dataset(
+            held_out, size, shuffle=False, worker=model.worker
+        )
     per_epoch = layout.steps(tokenized, batch_size, seed)
     return _fit(model, stream, epochs * per_epoch, per_epoch, RunOptions(**options))
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import tensorflow as tf
 from jax import lax
 from keras import ops
 
 from dpo_keras.batching import Batch
 from dpo_keras.errors import InputError
+from dpo_keras.training.distribution import Worker
 from dpo_keras.training.mesh import check_split
 from dpo_keras.training.metrics import COUNTS, STOP, MetricSums, means, means_by_name
 from dpo_keras.training.step_trainer import (
@@ -25,7 +27,14 @@ from dpo_keras.training.step_trainer import (
     stacked_sums,
 )
 from dpo_keras.utils import Tensor
-from dpo_keras.utils.backends import ValuesInPlace, data_axis_size, unique_variables
+from dpo_keras.utils.backends import (
+    ValuesInPlace,
+    data_axis_size,
+    of_each_process,
+    own_part_of_rows,
+    unique_variables,
+    whole_on_each_device,
+)
 from dpo_keras.utils.keras_internals import set_values
 
 
@@ -75,6 +84,20 @@ class JaxTrainer(StepTrainer):
     def replicas(self) -> int:
         """The number of devices along which the rows of a batch are split."""
         return data_axis_size()
+
+    @property
+    def devices_of_rows(self) -> int:
+        """The number of devices along which the rows that this process makes are split."""
+        return self.replicas // (1 if self.worker is None else self.worker[1])
+
+    @property
+    def worker(self) -> Worker | None:
+        """Which of the processes along the data axis this is, and how many there are."""
+        return own_part_of_rows()
+
+    def own_rows(self, make: Callable[[Worker | None], tf.data.Dataset]) -> tf.data.Dataset:
+        """Return a dataset for `fit` of this process' rows, see `StepTrainer.own_rows`."""
+        return make(self.worker)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configure training, see `StepTrainer.compile`; refuse a mesh that splits nothing."""
@@ -132,23 +155,23 @@ class JaxTrainer(StepTrainer):
             values: list[Tensor], totals: tuple[Tensor, Tensor], batch: Batch, stop: Tensor
         ) -> tuple[list[Tensor], tuple[Tensor, Tensor], list[Tensor], dict[str, Tensor]]:
             with ValuesInPlace(zip(variables, values, strict=True)) as scope:
-                sums = stacked_sums({**step(batch), STOP: (stop, 1.0)}, names)
+                sums = stacked_sums({**step(batch), STOP: (ops.max(stop), 1.0)}, names)
                 after = [scope.get_current_value(v) for v in variables] if training else []
             totals = _added(totals, sums)
             return after, totals, means(sums), means_by_name(names, means(totals[0]))
 
         if not self.run_eagerly and self.jit_compile:
             shardings = [v.value.sharding for v in variables] if training else []
-            free = keras.distribution.distribution() is None
+            whole = whole_on_each_device()
             one_step = jax.jit(
                 one_step,
                 donate_argnums=(0,) if training else (),
-                out_shardings=None if free else (shardings, None, None, None),
+                out_shardings=None if whole is None else (shardings, whole, whole, whole),
             )
         zeros = jnp.zeros((len(names), 2), "float32")
 
         def function(state: Any, iterator: Any) -> tuple[dict[str, Tensor], Any]:
-            stop, logs = jnp.float32(self._stop()), None
+            stop, logs = of_each_process(self._stop()), None
             for number in range(self.steps_per_execution):
                 try:
                     batch = next(iterator)

@@ -116,7 +116,7 @@ class PolicyTrainer(BackendTrainer):
         """Return the batches to run: `given`, or packed rows where it leaves the choice to us."""
         check_batches(given, argument)
         dataset: Any = laid_out(given, scoring_models(self), self.replicas, self._check_packing)
-        check_rows(dataset, self.replicas if uses_jax() else 1, argument)
+        check_rows(dataset, self.devices_of_rows, argument)
         check_images(self.scorer.body, getattr(dataset, "element_spec", None) or {})
         return dataset
 

@@ -21,7 +21,8 @@ from dpo_keras.utils.keras_internals import set_values
 def start_writing(model: keras.Model, path: pathlib.Path) -> Callable[[], None]:
     """Copy a model's state off its devices; return what waits until all of it is in `path`."""
     checkpointer = _checkpointer()
-    checkpointer.save(path.absolute(), {name: v.value for name, v in _state(model).items()})
+    state = {name: variable.value for name, variable in _state(model).items()}
+    checkpointer.save(path.absolute(), state, force=True)
 
     def wait() -> None:
         checkpointer.wait_until_finished()

@@ -115,6 +115,16 @@ class StepTrainer(keras.Model):
         """Whether every shape in a step must be static, as XLA needs."""
         return bool(self.jit_compile)
 
+    @property
+    def devices_of_rows(self) -> int:
+        """The number of devices among which the rows of a dataset must be split evenly."""
+        return 1
+
+    @property
+    def worker(self) -> Worker | None:
+        """Which part of the rows of every dataset this process makes; None: all rows."""
+        return None
+
     def own_rows(self, make: Callable[[Worker | None], tf.data.Dataset]) -> Any:
         """Return a dataset for `fit` of which every process makes only its own rows.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +15,15 @@ from dpo_keras.utils import Tensor
 def uses_jax() -> bool:
     """Tell whether Keras runs on JAX."""
     return bool(keras.backend.backend() == "jax")
+
+
+def process_count() -> int:
+    """Return how many processes share the devices of Keras on JAX; 1 on TensorFlow."""
+    if not uses_jax():
+        return 1
+    import jax
+
+    return int(jax.process_count())
 
 
 def leave_devices_to_jax() -> None:
@@ -76,10 +85,11 @@ def compiled(
     if uses_jax():
         import jax
 
-        @jax.jit
-        def on_jax(values: list[Tensor], batch: Any) -> dict[str, Tensor]:
+        def on_values(values: list[Tensor], batch: Any) -> dict[str, Tensor]:
             with ValuesInPlace(zip(variables, values, strict=True)):
                 return function(batch)
+
+        on_jax = jax.jit(on_values, out_shardings=whole_on_each_device())
 
         def run(batch: Any) -> Any:
             return on_jax([variable.value for variable in variables], dict(batch))
@@ -126,6 +136,47 @@ def on_own_rows(
     return mapped([variable.value for variable in variables], *rows)
 
 
+def whole_on_each_device() -> Any:
+    """Return the sharding of a result that every process reads; None without a mesh."""
+    current = keras.distribution.distribution()
+    if current is None:
+        return None
+    from jax import sharding
+
+    spec: Callable[..., Any] = sharding.PartitionSpec
+    return sharding.NamedSharding(current.device_mesh.backend_mesh, spec())
+
+
+def of_each_process(value: float) -> Tensor:
+    """Return what each process says, as one vector on the mesh: an argument of a compiled step."""
+    import jax
+    from jax import sharding
+
+    current = keras.distribution.distribution()
+    if current is None or process_count() == 1:
+        return jax.numpy.full((1,), value, "float32")
+    mesh = current.device_mesh.backend_mesh
+    spec: Callable[..., Any] = sharding.PartitionSpec
+    split = sharding.NamedSharding(mesh, spec(mesh.axis_names))
+    own = np.full((len(mesh.local_devices),), value, np.float32)
+    made: Callable[..., Tensor] = jax.make_array_from_process_local_data
+    return made(split, own)
+
+
+@contextlib.contextmanager
+def values_of_all_processes(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Let each process read whole variables, in a block of code that all of them enter."""
+    if process_count() == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    variables = unique_variables(variables)
+    gathered = multihost_utils.process_allgather([v.value for v in variables], tiled=True)
+    with ValuesInPlace(zip(variables, map(keras.ops.convert_to_tensor, gathered), strict=True)):
+        yield
+
+
 def axis_sizes(mesh: keras.distribution.DeviceMesh) -> dict[str, int]:
     """Return the number of devices along each axis of a mesh."""
     return dict(zip(mesh.axis_names, map(int, mesh.shape), strict=True))
@@ -135,6 +186,21 @@ def data_axis_size() -> int:
     """Return the number of devices along which the current `keras.distribution` splits rows."""
     current = keras.distribution.distribution() if uses_jax() else None
     return 1 if current is None else axis_sizes(current.device_mesh).get(current.batch_dim_name, 1)
+
+
+def own_part_of_rows() -> tuple[int, int] | None:
+    """Return which part of a batch's rows this process makes, and of how many; None: all rows."""
+    if process_count() == 1:
+        return None
+    current = keras.distribution.distribution()
+    import jax
+
+    mesh = current.device_mesh.backend_mesh
+    along = mesh.axis_names.index(current.batch_dim_name)
+    here = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    mine = np.flatnonzero(np.moveaxis(here, along, 0).reshape(here.shape[along], -1).any(axis=1))
+    parts = mesh.devices.shape[along] // len(mine)
+    return None if parts == 1 else (int(mine[0]) // len(mine), parts)
 
 
 def softmax(scores: Tensor) -> Tensor:

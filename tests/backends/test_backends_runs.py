@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -21,6 +22,7 @@ from dpo_keras.evaluation import run_report
 from dpo_keras.training import latest_checkpoint
 from dpo_keras.utils.backends import data_axis_size
 
+LAUNCHER = Path(__file__).parents[2] / "scripts" / "launch_workers"
 STEPS = 12
 MESH = {"data": 2, "model": 4}
 CONFIG = """
@@ -155,8 +157,37 @@ def test_a_wrong_mesh_or_backend_gets_one_message(
     assert len(errors) == 1 and message in errors[0]
 
 
-def test_processes_of_a_cluster_are_for_tensorflow(configuration, tmp_path, monkeypatch):
-    cluster = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}
-    monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
-    with pytest.raises(InputError, match="trains in one process, and TF_CONFIG names several"):
-        run(configuration, f"output={tmp_path / 'run'}")
+def launched(path, *overrides):
+    """Two processes with two devices each; returns the launcher's exit code and what they said."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    del environment["KERAS_BACKEND"]
+    done = subprocess.run(
+        [sys.executable, LAUNCHER, "-n", "2", path, *overrides],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_two_processes_are_one(undisturbed, configuration, tmp_path):
+    """Each makes rows of its own, and holds its share of the weights."""
+    served = tmp_path / "served" / "1"
+    code, said = launched(
+        configuration,
+        f"output={tmp_path / 'run'}",
+        "training.mesh={data: 2, model: 2}",
+        f"export.path={served}",
+    )
+    assert code == 0, said
+    assert_equal(weights(tmp_path / "run"), weights(undisturbed[0]), 1e-5)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["steps"] == STEPS and result["export"]["verified"]
+    alone = json.loads((undisturbed[0] / "result.json").read_text())
+    for name in ("loss", "reward_accuracy", "kl"):
+        expected = alone["after"]["metrics"][name]
+        assert result["after"]["metrics"][name] == pytest.approx(expected, abs=1e-5)
+    assert [s["after"] for s in result["samples"]] == [s["after"] for s in alone["samples"]]
