@@ -144,6 +144,34 @@ class JaxTrainer(StepTrainer):
             return tuple(super()._get_jax_state(**kinds))
         return ((),) * (4 if kinds.get("optimizer_variables") else 3)
 
+    def _apply(self, gradients: Sequence[Tensor], variables: Sequence[keras.Variable]) -> None:
+        """Apply gradients; where losses are scaled, only finite ones.
+
+        Keras' own branches assign to variables, which a compiled branch on JAX must not.
+        """
+        optimizer = self.optimizer
+        if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            super()._apply(gradients, variables)
+            return
+        state = self._step_variables()
+        scale = ops.convert_to_tensor(optimizer.dynamic_scale)
+        count = ops.convert_to_tensor(optimizer.step_counter)
+
+        def applied(values: list[Tensor]) -> list[Tensor]:
+            with ValuesInPlace(zip(state, values, strict=True)) as scope:
+                optimizer.inner_optimizer.apply([g / scale for g in gradients], variables)
+                return [scope.get_current_value(variable) for variable in state]
+
+        finite = optimizer.check_finite(gradients)
+        values = [variable.value for variable in state]
+        after = lax.cond(finite, applied, lambda values: values, values)
+        for variable, value in zip(state, after, strict=True):
+            variable.assign(value)
+        grows = count == optimizer.dynamic_growth_steps - 1
+        larger = ops.where(grows, 2.0 * scale, scale)
+        optimizer.dynamic_scale.assign(ops.where(finite, larger, 0.5 * scale))
+        optimizer.step_counter.assign(ops.where(ops.logical_and(finite, ~grows), count + 1, 0))
+
     def _step_variables(self) -> list[keras.Variable]:
         return unique_variables([*self.variables, *self.optimizer.variables])
 

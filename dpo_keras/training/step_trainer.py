@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -98,7 +98,7 @@ class StepTrainer(keras.Model):
         norm = ops.sqrt(ops.sum(ops.stack(squares))) / ops.cast(scale, "float32")
         if self.accumulation is not None:
             self.accumulation.weigh(sum_over_replicas(ops.convert_to_tensor(weight)))
-        self.optimizer.apply(values, [variable for _, variable in gradients])
+        self._apply(values, [variable for _, variable in gradients])
         return norm
 
     def report(self, batch: Batch, sums: MetricSums) -> MetricSums:
@@ -196,6 +196,9 @@ class StepTrainer(keras.Model):
         if self.test_function is None or force:
             self.test_function = self._step_function(self.test_step, [])
         return self.test_function
+
+    def _apply(self, gradients: Sequence[Tensor], variables: Sequence[keras.Variable]) -> None:
+        self.optimizer.apply(gradients, variables)
 
     def _prepare_optimizer(self) -> None:
         """Change a compiled optimizer to what this backend's steps need."""

@@ -114,6 +114,12 @@ def main(out, *cases):
         if layout in ALONE:
             found[case] = ALONE[layout](family)
             continue
+        if layout == "variant":
+            from backends_variants import VARIANTS
+
+            made = VARIANTS[family]()
+            found |= {f"{case}/{name}": values for name, values in made.items()}
+            continue
         losses, _, weights = trained(policy_of(family, adapters == "lora"), layout)
         found[f"{case}/losses"] = losses
         found |= {f"{case}/{number}": weight for number, weight in enumerate(weights)}

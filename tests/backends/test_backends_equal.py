@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from backends_training import STEPS, logits_of, policy_of, responses_of, trained
+from backends_variants import VARIANTS
 from families import ALL_FAMILIES
 
 FAMILIES = ("gpt2", "llama", "gemma3", "qwen3")
@@ -18,6 +19,7 @@ WITH_WINDOWS = {"mistral", "gemma3", "qwen", "qwen3", "qwen3_moe", "qwen_moe"}
 GENERATING = {"gpt2", "qwen_moe"}
 CASES = ["gpt2:packed:lora", "llama:buckets:full", "gemma3:packed:full", "qwen3:buckets:lora"]
 KINDS = ("buckets:full", "buckets:lora", "packed:full", "packed:lora")
+VARIANTS_IN_SUITE = {"int8", "experts", "thumbs", "float16", "images of gemma3"}
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
 
 
@@ -81,3 +83,25 @@ def test_twenty_steps_are_those_of_tensorflow(case, tensorflow):
         np.testing.assert_allclose(weight, theirs, atol=1e-4, rtol=0)
         moved = max(moved, np.abs(weight - keras.ops.convert_to_numpy(before)).max())
     assert moved > 1e-3  # it is a training that is compared
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            f"{name}:variant:", marks=[] if name in VARIANTS_IN_SUITE else pytest.mark.table
+        )
+        for name in VARIANTS
+    ],
+)
+def test_further_kinds_of_training_are_those_of_tensorflow(case, tensorflow):
+    """Quantized kernels, experts, ratings, rankings, rewards, images, float16, every objective."""
+    # In half precision each step rounds to 1 of 2048.
+    atol = 1e-3 if case.startswith("float16") else 1e-4
+    for name, values in VARIANTS[case.split(":")[0]]().items():
+        expected = tensorflow[f"{case}/{name}"]
+        if name in ("losses", "norms"):
+            scale = max(np.abs(expected).max(), 1.0)
+            np.testing.assert_allclose(values, expected, atol=atol * scale, rtol=0)
+        else:
+            np.testing.assert_allclose(values, expected, atol=atol, rtol=0)
