@@ -19,7 +19,7 @@ WITH_WINDOWS = {"mistral", "gemma3", "qwen", "qwen3", "qwen3_moe", "qwen_moe"}
 GENERATING = {"gpt2", "qwen_moe"}
 CASES = ["gpt2:packed:lora", "llama:buckets:full", "gemma3:packed:full", "qwen3:buckets:lora"]
 KINDS = ("buckets:full", "buckets:lora", "packed:full", "packed:lora")
-VARIANTS_IN_SUITE = {"int8", "experts", "thumbs", "float16", "images of gemma3"}
+VARIANTS_IN_SUITE = {"int8", "float16", "images of gemma3"}
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
 
 
@@ -101,7 +101,7 @@ def test_further_kinds_of_training_are_those_of_tensorflow(case, tensorflow):
     for name, values in VARIANTS[case.split(":")[0]]().items():
         expected = tensorflow[f"{case}/{name}"]
         if name in ("losses", "norms"):
-            scale = max(np.abs(expected).max(), 1.0)
+            scale = max(np.nanmax(np.abs(expected)), 1.0)
             np.testing.assert_allclose(values, expected, atol=atol * scale, rtol=0)
         else:
             np.testing.assert_allclose(values, expected, atol=atol, rtol=0)
