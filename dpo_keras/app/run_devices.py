@@ -107,6 +107,10 @@ def _distribution(config: Config) -> Any:
         on_cpu = process_count() == 1 and all(device.startswith("cpu") for device in found)
         # Devices that are made of one CPU are for trying a mesh, and gain nothing.
         return None if on_cpu or len(found) == 1 else distribution(data=len(found))
+    devices, processes = len(keras.distribution.list_devices()), process_count()
+    if processes > 1 and mesh.data * mesh.model != devices:
+        rule = f"must take all {devices} devices of the {processes} processes"
+        raise InputError(InputProblem("training.mesh", f"{rule}, got {mesh.data} * {mesh.model}"))
     with keys_for_arguments(section="training"):
         return distribution(_family(config), **mesh.model_dump())
 

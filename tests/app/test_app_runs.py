@@ -15,7 +15,7 @@ import pytest
 from app_runs import HELD_OUT, SEED, settings, steps_of
 
 from dpo_keras import serving
-from dpo_keras.app import runs
+from dpo_keras.app import run_export, runs
 from dpo_keras.app.cli import main
 from dpo_keras.app.config import parse_config
 from dpo_keras.app.config_sections import Export
@@ -185,8 +185,8 @@ def test_a_run_that_was_stopped_after_its_export_does_not_export_again(tmp_path,
     run.write("export.json", {"path": str(tmp_path), "answer": answer})
     config = settings(run.path, export=Export(path=str(tmp_path / "1")))
     monkeypatch.setattr(serving, "export", None)
-    runs._check_export(config, run)
-    exported = runs._export(config, config.export, None, (), Heard(), run)
+    run_export.check_export(config, run)
+    exported = run_export.export_model(config, config.export, None, (), Heard(), run)
     assert exported["answer"] == answer
 
 

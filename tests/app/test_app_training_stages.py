@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from tiny import Letters, gpt2, pairs, plain_model
 
-from dpo_keras.app import runs
+from dpo_keras.app import run_export, runs
 from dpo_keras.app.config import Config
 from dpo_keras.app.console import Silent
 from dpo_keras.app.run_directory import RunDirectory
@@ -71,10 +71,13 @@ def test_steps_are_those_of_the_layout():
 
 def test_an_export_takes_the_length_of_the_configuration_cut_to_what_fits(monkeypatch):
     exported, heard = [], Heard()
-    monkeypatch.setattr(runs, "load_trained", lambda run: None)
-    monkeypatch.setattr(
-        runs, "_export", lambda config, export, *rest: exported.append(export.max_new_tokens) or {}
-    )
+
+    def export_model(config, export, *rest):
+        exported.append(export.max_new_tokens)
+        return {}
+
+    monkeypatch.setattr(run_export, "load_trained", lambda run: None)
+    monkeypatch.setattr(run_export, "export_model", export_model)
     for max_length, sections, given in (
         (64, {"evaluation": {"max_new_tokens": 24}}, None),
         (64, {"evaluation": {"max_new_tokens": 24}, "export": {"max_new_tokens": 30}}, None),
@@ -85,7 +88,7 @@ def test_an_export_takes_the_length_of_the_configuration_cut_to_what_fits(monkey
             model={"path": "x"}, data={"path": "y", "max_length": max_length}, **sections
         )
         monkeypatch.setattr(
-            runs, "open_policy", lambda run, c=short: SimpleNamespace(config=lambda: c)
+            run_export, "open_policy", lambda run, c=short: SimpleNamespace(config=lambda: c)
         )
         runs.export_run("run", "path/1", max_new_tokens=given, progress=heard)
     assert exported == [24, 30, 32, 40]
