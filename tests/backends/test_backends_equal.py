@@ -20,6 +20,7 @@ GENERATING = {"gpt2", "qwen_moe"}
 CASES = ["gpt2:packed:lora", "llama:buckets:full", "gemma3:packed:full", "qwen3:buckets:lora"]
 KINDS = ("buckets:full", "buckets:lora", "packed:full", "packed:lora")
 VARIANTS_IN_SUITE = {"int8", "float16", "images of gemma3"}
+KERNELS = "ignore:The 'rwkv_ops' package is not installed:UserWarning"  # RWKV-7's, of GPUs
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
 
 
@@ -48,6 +49,7 @@ def tensorflow(request, tmp_path_factory):
         for name in OF_TEXT
     ],
 )
+@pytest.mark.filterwarnings(KERNELS)
 def test_logits_of_every_family_are_those_of_tensorflow(case, tensorflow):
     """KerasHub takes another path through attention on JAX, and forgets windows on it."""
     expected = tensorflow[case]
@@ -62,6 +64,7 @@ def test_logits_of_every_family_are_those_of_tensorflow(case, tensorflow):
         for name in OF_TEXT
     ],
 )
+@pytest.mark.filterwarnings(KERNELS)
 def test_responses_of_every_family_are_those_of_tensorflow(case, tensorflow):
     """Windows must not be forgotten in front of the cache of keys and values either."""
     np.testing.assert_array_equal(responses_of(case.split(":")[0]), tensorflow[case])
