@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +10,7 @@ from dpo_keras.app.config import Config
 from dpo_keras.app.config_rules import keys_for_arguments
 from dpo_keras.app.keras_backend import choose_backend
 from dpo_keras.app.models import FAMILIES
+from dpo_keras.cluster.stop_request import sigterm_kept
 from dpo_keras.errors import InputError, InputProblem
 
 if TYPE_CHECKING:
@@ -66,9 +65,6 @@ def devices_of(
     if not uses_jax():
         from dpo_keras.training import strategy
 
-        if config.training.mesh is not None:
-            rule = "needs Keras on JAX, and it runs on TensorFlow"
-            raise InputError(InputProblem("training.mesh", rule))
         return strategy(name or config.training.strategy, watchdog=watchdog)
     import keras
 
@@ -85,14 +81,12 @@ def _join(cluster: Cluster) -> None:
 
     if jax.distributed.is_initialized():
         return
-    before = signal.getsignal(signal.SIGTERM)
-    keras.distribution.initialize(
-        job_addresses=cluster.chief.address,
-        num_processes=len(cluster.in_step),
-        process_id=cluster.in_step.index(cluster.this),
-    )
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # as for TensorFlow's own cluster
+    with sigterm_kept():
+        keras.distribution.initialize(
+            job_addresses=cluster.chief.address,
+            num_processes=len(cluster.in_step),
+            process_id=cluster.in_step.index(cluster.this),
+        )
 
 
 def _distribution(config: Config) -> Any:
@@ -101,15 +95,14 @@ def _distribution(config: Config) -> Any:
     from dpo_keras.training.mesh import distribution
     from dpo_keras.utils.backends import process_count
 
-    mesh = config.training.mesh
+    mesh, processes = config.training.mesh, process_count()
+    found = keras.distribution.list_devices()
     if mesh is None:
-        found = keras.distribution.list_devices()
-        on_cpu = process_count() == 1 and all(device.startswith("cpu") for device in found)
+        on_cpu = processes == 1 and all(device.startswith("cpu") for device in found)
         # Devices that are made of one CPU are for trying a mesh, and gain nothing.
         return None if on_cpu or len(found) == 1 else distribution(data=len(found))
-    devices, processes = len(keras.distribution.list_devices()), process_count()
-    if processes > 1 and mesh.data * mesh.model != devices:
-        rule = f"must take all {devices} devices of the {processes} processes"
+    if processes > 1 and mesh.data * mesh.model != len(found):
+        rule = f"must take all {len(found)} devices of the {processes} processes"
         raise InputError(InputProblem("training.mesh", f"{rule}, got {mesh.data} * {mesh.model}"))
     with keys_for_arguments(section="training"):
         return distribution(_family(config), **mesh.model_dump())

@@ -92,9 +92,8 @@ def export_model(
     from dpo_keras.serving.verification import calls
 
     progress.stage("Export")
-    exported = None if run is None else run.read(_EXPORTED)
-    if exported is not None and Path(exported["path"]).is_dir():
-        return dict(exported)
+    if run is not None and (before := _exported_before(run)) is not None:
+        return before
     texts = [
         (str(pair.prompt), str(pair.responses[0]), str(pair.responses[-1]))
         for pair in pairs
@@ -129,10 +128,9 @@ def export_alone(
     config: Config, settings: Export, progress: Progress, run: RunDirectory
 ) -> dict[str, JSON]:
     """Export by a process that none of a mesh's other processes needs to wait for."""
-    exported = run.read(_EXPORTED)
-    if exported is not None and Path(exported["path"]).is_dir():
-        return dict(exported)
     progress.stage("Export")
+    if (before := _exported_before(run)) is not None:
+        return before
     path = settings.path or f"saved_models/{config.name}"
     done = subprocess.run(
         [sys.executable, "-m", "dpo_keras.app", "export", str(run.path), path, "--json"],
@@ -146,3 +144,9 @@ def export_alone(
     found: dict[str, JSON] = json.loads(done.stdout)
     run.write(_EXPORTED, found)
     return found
+
+
+def _exported_before(run: RunDirectory) -> dict[str, JSON] | None:
+    exported = run.read(_EXPORTED)
+    there = exported is not None and Path(exported["path"]).is_dir()
+    return dict(exported) if there else None

@@ -130,3 +130,15 @@ class StopRequest:
         self._requested.set()
         if not self._waiting and not self._leaving:
             raise self.stopped()
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Keep what SIGTERM does, in a block that starts a backend's own coordination of processes.
+
+    That takes SIGTERM over, and nothing would end the process.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)

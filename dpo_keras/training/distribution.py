@@ -1,8 +1,6 @@
 """Strategies of `tf.distribute` by name, sums over their replicas, several steps in one graph."""
 
 import os
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -10,6 +8,7 @@ import tensorflow as tf
 
 from dpo_keras.batching import Batch
 from dpo_keras.cluster import Cluster, Watchdog, read_tf_config
+from dpo_keras.cluster.stop_request import sigterm_kept
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import Tensor
 
@@ -159,12 +158,8 @@ def _multi_worker(
         # TensorFlow itself waits without end for a worker that does not connect.
         with Watchdog(cluster).meet(timeout, run_directory=run_directory):
             pass
-    before = signal.getsignal(signal.SIGTERM)
-    made = tf.distribute.MultiWorkerMirroredStrategy()
-    if before is not None and threading.current_thread() is threading.main_thread():
-        # TensorFlow's coordination takes SIGTERM over, and nothing would end the process.
-        signal.signal(signal.SIGTERM, before)
-    return made
+    with sigterm_kept():
+        return tf.distribute.MultiWorkerMirroredStrategy()
 
 
 def _tpu(address: str = "", **others: object) -> tf.distribute.Strategy:

@@ -32,7 +32,7 @@ from dpo_keras.utils.backends import (
     data_axis_size,
     of_each_process,
     own_part_of_rows,
-    unique_variables,
+    state_variables,
     whole_on_each_device,
 )
 from dpo_keras.utils.keras_internals import set_values
@@ -57,7 +57,7 @@ class JaxTrainer(StepTrainer):
 
     def gradients(self, step_loss: StepLoss) -> tuple[Gradients, MetricSums]:
         """Return gradients and what is logged, see `StepTrainer.gradients`."""
-        variables, every = self.trainable_variables, self._step_variables()
+        variables, every = self.trainable_variables, state_variables(self)
         read: set[int] = set()
         assigned: list[keras.Variable] = []
 
@@ -153,7 +153,7 @@ class JaxTrainer(StepTrainer):
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             super()._apply(gradients, variables)
             return
-        state = self._step_variables()
+        state = state_variables(self)
         scale = ops.convert_to_tensor(optimizer.dynamic_scale)
         count = ops.convert_to_tensor(optimizer.step_counter)
 
@@ -172,11 +172,8 @@ class JaxTrainer(StepTrainer):
         optimizer.dynamic_scale.assign(ops.where(finite, larger, 0.5 * scale))
         optimizer.step_counter.assign(ops.where(ops.logical_and(finite, ~grows), count + 1, 0))
 
-    def _step_variables(self) -> list[keras.Variable]:
-        return unique_variables([*self.variables, *self.optimizer.variables])
-
     def _step_function(self, step: Step, further_names: list[str]) -> StepFunction:
-        names, variables = self._names(further_names), self._step_variables()
+        names, variables = self._names(further_names), state_variables(self)
         training = step == self.train_step
 
         def one_step(

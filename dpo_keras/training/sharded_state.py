@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from dpo_keras.errors import InputError
-from dpo_keras.utils.backends import unique_variables
+from dpo_keras.utils.backends import state_variables
 from dpo_keras.utils.deferred_imports import missing_package
 from dpo_keras.utils.keras_internals import set_values
 
@@ -67,9 +67,8 @@ def files_of(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _state(model: Any) -> dict[str, keras.Variable]:
-    variables = unique_variables([*model.variables, *model.optimizer.variables])
-    return {f"{number:05d}": variable for number, variable in enumerate(variables)}
+def _state(model: keras.Model) -> dict[str, keras.Variable]:
+    return {f"{number:05d}": v for number, v in enumerate(state_variables(model))}
 
 
 def _metadata(checkpointer: Any, path: pathlib.Path) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def unique_variables(variables: Iterable[keras.Variable]) -> list[keras.Variable
     return list({id(variable): variable for variable in variables}.values())
 
 
+def state_variables(model: keras.Model) -> list[keras.Variable]:
+    """Return all that a compiled model's training changes, each variable once, in order."""
+    return unique_variables([*model.variables, *model.optimizer.variables])
+
+
 def compiled(
     function: Callable[[Any], dict[str, Tensor]],
     variables: Sequence[keras.Variable],

@@ -24,6 +24,14 @@ KERNELS = "ignore:The 'rwkv_ops' package is not installed:UserWarning"  # RWKV-7
 FURTHER = {f"{name}:{kind}" for name in FAMILIES for kind in KINDS} - {*CASES}
 
 
+def cases(kind, names, in_suite):
+    """All cases of a kind, of which the suite runs some and the table the others."""
+    return [
+        pytest.param(f"{name}:{kind}:", marks=[] if name in in_suite else pytest.mark.table)
+        for name in names
+    ]
+
+
 def on_tensorflow(path, cases):
     program = Path(__file__).with_name("backends_training.py")
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow"}
@@ -42,13 +50,7 @@ def tensorflow(request, tmp_path_factory):
     return on_tensorflow(path, sorted(chosen))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(f"{name}:logits:", marks=[] if name in WITH_WINDOWS else pytest.mark.table)
-        for name in OF_TEXT
-    ],
-)
+@pytest.mark.parametrize("case", cases("logits", OF_TEXT, WITH_WINDOWS))
 @pytest.mark.filterwarnings(KERNELS)
 def test_logits_of_every_family_are_those_of_tensorflow(case, tensorflow):
     """KerasHub takes another path through attention on JAX, and forgets windows on it."""
@@ -57,13 +59,7 @@ def test_logits_of_every_family_are_those_of_tensorflow(case, tensorflow):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(f"{name}:responses:", marks=[] if name in GENERATING else pytest.mark.table)
-        for name in OF_TEXT
-    ],
-)
+@pytest.mark.parametrize("case", cases("responses", OF_TEXT, GENERATING))
 @pytest.mark.filterwarnings(KERNELS)
 def test_responses_of_every_family_are_those_of_tensorflow(case, tensorflow):
     """Windows must not be forgotten in front of the cache of keys and values either."""
@@ -88,15 +84,7 @@ def test_twenty_steps_are_those_of_tensorflow(case, tensorflow):
     assert moved > 1e-3  # it is a training that is compared
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            f"{name}:variant:", marks=[] if name in VARIANTS_IN_SUITE else pytest.mark.table
-        )
-        for name in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("case", cases("variant", VARIANTS, VARIANTS_IN_SUITE))
 def test_further_kinds_of_training_are_those_of_tensorflow(case, tensorflow):
     """Quantized kernels, experts, ratings, rankings, rewards, images, float16, every objective."""
     # In half precision each step rounds to 1 of 2048.
