@@ -182,6 +182,7 @@ def _measure(model: DPOModel, batch: Batch) -> dict[str, Tensor]:
     """Compute per pair what `DPOModel` averages over an evaluation."""
     loss = model.preference_loss
     assert loss is not None
+    loss.check_kind("rated" in batch)
     outputs = outputs_of(model, batch)
     terms = loss.terms(ops.reshape(batch["preference"], (-1,)), outputs)
     scores = loss.scores(outputs)

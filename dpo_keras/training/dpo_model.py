@@ -282,8 +282,6 @@ def outputs_of(
         outputs["reference_shared"] = under_reference["shared_logps"]
     if weighted:
         outputs["wpo_log_weight"] = wpo_log_weight(batch, scored)
-    if loss is not None:
-        loss.check_kind("rated" in batch)
     if "margin" in batch:
         outputs["margin"] = ops.reshape(batch["margin"], (-1,))
     if "group" in batch:
@@ -302,6 +300,7 @@ def pairs_of_step(loss: DPOLoss, batch: Batch, outputs: Outputs) -> tuple[Tensor
 
     A batchwise loss compares all pairs of the step, so for it every replica gets those of all.
     """
+    loss.check_kind("rated" in batch)
     preference = ops.reshape(batch["preference"], (-1,))
     if not loss.batchwise or replica_count() == 1:
         return preference, outputs

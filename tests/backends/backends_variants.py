@@ -73,7 +73,7 @@ def tokens_of(records, max_length=24):
 
 def batches(records, layout="packed", **options):
     given = {"seed": 1, "epochs": None, "batch_size": 4, "batching": layout, **options}
-    given |= {"buckets": 1} if layout == "buckets" else {}
+    given |= {"buckets": 1} if layout == "buckets" else {"replicas": 2}
     return dpo_keras.preference_dataset(records, **given)
 
 

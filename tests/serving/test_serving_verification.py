@@ -7,7 +7,7 @@ import tensorflow as tf
 from serving_tiny import llama as tiny_llama
 
 from dpo_keras.errors import InputError
-from dpo_keras.losses import DPOLoss
+from dpo_keras.losses import OBJECTIVES, DPOLoss
 from dpo_keras.serving import inspect_graph, run_standalone
 from dpo_keras.serving.graph_encoder import GraphEncoder
 from dpo_keras.serving.signatures import Decoding, ServedModel
@@ -155,15 +155,17 @@ def answers(served, name, examples=EXAMPLES):
 @pytest.mark.parametrize(
     "loss",
     [
-        DPOLoss("sigmoid", beta=0.3),
-        DPOLoss("sigmoid", ld_alpha=0.5),
-        DPOLoss("sigmoid", margin=True),
-        DPOLoss("sigmoid", divergence="forward_kl"),
-        DPOLoss("ipo"),
-        DPOLoss("simpo"),
-        DPOLoss("bco_pair"),
+        *(
+            DPOLoss(name, label_smoothing=0.1 if name in ("robust", "exo_pair") else 0.0)
+            for name, objective in OBJECTIVES.items()
+            if objective.of_policies
+        ),
+        DPOLoss("sigmoid", beta=0.3, name="beta"),
+        DPOLoss("sigmoid", ld_alpha=0.5, name="ld_alpha"),
+        DPOLoss("sigmoid", margin=True, name="margin"),
+        DPOLoss("sigmoid", divergence="forward_kl", name="forward_kl"),
     ],
-    ids=["sigmoid", "ld", "margin", "forward_kl", "ipo", "simpo", "bco_pair"],
+    ids=lambda loss: f"{loss.loss_type} {loss.name}",
 )
 def test_rewards_and_preferences_are_those_that_the_loss_compares(trained, loss):
     trained.compile(optimizer="sgd", loss=loss)
