@@ -150,9 +150,10 @@ class StepTrainer(keras.Model):
 
         On TensorFlow `jit_compile="auto"` means False: XLA must know all shapes, compiles each
         bucket of lengths anew, and runs attention of packed batches over whole rows instead of
-        trees. On JAX, which has nothing else, it means True.
+        trees. On JAX, which has nothing else, it means True, unless `run_eagerly` is.
         """
-        jit_compile = self.compiles_whole_steps if jit_compile == "auto" else jit_compile
+        if jit_compile == "auto":
+            jit_compile = self.compiles_whole_steps and not kwargs.get("run_eagerly", False)
         if kwargs.get("auto_scale_loss", True):
             optimizer = scaling_losses(optimizer, keras_internals.all_layers(self))
         super().compile(optimizer, loss, jit_compile=jit_compile, **kwargs)

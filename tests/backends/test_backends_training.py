@@ -53,6 +53,17 @@ def test_recomputed_blocks_are_the_same_training():
     assert_equal(*found, atol=1e-6)
 
 
+def test_steps_run_eagerly_are_those_that_xla_compiles():
+    """To look into a step with a debugger; warnings are errors here, and Keras has one for XLA."""
+    found = []
+    for eagerly in (False, True):
+        model = dpo_keras.DPOModel(policy_of("gpt2"))
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=eagerly)
+        model.fit(batches(8, "packed"), verbose=0)
+        found.append(weights_of(model.policy))
+    assert_equal(*found, atol=1e-6)
+
+
 def test_several_steps_in_a_call_and_whole_epochs_log_the_same():
     logs = []
     for at_once in (1, 3):
