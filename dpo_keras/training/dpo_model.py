@@ -139,8 +139,11 @@ class DPOModel(PolicyTrainer):
             `probabilities` `[N, 2]`, `llr` `[N]`, `scores` `[N, 2]` (of the default loss before
             `compile`), `policy`, `reference`, `lengths`, and what else the loss needs.
         """
+        loss = self.preference_loss
+        if loss is not None:
+            loss.check_kind("rated" in batch)
         outputs = outputs_of(self, batch, training)
-        scores = (self.preference_loss or DPOLoss()).scores(outputs)
+        scores = (loss or DPOLoss()).scores(outputs)
         return {
             "probabilities": preference_probabilities(scores),
             "llr": log_likelihood_ratio(scores),

@@ -122,8 +122,9 @@ def test_pairs_and_rated_responses_are_refused_by_the_other_objective(thumbs, to
     ):
         model = DPOModel(gpt2(num_layers=1))
         model.compile(loss=loss)
-        with pytest.raises(InputError, match=words):
-            model.fit(preference_dataset(tokens, batch_size=4, batching="buckets"), verbose=0)
+        for use in (model.fit, model.evaluate, model.predict):
+            with pytest.raises(InputError, match=words):
+                use(preference_dataset(tokens, batch_size=4, batching="buckets"), verbose=0)
         with pytest.raises(InputError, match=words):
             evaluate_preferences(model, tokens, batching="buckets")
 
