@@ -4,6 +4,7 @@ What a command works with is imported when it begins, so that `--help` answers a
 and Keras only where they are needed.
 """
 
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,12 +57,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(data, name="data")
-app.add_typer(feedback, name="feedback")
-app.command()(annotate)
-app.command()(compare)
-app.command()(arena)
 
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 
 
@@ -94,7 +91,7 @@ def _root(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
+    resume: Resume = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -124,11 +121,31 @@ def train(
 
 
 @app.command()
+def quickstart(
+    overrides: Overrides = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run the main job on bundled data: warm-up, training, evaluation, export, one answer.
+
+    It is `train builtin:quickstart`, in runs/quickstart. An earlier run there is kept beside it.
+    """
+    config = Path("builtin:quickstart")
+    with reporting(as_json, debug) as terminal:
+        earlier = Path(build_config(config_document(config, overrides or ())).output)
+        if earlier.exists() and not resume:
+            kept = earlier.with_name(f"{earlier.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            terminal.say(f"The earlier run is kept as {earlier.rename(kept)}.")
+    train(config, overrides, resume=resume, as_json=as_json, debug=debug)
+
+
+@app.command()
 def improve(
     config: ConfigFile,
     rounds: Annotated[int, typer.Option("--rounds", "-r", help="How many there are in all.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")] = False,
+    resume: Resume = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Where people judge, wait until they have.")
     ] = False,
@@ -304,6 +321,13 @@ def losses(as_json: AsJson = False, debug: Debug = False) -> None:
     with reporting(as_json, debug) as terminal:
         rows = views.loss_rows()
         terminal.result({"losses": rows}, *views.loss_views(rows))
+
+
+app.command()(arena)
+app.command()(annotate)
+app.command()(compare)
+app.add_typer(data, name="data")
+app.add_typer(feedback, name="feedback")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

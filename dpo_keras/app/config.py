@@ -40,6 +40,7 @@ from dpo_keras.utils.text import did_you_mean, nearest, shortened
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _FROM_DOCUMENT = {"from": "document"}
+_BUILTIN = Path(__file__).parents[1] / "configs"  # a link to configs/; a wheel has the files
 
 
 class Config(Section):
@@ -136,13 +137,18 @@ def _inline(value: JSON) -> str:
 
 
 def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
-    """Read a configuration file with overrides, without checking it; `build_config` does that."""
+    """Read a configuration with overrides, without checking it; `build_config` does that.
+
+    `builtin:NAME` is one of those that come with the package, such as `builtin:quickstart`.
+    """
     path = Path(path)
     document = read_document(read_text(path), str(path))
     if not document.readable:
         raise InputError(document.problems)
     if document.tree.get("name") is None:
-        document.tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._") or "run"
+        document.tree["name"] = (
+            re.sub(r"[^A-Za-z0-9._-]+", "-", _file(path).stem).lstrip("-._") or "run"
+        )
     for override in overrides:
         document.override(override)
     return document
@@ -209,10 +215,21 @@ def load_config(
     return build_config(config_document(path, overrides), outside=outside)
 
 
+def _file(path: Path) -> Path:
+    name = str(path).removeprefix("builtin:")
+    if name == str(path):
+        return path
+    known = {each.stem: each for each in sorted(_BUILTIN.glob("*.yaml"))}
+    if name not in known:
+        must = f"must be builtin: and one of {', '.join(known)}"
+        raise InputError(InputProblem("CONFIG", must, str(path), did_you_mean(name, known)))
+    return known[name]
+
+
 def read_text(path: Path) -> str:
     """Read a file that the user named, as UTF-8; what can not be read is an `InputError`."""
     try:
-        return path.read_text(encoding="utf-8")
+        return _file(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 text; byte {error.start} is not.") from error
     except OSError as error:

@@ -40,7 +40,9 @@ from dpo_keras.utils.text import shortened, visible
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML configuration, or builtin:NAME.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

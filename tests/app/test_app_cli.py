@@ -55,7 +55,10 @@ def test_commands_answer_without_what_they_do_not_need(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "plan", "validate", "data inspect", "evaluate", "generate", "export", "losses"],
+    [
+        *("quickstart", "train", "plan", "validate", "data inspect", "evaluate", "generate"),
+        *("export", "losses"),
+    ],
 )
 def test_every_command_explains_itself_and_takes_json_and_debug(run, command):
     code, out, _ = run(*command.split(), "--help")
@@ -107,6 +110,37 @@ def test_every_fault_is_one_line_on_stderr_without_a_traceback(run, tmp_path):
 def test_a_missing_configuration_is_said_at_once(run):
     code, _, err = run("train", "nowhere.yaml")
     assert code == 2 and "nowhere.yaml: can not be read: No such file" in err
+
+
+def test_a_configuration_of_the_package_goes_by_its_name(run):
+    code, out, _ = run("validate", "builtin:quickstart", "--json")
+    assert code == 0
+    assert out == run("validate", ROOT / "configs" / "quickstart.yaml", "--json")[1]
+    code, _, err = run("validate", "builtin:qickstart")
+    assert code == 2 and "did you mean 'quickstart'?" in err
+    for recipe in sorted((ROOT / "configs").glob("*.yaml")):
+        assert recipe.stem in err, "the message lists what there is"
+
+
+@pytest.mark.slow
+def test_quickstart_runs_the_bundled_configuration_and_keeps_an_earlier_run(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / "quickstart"
+    earlier.mkdir(parents=True)
+    (earlier / "mine.txt").write_text("an earlier run")
+    small = ["data.limit=60", "warmup.epochs=1", "training.epochs=1", "export=null"]
+    code, out, err = run("quickstart", *small, "evaluation.prompts=2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["directory"] == "runs/quickstart"
+    (kept,) = tmp_path.glob("runs/quickstart.*")
+    assert (kept / "mine.txt").read_text() == "an earlier run"
+    assert not (earlier / "mine.txt").exists()
+    resolved = (earlier / "config.yaml").read_text()
+    assert "path: builtin:support" in resolved and "limit: 60" in resolved
+    assert run("quickstart", *small, "evaluation.prompts=2", "--resume")[0] == 0
+    assert len(list(tmp_path.glob("runs/*"))) == 2, "--resume moves nothing"
 
 
 @pytest.mark.parametrize(
