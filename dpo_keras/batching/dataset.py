@@ -22,7 +22,9 @@ from dpo_keras.batching.tokenized_pairs import TokenizedPairs
 from dpo_keras.errors import InputError, InputProblem
 
 Batching = Literal["buckets", "packed"]
+"""A layout of batches: responses padded to a few lengths, or whole trees in rows of one length."""
 BatchingChoice = Literal["auto", "packed", "buckets"]
+"""What `batching` takes: a layout, or `"auto"` for packed rows wherever they are exact."""
 
 AHEAD = 32  # batches that disks are told of before they are needed
 

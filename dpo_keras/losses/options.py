@@ -43,6 +43,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "plackett_luce": other_objectives.PlackettLuce,
     "kto": unpaired_objectives.KTO,
 }
+"""Objectives by the name that `DPOLoss` takes."""
 
 # What papers and other libraries call an objective: its name here, and the option that makes it.
 PAPER_NAMES: dict[str, tuple[str, str]] = {

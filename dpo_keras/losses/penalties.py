@@ -160,3 +160,4 @@ PENALTIES: dict[str, Penalty] = {
         frozenset({"policy", "lengths"}),
     ),
 }
+"""Penalties by the name that `DPOLoss` takes."""

@@ -62,6 +62,7 @@ class Message:
 
 
 Text: TypeAlias = str | tuple[Message, ...]
+"""A prompt or a response: plain text, or the messages of a conversation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from dpo_keras.preferences.tool_calls import read_tools, with_tools
 from dpo_keras.utils import JSON
 
 Record: TypeAlias = PreferencePair | RatedResponse | RankedResponses
+"""A record of preference data, of any kind."""
 # What errors call one record of a kind, and several.
 KINDS: dict[type, tuple[str, str]] = {
     PreferencePair: ("a pair", "pairs (choices)"),

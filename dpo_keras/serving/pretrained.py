@@ -29,6 +29,7 @@ from dpo_keras.utils.keras_internals import all_layers, raise_failed_writes, unm
 from dpo_keras.utils.keras_quantization import quantization_mode
 
 FORMATS = ("keras_hub", "transformers", "peft")
+"""Formats that `save_pretrained` writes."""
 SHARD_BYTES = 5 * 10**9  # as large as Hugging Face's own files
 
 
@@ -75,7 +76,17 @@ def save_pretrained(
         OSError: the files could not be written; nothing is left at `directory`.
 
     Example:
-        >>> save_pretrained(model, "out/model")  # doctest: +SKIP
+        >>> import keras_hub, tempfile
+        >>> letters = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
+        >>> tokenizer = keras_hub.models.GPT2Tokenizer(letters, merges=["a b"])
+        >>> backbone = keras_hub.models.GPT2Backbone(
+        ...     vocabulary_size=4, num_layers=1, num_heads=2, hidden_dim=8,
+        ...     intermediate_dim=16, max_sequence_length=32)
+        >>> policy = keras_hub.models.GPT2CausalLM(
+        ...     backbone, keras_hub.models.GPT2CausalLMPreprocessor(tokenizer))
+        >>> directory = save_pretrained(policy, tempfile.mkdtemp() + "/model")
+        >>> sorted(path.name for path in directory.glob("*.safetensors"))
+        ['model.safetensors']
     """
     policy = getattr(model, "policy", model)
     target = Path(directory)

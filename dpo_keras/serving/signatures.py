@@ -24,6 +24,7 @@ INPUTS = {
     "generate": ("prompt",),
 }
 SIGNATURES = tuple(INPUTS)
+"""Names of the signatures of a served model."""
 
 # Prompts of one request that are answered together; further ones take the slots of the first.
 _SLOTS = 32

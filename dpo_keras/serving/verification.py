@@ -37,6 +37,7 @@ EXAMPLES: Examples = (
     ("Hi", "Hello! How can I help you today?", "What?"),
     ("Summarize: it rained in 2024,   naïve café 東京\n", "It rained.", "It was dry (I think)."),
 )
+"""Prompts with two responses each, on which an export is compared with its model in Python."""
 # A server must answer these, too.
 EMPTY: Examples = (("", "", "word"), ("word", "", ""), ("", "", ""))
 _PYTHON = ("PyFunc", "PyFuncStateless", "EagerPyFunc")

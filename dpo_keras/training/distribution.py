@@ -190,6 +190,7 @@ STRATEGIES: dict[str, Callable[..., tf.distribute.Strategy]] = {
     "tpu": _tpu,
     "parameter_server": _parameter_server,
 }
+"""Strategies by the name that `strategy` takes."""
 
 
 def next_steps(one_step: OneStep, most: int, names: int) -> Callable[..., tuple[Tensor, ...]]:
