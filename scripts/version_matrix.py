@@ -38,7 +38,7 @@ TOOLS = ("dill", "pytest", "pytest-xdist")  # of the tests, as in constraints.tx
 CLIENT = "httpx"  # of starlette's test client, before the releases that take httpx2
 SHOWN = ("tensorflow", "keras", "keras-hub", "jax")
 TAIL = 40  # lines of a failing check that are shown
-PIPELINE = [  # configs/quickstart.yaml in well under a minute, with its export
+PIPELINE = [  # the quickstart in well under a minute, with its export
     "warmup.epochs=1", "training.epochs=1", "evaluation.prompts=8", "evaluation.samples_shown=2",
     "evaluation.max_new_tokens=8", "export.max_new_tokens=8", "output=run", "export.path=served/1",
 ]  # fmt: skip
@@ -232,9 +232,9 @@ def check(row: Row, binaries: Path, folder: Path) -> None:
     program = binaries / "dpo-keras"
     run("--help", [program, "--help"], place, **quiet)
     run("--version", [program, "--version"], place, **quiet)
-    run("train", [program, "train", "configs/quickstart.yaml", *PIPELINE], place, **quiet)
+    run("quickstart", [program, "quickstart", *PIPELINE], place, **quiet)
     if not (place / "served" / "1" / "saved_model.pb").is_file():
-        raise StepError("train: it wrote no served/1/saved_model.pb")
+        raise StepError("quickstart: it wrote no served/1/saved_model.pb")
     pytest = [binaries / "python", "-m", "pytest", "-c", "pyproject.toml", "-q", "-n", "2",
               "--dist", "loadfile", "-m", "not slow and not table",
               *itertools.chain.from_iterable(("-W", each) for each in row.filters),

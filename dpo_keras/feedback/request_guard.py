@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol  # written for uvicorn 0.30 to 0.54
+from uvicorn.protocols.http.h11_impl import H11Protocol  # written for uvicorn 0.41 to 0.54
 
 from dpo_keras.errors import InputError, InputProblem
 from dpo_keras.utils import JSON
