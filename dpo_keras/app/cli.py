@@ -38,8 +38,7 @@ from dpo_keras.version import __version__
 runs = Deferred("dpo_keras.app.runs")
 improvement = Deferred("dpo_keras.app.improve")
 views = Deferred("dpo_keras.app.views")
-build_config = deferred_function("dpo_keras.app.config", "build_config")
-config_document = deferred_function("dpo_keras.app.config", "config_document")
+load_config = deferred_function("dpo_keras.app.config", "load_config")
 given_text = deferred_function("dpo_keras.app.config", "given_text")
 check_format = deferred_function("dpo_keras.app.pretrained_export", "check_format")
 export_pretrained = deferred_function("dpo_keras.app.pretrained_export", "export_pretrained")
@@ -103,9 +102,8 @@ def train(
     """
     with reporting(as_json, debug) as terminal:
         read_tf_config()  # a wrong one is refused before anybody waits for TensorFlow
-        document = config_document(config, overrides or ())
+        settings = load_config(config, overrides or (), outside=True)
         given = given_text(config, overrides or ())
-        settings = build_config(document, outside=True)
         prepare_keras()
         cluster, stop = runs.cluster_of(settings), StopRequest()
         chief = cluster is None or cluster.is_chief
@@ -133,8 +131,9 @@ def quickstart(
     """
     config = Path("builtin:quickstart")
     with reporting(as_json, debug) as terminal:
-        earlier = Path(build_config(config_document(config, overrides or ())).output)
-        if earlier.exists() and not resume:
+        output = Path(load_config(config, overrides or (), outside=True).output)
+        earlier = Path("runs/quickstart")  # another `output` may hold what is no run: `train` asks
+        if output == earlier and earlier.exists() and not resume:
             kept = earlier.with_name(f"{earlier.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             terminal.say(f"The earlier run is kept as {earlier.rename(kept)}.")
     train(config, overrides, resume=resume, as_json=as_json, debug=debug)
@@ -158,9 +157,8 @@ def improve(
     page. SIGTERM, or Ctrl-C once, ends it with 75. --resume goes on after either.
     """
     with reporting(as_json, debug) as terminal:
-        document = config_document(config, overrides or ())
+        settings = load_config(config, overrides or (), outside=True)
         given = given_text(config, overrides or ())
-        settings = build_config(document, outside=True)
         prepare_keras()
         stop = StopRequest()
         with stop.signals(), TerminalProgress(terminal.log) as progress:
@@ -189,7 +187,7 @@ def plan(
     in a temporary directory beside the run's, and leaves nothing behind.
     """
     with reporting(as_json, debug) as terminal:
-        settings = build_config(config_document(config, overrides or ()), outside=True)
+        settings = load_config(config, overrides or (), outside=True)
         with working(terminal) as progress:
             result = predict_run(settings, progress)
         terminal.result(result, *views.plan_views(result))
@@ -204,7 +202,7 @@ def validate(
 ) -> None:
     """Check a configuration: every error at once, or the resolved configuration."""
     with reporting(as_json, debug) as terminal:
-        settings = build_config(config_document(config, overrides or ()), outside=True)
+        settings = load_config(config, overrides or (), outside=True)
         terminal.result(settings.model_dump(mode="json"), settings.resolved().rstrip())
         for warning in settings.warnings():
             terminal.say(f"warning: {warning}")

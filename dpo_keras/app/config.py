@@ -146,9 +146,7 @@ def config_document(path: str | Path, overrides: Sequence[str] = ()) -> Document
     if not document.readable:
         raise InputError(document.problems)
     if document.tree.get("name") is None:
-        document.tree["name"] = (
-            re.sub(r"[^A-Za-z0-9._-]+", "-", _file(path).stem).lstrip("-._") or "run"
-        )
+        document.tree["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._") or "run"
     for override in overrides:
         document.override(override)
     return document
@@ -216,6 +214,7 @@ def load_config(
 
 
 def _file(path: Path) -> Path:
+    """Return the file of a configuration, which the package has if it is `builtin:NAME`."""
     name = str(path).removeprefix("builtin:")
     if name == str(path):
         return path

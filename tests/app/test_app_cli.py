@@ -130,6 +130,14 @@ def test_quickstart_runs_the_bundled_configuration_and_keeps_an_earlier_run(
     earlier = tmp_path / "runs" / "quickstart"
     earlier.mkdir(parents=True)
     (earlier / "mine.txt").write_text("an earlier run")
+    code, _, err = run("quickstart", "data.path=nowhere.jsonl")
+    assert code == 2 and "nowhere.jsonl" in err
+    assert (earlier / "mine.txt").exists(), "what can not run moves nothing"
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.txt").write_text("no run")
+    code, _, err = run("quickstart", "output=own", "data.limit=60")
+    assert code == 2 and "own" in err and (own / "mine.txt").exists()
     small = ["data.limit=60", "warmup.epochs=1", "training.epochs=1", "export=null"]
     code, out, err = run("quickstart", *small, "evaluation.prompts=2", "--json")
     assert code == 0, err
