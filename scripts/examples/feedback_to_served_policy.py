@@ -51,7 +51,7 @@ from dpo_keras.app.models import build_policy
 from dpo_keras.feedback import Settings, assess, open_store, read_candidates, to_pairs
 from dpo_keras.feedback.quality_report import text
 from dpo_keras.preferences.quickstart_data import judge
-from dpo_keras.training import supervised_dataset
+from dpo_keras.training import make_optimizer, supervised_dataset
 
 keras.utils.set_random_seed(0)
 # A second run of this example deletes the files of the first. Keep those of real people.
@@ -99,16 +99,9 @@ A policy with random weights writes noise, and no judgement of noise teaches it 
 `SupervisedModel` trains on the chosen replies alone. Many answers remain wrong after it.
 """
 
-
-def adam(rate, rise):
-    """Return Adam whose rate rises to `rate` in `rise` steps, and clips long gradients."""
-    schedule = keras.optimizers.schedules.PolynomialDecay(rate / rise, rise, rate)
-    return keras.optimizers.Adam(schedule, global_clipnorm=1.0)
-
-
 batches = dpo_keras.preference_dataset(train, policy.preprocessor, batch_size=32, max_length=LENGTH)
 warm_up = dpo_keras.SupervisedModel(policy)
-warm_up.compile(adam(3e-3, rise=30))
+warm_up.compile(make_optimizer(5 * len(batches), learning_rate=3e-3, warmup_fraction=0.05))
 warm_up.fit(supervised_dataset(batches), epochs=5, verbose=2)
 
 """
@@ -226,7 +219,7 @@ batches = dpo_keras.preference_dataset(
 )
 model = dpo_keras.DPOModel(policy)
 model.compile(
-    adam(1e-3, rise=5),
+    make_optimizer(4 * len(batches), learning_rate=1e-3, warmup_fraction=0.1),
     loss=dpo_keras.DPOLoss("sigmoid", beta=1.0, penalties={"nll": 1.0}),
 )
 model.fit(batches, epochs=4, verbose=2)
