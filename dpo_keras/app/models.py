@@ -38,14 +38,9 @@ def load_model(path: str, dtype: str = "float32") -> keras.Model:
         RuntimeError: a preset that could not be fetched.
 
     Example:
-        >>> import keras_hub, tempfile
-        >>> letters = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}
-        >>> tokenizer = keras_hub.models.GPT2Tokenizer(letters, merges=["a b"])
-        >>> backbone = keras_hub.models.GPT2Backbone(
-        ...     vocabulary_size=4, num_layers=1, num_heads=2, hidden_dim=8,
-        ...     intermediate_dim=16, max_sequence_length=32)
-        >>> policy = keras_hub.models.GPT2CausalLM(
-        ...     backbone, keras_hub.models.GPT2CausalLMPreprocessor(tokenizer))
+        >>> import tempfile
+        >>> sizes = Scratch(vocabulary_size=300, num_layers=1, num_heads=2, hidden_dim=8)
+        >>> policy = build_policy(sizes, ["Any text trains its tokenizer."])
         >>> policy.save_to_preset(directory := tempfile.mkdtemp())
         >>> load_model(directory).backbone.num_layers
         1

@@ -14,13 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, PngImagePlugin
 
+from dpo_keras.utils import reports
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".github"
 Figures: TypeAlias = dict[str, Any]
 
-# The colours of Okabe and Ito, as in reports (`utils/reports.py`), and light ones for areas.
-INK, FAINT, PAPER = "#2b3036", "#5d6873", "#ffffff"
-BLUE, GREEN, ORANGE, GREY = "#0072b2", "#009e73", "#d55e00", "#9aa4ad"
+# The colours of reports, and light ones for areas.
+INK, FAINT, PAPER = reports.INK, "#5d6873", "#ffffff"
+BLUE, GREEN, ORANGE, GREY = reports.TRAIN, reports.CHOSEN, reports.REJECTED, reports.FAINT
 LIGHT = {BLUE: "#cfe6f5", GREEN: "#c4ebdd", ORANGE: "#fbdcc6", GREY: "#e9ecef"}
 WIDTH = 800  # pixels at which pictures are laid out; they have half as many again
 SIZE, SMALL = 17, 15  # of letters, in those pixels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import griffe
@@ -13,6 +14,7 @@ CALLS = {"dpo_keras.app.config": ("load_config",), "dpo_keras.app.improve": ("im
 CALLS |= {"dpo_keras.app.runs": ("train", "evaluate", "generate", "export_run")}
 
 
+@cache
 def public_names() -> dict[str, dict[str, griffe.Object]]:
     """Return the public names of each public module, with their definitions; stages come first."""
     package = griffe.load("dpo_keras", search_paths=[ROOT], resolve_aliases=True)
